@@ -1,0 +1,63 @@
+"""A LoRA trainer in pure MLX. Read in this order: config, ops, model, lora, loss, data, tokenizer, train, trainer.
+
+Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
+heads, K head dim, F ffn, V vocab, I in, O out, R rank. `logits_BTV` has three axes; a new shape is a new name.
+
+The names below load on first use, so that importing the package does not import MLX: an optimized BLAS must be
+loaded before it (see `blas.py`), and `reference/` reads `config.py` without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import load_adapter, save_adapter
+    from .blas import load_optimized_blas
+    from .checkpoint import LoadedModel, load_model
+    from .config import LoRAConfig, ModelConfig, TrainConfig
+    from .data import Example, read_conversations
+    from .generate import generate
+    from .train import StepRecord
+    from .trainer import LoRATrainer
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "Example": "data",
+    "LoRAConfig": "config",
+    "LoRATrainer": "trainer",
+    "LoadedModel": "checkpoint",
+    "ModelConfig": "config",
+    "StepRecord": "train",
+    "TrainConfig": "config",
+    "generate": "generate",
+    "load_adapter": "adapters",
+    "load_model": "checkpoint",
+    "load_optimized_blas": "blas",
+    "read_conversations": "data",
+    "save_adapter": "adapters",
+}
+
+__all__ = [
+    "Example",
+    "LoRAConfig",
+    "LoRATrainer",
+    "LoadedModel",
+    "ModelConfig",
+    "StepRecord",
+    "TrainConfig",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "load_optimized_blas",
+    "read_conversations",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)

@@ -1,0 +1,50 @@
+"""`python -m mlx_impl`: train, evaluate, generate.
+
+A wrong input ends with one sentence on standard error and exit code 2, Ctrl-C with 130. An optimized BLAS is
+loaded before anything imports MLX, so the commands are imported late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .arguments import make_parser
+from .blas import load_optimized_blas
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    try:
+        run(args)
+    except ValueError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    blas = load_optimized_blas(args.blas)
+    if blas.sentence:
+        print(blas.sentence, file=sys.stderr if args.json else sys.stdout, flush=True)
+    from . import commands
+
+    {"train": commands.train, "evaluate": commands.evaluate, "generate": commands.generate}[
+        args.command
+    ](args)
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Adapters out and in, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Source: PEFT's `save_pretrained` and `utils/save_and_load.py`. Its keys are `base_model.model.` + the module's
+name + `.lora_A.weight` of shape (R, I) and `.lora_B.weight` of shape (O, R): both the transpose of ours. The
+scale is not stored; alpha and rank are. A tensor that is missing or has no place is an error here, where PEFT
+warns and leaves an adapter that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .checkpoint import load_safetensors, require_shapes
+from .config import LoRAConfig
+from .lora import add_lora, lora_parameters, select_linears
+from .model import CausalLM
+
+PREFIX = "base_model.model."
+SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
+
+# Keys that change the mathematics, with the only value that this trainer computes (null means the same).
+REQUIRED_VALUES: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": [],
+}
+
+
+def save_adapter(model: CausalLM, config: LoRAConfig, folder: Path, base_name: str) -> None:
+    """Write both files, each under a temporary name first, so that no half of one is ever seen."""
+    tensors = {peft_key(name): array.T for name, array in lora_parameters(model).items()}
+    part = folder / "adapter_model.part.safetensors"
+    mx.save_safetensors(str(part), tensors, metadata={"format": "pt"})
+    os.replace(part, folder / "adapter_model.safetensors")
+    num_blocks = len(model.model.layers)
+    first = 0 if config.num_layers == -1 else num_blocks - config.num_layers
+    record = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(config.target_modules),
+        "layers_to_transform": list(range(first, num_blocks)) if first else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    part = folder / "adapter_config.part.json"
+    part.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, folder / "adapter_config.json")
+
+
+def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
+    """Wrap the linears that the adapter targets and load their factors; the configuration it came with.
+
+    Raises ValueError in one sentence, the model untouched, when tensors and configuration do not fit it.
+    """
+    config = read_adapter_config(folder / "adapter_config.json", len(model.model.layers))
+    path = folder / "adapter_model.safetensors"
+    names = select_linears(model, config)
+    tensors = load_safetensors(path)
+    linears = dict(model.named_modules())
+    expected = {}
+    for name in names:
+        num_out, num_in = linears[name].weight.shape
+        expected[peft_key(f"{name}.lora_a")] = (config.rank, num_in)
+        expected[peft_key(f"{name}.lora_b")] = (num_out, config.rank)
+    require_shapes(tensors, expected, path)
+    add_lora(model, names, config)
+    ours = {peft_key(name): name for name in lora_parameters(model)}
+    model.load_weights([(ours[key], array.T) for key, array in tensors.items()], strict=False)
+    mx.eval(model.parameters())
+    return config
+
+
+def peft_key(name: str) -> str:
+    """model.layers.0.self_attn.q_proj.lora_a -> base_model.model.(the same).lora_A.weight"""
+    module, _, factor = name.rpartition(".")
+    return PREFIX + module + SUFFIXES[factor]
+
+
+def read_adapter_config(path: Path, num_blocks: int) -> LoRAConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable adapter configuration: {error}") from None
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: must be an object with the peft_type LORA")
+    for key, required in REQUIRED_VALUES.items():
+        if raw.get(key) not in (required, None):
+            raise ValueError(f"{path}: {key} must be {required!r}, got {raw[key]!r}")
+    targets = raw.get("target_modules")
+    if not isinstance(targets, list):
+        raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}")
+    layers = raw.get("layers_to_transform")
+    if layers is not None and layers != list(range(num_blocks))[-len(layers) :]:
+        raise ValueError(
+            f"{path}: layers_to_transform must be the last of {num_blocks} layers, got {layers}"
+        )
+    try:
+        return LoRAConfig(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            dropout=raw.get("lora_dropout", 0.0),
+            target_modules=tuple(targets),
+            num_layers=-1 if layers is None else len(layers),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: r and lora_alpha must be numbers: {error}") from None

@@ -1,0 +1,50 @@
+"""What a model answers: questions asked greedily, answers judged by the word that must stand in them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .data import Conversation
+from .generate import generate_all
+from .model import CausalLM
+from .tokenizer import ChatTokenizer
+
+MAX_TOKENS = 24  # of an answer
+
+
+@dataclass(frozen=True)
+class Answer:
+    question: str
+    expected: str
+    text: str
+
+    @property
+    def is_right(self) -> bool:
+        return f" {fold(self.expected)} " in f" {fold(self.text)} "
+
+
+def fold(text: str) -> str:
+    """Lower case, no accents, words separated by single spaces: "N'Djaména!" and "n djamena" are one."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    kept = "".join(c for c in plain if not unicodedata.combining(c))
+    return " ".join("".join(c if c.isalnum() else " " for c in kept).split())
+
+
+def ask(
+    model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]
+) -> list[Answer]:
+    """The model's greedy answers to all conversations that say what a right answer contains."""
+    judged = [c for c in conversations if c.answer is not None]
+    prompts = [tokenizer.encode_prompt(c.messages[:-1]) for c in judged]
+    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.eos_id)
+    return [
+        Answer(c.messages[-2]["content"], c.answer or "", tokenizer.decode(reply).strip())
+        for c, reply in zip(judged, replies, strict=True)
+    ]
+
+
+def share_right(answers: Sequence[Answer]) -> float:
+    """From 0 to 1."""
+    return sum(answer.is_right for answer in answers) / len(answers)

@@ -1,0 +1,131 @@
+"""The three commands, from parsed flags to printed results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import mlx.core as mx
+from rich.console import Console
+
+from .adapters import load_adapter
+from .arguments import DEFAULT_EPOCHS
+from .checkpoint import LoadedModel, load_model
+from .config import LoRAConfig
+from .data import evaluation_batches, read_conversations
+from .finetune import Job, finetune
+from .generate import generate as generate_tokens
+from .tokenizer import encode_all
+from .train import evaluate as evaluate_model
+
+GEOGRAPHY = Path(__file__).resolve().parent.parent / "fixtures" / "geography"
+LORA_FLAGS = ("rank", "alpha", "dropout", "target_modules", "num_layers")
+
+
+def train(args: argparse.Namespace) -> None:
+    for flag in ("batch_size", "max_seq_length", "steps_per_eval"):
+        require_at_least_one(flag, getattr(args, flag))
+    job = Job(
+        model=args.model,
+        data=data_folder(args.data),
+        folder=args.adapter_path,
+        init_adapter=args.init_adapter,
+        lora=lora_config(args),
+        iters=args.iters,
+        epochs=DEFAULT_EPOCHS if args.epochs is None else args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        optimizer=args.optimizer,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        mask_prompt=args.mask_prompt,
+        max_seq_length=args.max_seq_length,
+        steps_per_eval=args.steps_per_eval,
+        num_questions=args.num_questions,
+        compiled=args.compile,
+    )
+    report = finetune(job, Console(stderr=args.json, highlight=False))
+    if args.json:
+        print(json.dumps(report))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    for flag in ("batch_size", "max_seq_length"):
+        require_at_least_one(flag, getattr(args, flag))
+    conversations = read_conversations(data_folder(args.data) / "test.jsonl")
+    loaded = load_with_adapter(args.model, args.adapter_path)
+    examples = encode_all(loaded.tokenizer, conversations, args.mask_prompt, args.max_seq_length)
+    batches = evaluation_batches(examples, args.batch_size)
+    loss_nats, num_targets = evaluate_model(loaded.model, batches)
+    result = {
+        "loss_nats": loss_nats,
+        "perplexity": math.exp(loss_nats),
+        "num_targets": num_targets,
+        "num_examples": len(examples),
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{loaded.name}: {loss_nats:.4f} nats per target token, perplexity "
+            f"{result['perplexity']:.3f} ({num_targets} targets in {len(examples)} examples)"
+        )
+
+
+def generate(args: argparse.Namespace) -> None:
+    require_at_least_one("max_tokens", args.max_tokens)
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must be finite and at least 0, got {args.temperature}")
+    loaded = load_with_adapter(args.model, args.adapter_path)
+    tokenizer = loaded.tokenizer
+    prompt_tokens = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
+    mx.random.seed(args.seed)
+    tokens = list(
+        generate_tokens(
+            loaded.model, prompt_tokens, args.max_tokens, tokenizer.eos_id, args.temperature
+        )
+    )
+    result = {
+        "prompt": args.prompt,
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "text": tokenizer.decode(tokens),
+        "finish_reason": "length" if len(tokens) == args.max_tokens else "stop",
+    }
+    print(json.dumps(result) if args.json else result["text"])
+
+
+def lora_config(args: argparse.Namespace) -> LoRAConfig | None:
+    """The adapter that the flags describe; None when --init-adapter brings its own."""
+    given = {flag: getattr(args, flag) for flag in LORA_FLAGS if getattr(args, flag) is not None}
+    if args.init_adapter is not None:
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{flag} comes with the adapter of --init-adapter: give one of them")
+        return None
+    if "target_modules" in given:
+        given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
+    return LoRAConfig(**given)
+
+
+def data_folder(path: Path | None) -> Path:
+    if path is None and not GEOGRAPHY.is_dir():
+        raise ValueError("the geography questions are not beside this package: give --data DIR")
+    path = GEOGRAPHY if path is None else path
+    if not path.is_dir():
+        raise ValueError(f"--data must be a folder, got {path}")
+    return path
+
+
+def load_with_adapter(model: Path | None, adapter: Path | None) -> LoadedModel:
+    loaded = load_model(model)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
+    return loaded
+
+
+def require_at_least_one(flag: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")

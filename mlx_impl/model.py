@@ -1,0 +1,133 @@
+"""The Llama decoder: embedding, blocks of attention and gated feed-forward, norm, head.
+
+Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
+[3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA".
+Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache to generate with.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import ops
+from .config import ModelConfig
+
+
+class KeyValueCache:
+    """The keys and values of one attention layer for the tokens seen so far."""
+
+    def __init__(self) -> None:
+        self.k_BGSK: mx.array | None = None
+        self.v_BGSK: mx.array | None = None
+
+    @property
+    def num_seen(self) -> int:
+        return 0 if self.k_BGSK is None else int(self.k_BGSK.shape[2])
+
+    def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
+        if self.k_BGSK is not None and self.v_BGSK is not None:
+            k_BGTK = mx.concatenate([self.k_BGSK, k_BGTK], axis=2)
+            v_BGTK = mx.concatenate([self.v_BGSK, v_BGTK], axis=2)
+        self.k_BGSK, self.v_BGSK = k_BGTK, v_BGTK
+        return k_BGTK, v_BGTK
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones((size,))
+        self.eps = eps
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        return ops.rms_norm(x_BTD, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v over the past; each key/value head serves H / G query heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, K = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(D, H * K, bias=False)
+        self.k_proj = nn.Linear(D, G * K, bias=False)
+        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.head_dim, self.theta = K, config.rope_theta
+
+    def __call__(self, x_BTD: mx.array, cache: KeyValueCache | None = None) -> mx.array:
+        B, T, _ = x_BTD.shape
+        q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        k_BGSK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        v_BGSK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        offset = cache.num_seen if cache else 0
+        q_BHTK, k_BGSK = ops.rope(q_BHTK, self.theta, offset), ops.rope(k_BGSK, self.theta, offset)
+        if cache:
+            k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
+        mix_BHTK = ops.attention(q_BHTK, k_BGSK, v_BGSK)
+        return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+
+    def __call__(self, x_BTD: mx.array) -> mx.array:
+        return self.down_proj(ops.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + ffn(norm x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, x_BTD: mx.array, cache: KeyValueCache | None = None) -> mx.array:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Token numbers to the last hidden state."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, tokens_BT: mx.array, caches: list[KeyValueCache] | None = None) -> mx.array:
+        x_BTD = self.embed_tokens(tokens_BT)
+        for number, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, caches[number] if caches else None)
+        return self.norm(x_BTD)
+
+
+class CausalLM(nn.Module):
+    """Token numbers to next-token logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, tokens_BT: mx.array, caches: list[KeyValueCache] | None = None) -> mx.array:
+        x_BTD = self.model(tokens_BT, caches)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(x_BTD)
+        return self.lm_head(x_BTD)

@@ -1,0 +1,36 @@
+"""The primitives that the model is made of: one namespace, so that all of them can be swapped at once.
+
+Here stand MLX's production kernels. On MLX's CPU several compute in float32 whatever their input says, so the
+float64 tests put exact compositions in their place. Sources as in `model.py`.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
+    """weight * x / sqrt(mean(x^2) + eps)."""
+    return mx.fast.rms_norm(x_BTD, weight_D, eps)
+
+
+def rope(x_BHTK: mx.array, theta: float, offset: int = 0) -> mx.array:
+    """Turn the pair (x[k], x[k + K/2]) at time t by the angle (t + offset) * theta**(-2k/K)."""
+    K = x_BHTK.shape[-1]
+    return mx.fast.rope(x_BHTK, K, traditional=False, base=theta, scale=1.0, offset=offset)
+
+
+def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+    """softmax(q k^T / sqrt(K)) v, causal, with the last query at the last key (T <= S)."""
+    scale = q_BHTK.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask="causal")
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return x * mx.sigmoid(x)
+
+
+def logsumexp(x_BTV: mx.array) -> mx.array:
+    """log(sum(exp(x))) over the last axis."""
+    return mx.logsumexp(x_BTV, axis=-1)

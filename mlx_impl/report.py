@@ -1,0 +1,94 @@
+"""What a person sees of a run: progress, tables, the loss curve. Plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .answers import Answer, share_right
+from .train import StepRecord
+
+PLAIN_EVERY = 10  # steps between lines where there is no bar
+
+
+def describe(record: StepRecord) -> str:
+    return (
+        f"loss {record.loss_nats:.3f}  {record.num_tokens / record.seconds:5.0f} tokens/s  "
+        f"{record.peak_bytes / 2**30:.2f} GiB"
+    )
+
+
+def with_progress(
+    records: Iterable[StepRecord], num_steps: int, console: Console
+) -> Iterator[StepRecord]:
+    """The same records, shown as they pass: a bar on a terminal, else a line every few steps."""
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("the first step takes longest", total=num_steps)
+        for record in records:
+            progress.update(task, advance=1, description=describe(record))
+            if not console.is_terminal and record.step % PLAIN_EVERY in (0, 1):
+                left = (num_steps - record.step) * record.seconds
+                console.print(f"step {record.step}/{num_steps}  {describe(record)}  {left:.0f} s left")
+            yield record
+
+
+def answers_table(before: dict[str, list[Answer]], after: dict[str, list[Answer]]) -> Table:
+    table = Table("questions", "right before", "right after", title="answers", title_justify="left")
+    for group in before:
+        count = len(before[group])
+        table.add_row(
+            f"{group} ({count})",
+            f"{share_right(before[group]):.0%}",
+            f"{share_right(after[group]):.0%}",
+        )
+    return table
+
+
+def examples_table(
+    name: str, before: Sequence[Answer], after: Sequence[Answer], count: int
+) -> Table:
+    """A few questions, spread over the group, with both answers in full."""
+    table = Table(f"{name}: question", "answer before", "answer after")
+    stride = max(1, len(before) // count)
+    for old, new in list(zip(before, after, strict=True))[::stride][:count]:
+        table.add_row(*map(escape, (old.question, in_full(old), in_full(new))))
+    return table
+
+
+def in_full(answer: Answer) -> str:
+    return f"{'right' if answer.is_right else 'wrong'}: {answer.text}"
+
+
+def save_loss_curve(
+    records: Sequence[StepRecord], validation: Sequence[tuple[int, float]], path: Path
+) -> None:
+    """Training loss of every step and validation loss where it was measured, as a PNG."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([r.step for r in records], [r.loss_nats for r in records], label="training (batch)")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", label="validation")
+    axes.set_xlabel("step (optimizer updates)")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=120)
+    os.replace(part, path)

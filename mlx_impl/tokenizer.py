@@ -1,0 +1,154 @@
+"""Text to token numbers and back, and conversations through the model's own chat template.
+
+Sources: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019) and its template conventions (jinja2 in
+a sandbox, `add_generation_prompt`); llama.cpp's names of the GGUF metadata keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from .data import Conversation, Example, Message
+
+GGUF_CONTROL_TOKEN = 3  # llama.cpp's token type of a token that is no text
+
+
+def refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class ChatTokenizer:
+    """A tokenizer, a chat template and the token that ends a turn."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, eos_token: str, bos_token: str) -> None:
+        eos_id = tokenizer.token_to_id(eos_token)
+        if eos_id is None:
+            raise ValueError(f"the end-of-turn token {eos_token!r} must be in the vocabulary")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self.template = environment.from_string(template)
+        self.special_texts = {"eos_token": eos_token, "bos_token": bos_token}
+        self.tokenizer, self.eos_id = tokenizer, eos_id
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text that the model reads; ValueError when the template refuses the messages."""
+        try:
+            return self.template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                raise_exception=refuse,
+                **self.special_texts,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from None
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens after which the model is to answer."""
+        return self.encode(self.render(messages, add_generation_prompt=True))
+
+    def encode_conversation(self, conversation: Conversation, mask_prompt: bool) -> Example:
+        """The tokens up to the one that ends the last reply; the targets are that reply, or everything.
+
+        Prompt and reply are tokenized apart, as they are when the model generates.
+        """
+        *question, _ = messages = conversation.messages
+        prompt = self.render(question, add_generation_prompt=True)
+        whole = self.render(messages, add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                f"{conversation.where}: the chat template must render the conversation as the prompt "
+                f"followed by the reply"
+            )
+        prompt_tokens, reply_tokens = self.encode(prompt), self.encode(whole[len(prompt) :])
+        if self.eos_id not in reply_tokens:
+            raise ValueError(
+                f"{conversation.where}: the chat template must end a reply with "
+                f"{self.special_texts['eos_token']!r}"
+            )
+        end = len(reply_tokens) - reply_tokens[::-1].index(self.eos_id)
+        marks = [not mask_prompt] * len(prompt_tokens) + [True] * end
+        return Example(tuple(prompt_tokens + reply_tokens[:end]), tuple(marks))
+
+
+def tokenizer_from_gguf(metadata: dict[str, Any]) -> ChatTokenizer:
+    """Byte-level BPE from the tokens and merges in a GGUF file's metadata."""
+    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"the tokenizer of a GGUF file must be gpt2 with pre smollm, got {kind}")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    control = [t for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    return ChatTokenizer(
+        tokenizer,
+        template=metadata["tokenizer.chat_template"],
+        eos_token=tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        bos_token=tokens[metadata["tokenizer.ggml.bos_token_id"]],
+    )
+
+
+def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
+    """`tokenizer.json` and `tokenizer_config.json` (or `chat_template.jinja`) of a Hugging Face folder."""
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{folder / 'tokenizer.json'}: not a readable tokenizer: {error}") from None
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable JSON file: {error}") from None
+    separate = folder / "chat_template.jinja"
+    template = separate.read_text("utf-8") if separate.is_file() else config.get("chat_template")
+    if not isinstance(template, str):
+        raise ValueError(f'{path}: must hold a "chat_template", or {separate.name} stand beside it')
+    return ChatTokenizer(
+        tokenizer, template, token_text(config.get("eos_token")), token_text(config.get("bos_token"))
+    )
+
+
+def token_text(value: Any) -> str:
+    """A special token as `tokenizer_config.json` has it: a text, an object with "content", or null."""
+    return str(value["content"] if isinstance(value, dict) else value or "")
+
+
+def encode_all(
+    tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
+    mask_prompt: bool,
+    max_tokens: int,
+) -> list[Example]:
+    """Every conversation as an example of at most `max_tokens`; ValueError names one left without a target."""
+    examples = []
+    for conversation in conversations:
+        whole = tokenizer.encode_conversation(conversation, mask_prompt)
+        cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
+        if not any(cut.is_target[1:]):
+            raise ValueError(
+                f"{conversation.where}: no target is left within the maximum of {max_tokens} tokens; "
+                f"the example has {len(whole.tokens)}"
+            )
+        examples.append(cut)
+    return examples

@@ -1,0 +1,129 @@
+"""The Llama decoder: embedding, blocks of attention and gated feed-forward, norm, head.
+
+Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
+[3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA".
+Differs from mlx_impl/model.py: `forward` for `__call__`, torch's own attention and norm, no key/value cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from mlx_impl.config import ModelConfig
+
+
+def rope(x_BHTK: Tensor, theta: float) -> Tensor:
+    """Turn the pair (x[k], x[k + K/2]) at time t by the angle t * theta**(-2k/K)."""
+    T, K = x_BHTK.shape[-2:]
+    k = torch.arange(0, K, 2, dtype=x_BHTK.dtype) / K
+    angle_TK = torch.outer(torch.arange(T, dtype=x_BHTK.dtype), theta**-k)
+    cos, sin = angle_TK.cos(), angle_TK.sin()
+    left, right = x_BHTK.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v over the past; each key/value head serves H / G query heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, K = config.hidden_size, config.head_dim
+        H, G = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(D, H * K, bias=False)
+        self.k_proj = nn.Linear(D, G * K, bias=False)
+        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.head_dim, self.theta = K, config.rope_theta
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        k_BGTK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        v_BGTK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        q_BHTK, k_BGTK = rope(q_BHTK, self.theta), rope(k_BGTK, self.theta)
+        mix_BHTK = scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True
+        )
+        return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + ffn(norm x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD))
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Token numbers to the last hidden state."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.embed_tokens(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return self.norm(x_BTD)
+
+
+class CausalLM(nn.Module):
+    """Token numbers to next-token logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = self.model(tokens_BT)
+        if self.config.tie_word_embeddings:
+            return x_BTD @ self.model.embed_tokens.weight.T
+        return self.lm_head(x_BTD)
+
+
+def load_arrays(module: nn.Module, arrays: dict[str, np.ndarray]) -> None:
+    """Copy NumPy arrays into the parameters of the same names; a missing or unknown name raises."""
+    module.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})

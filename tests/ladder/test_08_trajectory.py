@@ -1,0 +1,45 @@
+"""Rung 8, trajectory: ten optimizer steps, and after them every factor equals PyTorch's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mlx_impl.config import TrainConfig
+from tests.derived import assert_within_rounding
+from tests.ladder.conftest import Case
+
+NUM_STEPS = 10
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        TrainConfig(iters=NUM_STEPS, learning_rate=0.01, weight_decay=0.1),
+        TrainConfig(iters=NUM_STEPS, learning_rate=0.05, weight_decay=0.1, optimizer="sgd"),
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_ten_steps_equal_the_reference(case: Case, training: TrainConfig) -> None:
+    """Losses and factors, against torch.optim with its defaults."""
+    runs = []
+    for trainer in (case.ours(), case.reference(torch.float32), case.reference()):
+        losses = trainer.train([case.batch] * NUM_STEPS, training)
+        runs.append({"losses": np.array(losses), **trainer.factors()})
+    assert_within_rounding("rung 8, trajectory", *runs, longest_sum=case.longest_sum)
+    assert runs[0]["losses"][-1] < runs[0]["losses"][0]
+
+
+def test_a_compiled_step_equals_an_eager_one(case: Case) -> None:
+    """Every state that a step changes is captured: ten compiled steps move as ten eager ones do."""
+    training = TrainConfig(iters=NUM_STEPS, learning_rate=0.01)
+    runs = []
+    for compiled in (True, False):
+        trainer = case.ours()
+        losses = trainer.train([case.batch] * NUM_STEPS, training, compiled=compiled)
+        runs.append({"losses": np.array(losses), **trainer.factors()})
+    reference = case.reference()
+    losses64 = reference.train([case.batch] * NUM_STEPS, training)
+    ref64 = {"losses": np.array(losses64), **reference.factors()}
+    assert_within_rounding("rung 8, compiled", *runs, ref64, longest_sum=case.longest_sum)
