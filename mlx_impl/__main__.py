@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
         print(blas.sentence, file=sys.stderr if args.json else sys.stdout, flush=True)
     from . import commands
 
-    {"train": commands.train, "evaluate": commands.evaluate, "generate": commands.generate}[
-        args.command
-    ](args)
+    {"train": commands.train, "evaluate": commands.evaluate, "generate": commands.generate}[args.command](
+        args
+    )
 
 
 def fail(message: str) -> int:

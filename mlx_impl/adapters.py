@@ -75,7 +75,7 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
     names = select_linears(model, config)
     tensors = load_safetensors(path)
     linears = dict(model.named_modules())
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for name in names:
         num_out, num_in = linears[name].weight.shape
         expected[peft_key(f"{name}.lora_a")] = (config.rank, num_in)
@@ -109,9 +109,7 @@ def read_adapter_config(path: Path, num_blocks: int) -> LoRAConfig:
         raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}")
     layers = raw.get("layers_to_transform")
     if layers is not None and layers != list(range(num_blocks))[-len(layers) :]:
-        raise ValueError(
-            f"{path}: layers_to_transform must be the last of {num_blocks} layers, got {layers}"
-        )
+        raise ValueError(f"{path}: layers_to_transform must be the last of {num_blocks} layers, got {layers}")
     try:
         return LoRAConfig(
             rank=raw["r"],

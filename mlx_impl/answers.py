@@ -32,9 +32,7 @@ def fold(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in kept).split())
 
 
-def ask(
-    model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]
-) -> list[Answer]:
+def ask(model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[Answer]:
     """The model's greedy answers to all conversations that say what a right answer contains."""
     judged = [c for c in conversations if c.answer is not None]
     prompts = [tokenizer.encode_prompt(c.messages[:-1]) for c in judged]

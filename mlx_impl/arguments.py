@@ -138,9 +138,7 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="start from this adapter; rank, alpha, targets and layers come with it",
     )
-    group.add_argument(
-        "--rank", type=int, metavar="R", help=f"of the update (default: {LORA_DEFAULTS.rank})"
-    )
+    group.add_argument("--rank", type=int, metavar="R", help=f"of the update (default: {LORA_DEFAULTS.rank})")
     group.add_argument(
         "--alpha",
         type=float,
@@ -195,9 +193,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("generation")
     group.add_argument("--adapter-path", type=Path, metavar="DIR", help="(default: no adapter)")
     group.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
-    group.add_argument(
-        "--max-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)"
-    )
+    group.add_argument("--max-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
     group.add_argument(
         "--temperature",
         type=float,
@@ -205,7 +201,5 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         metavar="X",
         help="0 takes the most likely token, 1 draws from the model (default: %(default)s)",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)"
-    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
     group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")

@@ -35,9 +35,7 @@ class BlasChoice:
     sentence: str  # one line for a person
 
 
-_loaded: BlasChoice | None = (
-    None  # a library in the global scope stays there until the process ends
-)
+_loaded: BlasChoice | None = None  # what is in the global scope stays there to the end
 
 
 def load_optimized_blas(choice: str | None = None) -> BlasChoice:

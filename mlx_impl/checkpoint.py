@@ -74,9 +74,7 @@ def default_model_path() -> Path:
     with open(folder / DEFAULT_FILE, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != DEFAULT_SHA256:
-        raise ValueError(
-            f"{folder / DEFAULT_FILE}: its sha256 must be {DEFAULT_SHA256}, got {found}"
-        )
+        raise ValueError(f"{folder / DEFAULT_FILE}: its sha256 must be {DEFAULT_SHA256}, got {found}")
     return folder / DEFAULT_FILE
 
 
@@ -91,9 +89,7 @@ def build_model(config: ModelConfig, weights: dict[str, mx.array], path: Path) -
     return model
 
 
-def require_shapes(
-    tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path
-) -> None:
+def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:
     """ValueError that names the first tensor that is missing, has no place, or has another shape."""
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -102,8 +98,7 @@ def require_shapes(
             raise ValueError(f"{path}: the tensor {name} has no place in this model")
         if tensors[name].shape != expected[name]:
             raise ValueError(
-                f"{path}: the tensor {name} must have the shape {expected[name]}, "
-                f"got {tensors[name].shape}"
+                f"{path}: the tensor {name} must have the shape {expected[name]}, got {tensors[name].shape}"
             )
 
 
@@ -163,6 +158,4 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
 
 def to_numpy(model: CausalLM) -> dict[str, np.ndarray]:
     """Every parameter by name, in float32: what the reference is given."""
-    return {
-        name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(model.parameters())
-    }
+    return {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(model.parameters())}

@@ -83,9 +83,7 @@ def generate(args: argparse.Namespace) -> None:
     prompt_tokens = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
     mx.random.seed(args.seed)
     tokens = list(
-        generate_tokens(
-            loaded.model, prompt_tokens, args.max_tokens, tokenizer.eos_id, args.temperature
-        )
+        generate_tokens(loaded.model, prompt_tokens, args.max_tokens, tokenizer.eos_id, args.temperature)
     )
     result = {
         "prompt": args.prompt,

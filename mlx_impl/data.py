@@ -48,7 +48,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     if not path.is_file():
         raise ValueError(f"{path}: no such data file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 ends no line
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be UTF-8 text: {error.reason}") from None
     rows = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -66,9 +66,7 @@ def parse_conversation(line: str, where: str) -> Conversation:
         raise ValueError(f'{where}: a line must be an object with the key "messages"')
     messages = row["messages"]
     if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise ValueError(
-            f'{where}: "messages" must be a list of objects with the texts "role" and "content"'
-        )
+        raise ValueError(f'{where}: "messages" must be a list of objects with the texts "role" and "content"')
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
             f'{where}: "messages" must end with the reply of role "assistant" to an earlier message'
@@ -80,9 +78,7 @@ def parse_conversation(line: str, where: str) -> Conversation:
 
 
 def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:

@@ -140,9 +140,7 @@ def read_data(job: Job) -> Data:
     )
 
 
-def print_summary(
-    job: Job, data: Data, loaded: LoadedModel, trainer: LoRATrainer, console: Console
-) -> None:
+def print_summary(job: Job, data: Data, loaded: LoadedModel, trainer: LoRATrainer, console: Console) -> None:
     trained, total = count_parameters(loaded.model)
     console.print(f"model:     {loaded.name}, {total - trained:,} parameters, frozen")
     console.print(
@@ -205,22 +203,16 @@ def interrupt_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def ask_all(
-    loaded: LoadedModel, data: Data, console: Console, when: str
-) -> dict[str, list[Answer]]:
+def ask_all(loaded: LoadedModel, data: Data, console: Console, when: str) -> dict[str, list[Answer]]:
     num_questions = sum(map(len, data.questions.values()))
     if num_questions:
         console.print(f"asking {num_questions} questions {when} training")
     together = [c for questions in data.questions.values() for c in questions]
     answers = iter(ask(loaded.model, loaded.tokenizer, together))
-    return {
-        name: [next(answers) for _ in questions] for name, questions in data.questions.items()
-    }
+    return {name: [next(answers) for _ in questions] for name, questions in data.questions.items()}
 
 
-def print_answers(
-    before: dict[str, list[Answer]], after: dict[str, list[Answer]], console: Console
-) -> None:
+def print_answers(before: dict[str, list[Answer]], after: dict[str, list[Answer]], console: Console) -> None:
     if not before:
         return
     console.print(answers_table(before, after))

@@ -1,18 +1,20 @@
 """Decoding with a key/value cache, greedy or sampled.
 
-Prompts of one length go through the model together; nothing is padded, so a batch needs no mask and a row's
-answer does not depend on its company. Differs from reference/generate.py: the cache, batches, sampling.
+Prompts of one length go through the model together; nothing is padded, so a batch needs no mask. What all
+prompts begin with, such as the system prompt, is read once. Differs from reference/generate.py: the cache,
+batches, sampling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import mlx.core as mx
 
 from .model import CausalLM, KeyValueCache
 
-MAX_ROWS = 32  # prompts decoded together
+MAX_ROWS = 64  # prompts decoded together
 
 
 def next_tokens(logits_BV: mx.array, temperature: float) -> mx.array:
@@ -23,18 +25,38 @@ def next_tokens(logits_BV: mx.array, temperature: float) -> mx.array:
 
 
 def decode(
-    model: CausalLM, prompts_BT: mx.array, temperature: float = 0.0
-) -> Iterator[tuple[mx.array, mx.array]]:
-    """Endlessly the next token of every row, and the logits (B, V) that it was chosen by."""
+    model: CausalLM,
+    prompts_BT: mx.array,
+    temperature: float = 0.0,
+    prefix: Sequence[KeyValueCache] | None = None,
+) -> Iterator[mx.array]:
+    """Endlessly the next token of every row; `prefix` is what `read_prefix` kept of the text before."""
     model.eval()
-    caches = [KeyValueCache() for _ in model.model.layers]
+    caches = [copy(cache) for cache in prefix] if prefix else empty_caches(model)
     tokens_BT = prompts_BT
     while True:
-        logits_BV = model(tokens_BT, caches)[:, -1]
-        tokens_B = next_tokens(logits_BV, temperature)
-        mx.eval(tokens_B, logits_BV)
-        yield tokens_B, logits_BV
+        x_BTD = model.model(tokens_BT, caches)
+        tokens_B = next_tokens(model.head(x_BTD[:, -1:])[:, 0], temperature)
+        mx.eval(tokens_B)
+        yield tokens_B
         tokens_BT = tokens_B[:, None]
+
+
+def empty_caches(model: CausalLM) -> list[KeyValueCache]:
+    return [KeyValueCache() for _ in model.model.layers]
+
+
+def read_prefix(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tuple[int, list[KeyValueCache]]:
+    """How many tokens all prompts begin with (at least one is left of each), and their keys and values."""
+    shortest = min(len(prompt) for prompt in prompts)
+    columns = zip(*(prompt[: shortest - 1] for prompt in prompts), strict=True)
+    same = [len(set(column)) == 1 for column in columns]
+    num_shared = (*same, False).index(False)
+    caches = empty_caches(model)
+    if num_shared:
+        model.eval()
+        mx.eval(model.model(mx.array([list(prompts[0][:num_shared])]), caches))
+    return num_shared, caches
 
 
 def generate(
@@ -48,7 +70,7 @@ def generate(
     if not prompt:
         raise ValueError("the prompt must have at least one token, got none")
     steps = decode(model, mx.array([list(prompt)]), temperature)
-    for _, (tokens_B, _) in zip(range(max_tokens), steps, strict=False):
+    for _, tokens_B in zip(range(max_tokens), steps, strict=False):
         token = int(tokens_B.item())
         if token == eos_id:
             return
@@ -60,10 +82,12 @@ def generate_all(
 ) -> list[list[int]]:
     """The greedy answer to every prompt, in the order of the prompts."""
     answers: list[list[int]] = [[] for _ in prompts]
+    num_shared, prefix = read_prefix(model, prompts) if prompts else (0, [])
     for rows in equal_length_groups(prompts):
         finished: set[int] = set()
-        steps = decode(model, mx.array([list(prompts[row]) for row in rows]))
-        for _, (tokens_B, _) in zip(range(max_tokens), steps, strict=False):
+        own_parts = mx.array([list(prompts[row][num_shared:]) for row in rows])
+        steps = decode(model, own_parts, prefix=prefix)
+        for _, tokens_B in zip(range(max_tokens), steps, strict=False):
             for row, token in zip(rows, tokens_B.tolist(), strict=True):
                 if token == eos_id:
                     finished.add(row)

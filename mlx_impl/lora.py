@@ -42,9 +42,7 @@ def select_linears(model: CausalLM, config: LoRAConfig) -> list[str]:
     """
     num_blocks = len(model.model.layers)
     if config.num_layers > num_blocks:
-        raise ValueError(
-            f"num_layers must be at most the model's {num_blocks}, got {config.num_layers}"
-        )
+        raise ValueError(f"num_layers must be at most the model's {num_blocks}, got {config.num_layers}")
     first = 0 if config.num_layers == -1 else num_blocks - config.num_layers
     blocks = tuple(f"model.layers.{number}." for number in range(first, num_blocks))
     linears = [
@@ -57,8 +55,7 @@ def select_linears(model: CausalLM, config: LoRAConfig) -> list[str]:
     if unmatched or not chosen:
         present = sorted({name.rpartition(".")[2] for name in linears})
         raise ValueError(
-            f"target modules must be among {', '.join(present)}, "
-            f"got {', '.join(unmatched) or 'none'}"
+            f"target modules must be among {', '.join(present)}, got {', '.join(unmatched) or 'none'}"
         )
     return sorted({name for names in chosen.values() for name in names})
 

@@ -26,9 +26,11 @@ class KeyValueCache:
         return 0 if self.k_BGSK is None else int(self.k_BGSK.shape[2])
 
     def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
+        """All keys and values with the new ones; a row seen alone is shared by every new row."""
         if self.k_BGSK is not None and self.v_BGSK is not None:
-            k_BGTK = mx.concatenate([self.k_BGSK, k_BGTK], axis=2)
-            v_BGTK = mx.concatenate([self.v_BGSK, v_BGTK], axis=2)
+            seen = (k_BGTK.shape[0], *self.k_BGSK.shape[1:])
+            k_BGTK = mx.concatenate([mx.broadcast_to(self.k_BGSK, seen), k_BGTK], axis=2)
+            v_BGTK = mx.concatenate([mx.broadcast_to(self.v_BGSK, seen), v_BGTK], axis=2)
         self.k_BGSK, self.v_BGSK = k_BGTK, v_BGTK
         return k_BGTK, v_BGTK
 
@@ -126,8 +128,10 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def __call__(self, tokens_BT: mx.array, caches: list[KeyValueCache] | None = None) -> mx.array:
-        x_BTD = self.model(tokens_BT, caches)
+    def __call__(self, tokens_BT: mx.array) -> mx.array:
+        return self.head(self.model(tokens_BT))
+
+    def head(self, x_BTD: mx.array) -> mx.array:
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(x_BTD)
         return self.lm_head(x_BTD)

@@ -24,9 +24,7 @@ def describe(record: StepRecord) -> str:
     )
 
 
-def with_progress(
-    records: Iterable[StepRecord], num_steps: int, console: Console
-) -> Iterator[StepRecord]:
+def with_progress(records: Iterable[StepRecord], num_steps: int, console: Console) -> Iterator[StepRecord]:
     """The same records, shown as they pass: a bar on a terminal, else a line every few steps."""
     columns = (
         TextColumn("step"),
@@ -57,9 +55,7 @@ def answers_table(before: dict[str, list[Answer]], after: dict[str, list[Answer]
     return table
 
 
-def examples_table(
-    name: str, before: Sequence[Answer], after: Sequence[Answer], count: int
-) -> Table:
+def examples_table(name: str, before: Sequence[Answer], after: Sequence[Answer], count: int) -> Table:
     """A few questions, spread over the group, with both answers in full."""
     table = Table(f"{name}: question", "answer before", "answer after")
     stride = max(1, len(before) // count)

@@ -1,8 +1,8 @@
 """The trainer as a program calls it: a model and three records in, step records out, the adapter in the model.
 
-    trainer = LoRATrainer(model, LoRAConfig(rank=8), TrainConfig(iters=60))
-    for record in trainer.fit(examples):
-        print(record.step, record.loss_nats)
+trainer = LoRATrainer(model, LoRAConfig(rank=8), TrainConfig(iters=60))
+for record in trainer.fit(examples):
+    print(record.step, record.loss_nats)
 """
 
 from __future__ import annotations

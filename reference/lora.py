@@ -7,7 +7,6 @@ Differs from mlx_impl/lora.py: nothing but the framework.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mlx_impl.config import LoRAConfig
@@ -20,10 +19,9 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
         super().__init__()
         bound = linear.in_features**-0.5
-        options = {"dtype": linear.weight.dtype}
         self.linear = linear
-        self.lora_a = nn.Parameter(torch.empty(linear.in_features, config.rank, **options))
-        self.lora_b = nn.Parameter(torch.zeros(config.rank, linear.out_features, **options))
+        self.lora_a = nn.Parameter(linear.weight.new_empty(linear.in_features, config.rank))
+        self.lora_b = nn.Parameter(linear.weight.new_zeros(config.rank, linear.out_features))
         self.dropout = nn.Dropout(config.dropout)
         self.scale = config.scale
         nn.init.uniform_(self.lora_a, -bound, bound)

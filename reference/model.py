@@ -56,9 +56,7 @@ class Attention(nn.Module):
         k_BGTK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         v_BGTK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         q_BHTK, k_BGTK = rope(q_BHTK, self.theta), rope(k_BGTK, self.theta)
-        mix_BHTK = scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True
-        )
+        mix_BHTK = scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
         return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -118,7 +116,9 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.model(tokens_BT)
+        return self.head(self.model(tokens_BT))
+
+    def head(self, x_BTD: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
             return x_BTD @ self.model.embed_tokens.weight.T
         return self.lm_head(x_BTD)

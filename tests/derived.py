@@ -32,9 +32,7 @@ class Verdict:
         return self.error / self.tolerance if self.tolerance else float(self.error > 0)
 
 
-def compare(
-    name: str, ours: np.ndarray, ref32: np.ndarray, ref64: np.ndarray, longest_sum: int
-) -> Verdict:
+def compare(name: str, ours: np.ndarray, ref32: np.ndarray, ref64: np.ndarray, longest_sum: int) -> Verdict:
     if ours.shape != ref64.shape:
         return Verdict(name, np.inf, 0.0, f"{name}: shape {ours.shape}, expected {ref64.shape}")
     noise = float(np.linalg.norm(ref32 - ref64))

@@ -23,9 +23,7 @@ def test_a_hand_worked_example() -> None:
     so the sum is ln 48 over 3 targets. The logits carry a constant each, which must not matter.
     """
     third = [1 / 3, 1 / 3, 1 / 3]
-    p_BTV = np.array(
-        [[[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], third], [third, third, third]]
-    )
+    p_BTV = np.array([[[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], third], [third, third, third]])
     shift_BT1 = np.array([[[5.0], [-3.0], [0.0]], [[100.0], [7.0], [0.0]]])
     logits_BTV = mx.array((np.log(p_BTV) + shift_BT1).astype(np.float32))
     targets_BT = mx.array([[0, 2, 1], [1, 0, 2]])
@@ -41,10 +39,8 @@ def test_the_loss_equals_the_reference(case: Case) -> None:
     nats32, _ = case.reference(torch.float32).loss(case.batch)
     nats64, num_targets64 = case.reference().loss(case.batch)
     assert num_targets == num_targets64 == sum(TOKEN_COUNTS) - sum(PROMPT_COUNTS)
-    as_tensor = lambda value: {"loss": np.array([value])}  # noqa: E731
-    assert_within_rounding(
-        "rung 4, loss", as_tensor(nats), as_tensor(nats32), as_tensor(nats64), case.longest_sum
-    )
+    ours, ref32, ref64 = ({"loss": np.array([value])} for value in (nats, nats32, nats64))
+    assert_within_rounding("rung 4, loss", ours, ref32, ref64, case.longest_sum)
 
 
 def test_the_tokens_used_as_padding_do_not_matter(case: Case) -> None:

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_impl.config import TrainConfig
 from mlx_impl.lora import count_parameters, lora_parameters
@@ -41,8 +42,6 @@ def test_only_lora_factors_have_gradients_and_optimizer_state(case: Case) -> Non
     trainer = case.ours()
     optimizer = make_optimizer(TRAINING)
     optimizer.init(trainer.model.trainable_parameters())
-    from mlx.utils import tree_flatten
-
     state = {name.rpartition(".")[0] for name, _ in tree_flatten(optimizer.state)} - {""}
     assert state == set(trainer.gradients(case.batch)) == set(case.factors)
 

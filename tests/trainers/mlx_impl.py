@@ -46,9 +46,7 @@ class MlxTrainer:
         _, gradients = nn.value_and_grad(self.model, batch_loss)(self.model, to_arrays(batch))
         return {name: np.array(value) for name, value in tree_flatten(gradients)}
 
-    def train(
-        self, batches: list[Batch], training: TrainConfig, compiled: bool = False
-    ) -> list[float]:
+    def train(self, batches: list[Batch], training: TrainConfig, compiled: bool = False) -> list[float]:
         records = train(self.model, make_optimizer(training), batches, compiled)
         return [record.loss_nats for record in records]
 

@@ -44,7 +44,7 @@ class ReferenceTrainer:
         self.model.eval()
         with torch.no_grad():
             logits_BTV = self.model(torch.tensor(tokens_BT, dtype=torch.long))
-        return np.array(logits_BTV)
+        return logits_BTV.numpy()
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         with torch.no_grad():

@@ -1,0 +1,149 @@
+"""Adapter files: PEFT's names, shapes and keys; what is written is read back; what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_impl.adapters import load_adapter, save_adapter
+from mlx_impl.checkpoint import load_model
+from mlx_impl.config import LoRAConfig
+from mlx_impl.lora import add_lora, lora_parameters, select_linears
+from mlx_impl.model import CausalLM
+from tests.tiny_folder import write_folder
+
+TOKENS = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model")
+
+
+def adapted(base: Path, config: LoRAConfig) -> CausalLM:
+    """The tiny model with an adapter whose B is not zero."""
+    model = load_model(base).model
+    add_lora(model, select_linears(model, config), config)
+    rng = np.random.default_rng(0)
+    model.load_weights(
+        [(n, mx.array(rng.standard_normal(a.shape).astype("f"))) for n, a in lora_parameters(model).items()],
+        strict=False,
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(rank=3, alpha=5.0, dropout=0.1),
+        LoRAConfig(rank=2, alpha=7.0, target_modules=("v_proj", "down_proj"), num_layers=1),
+    ],
+    ids=["all", "two targets in the last layer"],
+)
+def test_a_saved_adapter_loads_bit_for_bit(base: Path, tmp_path: Path, config: LoRAConfig) -> None:
+    """The same factors, the same logits, the same configuration."""
+    model = adapted(base, config)
+    save_adapter(model, config, tmp_path, "tiny")
+    again = load_model(base).model
+    loaded = load_adapter(again, tmp_path)
+    assert {**vars(loaded), "target_modules": set(loaded.target_modules)} == {
+        **vars(config),
+        "target_modules": set(config.target_modules),
+    }
+    model.eval()
+    again.eval()
+    np.testing.assert_array_equal(again(TOKENS), model(TOKENS))
+
+
+def test_the_files_are_pefts(base: Path, tmp_path: Path) -> None:
+    """Keys `base_model.model.<module>.lora_A.weight`, A (rank, in), B (out, rank), the scale only as numbers."""
+    config = LoRAConfig(rank=3, alpha=5.0, target_modules=("k_proj",), num_layers=1)
+    model = adapted(base, config)
+    save_adapter(model, config, tmp_path, "tiny")
+    tensors, metadata = mx.load(str(tmp_path / "adapter_model.safetensors"), return_metadata=True)
+    stem = "base_model.model.model.layers.1.self_attn.k_proj"
+    assert {name: array.shape for name, array in tensors.items()} == {
+        f"{stem}.lora_A.weight": (3, 32),
+        f"{stem}.lora_B.weight": (16, 3),
+    }
+    ours = lora_parameters(model)["model.layers.1.self_attn.k_proj.lora_b"]
+    np.testing.assert_array_equal(np.array(tensors[f"{stem}.lora_B.weight"]).T, np.array(ours))
+    assert metadata == {"format": "pt"}
+    record = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny",
+        "r": 3,
+        "lora_alpha": 5.0,
+        "target_modules": ["k_proj"],
+        "layers_to_transform": [1],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    assert {key: record[key] for key in expected} == expected
+
+
+def test_saving_leaves_no_other_file(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), folder, "tiny")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def rewrite(folder: Path, change: dict[str, mx.array | None]) -> None:
+    path = str(folder / "adapter_model.safetensors")
+    tensors = dict(mx.load(path))
+    mx.eval(tensors)
+    tensors = {n: a for n, a in {**tensors, **change}.items() if a is not None}
+    mx.save_safetensors(path, tensors)
+
+
+A_KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({A_KEY: None}, "up_proj.lora_A.weight is missing"),
+        ({"base_model.model.x.lora_A.weight": mx.zeros((8, 32))}, "x.lora_A.weight has no place"),
+        ({A_KEY: mx.zeros((32, 8))}, r"must have the shape \(8, 32\), got \(32, 8\)"),
+    ],
+    ids=["missing", "misnamed", "transposed"],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    base: Path, tmp_path: Path, change: dict[str, mx.array | None], message: str
+) -> None:
+    """PEFT would warn, and the adapter would do nothing."""
+    save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(load_model(base).model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "must be an object with the peft_type LORA"),
+        ({"use_dora": True}, "use_dora must be False, got True"),
+        ({"use_rslora": True}, "use_rslora must be False"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern must be {}"),
+        ({"target_modules": "all-linear"}, "target_modules must be a list of names"),
+        ({"target_modules": ["w1"]}, "target modules must be among .*q_proj.*, got w1"),
+        ({"layers_to_transform": [0]}, r"must be the last of 2 layers, got \[0\]"),
+        ({"r": "8"}, "r and lora_alpha must be numbers"),
+    ],
+)
+def test_a_configuration_that_is_not_computed_here_is_an_error(
+    base: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(load_model(base).model, tmp_path)

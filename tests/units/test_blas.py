@@ -1,0 +1,319 @@
+"""`mlx_impl.blas`: which BLAS MLX's CPU matmuls run on, proved by the dynamic linker's own log."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+
+from mlx_impl import blas
+
+NAMES = ("MKL", "OpenBLAS", "PyTorch's")
+ROOT = Path(blas.__file__).parents[1]
+
+
+def run_python(code: str, **environment: str) -> Any:
+    """Run `code` in a fresh process, and return the JSON that it printed last."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_IMPL_", "LD_DEBUG"))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**clean, **environment})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+MULTIPLY = """
+import json, sys
+from mlx_impl.blas import load_optimized_blas
+first, second = load_optimized_blas(), load_optimized_blas()
+import mlx.core as mx
+import numpy as np
+a, b = (np.random.default_rng(0).normal(size=s).astype(np.float32) for s in ((70, 90), (90, 50)))
+exact = a.astype(np.float64) @ b
+scale = np.abs(a).astype(np.float64) @ np.abs(b)
+def error(product): return float((np.abs(np.asarray(product) - exact) / scale).max())
+with mx.stream(mx.cpu):
+    errors = {"mlx": error(mx.array(a) @ mx.array(b))}
+if TORCH:
+    import torch
+    errors["torch"] = error(torch.from_numpy(a) @ torch.from_numpy(b))
+    with mx.stream(mx.cpu):
+        errors["mlx, after torch"] = error(mx.array(a) @ mx.array(b))
+print(json.dumps({"path": first.path, "same": first is second, "errors": errors}))
+"""
+BOUND = 90 * 2.0**-24  # |fl(AB) - AB| <= k u |A||B| (Higham, Accuracy and Stability, 3.13)
+
+
+@pytest.fixture(scope="module")
+def installed() -> dict[str, str]:
+    """The optimized BLAS libraries of this machine, looked up in a process of their own."""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("the proof is glibc's LD_DEBUG=bindings")
+    try:
+        importlib.metadata.version("mlx-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("this MLX is not the CPU wheel, which brings netlib's BLAS")
+    return dict(
+        run_python(
+            "import ctypes, json\n"
+            "from mlx_impl import blas\n"
+            "found = {}\n"
+            "for name, path in blas._candidates():\n"
+            "    try:\n"
+            "        ctypes.CDLL(path).sgemm_\n"
+            "        found.setdefault(name, path)\n"
+            "    except (OSError, AttributeError):\n"
+            "        pass\n"
+            "print(json.dumps(found))"
+        )
+    )
+
+
+@pytest.fixture(params=NAMES)
+def path(request: pytest.FixtureRequest, installed: dict[str, str]) -> str:
+    if request.param not in installed:
+        pytest.skip(f"{request.param} BLAS is not installed here")
+    return installed[request.param]
+
+
+def file_that_multiplies(choice: str, tmp_path: Path) -> Path:
+    """The file of libmlx's `cblas_sgemm`; where that is netlib's wrapper, of its `sgemm_`."""
+    code = MULTIPLY.replace("TORCH", "False")
+    run_python(code, MLX_IMPL_BLAS=choice, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(tmp_path / "log"))
+    pattern = re.compile(r"binding file (\S+) \[0\] to (\S+) \[0\]: .* symbol `(cblas_sgemm|sgemm_)'")
+    bound: dict[tuple[str, str], Path] = {}
+    for log in tmp_path.glob("log.*"):
+        with log.open(errors="replace") as lines:
+            for found in filter(None, (pattern.search(line) for line in lines if "gemm" in line)):
+                bound[Path(found[1]).name, found[3]] = Path(found[2])
+    file = bound["libmlx.so", "cblas_sgemm"]
+    return bound[file.name, "sgemm_"] if file.parent.name == "mlx_cpu.libs" else file
+
+
+def family(path: str | Path) -> str:
+    """`libmkl` of `libmkl_rt.so.3`, which loads `libmkl_intel_lp64.so.3` to do the work."""
+    return re.split(r"[_.]", Path(path).name)[0].removesuffix("p")  # Fedora's libopenblasp
+
+
+def test_the_chosen_library_runs_mlx_s_matmul(path: str, tmp_path: Path) -> None:
+    """The dynamic linker bound MLX's sgemm to the library that was asked for."""
+    assert family(file_that_multiplies(path, tmp_path)) == family(path)
+
+
+def test_turned_off_mlx_s_own_blas_runs_its_matmul(installed: dict[str, str], tmp_path: Path) -> None:
+    """The control: with "off" the same log names the netlib BLAS of MLX's wheel."""
+    assert file_that_multiplies("off", tmp_path).parent.name == "mlx_cpu.libs"
+
+
+def test_the_order_is_mkl_then_openblas_then_pytorch_s() -> None:
+    """The fastest first; PyTorch's only where there is a PyTorch."""
+    names = tuple(dict.fromkeys(name for name, _ in blas._candidates()))
+    assert names == (NAMES if importlib.util.find_spec("torch") else NAMES[:2])
+
+
+def test_the_wheels_of_mkl_and_pytorch_are_found(installed: dict[str, str]) -> None:
+    """What `pip install` put there is found by its full path."""
+    wheels = {"MKL": "mkl", "PyTorch's": "torch"}
+    present = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    for name in (name for name, wheel in wheels.items() if wheel in present):
+        assert Path(installed[name]).is_absolute()
+
+
+def test_auto_takes_the_first_one_installed(installed: dict[str, str]) -> None:
+    """What is not there is passed over."""
+    first = next((installed[name] for name in NAMES if name in installed), None)
+    assert run_python(MULTIPLY.replace("TORCH", "False"), MLX_IMPL_BLAS="auto")["path"] == first
+
+
+def test_the_product_is_right_with_each_library(path: str) -> None:
+    """Every entry of a float32 product is within k u |A||B| of NumPy's in float64."""
+    found = run_python(MULTIPLY.replace("TORCH", "False"), MLX_IMPL_BLAS=path)
+    assert found["path"] == path and found["same"]
+    assert found["errors"]["mlx"] <= BOUND
+
+
+def test_mkl_keeps_32_bit_integers_whatever_its_environment_says(
+    installed: dict[str, str],
+) -> None:
+    """`libmkl_rt` has both interfaces, and MKL_INTERFACE_LAYER must not pick the wrong one."""
+    if "MKL" not in installed:
+        pytest.skip("MKL BLAS is not installed here")
+    found = run_python(
+        MULTIPLY.replace("TORCH", "False"),
+        MLX_IMPL_BLAS=installed["MKL"],
+        MKL_INTERFACE_LAYER="ILP64",
+    )
+    assert found["path"] == installed["MKL"] and found["errors"]["mlx"] <= BOUND
+
+
+def test_pytorch_imported_afterwards_is_right_too(path: str) -> None:
+    """Two OpenMP runtimes and two MKLs in one process leave both frameworks' products right."""
+    pytest.importorskip("torch")
+    errors = run_python(MULTIPLY.replace("TORCH", "True"), MLX_IMPL_BLAS=path)["errors"]
+    assert set(errors) == {"mlx", "torch", "mlx, after torch"} and max(errors.values()) <= BOUND
+
+
+def test_importing_the_module_does_not_import_mlx() -> None:
+    """A module that came after MLX could do nothing."""
+    code = "import json, sys, mlx_impl.blas; print(json.dumps('mlx.core' in sys.modules))"
+    assert run_python(code) is False
+
+
+# In this process nothing is loaded: `loads` notes the paths that would have been.
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A Linux where MLX is not imported yet and two libraries, "first" and "second", load."""
+    paths: list[str] = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    monkeypatch.delenv(blas.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(blas, "_loaded", None)
+    monkeypatch.setattr(blas, "_load_globally", paths.append)
+    monkeypatch.setattr(blas, "_candidates", lambda: iter([("A", "first"), ("B", "second")]))
+    yield paths
+
+
+def test_loading_twice_is_one_load(loads: list[str]) -> None:
+    """The second call returns the first one's choice, whatever it asks for."""
+    choice = blas.load_optimized_blas()
+    assert blas.load_optimized_blas("second") is choice is blas.load_optimized_blas("off")
+    assert loads == ["first"]
+
+
+def test_auto_passes_over_a_library_that_cannot_serve(
+    loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken MKL does not hide a sound OpenBLAS."""
+
+    def load(path: str) -> None:
+        if path == "first":
+            raise OSError("broken")
+
+    monkeypatch.setattr(blas, "_load_globally", load)
+    assert blas.load_optimized_blas().path == "second"
+
+
+def test_the_sentence_names_what_was_taken(loads: list[str]) -> None:
+    """One line, with the name and the file."""
+    assert blas.load_optimized_blas().sentence == "BLAS for MLX's CPU matmuls: A (first)."
+
+
+def test_off_loads_nothing(loads: list[str]) -> None:
+    """Nothing by argument."""
+    choice = blas.load_optimized_blas("off")
+    assert (choice.name, choice.path, loads) == (None, None, [])
+    assert "turned off" in choice.sentence
+
+
+def test_the_environment_variable_turns_it_off(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing by MLX_IMPL_BLAS, where there is no argument."""
+    monkeypatch.setenv("MLX_IMPL_BLAS", "off")
+    assert "turned off" in blas.load_optimized_blas().sentence and loads == []
+
+
+def test_the_argument_wins_over_the_environment(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the argument is "auto"."""
+    monkeypatch.setenv("MLX_IMPL_BLAS", "off")
+    assert blas.load_optimized_blas("auto").path == "first"
+
+
+def test_it_warns_when_mlx_was_imported_first(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too late is said, not hidden; and nothing is loaded."""
+    monkeypatch.setitem(sys.modules, "mlx.core", ModuleType("mlx.core"))
+    with pytest.warns(RuntimeWarning, match="MLX was imported before"):
+        choice = blas.load_optimized_blas()
+    assert "MLX was imported before" in choice.sentence and loads == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_off_does_not_warn_when_mlx_was_imported_first(
+    loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wants none is not told that it comes too late."""
+    monkeypatch.setitem(sys.modules, "mlx.core", ModuleType("mlx.core"))
+    assert "turned off" in blas.load_optimized_blas("off").sentence
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_elsewhere_than_on_linux_it_does_nothing(
+    system: str, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX has Accelerate on macOS: no load, no warning, and a sentence that asks for nothing."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setitem(sys.modules, "mlx.core", ModuleType("mlx.core"))
+    assert f"nothing to load on {system}" in blas.load_optimized_blas("some/path").sentence
+    assert loads == []
+
+
+@pytest.mark.parametrize(("machine", "has_mkl"), [("x86_64", True), ("aarch64", False)])
+def test_where_none_is_found_the_sentence_says_cost_and_cure(
+    machine: str, has_mkl: bool, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL is offered only where there is one."""
+    monkeypatch.setattr(blas, "_candidates", lambda: iter(()))
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    sentence = blas.load_optimized_blas().sentence
+    assert "25-50 times slower" in sentence and "apt install libopenblas0" in sentence
+    assert ("pip install mkl" in sentence) is has_mkl and "\n" not in sentence
+
+
+def numpy_s_openblas() -> list[str]:
+    """NumPy's wheel carries an OpenBLAS with prefixed names and 64-bit integers."""
+    folder = Path(numpy.__file__).parents[1] / "numpy.libs"
+    return [str(file) for file in folder.glob("libscipy_openblas64*")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="dlopen of Linux libraries")
+@pytest.mark.parametrize("unusable", ["/no/such/libblas.so", "libm.so.6", *numpy_s_openblas()])
+def test_an_unusable_path_is_one_sentence(unusable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing file, no BLAS, prefixed BLAS: the rule and the value."""
+    monkeypatch.setattr(blas, "_loaded", None)
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    with pytest.raises(ValueError, match="must be 'auto', 'off' or a loadable") as caught:
+        blas.load_optimized_blas(unusable)
+    assert repr(unusable) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def fortran_scopy(integer: type[Any]) -> Callable[..., None]:
+    """`scopy_` of a BLAS whose integers are `integer`, for strides of one."""
+
+    def scopy(n: int, x: int, x_stride: int, y: int, y_stride: int) -> None:
+        count = integer.from_address(n).value
+        ctypes.memmove(y, x, max(count, 0) * ctypes.sizeof(ctypes.c_float))
+
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5)(scopy)
+
+
+@pytest.mark.parametrize(("integer", "usable"), [(ctypes.c_int32, True), (ctypes.c_int64, False)])
+def test_a_blas_with_64_bit_integers_is_refused(
+    integer: type[Any], usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX passes 32-bit integers; nothing else may enter the global scope."""
+    opened: list[int] = []
+
+    def open_library(path: str, mode: int = ctypes.DEFAULT_MODE) -> SimpleNamespace:
+        opened.append(mode)
+        return SimpleNamespace(sgemm_=None, scopy_=fortran_scopy(integer))
+
+    monkeypatch.setattr(ctypes, "CDLL", open_library)
+    if usable:
+        blas._load_globally("it")
+    else:
+        with pytest.raises(OSError, match="64 bits"):
+            blas._load_globally("it")
+    assert (ctypes.RTLD_GLOBAL in opened) is usable

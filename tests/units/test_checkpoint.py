@@ -1,0 +1,105 @@
+"""Base models in: two formats of one model are one model, and a file that does not fit is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_impl.checkpoint import load_model, to_numpy
+from tests.tiny_folder import tiny_weights, write_folder, write_gguf
+
+
+def test_a_folder_gives_its_weights_bit_for_bit(tmp_path: Path) -> None:
+    loaded = to_numpy(load_model(write_folder(tmp_path)).model)
+    assert loaded.keys() == tiny_weights().keys()
+    for name, array in tiny_weights().items():
+        np.testing.assert_array_equal(loaded[name], array, err_msg=name)
+
+
+def test_a_gguf_file_gives_the_same_model_as_the_folder(tmp_path: Path) -> None:
+    """Q and K come back from llama.cpp's row order; the configuration and the tokenizer agree."""
+    folder = load_model(write_folder(tmp_path / "folder"))
+    gguf = load_model(write_gguf(tmp_path / "tiny.gguf"))
+    for name, array in to_numpy(folder.model).items():
+        np.testing.assert_array_equal(to_numpy(gguf.model)[name], array, err_msg=name)
+    assert gguf.model.config.num_key_value_heads == folder.model.config.num_key_value_heads == 2
+    tokens = mx.array([folder.tokenizer.encode("<|im_start|>user\nWas ist 1+1?")])
+    assert tokens.tolist() == [gguf.tokenizer.encode("<|im_start|>user\nWas ist 1+1?")]
+    np.testing.assert_array_equal(folder.model(tokens), gguf.model(tokens))
+
+
+def test_shards_are_read_together(tmp_path: Path) -> None:
+    whole = to_numpy(load_model(write_folder(tmp_path)).model)
+    arrays = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(arrays, dict)
+    names = sorted(arrays)
+    for part, chosen in enumerate((names[:5], names[5:])):
+        mx.save_safetensors(str(tmp_path / f"model-{part}.safetensors"), {n: arrays[n] for n in chosen})
+    (tmp_path / "model.safetensors").unlink()
+    sharded = to_numpy(load_model(tmp_path).model)
+    assert all(np.array_equal(sharded[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type must be llama, got 'gemma'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling must be None"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type must be default, got 'llama3'"),
+        ({"attention_bias": True}, "attention_bias must be False, got True"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 1}, "layers.1.input_layernorm.weight has no place"),
+        ({"intermediate_size": 60}, r"down_proj.weight must have the shape \(32, 60\), got \(32, 64\)"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads, got 4 and 3"),
+        ({"head_dim": 7}, "head_dim must be even"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_an_error(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    """Never a silent approximation: the key or the tensor, the rule and the value."""
+    with pytest.raises(ValueError, match=message):
+        load_model(write_folder(tmp_path, **change))
+
+
+def test_a_missing_configuration_key_is_named(tmp_path: Path) -> None:
+    config = json.loads((write_folder(tmp_path) / "config.json").read_text())
+    del config["rms_norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: the key 'rms_norm_eps' is missing"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 3000])
+def test_a_truncated_safetensors_file_is_an_error(tmp_path: Path, keep: int) -> None:
+    file = write_folder(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5000, 20000])
+def test_a_truncated_gguf_file_is_an_error(tmp_path: Path, keep: int) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"tiny\.gguf: not a (readable|usable) GGUF file"):
+        load_model(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "gemma"}, "the architecture must be llama, got 'gemma'"),
+        ({"pre": "qwen2"}, "must be gpt2 with pre smollm"),
+    ],
+)
+def test_a_gguf_file_of_another_kind_is_an_error(
+    tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_model(write_gguf(tmp_path / "tiny.gguf", **change))

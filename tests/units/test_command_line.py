@@ -1,0 +1,223 @@
+"""The command line: what it writes, and that a wrong input ends in one sentence with nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_impl.__main__ import main
+from tests.tiny_folder import conversation_line, write_data, write_folder
+
+TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--blas", "off"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(model: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run."""
+    folder = tmp_path_factory.mktemp("run") / "adapters"
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(folder)]
+    assert main([*arguments, *TINY_RUN]) == 0
+    return folder
+
+
+def test_train_writes_adapter_metrics_curve_and_report(run_folder: Path) -> None:
+    assert sorted(path.name for path in run_folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss.png",
+        "metrics.jsonl",
+        "report.json",
+    ]
+    assert (run_folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_a_line_for_every_step(run_folder: Path) -> None:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    keys = {"loss_nats", "num_targets", "learning_rate", "seconds", "peak_bytes"}
+    assert all(keys <= line.keys() for line in lines)
+    one_epoch = lines[0]["num_targets"] + lines[1]["num_targets"]
+    assert one_epoch == 6 * len(("0", " ", "y", "es", "<|im_end|>"))
+
+
+def test_the_report_has_losses_and_shares(run_folder: Path) -> None:
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report["loss_last"] < report["loss_first"]
+    assert report["peak_bytes"] > 0 and report["step_seconds_median"] > 0
+    for name in ("trained_before", "trained_after", "unseen_before", "unseen_after"):
+        assert 0 <= report[name] <= 1
+
+
+def test_evaluate_prints_one_json_object(
+    model: str, data: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", model, "--data", str(data), "--json", "--blas", "off"]
+    assert main(["evaluate", *common]) == 0
+    base = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", *common, "--adapter-path", str(run_folder)]) == 0
+    adapted = json.loads(capsys.readouterr().out)
+    report = json.loads((run_folder / "report.json").read_text())
+    assert math.isclose(base["loss_nats"], report["loss_first"], rel_tol=1e-6)  # test = train here
+    assert math.isclose(adapted["loss_nats"], report["loss_last"], rel_tol=1e-6)
+    assert base["perplexity"] == math.exp(base["loss_nats"])
+
+
+def test_the_loss_does_not_depend_on_the_batch_size(
+    model: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for size in ("1", "4", "8"):
+        main(["evaluate", "--model", model, "--data", str(data), "--json", "--blas", "off",
+              "--batch-size", size])  # fmt: skip
+        losses.append(json.loads(capsys.readouterr().out)["loss_nats"])
+    assert max(losses) - min(losses) <= 8 * 2.0**-24 * max(losses)
+
+
+def test_generate_prints_one_json_object(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", model, "--prompt", "Hi", "--max-tokens", "5", "--json", "--blas", "off"]
+    assert main(["generate", *arguments]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first.keys() == {"prompt", "prompt_tokens", "tokens", "text", "finish_reason"}
+    assert len(first["tokens"]) == 5 and first["finish_reason"] == "length"
+    main(["generate", *arguments, "--temperature", "1", "--seed", "3"])
+    sampled = json.loads(capsys.readouterr().out)
+    assert sampled["tokens"] != first["tokens"]
+    main(["generate", *arguments, "--temperature", "1", "--seed", "3"])
+    assert json.loads(capsys.readouterr().out) == sampled
+
+
+def test_train_continues_from_an_adapter(
+    model: str, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are the start: the first loss of the second run is the last loss of the first."""
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
+    flags = ["--init-adapter", str(run_folder), "--iters", "1", "--json", "--blas", "off"]
+    assert main([*arguments, *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["loss_first"] == json.loads((run_folder / "report.json").read_text())["loss_last"]
+    record = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert record["r"] == 2
+
+
+def test_epochs_count_passes_over_the_data(
+    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six examples by four are two updates an epoch."""
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
+    assert main([*arguments, "--epochs", "2", "--rank", "2", "--json", "--blas", "off"]) == 0
+    assert json.loads(capsys.readouterr().out)["iters"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere"], "nowhere: a model must be a Hugging Face folder or a .gguf file"),
+        (["--data", "nowhere"], "--data must be a folder, got nowhere"),
+        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--rank", "17"], "rank must be at most 16, the smaller side of"),
+        (["--target-modules", "w1,q_proj"], "target modules must be among down_proj, gate_proj"),
+        (["--target-modules", ""], "got none"),
+        (["--num-layers", "3"], "num_layers must be at most the model's 2, got 3"),
+        (["--num-layers", "0"], "num_layers must be -1 (all) or at least 1, got 0"),
+        (["--max-seq-length", "9"], "no target is left within the maximum of 9 tokens"),
+        (["--max-seq-length", "0"], "--max-seq-length must be at least 1, got 0"),
+        (["--iters", "0"], "iters must be at least 1, got 0"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
+        (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
+        (["--alpha", "0"], "alpha must be positive, got 0.0"),
+        (["--init-adapter", "nowhere"], "adapter_config.json: not a readable adapter configuration"),
+        (["--init-adapter", "x", "--rank", "4"], "--rank comes with the adapter of --init-adapter"),
+        (["--adapter-path", "/dev/null/x"], "/dev/null/x: Not a directory"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_sentence(
+    model: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    """Exit code 2, one line on standard error, and no folder made."""
+    folder = tmp_path / "run"
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(folder)]
+    assert main([*arguments, "--blas", "off", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not folder.exists()
+
+
+def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_impl", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--prompt", "a", "--blas", "nowhere.so"),
+        ("generate", "--prompt", "a", "--model", "README.md"),
+        ("evaluate", "--data", "tests"),
+        ("generate", "--prompt", "a", "--temperature", "-1"),
+        ("generate", "--prompt", "a", "--max-tokens", "0"),
+    ],
+)
+def test_a_wrong_input_has_no_traceback_and_exit_code_2(arguments: tuple[str, ...]) -> None:
+    done = run_process(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistyped_flag_names_itself_and_is_not_guessed() -> None:
+    done = run_process("train", "--iter", "3")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --iter" in done.stderr
+
+
+def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text(conversation_line("a", "b") + '\n{"messages": 3}\n')
+    assert main(["train", "--model", model, "--data", str(tmp_path), "--blas", "off"]) == 2
+    assert f"{tmp_path}/train.jsonl:2: " in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_what_was_learned_and_exits_130(model: str, data: Path, tmp_path: Path) -> None:
+    """Interrupted in the middle of a long run: the adapter loads, the metrics end with a whole line."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "mlx_impl", "train", "--model", model, "--data", str(data)]
+    command += ["--adapter-path", str(folder), "--rank", "2", "--iters", "1000000", "--blas", "off"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped after step" in output and "Traceback" not in output
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    arguments = ["--model", model, "--data", str(data), "--adapter-path", str(folder)]
+    assert main(["evaluate", *arguments, "--json", "--blas", "off"]) == 0

@@ -1,0 +1,153 @@
+"""Data: each example once an epoch, each target marked where the text says so, each bad line named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_impl.checkpoint import load_model
+from mlx_impl.data import (
+    Conversation,
+    Example,
+    evaluation_batches,
+    make_batch,
+    read_conversations,
+    training_batches,
+)
+from mlx_impl.tokenizer import ChatTokenizer, encode_all
+from tests.tiny_folder import conversation_line, write_folder
+
+EXAMPLES = [Example((n,) * (n + 2), (False,) + (True,) * (n + 1)) for n in range(1, 8)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> ChatTokenizer:
+    return load_model(write_folder(tmp_path)).tokenizer
+
+
+def chat(*contents: str) -> Conversation:
+    roles = ("user", "assistant") * len(contents)
+    messages = tuple({"role": r, "content": c} for r, c in zip(roles, contents, strict=False))
+    return Conversation(messages, None, "data.jsonl:1")
+
+
+def test_position_t_predicts_token_t_plus_1() -> None:
+    """By hand: prompt 5 6, answer 7 8; the last prompt token predicts the first of the answer."""
+    batch = make_batch([Example((5, 6, 7, 8), (False, False, True, True))])
+    assert batch.inputs_BT[0, :3].tolist() == [5, 6, 7]
+    assert batch.targets_BT[0, :3].tolist() == [6, 7, 8]
+    assert batch.mask_BT[0].tolist() == [False, True, True] + [False] * (batch.mask_BT.shape[1] - 3)
+    assert batch.num_tokens == 3
+
+
+def test_every_example_is_seen_once_an_epoch_also_the_last_few() -> None:
+    """Seven examples by three: three batches an epoch, the last of one."""
+    batches = list(training_batches(EXAMPLES, batch_size=3, num_batches=6, seed=0))
+    for epoch in (batches[:3], batches[3:]):
+        seen = Counter(int(row[0]) for batch in epoch for row in batch.inputs_BT)
+        assert seen == Counter(range(1, 8))
+
+
+def test_the_order_differs_between_epochs_and_seeds_and_repeats_with_the_seed() -> None:
+    def order(seed: int) -> list[int]:
+        batches = training_batches(EXAMPLES, batch_size=1, num_batches=14, seed=seed)
+        return [int(batch.inputs_BT[0, 0]) for batch in batches]
+
+    assert order(0) == order(0) != order(1)
+    assert order(0)[:7] != order(0)[7:]
+
+
+def test_a_data_set_smaller_than_a_batch_is_trained() -> None:
+    (batch,) = training_batches(EXAMPLES[:2], batch_size=4, num_batches=1, seed=0)
+    assert len(batch.inputs_BT) == 2
+
+
+def test_evaluation_sees_every_target_once_at_any_batch_size() -> None:
+    counts = [
+        sum(int(batch.mask_BT.sum()) for batch in evaluation_batches(EXAMPLES, size)) for size in (1, 3, 8)
+    ]
+    assert counts == [sum(range(2, 9))] * 3
+
+
+def test_the_targets_are_the_reply_up_to_the_end_of_turn_token(tokenizer: ChatTokenizer) -> None:
+    """The newline that the template prints after it is none, nor is anything of the prompt."""
+    example = tokenizer.encode_conversation(chat("Hi?", "Yes."), mask_prompt=True)
+    targets = [t for t, is_target in zip(example.tokens, example.is_target, strict=True) if is_target]
+    assert targets == tokenizer.encode("Yes.<|im_end|>")
+    assert example.tokens[-1] == tokenizer.eos_id
+
+
+def test_without_masking_every_token_is_a_target(tokenizer: ChatTokenizer) -> None:
+    masked = tokenizer.encode_conversation(chat("Hi?", "Yes."), mask_prompt=True)
+    whole = tokenizer.encode_conversation(chat("Hi?", "Yes."), mask_prompt=False)
+    assert whole.tokens == masked.tokens
+    assert all(whole.is_target)
+
+
+def test_of_several_turns_the_last_reply_is_the_target(tokenizer: ChatTokenizer) -> None:
+    example = tokenizer.encode_conversation(chat("a", "b", "c", "d"), mask_prompt=True)
+    assert sum(example.is_target) == len(tokenizer.encode("d<|im_end|>"))
+
+
+def test_the_prompt_of_training_is_the_prompt_of_generation(tokenizer: ChatTokenizer) -> None:
+    conversation = chat("Hi?", "Yes.")
+    example = tokenizer.encode_conversation(conversation, mask_prompt=True)
+    prompt = tokenizer.encode_prompt(conversation.messages[:-1])
+    assert list(example.tokens[: len(prompt)]) == prompt
+    assert not any(example.is_target[: len(prompt)])
+
+
+def test_a_prompt_that_leaves_no_room_for_a_target_is_an_error(tokenizer: ChatTokenizer) -> None:
+    long = [chat("x" * 50, "Yes.")]
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: no target is left within the maximum of 20"):
+        encode_all(tokenizer, long, mask_prompt=True, max_tokens=20)
+    (cut,) = encode_all(tokenizer, long, mask_prompt=False, max_tokens=20)
+    assert len(cut.tokens) == 20
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a line of JSON"),
+        ("[1]", 'must be an object with the key "messages"'),
+        ('{"text": "a"}', 'must be an object with the key "messages"'),
+        ('{"messages": "a"}', "must be a list of objects"),
+        ('{"messages": [{"role": "user"}]}', 'the texts "role" and "content"'),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "must end with the reply"),
+        (conversation_line("a", "b", answer=3), '"answer" must be a text, got 3'),
+        ("[" * 100_000, "not a line of JSON"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(conversation_line("a", "b") + "\n\n" + line + "\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_conversations(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+
+
+def test_an_empty_or_missing_or_binary_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    with pytest.raises(ValueError, match="no such data file"):
+        read_conversations(path)
+    path.write_text("\n  \n")
+    with pytest.raises(ValueError, match="needs at least one example"):
+        read_conversations(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="must be UTF-8"):
+        read_conversations(path)
+
+
+def test_a_line_separator_inside_a_text_does_not_end_a_line(tmp_path: Path) -> None:
+    """JSON allows U+2028 in a string; only a newline ends a line of JSON Lines."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]}\n',
+        encoding="utf-8",
+    )
+    (conversation,) = read_conversations(path)
+    assert conversation.messages[0]["content"] == "a\u2028b"
+    assert isinstance(make_batch(EXAMPLES).inputs_BT, np.ndarray)
