@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import BLOCK_LINEARS, LoRAConfig, TrainConfig
 
-DEFAULT_EPOCHS = 8
+DEFAULT_EPOCHS = 5
 # Of the flags that --init-adapter settles, and so start as None.
 LORA_DEFAULTS = LoRAConfig()
 TRAIN_DEFAULTS = TrainConfig(iters=1)
@@ -165,7 +165,7 @@ def add_report_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--steps-per-eval",
         type=int,
-        default=40,
+        default=25,
         metavar="N",
         help="steps between validations (default: %(default)s)",
     )

@@ -68,7 +68,7 @@ class TrainConfig:
 
     iters: int
     batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     optimizer: str = "adamw"  # or "sgd"
     weight_decay: float = 0.0  # decoupled for adamw, L2 for sgd, as in PyTorch
     seed: int = 0  # initial A, order of the examples, dropout

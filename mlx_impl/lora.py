@@ -63,7 +63,7 @@ def select_linears(model: CausalLM, config: LoRAConfig) -> list[str]:
 def add_lora(model: CausalLM, names: Iterable[str], config: LoRAConfig) -> None:
     """Freeze the model, then wrap the named linears; what is new is what trains.
 
-    MLX: freeze first. A module made after `freeze()` is trainable; frozen again with the rest it would not be.
+    MLX: freeze first. A module made after `freeze()` is trainable; frozen after it with the rest, it is not.
     Raises ValueError when the rank exceeds a layer's smaller side.
     """
     model.freeze()

@@ -2,7 +2,7 @@
 
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA".
-Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache to generate with.
+Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache.
 """
 
 from __future__ import annotations

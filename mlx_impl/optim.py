@@ -1,8 +1,8 @@
 """AdamW as PyTorch defines it, because MLX's default differs.
 
-`mlx.optimizers.AdamW` leaves the bias correction off, which makes the first step 1 / sqrt(10) / 0.1 = 3.16 times
-as long; turned on, it rounds 1 - beta**t in float32, and as beta**t is near 1 most digits go. The reference
-uses `torch.optim.AdamW` itself. SGD is the same in both frameworks.
+`mlx.optimizers.AdamW` leaves the bias correction off, which makes the first step 0.1 / sqrt(0.001) = 3.16
+times as long. Turned on, it rounds beta**t to float32 before it takes it from 1, which loses the digits that
+count. Differs from reference/: there `torch.optim.AdamW` serves. SGD is the same in both frameworks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress, tables, the loss curve. Plain lines where the output is no terminal."""
+"""What a person sees of a run: progress, tables, the loss curve; plain lines where there is no terminal."""
 
 from __future__ import annotations
 

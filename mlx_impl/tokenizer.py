@@ -1,7 +1,7 @@
 """Text to token numbers and back, and conversations through the model's own chat template.
 
-Sources: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019) and its template conventions (jinja2 in
-a sandbox, `add_generation_prompt`); llama.cpp's names of the GGUF metadata keys.
+Sources: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019) and its template conventions (jinja2
+in a sandbox, `add_generation_prompt`); llama.cpp's names of the GGUF metadata keys.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def encode_all(
     mask_prompt: bool,
     max_tokens: int,
 ) -> list[Example]:
-    """Every conversation as an example of at most `max_tokens`; ValueError names one left without a target."""
+    """Every conversation as an example of at most `max_tokens`; one left without a target is an error."""
     examples = []
     for conversation in conversations:
         whole = tokenizer.encode_conversation(conversation, mask_prompt)

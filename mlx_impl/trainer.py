@@ -1,4 +1,4 @@
-"""The trainer as a program calls it: a model and three records in, step records out, the adapter in the model.
+"""The trainer as a program calls it: model and configurations in, step records out, the adapter in place.
 
 trainer = LoRATrainer(model, LoRAConfig(rank=8), TrainConfig(iters=60))
 for record in trainer.fit(examples):

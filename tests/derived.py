@@ -2,9 +2,9 @@
 
     |ours - ref64| <= 8 * max(|ref32 - ref64|, sqrt(k) * u * |ref64|)      (Frobenius norms)
 
-`ref32` is the same reference run in float32: its error is what the precision costs here, measured. Where that
-happens to be tiny, the second term stands in: u = 2**-24 is float32's unit roundoff, k the length of the longest
-sum, sqrt(k) * u what rounding errors add up to when they are independent. The factor 8 is the only choice.
+`ref32` is the same reference run in float32: its error is what the precision costs here, measured. Where
+that happens to be tiny, the second term stands in: u = 2**-24 is float32's unit roundoff, k the length of
+the longest sum, sqrt(k) * u what independent rounding errors add up to. The factor 8 is the only choice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs of the real model, each in a process of its own: with an optimized BLAS where the ladder wants none."""
+"""Runs of the real model, in processes of their own: they load an optimized BLAS, the ladder must not."""
 
 from __future__ import annotations
 

@@ -42,4 +42,4 @@ def test_the_metrics_are_those_of_the_data(short_run: Run) -> None:
         sum(line["num_targets"] for line in short_run.metrics[start : start + 10]) for start in (0, 10)
     )
     assert first == second
-    assert short_run.metrics[0]["learning_rate"] == pytest.approx(5e-4)
+    assert short_run.metrics[0]["learning_rate"] == pytest.approx(3e-4)

@@ -1,1 +1,1 @@
-"""The ladder: numbered rungs, each assuming only those below it, so that the first red one is the diagnosis."""
+"""The ladder: each rung assumes only those below it, so that the first red one is the diagnosis."""

@@ -1,4 +1,4 @@
-"""The case on which every rung is judged: a tiny Llama whose sizes all differ, so that no two can be confused."""
+"""The case on which every rung is judged: a tiny Llama whose sizes all differ, lest two be confused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rung 3, forward: from the same weights, the same logits as PyTorch; and an adapter whose B is zero is absent."""
+"""Rung 3, forward: from the same weights PyTorch's logits, and an adapter with B = 0 is as if absent."""
 
 from __future__ import annotations
 

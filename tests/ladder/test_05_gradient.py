@@ -25,7 +25,7 @@ def test_the_gradient_of_a_is_exactly_zero_where_b_is_zero(case: Case) -> None:
 
 
 def test_the_gradient_agrees_with_central_differences(case: Case) -> None:
-    """An oracle without autograd: (f(w + h d) - f(w - h d)) / 2h in float64 along the gradient's direction."""
+    """An oracle without autograd: (f(w + h d) - f(w - h d)) / 2h in float64, d along the gradient."""
     gradients = case.ours().gradients(case.batch)
     length = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in gradients.values()))
     h = (3 * 2.0**-53) ** (1 / 3)

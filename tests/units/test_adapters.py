@@ -60,7 +60,7 @@ def test_a_saved_adapter_loads_bit_for_bit(base: Path, tmp_path: Path, config: L
 
 
 def test_the_files_are_pefts(base: Path, tmp_path: Path) -> None:
-    """Keys `base_model.model.<module>.lora_A.weight`, A (rank, in), B (out, rank), the scale only as numbers."""
+    """Keys `base_model.model.<module>.lora_A.weight`; A is (rank, in), B (out, rank); no scale is stored."""
     config = LoRAConfig(rank=3, alpha=5.0, target_modules=("k_proj",), num_layers=1)
     model = adapted(base, config)
     save_adapter(model, config, tmp_path, "tiny")
