@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .config import LoRAConfig, ModelConfig, TrainConfig
     from .data import Example, read_conversations
     from .generate import generate
+    from .tokenizer import encode_all
     from .train import StepRecord
     from .trainer import LoRATrainer
 
@@ -35,6 +36,7 @@ HOMES = {
     "ModelConfig": "config",
     "StepRecord": "train",
     "TrainConfig": "config",
+    "encode_all": "tokenizer",
     "generate": "generate",
     "load_adapter": "adapters",
     "load_model": "checkpoint",
@@ -51,6 +53,7 @@ __all__ = [
     "ModelConfig",
     "StepRecord",
     "TrainConfig",
+    "encode_all",
     "generate",
     "load_adapter",
     "load_model",

@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    blas = load_optimized_blas(args.blas)
-    if blas.sentence:
-        print(blas.sentence, file=sys.stderr if args.json else sys.stdout, flush=True)
+    is_result_only = args.json or args.command != "train"  # standard output is for the result
+    sentence = load_optimized_blas(args.blas).sentence
+    print(sentence, file=sys.stderr if is_result_only else sys.stdout, flush=True)
     from . import commands
 
     {"train": commands.train, "evaluate": commands.evaluate, "generate": commands.generate}[args.command](

@@ -9,7 +9,6 @@ warns and leaves an adapter that does nothing.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import mlx.core as mx
 
 from .checkpoint import load_safetensors, require_shapes
 from .config import LoRAConfig
+from .files import whole_file
 from .lora import add_lora, lora_parameters, select_linears
 from .model import CausalLM
 
@@ -37,11 +37,10 @@ REQUIRED_VALUES: dict[str, Any] = {
 
 
 def save_adapter(model: CausalLM, config: LoRAConfig, folder: Path, base_name: str) -> None:
-    """Write both files, each under a temporary name first, so that no half of one is ever seen."""
+    """Write both files, each whole or not at all."""
     tensors = {peft_key(name): array.T for name, array in lora_parameters(model).items()}
-    part = folder / "adapter_model.part.safetensors"
-    mx.save_safetensors(str(part), tensors, metadata={"format": "pt"})
-    os.replace(part, folder / "adapter_model.safetensors")
+    with whole_file(folder / "adapter_model.safetensors") as path:
+        mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
     num_blocks = len(model.model.layers)
     first = 0 if config.num_layers == -1 else num_blocks - config.num_layers
     record = {
@@ -60,9 +59,8 @@ def save_adapter(model: CausalLM, config: LoRAConfig, folder: Path, base_name: s
         "use_rslora": False,
         "use_dora": False,
     }
-    part = folder / "adapter_config.part.json"
-    part.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, folder / "adapter_config.json")
+    with whole_file(folder / "adapter_config.json") as path:
+        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:

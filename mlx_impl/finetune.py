@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 from collections.abc import Iterator
@@ -20,15 +19,15 @@ from .answers import Answer, ask, share_right
 from .checkpoint import LoadedModel, load_model
 from .config import LoRAConfig, TrainConfig
 from .data import Conversation, Example, read_conversations
+from .files import whole_file
 from .lora import count_parameters
-from .report import answers_table, examples_table, save_loss_curve, with_progress
+from .report import print_answers, save_loss_curve, with_progress
 from .tokenizer import encode_all
 from .train import StepRecord
 from .trainer import LoRATrainer
 
 # Which file's questions are reported under which name.
 QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "control.jsonl"}
-EXAMPLES_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -53,121 +52,132 @@ class Job:
     num_questions: int | None
     compiled: bool | None
 
-    def training(self, num_examples: int) -> TrainConfig:
-        if self.iters is None and self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        return TrainConfig(
-            iters=self.epochs * -(-num_examples // self.batch_size) if self.iters is None else self.iters,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            optimizer=self.optimizer,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-        )
-
 
 @dataclass(frozen=True)
-class Data:
-    """The job's conversations, as read."""
+class Prepared:
+    """The job with everything read, checked and in place; nothing is written yet."""
 
-    train: list[Conversation]
-    valid: list[Conversation]
+    job: Job
+    loaded: LoadedModel
+    lora: LoRAConfig
+    trainer: LoRATrainer
+    train: list[Example]
+    valid: list[Example]
     questions: dict[str, list[Conversation]]  # by the names of QUESTION_FILES
 
 
-def finetune(job: Job, console: Console) -> dict[str, Any]:
-    """Read, ask, train, save, ask again; the report that is also written to `report.json`."""
-    data = read_data(job)
-    training = job.training(len(data.train))
-    loaded = load_model(job.model)
-    train, valid = (
-        encode_all(loaded.tokenizer, conversations, job.mask_prompt, job.max_seq_length)
-        for conversations in (data.train, data.valid)
-    )
-    lora = job.lora if job.init_adapter is None else load_adapter(loaded.model, job.init_adapter)
-    assert lora is not None
-    trainer = LoRATrainer(loaded.model, job.lora, training, job.compiled)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    print_summary(job, data, loaded, trainer, console)
+@dataclass(frozen=True)
+class Exam:
+    """What the model knows at one time."""
 
-    before = ask_all(loaded, data, console, "before")
-    loss_first = trainer.evaluate(train)
-    console.print(f"training loss before: {loss_first:.3f} nats per target token")
-    records, validation = fit(job, trainer, train, valid, console)
-    save_adapter(loaded.model, lora, job.folder, loaded.name)
+    loss_nats: float  # mean over the targets of the whole training set
+    answers: dict[str, list[Answer]]
+
+
+def finetune(job: Job, console: Console) -> dict[str, Any]:
+    """Read, examine, train, save, examine again; the report that is also written to `report.json`.
+
+    Raises ValueError before anything is written, and KeyboardInterrupt after Ctrl-C, the adapter saved.
+    """
+    prepared = prepare(job)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    print_summary(prepared, console)
+    before = examine(prepared, console, "before")
+    records, validation = fit(prepared, console)
+    save_adapter(prepared.loaded.model, prepared.lora, job.folder, prepared.loaded.name)
     save_loss_curve(records, validation, job.folder / "loss.png")
     console.print(f"adapter, metrics.jsonl and loss.png saved in {job.folder}")
-    if len(records) < training.iters:
-        console.print(f"stopped after step {len(records)} of {training.iters}")
+    if len(records) < prepared.trainer.training.iters:
+        console.print(f"stopped after step {len(records)} of {prepared.trainer.training.iters}")
         raise KeyboardInterrupt
-    loss_last = trainer.evaluate(train)
-    console.print(f"training loss after: {loss_last:.3f} nats per target token")
-    after = ask_all(loaded, data, console, "after")
-    print_answers(before, after, console)
-
-    report = {
-        "model": loaded.name,
-        "num_trainable": count_parameters(loaded.model)[0],
-        "iters": training.iters,
-        "loss_first": loss_first,
-        "loss_last": loss_last,
-        "valid_loss_first": validation[0][1] if validation else None,
-        "valid_loss_last": validation[-1][1] if validation else None,
-        **{f"{name}_before": share_right(answers) for name, answers in before.items()},
-        **{f"{name}_after": share_right(answers) for name, answers in after.items()},
-        "step_seconds_median": statistics.median(record.seconds for record in records),
-        "training_seconds": sum(record.seconds for record in records),
-        "peak_bytes": mx.get_peak_memory(),
-    }
-    write_whole(job.folder / "report.json", json.dumps(report, indent=2) + "\n")
+    after = examine(prepared, console, "after")
+    print_answers(before.answers, after.answers, console)
+    report = make_report(prepared, before, after, records, validation)
+    with whole_file(job.folder / "report.json") as path:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(f"report.json saved in {job.folder}")
     return report
 
 
-def read_data(job: Job) -> Data:
+def prepare(job: Job) -> Prepared:
+    """Read everything and check it, the cheap things first."""
+    train, valid, questions = read_data(job)
+    training = train_config(job, len(train))
+    loaded = load_model(job.model)
+    examples, valid_examples = (
+        encode_all(loaded.tokenizer, conversations, job.mask_prompt, job.max_seq_length)
+        for conversations in (train, valid)
+    )
+    lora = job.lora
+    if job.init_adapter is not None:
+        lora = load_adapter(loaded.model, job.init_adapter)
+    assert lora is not None
+    trainer = LoRATrainer(loaded.model, job.lora, training, job.compiled)
+    return Prepared(job, loaded, lora, trainer, examples, valid_examples, questions)
+
+
+def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[str, list[Conversation]]]:
+    """The training and the validation conversations, and the questions that have answers."""
+
     def optional(name: str) -> list[Conversation]:
         path = job.data / name
         return read_conversations(path) if path.exists() else []
 
-    questions = {
-        name: [c for c in optional(file) if c.answer is not None][: job.num_questions]
-        for name, file in QUESTION_FILES.items()
-    }
-    return Data(
-        train=read_conversations(job.data / "train.jsonl"),
-        valid=optional("valid.jsonl"),
-        questions={name: asked for name, asked in questions.items() if asked},
+    train = read_conversations(job.data / "train.jsonl")
+    files = {name: optional(file) for name, file in QUESTION_FILES.items()}
+    judged = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in files.items()}
+    return train, optional("valid.jsonl"), {name: asked for name, asked in judged.items() if asked}
+
+
+def train_config(job: Job, num_examples: int) -> TrainConfig:
+    if job.iters is None and job.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {job.epochs}")
+    steps_an_epoch = -(-num_examples // job.batch_size)
+    return TrainConfig(
+        iters=job.epochs * steps_an_epoch if job.iters is None else job.iters,
+        batch_size=job.batch_size,
+        learning_rate=job.learning_rate,
+        optimizer=job.optimizer,
+        weight_decay=job.weight_decay,
+        seed=job.seed,
     )
 
 
-def print_summary(job: Job, data: Data, loaded: LoadedModel, trainer: LoRATrainer, console: Console) -> None:
-    trained, total = count_parameters(loaded.model)
-    console.print(f"model:     {loaded.name}, {total - trained:,} parameters, frozen")
+def print_summary(prepared: Prepared, console: Console) -> None:
+    trained, total = count_parameters(prepared.loaded.model)
+    training = prepared.trainer.training
+    base = total - trained
+    console.print(f"model:     {prepared.loaded.name}, {base:,} parameters, frozen")
+    console.print(f"adapter:   {trained:,} trainable parameters, {trained / base:.2%} of the model's")
     console.print(
-        f"adapter:   {trained:,} trainable parameters, {trained / (total - trained):.2%} of the model's"
-    )
-    console.print(
-        f"data:      {job.data}: {len(data.train)} training and {len(data.valid)} validation examples"
+        f"data:      {prepared.job.data}: {len(prepared.train)} training and "
+        f"{len(prepared.valid)} validation examples"
     )
     console.print(f"device:    {mx.default_device()}")
-    console.print(f"training:  {trainer.training.iters} steps of {trainer.training.batch_size} examples")
+    console.print(f"training:  {training.iters} steps of {training.batch_size} examples")
 
 
-def fit(
-    job: Job,
-    trainer: LoRATrainer,
-    train: list[Example],
-    valid: list[Example],
-    console: Console,
-) -> tuple[list[StepRecord], list[tuple[int, float]]]:
+def examine(prepared: Prepared, console: Console, when: str) -> Exam:
+    """The loss over the training set and the answers to all questions."""
+    loss_nats = prepared.trainer.evaluate(prepared.train)
+    console.print(f"loss over the training set {when} training: {loss_nats:.4f} nats per target token")
+    together = [c for questions in prepared.questions.values() for c in questions]
+    if together:
+        console.print(f"asking {len(together)} questions")
+    answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, together))
+    return Exam(loss_nats, {n: [next(answers) for _ in cs] for n, cs in prepared.questions.items()})
+
+
+def fit(prepared: Prepared, console: Console) -> tuple[list[StepRecord], list[tuple[int, float]]]:
     """Train to the end or to Ctrl-C; every step's record and every (step, validation loss)."""
+    job, trainer = prepared.job, prepared.trainer
     records: list[StepRecord] = []
     validation: list[tuple[int, float]] = []
 
     def validate(step: int) -> None:
-        if valid:
-            validation.append((step, trainer.evaluate(valid)))
-            console.print(f"validation loss at step {step}: {validation[-1][1]:.3f}")
+        if prepared.valid:
+            validation.append((step, trainer.evaluate(prepared.valid)))
+            console.print(f"validation loss at step {step}: {validation[-1][1]:.4f}")
 
     validate(0)
     iters = trainer.training.iters
@@ -175,7 +185,7 @@ def fit(
         open(job.folder / "metrics.jsonl", "w", encoding="utf-8") as metrics,
         interrupt_noted() as interrupted,
     ):
-        for record in with_progress(trainer.fit(train), iters, console):
+        for record in with_progress(trainer.fit(prepared.train), iters, console):
             records.append(record)
             metrics.write(json.dumps(asdict(record)) + "\n")
             metrics.flush()
@@ -203,25 +213,24 @@ def interrupt_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def ask_all(loaded: LoadedModel, data: Data, console: Console, when: str) -> dict[str, list[Answer]]:
-    num_questions = sum(map(len, data.questions.values()))
-    if num_questions:
-        console.print(f"asking {num_questions} questions {when} training")
-    together = [c for questions in data.questions.values() for c in questions]
-    answers = iter(ask(loaded.model, loaded.tokenizer, together))
-    return {name: [next(answers) for _ in questions] for name, questions in data.questions.items()}
-
-
-def print_answers(before: dict[str, list[Answer]], after: dict[str, list[Answer]], console: Console) -> None:
-    if not before:
-        return
-    console.print(answers_table(before, after))
-    for name in before:
-        console.print(examples_table(name, before[name], after[name], EXAMPLES_SHOWN))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the text under the final name, or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def make_report(
+    prepared: Prepared,
+    before: Exam,
+    after: Exam,
+    records: list[StepRecord],
+    validation: list[tuple[int, float]],
+) -> dict[str, Any]:
+    return {
+        "model": prepared.loaded.name,
+        "num_trainable": count_parameters(prepared.loaded.model)[0],
+        "iters": prepared.trainer.training.iters,
+        "loss_first": before.loss_nats,
+        "loss_last": after.loss_nats,
+        "valid_loss_first": validation[0][1] if validation else None,
+        "valid_loss_last": validation[-1][1] if validation else None,
+        **{f"{name}_before": share_right(answers) for name, answers in before.answers.items()},
+        **{f"{name}_after": share_right(answers) for name, answers in after.answers.items()},
+        "step_seconds_median": statistics.median(record.seconds for record in records),
+        "training_seconds": sum(record.seconds for record in records),
+        "peak_bytes": records[-1].peak_bytes,
+    }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .answers import Answer, share_right
+from .files import whole_file
 from .train import StepRecord
 
 PLAIN_EVERY = 10  # steps between lines where there is no bar
+EXAMPLES_SHOWN = 4  # questions of a group, answered in full
 
 
 def describe(record: StepRecord) -> str:
@@ -43,6 +45,14 @@ def with_progress(records: Iterable[StepRecord], num_steps: int, console: Consol
             yield record
 
 
+def print_answers(before: dict[str, list[Answer]], after: dict[str, list[Answer]], console: Console) -> None:
+    """The shares of right answers, then a few questions of each group with both answers in full."""
+    if before:
+        console.print(answers_table(before, after))
+    for name in before:
+        console.print(examples_table(name, before[name], after[name]))
+
+
 def answers_table(before: dict[str, list[Answer]], after: dict[str, list[Answer]]) -> Table:
     table = Table("questions", "right before", "right after", title="answers", title_justify="left")
     for group in before:
@@ -55,11 +65,11 @@ def answers_table(before: dict[str, list[Answer]], after: dict[str, list[Answer]
     return table
 
 
-def examples_table(name: str, before: Sequence[Answer], after: Sequence[Answer], count: int) -> Table:
+def examples_table(name: str, before: Sequence[Answer], after: Sequence[Answer]) -> Table:
     """A few questions, spread over the group, with both answers in full."""
     table = Table(f"{name}: question", "answer before", "answer after")
-    stride = max(1, len(before) // count)
-    for old, new in list(zip(before, after, strict=True))[::stride][:count]:
+    stride = -(-len(before) // EXAMPLES_SHOWN)
+    for old, new in list(zip(before, after, strict=True))[::stride]:
         table.add_row(*map(escape, (old.question, in_full(old), in_full(new))))
     return table
 
@@ -72,9 +82,6 @@ def save_loss_curve(
     records: Sequence[StepRecord], validation: Sequence[tuple[int, float]], path: Path
 ) -> None:
     """Training loss of every step and validation loss where it was measured, as a PNG."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([r.step for r in records], [r.loss_nats for r in records], label="training (batch)")
@@ -85,6 +92,5 @@ def save_loss_curve(
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=120)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=120)

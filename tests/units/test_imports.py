@@ -15,9 +15,9 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "ops", "model", "lora", "loss", "data", "tokenizer", "train", "optim", "trainer", "generate",
-    "answers", "gguf", "checkpoint", "adapters", "report", "finetune", "arguments", "commands", "blas",
-    "__main__",
+    "config", "files", "ops", "model", "lora", "loss", "data", "tokenizer", "train", "optim", "trainer",
+    "generate", "answers", "gguf", "checkpoint", "adapters", "report", "finetune", "arguments", "commands",
+    "blas", "__main__",
 ]
 # fmt: on
 

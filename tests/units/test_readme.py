@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_impl import checkpoint
 from mlx_impl.arguments import make_parser
+from tests.tiny_folder import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +37,16 @@ def test_the_pattern_shown_is_the_pattern_that_runs() -> None:
     code = (ROOT / "mlx_impl" / "train.py").read_text(encoding="utf-8")
     assert without_indent(pattern) in without_indent(code)
     assert len(without_indent(pattern).splitlines()) <= 10
+
+
+def test_the_program_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but on the tiny model, and into a temporary folder."""
+    program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    tiny = checkpoint.load_model(write_folder(tmp_path))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path: tiny)
+    monkeypatch.setenv("MLX_IMPL_BLAS", "off")
+    exec(program.replace('Path(".")', f"Path({str(tmp_path)!r})"), {})
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "tests/traps/README.md"])
