@@ -57,10 +57,6 @@ class LoRAConfig:
         if self.num_layers != -1 and self.num_layers < 1:
             raise ValueError(f"num_layers must be -1 (all) or at least 1, got {self.num_layers}")
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
 
 @dataclass(frozen=True)
 class TrainConfig:

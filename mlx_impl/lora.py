@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
         self.lora_a = mx.random.uniform(-bound, bound, (num_in, config.rank))
         self.lora_b = mx.zeros((config.rank, num_out))
         self.dropout = nn.Dropout(config.dropout)
-        self.scale = config.scale
+        self.scale = config.alpha / config.rank
 
     def __call__(self, x_BTI: mx.array) -> mx.array:
         update_BTO = (self.dropout(x_BTI) @ self.lora_a) @ self.lora_b

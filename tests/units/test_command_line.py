@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_impl import commands
 from mlx_impl.__main__ import main
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
@@ -200,6 +201,15 @@ def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.
     (tmp_path / "train.jsonl").write_text(conversation_line("a", "b") + '\n{"messages": 3}\n')
     assert main(["train", "--model", model, "--data", str(tmp_path), "--blas", "off"]) == 2
     assert f"{tmp_path}/train.jsonl:2: " in capsys.readouterr().err
+
+
+def test_without_the_geography_questions_it_asks_for_a_folder(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in an installed wheel, which ships no fixtures."""
+    monkeypatch.setattr(commands, "GEOGRAPHY", tmp_path / "absent")
+    assert main(["evaluate", "--model", model, "--blas", "off"]) == 2
+    assert "give --data DIR" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_what_was_learned_and_exits_130(model: str, data: Path, tmp_path: Path) -> None:
