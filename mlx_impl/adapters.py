@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .checkpoint import load_safetensors, require_shapes
 from .config import LoRAConfig
-from .files import whole_file
+from .files import read_json_object, whole_file
 from .lora import add_lora, lora_parameters, select_linears
 from .model import CausalLM
 
@@ -93,12 +93,9 @@ def peft_key(name: str) -> str:
 
 
 def read_adapter_config(path: Path, num_blocks: int) -> LoRAConfig:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable adapter configuration: {error}") from None
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: must be an object with the peft_type LORA")
+    raw = read_json_object(path)
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, got {raw.get('peft_type')!r}")
     for key, required in REQUIRED_VALUES.items():
         if raw.get(key) not in (required, None):
             raise ValueError(f"{path}: {key} must be {required!r}, got {raw[key]!r}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .config import ModelConfig
+from .files import read_json_object
 from .gguf import read_gguf
 from .model import CausalLM
 from .tokenizer import ChatTokenizer, tokenizer_from_folder, tokenizer_from_gguf
@@ -104,10 +104,7 @@ def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, 
 
 def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable JSON file: {error}") from None
+    raw = read_json_object(path)
     if raw.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type must be llama, got {raw.get('model_type')!r}")
     for key, required in REQUIRED_VALUES.items():

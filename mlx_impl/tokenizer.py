@@ -6,7 +6,6 @@ in a sandbox, `add_generation_prompt`); llama.cpp's names of the GGUF metadata k
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from .data import Conversation, Example, Message
+from .files import read_json_object
 
 GGUF_CONTROL_TOKEN = 3  # llama.cpp's token type of a token that is no text
 
@@ -116,10 +116,7 @@ def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'}: not a readable tokenizer: {error}") from None
     path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable JSON file: {error}") from None
+    config = read_json_object(path)
     separate = folder / "chat_template.jinja"
     template = separate.read_text("utf-8") if separate.is_file() else config.get("chat_template")
     if not isinstance(template, str):

@@ -129,7 +129,7 @@ def test_a_tensor_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "must be an object with the peft_type LORA"),
+        ({"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
         ({"use_dora": True}, "use_dora must be False, got True"),
         ({"use_rslora": True}, "use_rslora must be False"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern must be {}"),

@@ -146,7 +146,7 @@ def test_epochs_count_passes_over_the_data(
         (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--alpha", "0"], "alpha must be positive, got 0.0"),
-        (["--init-adapter", "nowhere"], "adapter_config.json: not a readable adapter configuration"),
+        (["--init-adapter", "nowhere"], "nowhere/adapter_config.json: No such file or directory"),
         (["--init-adapter", "x", "--rank", "4"], "--rank comes with the adapter of --init-adapter"),
         (["--adapter-path", "/dev/null/x"], "/dev/null/x: Not a directory"),
     ],
