@@ -43,6 +43,16 @@ def test_the_loss_equals_the_reference(case: Case) -> None:
     assert_within_rounding("rung 4, loss", ours, ref32, ref64, case.longest_sum)
 
 
+def test_the_loss_over_a_data_set_weighs_every_target_alike(case: Case) -> None:
+    """Batches of 9, 3 and 2 targets: the sum of the sums over the sum of the counts, as in the reference."""
+    batches = [Batch(*(a[row : row + 1] for a in case.batch[:3]), 0) for row in range(3)]
+    trainers = (case.ours(), case.reference(torch.float32), case.reference())
+    ours, ref32, ref64 = ({"loss": np.array([trainer.evaluate(batches)])} for trainer in trainers)
+    assert_within_rounding("rung 4, evaluation", ours, ref32, ref64, case.longest_sum)
+    nats, num_targets = case.reference().loss(case.batch)
+    assert abs(ref64["loss"][0] - nats / num_targets) < 1e-12
+
+
 def test_the_tokens_used_as_padding_do_not_matter(case: Case) -> None:
     """Random padding, to the bit: the pad target that other trainers count cannot be counted."""
     inputs_BT, targets_BT, mask_BT, num_tokens = case.batch

@@ -13,7 +13,7 @@ from mlx_impl.generate import generate
 from mlx_impl.lora import add_lora, lora_parameters, select_linears
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import make_optimizer
-from mlx_impl.train import batch_loss, to_arrays, train
+from mlx_impl.train import batch_loss, evaluate, to_arrays, train
 
 NO_TOKEN = -1  # an end-of-turn token that never comes
 
@@ -41,6 +41,9 @@ class MlxTrainer:
     def loss(self, batch: Batch) -> tuple[float, int]:
         _, nats, num_targets = batch_loss(self.model, to_arrays(batch))
         return nats.item(), num_targets.item()
+
+    def evaluate(self, batches: list[Batch]) -> float:
+        return evaluate(self.model, batches)[0]
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         _, gradients = nn.value_and_grad(self.model, batch_loss)(self.model, to_arrays(batch))

@@ -10,7 +10,7 @@ from mlx_impl.data import Batch
 from reference.generate import greedy
 from reference.lora import add_lora
 from reference.model import CausalLM, load_arrays
-from reference.train import batch_loss, make_optimizer, train
+from reference.train import batch_loss, evaluate, make_optimizer, train
 
 
 def to_tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,6 +50,9 @@ class ReferenceTrainer:
         with torch.no_grad():
             _, nats, num_targets = batch_loss(self.model, to_tensors(batch))
         return nats.item(), int(num_targets)
+
+    def evaluate(self, batches: list[Batch]) -> float:
+        return evaluate(self.model, [to_tensors(batch) for batch in batches])
 
     def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
         self.model.zero_grad()
