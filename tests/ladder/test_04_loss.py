@@ -45,9 +45,12 @@ def test_the_loss_equals_the_reference(case: Case) -> None:
 
 def test_the_loss_over_a_data_set_weighs_every_target_alike(case: Case) -> None:
     """Batches of 9, 3 and 2 targets: the sum of the sums over the sum of the counts, as in the reference."""
-    batches = [Batch(*(a[row : row + 1] for a in case.batch[:3]), 0) for row in range(3)]
-    trainers = (case.ours(), case.reference(torch.float32), case.reference())
-    ours, ref32, ref64 = ({"loss": np.array([trainer.evaluate(batches)])} for trainer in trainers)
+    inputs_BT, targets_BT, mask_BT, _ = case.batch
+    rows = [slice(row, row + 1) for row in range(3)]
+    batches = [Batch(inputs_BT[row], targets_BT[row], mask_BT[row], 0) for row in rows]
+    ours = {"loss": np.array([case.ours().evaluate(batches)])}
+    ref32 = {"loss": np.array([case.reference(torch.float32).evaluate(batches)])}
+    ref64 = {"loss": np.array([case.reference().evaluate(batches)])}
     assert_within_rounding("rung 4, evaluation", ours, ref32, ref64, case.longest_sum)
     nats, num_targets = case.reference().loss(case.batch)
     assert abs(ref64["loss"][0] - nats / num_targets) < 1e-12
