@@ -15,8 +15,9 @@ from .arguments import DEFAULT_EPOCHS
 from .checkpoint import LoadedModel, load_model
 from .config import LoRAConfig
 from .data import evaluation_batches, read_conversations
-from .finetune import Job, finetune
+from .finetune import finetune
 from .generate import generate as generate_tokens
+from .job import Job
 from .tokenizer import encode_all
 from .train import evaluate as evaluate_model
 

@@ -1,0 +1,96 @@
+"""What `train` was asked for, and all that it needs: read, checked and in place before it writes anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapters import load_adapter
+from .checkpoint import LoadedModel, load_model
+from .config import LoRAConfig, TrainConfig
+from .data import Conversation, Example, read_conversations
+from .tokenizer import encode_all
+from .trainer import LoRATrainer
+
+# Which file's questions are reported under which name.
+QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "control.jsonl"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that `train` was asked for."""
+
+    model: Path | None
+    data: Path
+    folder: Path  # where adapter, metrics and report go
+    init_adapter: Path | None
+    lora: LoRAConfig | None  # None: as the initial adapter has it
+    iters: int | None  # None: as many as the epochs take
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str
+    weight_decay: float
+    seed: int
+    mask_prompt: bool
+    max_seq_length: int
+    steps_per_eval: int
+    num_questions: int | None
+    compiled: bool | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The job with everything read, checked and in place; nothing is written yet."""
+
+    job: Job
+    loaded: LoadedModel
+    lora: LoRAConfig
+    trainer: LoRATrainer
+    train: list[Example]
+    valid: list[Example]
+    questions: dict[str, list[Conversation]]  # by the names of QUESTION_FILES
+
+
+def prepare(job: Job) -> Prepared:
+    """Read everything and check it, the cheap things first."""
+    train, valid, questions = read_data(job)
+    training = train_config(job, len(train))
+    loaded = load_model(job.model)
+    examples, valid_examples = (
+        encode_all(loaded.tokenizer, conversations, job.mask_prompt, job.max_seq_length)
+        for conversations in (train, valid)
+    )
+    lora = job.lora
+    if job.init_adapter is not None:
+        lora = load_adapter(loaded.model, job.init_adapter)
+    assert lora is not None
+    trainer = LoRATrainer(loaded.model, job.lora, training, job.compiled)
+    return Prepared(job, loaded, lora, trainer, examples, valid_examples, questions)
+
+
+def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[str, list[Conversation]]]:
+    """The training and the validation conversations, and the questions that have answers."""
+
+    def optional(name: str) -> list[Conversation]:
+        path = job.data / name
+        return read_conversations(path) if path.exists() else []
+
+    train = read_conversations(job.data / "train.jsonl")
+    files = {name: optional(file) for name, file in QUESTION_FILES.items()}
+    judged = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in files.items()}
+    return train, optional("valid.jsonl"), {name: asked for name, asked in judged.items() if asked}
+
+
+def train_config(job: Job, num_examples: int) -> TrainConfig:
+    if job.iters is None and job.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {job.epochs}")
+    steps_an_epoch = -(-num_examples // job.batch_size)
+    return TrainConfig(
+        iters=job.epochs * steps_an_epoch if job.iters is None else job.iters,
+        batch_size=job.batch_size,
+        learning_rate=job.learning_rate,
+        optimizer=job.optimizer,
+        weight_decay=job.weight_decay,
+        seed=job.seed,
+    )
