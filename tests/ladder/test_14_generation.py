@@ -51,3 +51,4 @@ def test_the_end_of_turn_token_ends_an_answer_and_is_not_part_of_it(case: Case) 
     eos_id = free[0][3]
     expected = [row[: row.index(eos_id)] if eos_id in row else row for row in free]
     assert generate_all(model, prompts, max_tokens=8, eos_id=eos_id) == expected
+    assert [list(generate(model, prompt, 8, eos_id)) for prompt in prompts] == expected
