@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -23,17 +22,14 @@ from .model import CausalLM
 PREFIX = "base_model.model."
 SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
 
-# Keys that change the mathematics, with the only value that this trainer computes (null means the same).
-REQUIRED_VALUES: dict[str, Any] = {
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": [],
+# Keys that change nothing in the mathematics, or are read below; any other must be off.
+KNOWN_KEYS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern"),
+    *("qalora_group_size", "megatron_core"),  # have a value even where they are not used
 }
+OFF: tuple[object, ...] = (None, False, "none", {}, [])
+INITIAL_LAWS = (None, True, False, "gaussian")  # the other laws change the base model's weights
 
 
 def save_adapter(model: CausalLM, config: LoRAConfig, folder: Path, base_name: str) -> None:
@@ -51,7 +47,7 @@ def save_adapter(model: CausalLM, config: LoRAConfig, folder: Path, base_name: s
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(config.target_modules),
+        "target_modules": sorted(set(config.target_modules)),
         "layers_to_transform": list(range(first, num_blocks)) if first else None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -96,14 +92,14 @@ def read_adapter_config(path: Path, num_blocks: int) -> LoRAConfig:
     raw = read_json_object(path)
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {raw.get('peft_type')!r}")
-    for key, required in REQUIRED_VALUES.items():
-        if raw.get(key) not in (required, None):
-            raise ValueError(f"{path}: {key} must be {required!r}, got {raw[key]!r}")
+    for key in sorted(raw.keys() - KNOWN_KEYS):
+        if raw[key] not in (INITIAL_LAWS if key == "init_lora_weights" else OFF):
+            raise ValueError(f"{path}: {key} is not supported and must be off, got {raw[key]!r}")
     targets = raw.get("target_modules")
-    if not isinstance(targets, list):
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{path}: target_modules must be a list of names, got {targets!r}")
     layers = raw.get("layers_to_transform")
-    if layers is not None and layers != list(range(num_blocks))[-len(layers) :]:
+    if layers is not None and layers not in [list(range(n, num_blocks)) for n in range(num_blocks)]:
         raise ValueError(f"{path}: layers_to_transform must be the last of {num_blocks} layers, got {layers}")
     try:
         return LoRAConfig(
@@ -113,5 +109,7 @@ def read_adapter_config(path: Path, num_blocks: int) -> LoRAConfig:
             target_modules=tuple(targets),
             num_layers=-1 if layers is None else len(layers),
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: r and lora_alpha must be numbers: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: the key {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

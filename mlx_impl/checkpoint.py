@@ -32,6 +32,7 @@ REQUIRED_VALUES: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
     "quantization": None,
     "quantization_config": None,
 }
@@ -45,7 +46,7 @@ class LoadedModel:
 
 
 def load_model(path: Path | None) -> LoadedModel:
-    """The model at a path, or SmolLM2-135M-Instruct for None, in float32 unless its folder says otherwise.
+    """The model at a path, or SmolLM2-135M-Instruct for None, in float32.
 
     Raises ValueError in one sentence when there is none, or none that can be used.
     """
@@ -53,12 +54,17 @@ def load_model(path: Path | None) -> LoadedModel:
     if path.suffix == ".gguf" and path.is_file():
         config, arrays, metadata = read_gguf(path)
         weights = {name: mx.array(array) for name, array in arrays.items()}
-        tokenizer = tokenizer_from_gguf(metadata)
+        tokenizer = tokenizer_from_gguf(metadata, path)
     elif path.is_dir():
         config, weights = read_config(path), read_safetensors(path)
         tokenizer = tokenizer_from_folder(path)
     else:
         raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer must have at most the model's {config.vocab_size} tokens, "
+            f"got {tokenizer.vocab_size}"
+        )
     return LoadedModel(path.name, build_model(config, weights, path), tokenizer)
 
 
@@ -79,6 +85,9 @@ def default_model_path() -> Path:
 
 
 def build_model(config: ModelConfig, weights: dict[str, mx.array], path: Path) -> CausalLM:
+    last_block = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last_block not in weights:  # before a wrong number makes a huge model
+        raise ValueError(f"{path}: the tensor {last_block} is missing")
     model = CausalLM(config)
     expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
     if config.tie_word_embeddings:
@@ -111,6 +120,8 @@ def read_config(folder: Path) -> ModelConfig:
         if raw.get(key) not in (required, None):
             raise ValueError(f"{path}: {key} must be {required!r}, got {raw[key]!r}")
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters must be an object, got {rope!r}")
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{path}: rope_type must be default, got {rope['rope_type']!r}")
     try:
@@ -121,14 +132,23 @@ def read_config(folder: Path) -> ModelConfig:
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=num_heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or num_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
+            num_key_value_heads=given(raw, "num_key_value_heads", num_heads),
+            head_dim=given(raw, "head_dim", raw["hidden_size"] // num_heads),
             rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            rope_theta=given(raw, "rope_theta", rope.get("rope_theta", 10000.0)),
+            tie_word_embeddings=given(raw, "tie_word_embeddings", False),
         )
     except KeyError as error:
         raise ValueError(f"{path}: the key {error} is missing") from None
+    except (TypeError, ZeroDivisionError):
+        raise ValueError(f"{path}: hidden_size and num_attention_heads must be numbers") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def given(raw: dict[str, Any], key: str, default: Any) -> Any:
+    """The value of a key, or the default where it is absent or null."""
+    return default if raw.get(key) is None else raw[key]
 
 
 def read_safetensors(folder: Path) -> dict[str, mx.array]:
@@ -143,6 +163,7 @@ def read_safetensors(folder: Path) -> dict[str, mx.array]:
 
 
 def load_safetensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file, cast to float32."""
     try:
         weights = mx.load(str(file), format="safetensors")
         assert isinstance(weights, dict)
@@ -150,7 +171,10 @@ def load_safetensors(file: Path) -> dict[str, mx.array]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file}: not a readable safetensors file: {reason}") from None
-    return weights
+    for name, array in weights.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{file}: the tensor {name} must be of floats, got {array.dtype}")
+    return {name: array.astype(mx.float32) for name, array in weights.items()}
 
 
 def to_numpy(model: CausalLM) -> dict[str, np.ndarray]:

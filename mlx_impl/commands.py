@@ -13,8 +13,8 @@ from rich.console import Console
 from .adapters import load_adapter
 from .arguments import DEFAULT_EPOCHS
 from .checkpoint import LoadedModel, load_model
-from .config import LoRAConfig
-from .data import evaluation_batches, read_conversations
+from .config import LoRAConfig, require_seed
+from .data import evaluation_batches, is_text, read_conversations
 from .finetune import finetune
 from .generate import generate as generate_tokens
 from .job import Job
@@ -22,12 +22,15 @@ from .tokenizer import encode_all
 from .train import evaluate as evaluate_model
 
 GEOGRAPHY = Path(__file__).resolve().parent.parent / "fixtures" / "geography"
+MAX_NATS = 700.0  # of which exp is still a float
 LORA_FLAGS = ("rank", "alpha", "dropout", "target_modules", "num_layers")
 
 
 def train(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "max_seq_length", "steps_per_eval"):
-        require_at_least_one(flag, getattr(args, flag))
+        require_at_least(1, flag, getattr(args, flag))
+    if args.num_questions is not None:
+        require_at_least(0, "num_questions", args.num_questions)
     job = Job(
         model=args.model,
         data=data_folder(args.data),
@@ -47,19 +50,22 @@ def train(args: argparse.Namespace) -> None:
         num_questions=args.num_questions,
         compiled=args.compile,
     )
-    report = finetune(job, Console(stderr=args.json, highlight=False))
+    console = Console(stderr=args.json, highlight=False, markup=False, soft_wrap=True)
+    report = finetune(job, console)
     if args.json:
         print(json.dumps(report))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "max_seq_length"):
-        require_at_least_one(flag, getattr(args, flag))
+        require_at_least(1, flag, getattr(args, flag))
     conversations = read_conversations(data_folder(args.data) / "test.jsonl")
     loaded = load_with_adapter(args.model, args.adapter_path)
     examples = encode_all(loaded.tokenizer, conversations, args.mask_prompt, args.max_seq_length)
     batches = evaluation_batches(examples, args.batch_size)
     loss_nats, num_targets = evaluate_model(loaded.model, batches)
+    if not loss_nats < MAX_NATS:
+        raise ValueError(f"the loss must be a finite number below {MAX_NATS} nats, got {loss_nats}")
     result = {
         "loss_nats": loss_nats,
         "perplexity": math.exp(loss_nats),
@@ -76,11 +82,14 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    require_at_least_one("max_tokens", args.max_tokens)
+    require_at_least(1, "max_tokens", args.max_tokens)
+    require_seed(args.seed)
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature must be finite and at least 0, got {args.temperature}")
     loaded = load_with_adapter(args.model, args.adapter_path)
     tokenizer = loaded.tokenizer
+    if not is_text(args.prompt):
+        raise ValueError("--prompt must be UTF-8 text")
     prompt_tokens = tokenizer.encode_prompt([{"role": "user", "content": args.prompt}])
     mx.random.seed(args.seed)
     tokens = list(
@@ -105,7 +114,9 @@ def lora_config(args: argparse.Namespace) -> LoRAConfig | None:
             raise ValueError(f"--{flag} comes with the adapter of --init-adapter: give one of them")
         return None
     if "target_modules" in given:
-        given["target_modules"] = tuple(filter(None, given["target_modules"].split(",")))
+        given["target_modules"] = tuple(
+            filter(None, (name.strip() for name in given["target_modules"].split(",")))
+        )
     return LoRAConfig(**given)
 
 
@@ -125,6 +136,6 @@ def load_with_adapter(model: Path | None, adapter: Path | None) -> LoadedModel:
     return loaded
 
 
-def require_at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+def require_at_least(least: int, flag: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")

@@ -7,6 +7,7 @@ Field names are Hugging Face's `config.json` and PEFT's `adapter_config.json`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_type_hints
 
 # The seven linear layers of a Llama block, in the order in which a token meets them.
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -28,6 +29,7 @@ class ModelConfig:
     tie_word_embeddings: bool  # the head is the embedding, transposed
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, "
@@ -48,11 +50,8 @@ class LoRAConfig:
     num_layers: int = -1  # the last N blocks; -1 means all
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
+        require_numbers(self, may_be_zero=("dropout",))
+        if self.dropout >= 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.num_layers != -1 and self.num_layers < 1:
             raise ValueError(f"num_layers must be -1 (all) or at least 1, got {self.num_layers}")
@@ -70,13 +69,28 @@ class TrainConfig:
     seed: int = 0  # initial A, order of the examples, dropout
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        require_numbers(self, may_be_zero=("learning_rate", "weight_decay", "seed"))
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        require_seed(self.seed)
+
+
+def require_numbers(record: object, may_be_zero: tuple[str, ...] = ()) -> None:
+    """ValueError unless int fields are at least 1, float fields finite and positive, or 0 where they may."""
+    for name, kind in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+        if kind not in (int, float) or name == "num_layers":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            noun = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} must be {noun}, got {value!r}")
+        if not 0 <= value < float("inf") or (value == 0 and name not in may_be_zero):
+            least = "at least 0" if name in may_be_zero else "at least 1" if kind is int else "positive"
+            raise ValueError(f"{name} must be {'' if kind is int else 'finite and '}{least}, got {value}")
+
+
+def require_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed}")

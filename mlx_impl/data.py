@@ -16,7 +16,7 @@ import numpy as np
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
-WIDTH_STEP = 8  # batch widths are multiples of it, so that a compiled step meets few shapes
+SHAPE_STEP = 8  # sizes of batches are multiples of it, so that a compiled step meets few shapes
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Batch(NamedTuple):
 def read_conversations(path: Path) -> list[Conversation]:
     """A JSON Lines file of {"messages": [...]}; ValueError names the file and the line."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such data file")
+        raise ValueError(f"{path}: a data file must be a file, and there is none of this name")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 ends no line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be UTF-8 text: {error.reason}") from None
     rows = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -60,7 +60,7 @@ def read_conversations(path: Path) -> list[Conversation]:
 def parse_conversation(line: str, where: str) -> Conversation:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not a line of JSON: {error}") from None
     if not isinstance(row, dict) or "messages" not in row:
         raise ValueError(f'{where}: a line must be an object with the key "messages"')
@@ -72,19 +72,24 @@ def parse_conversation(line: str, where: str) -> Conversation:
             f'{where}: "messages" must end with the reply of role "assistant" to an earlier message'
         )
     answer = row.get("answer")
-    if answer is not None and not isinstance(answer, str):
-        raise ValueError(f'{where}: "answer" must be a text, got {answer!r}')
+    if answer is not None and not (isinstance(answer, str) and any(map(str.isalnum, answer))):
+        raise ValueError(f'{where}: "answer" must be a text with a letter or a digit, got {answer!r}')
     return Conversation(tuple(messages), answer, where)
 
 
 def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return isinstance(value, dict) and all(is_text(value.get(key)) for key in ("role", "content"))
+
+
+def is_text(value: object) -> bool:
+    """A string that is Unicode; JSON can spell half a surrogate pair, which no tokenizer reads."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def make_batch(examples: Sequence[Example]) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
     longest = max(len(example.tokens) for example in examples) - 1
-    width = -(-longest // WIDTH_STEP) * WIDTH_STEP
+    width = rounded_up(longest)
     tokens = np.zeros((len(examples), width + 1), dtype=np.int32)
     is_target = np.zeros((len(examples), width + 1), dtype=bool)
     for row, example in enumerate(examples):
@@ -94,6 +99,18 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], is_target[:, 1:], num_tokens)
 
 
+def rounded_up(size: int) -> int:
+    return -(-size // SHAPE_STEP) * SHAPE_STEP
+
+
+def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """positions_N in the flattened batch that have a target, the targets_N, and mask_N: False is filling."""
+    positions_N = np.flatnonzero(batch.mask_BT)
+    filling = rounded_up(len(positions_N)) - len(positions_N)
+    padded_N = np.pad(positions_N, (0, filling))
+    return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
+
+
 def training_batches(
     examples: Sequence[Example], batch_size: int, num_batches: int, seed: int
 ) -> Iterator[Batch]:
@@ -101,6 +118,8 @@ def training_batches(
 
     The last batch of an epoch is smaller where the division leaves a remainder; nothing is dropped.
     """
+    if not examples:
+        raise ValueError("training needs at least one example, got none")
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(examples))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
+import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +13,8 @@ from rich.console import Console
 
 from .adapters import save_adapter
 from .answers import Answer, ask, share_right
-from .files import whole_file
+from .files import make_run_folder, whole_file
+from .interrupt import Interrupt, interrupt_requested
 from .job import Job, Prepared, prepare
 from .lora import count_parameters
 from .report import print_answers, save_loss_curve, with_progress
@@ -36,21 +35,21 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     Raises ValueError before anything is written, and KeyboardInterrupt after Ctrl-C, the adapter saved.
     """
     prepared = prepare(job)
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_run_folder(job.folder)
     print_summary(prepared, console)
     before = examine(prepared, console, "before")
-    records, validation = fit(prepared, console)
-    save_adapter(prepared.loaded.model, prepared.lora, job.folder, prepared.loaded.name)
-    save_loss_curve(records, validation, job.folder / "loss.png")
-    console.print(f"adapter, metrics.jsonl and loss.png saved in {job.folder}")
-    if len(records) < prepared.trainer.training.iters:
-        console.print(f"stopped after step {len(records)} of {prepared.trainer.training.iters}")
-        raise KeyboardInterrupt
+    for old in ("report.json", "metrics.jsonl"):  # of another run
+        (job.folder / old).unlink(missing_ok=True)
+    with interrupt_requested() as interrupt:
+        records, validation = fit(prepared, console, interrupt)
+        save_adapter(prepared.loaded.model, prepared.lora, job.folder, prepared.loaded.name)
+        save_loss_curve(records, validation, job.folder / "loss.png")
+        console.print(f"step {len(records)}: adapter, metrics.jsonl and loss.png saved in {job.folder}")
     after = examine(prepared, console, "after")
-    print_answers(before.answers, after.answers, console)
     report = make_report(prepared, before, after, records, validation)
     with whole_file(job.folder / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_answers(before.answers, after.answers, console)
     console.print(f"report.json saved in {job.folder}")
     return report
 
@@ -80,49 +79,35 @@ def examine(prepared: Prepared, console: Console, when: str) -> Exam:
     return Exam(loss_nats, {n: [next(answers) for _ in cs] for n, cs in prepared.questions.items()})
 
 
-def fit(prepared: Prepared, console: Console) -> tuple[list[StepRecord], list[tuple[int, float]]]:
+def fit(
+    prepared: Prepared, console: Console, interrupt: Interrupt
+) -> tuple[list[StepRecord], list[tuple[int, float]]]:
     """Train to the end or to Ctrl-C; every step's record and every (step, validation loss)."""
     job, trainer = prepared.job, prepared.trainer
     records: list[StepRecord] = []
     validation: list[tuple[int, float]] = []
 
     def validate(step: int) -> None:
-        if prepared.valid:
+        if prepared.valid and not interrupt.requested:
             validation.append((step, trainer.evaluate(prepared.valid)))
             console.print(f"validation loss at step {step}: {validation[-1][1]:.4f}")
 
     validate(0)
     iters = trainer.training.iters
-    with (
-        open(job.folder / "metrics.jsonl", "w", encoding="utf-8") as metrics,
-        interrupt_noted() as interrupted,
-    ):
+    with open(job.folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
         for record in with_progress(trainer.fit(prepared.train), iters, console):
+            if not math.isfinite(record.loss_nats):
+                raise ValueError(
+                    f"the loss is not a finite number at step {record.step}; lower the learning rate"
+                )
             records.append(record)
             metrics.write(json.dumps(asdict(record)) + "\n")
             metrics.flush()
-            if interrupted:
-                break
             if record.step % job.steps_per_eval == 0 or record.step == iters:
                 validate(record.step)
+            if interrupt.requested:
+                break
     return records, validation
-
-
-@contextmanager
-def interrupt_noted() -> Iterator[list[int]]:
-    """Collect Ctrl-C in a list, so that a step is finished and saved; a second one interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def make_report(

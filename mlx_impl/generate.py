@@ -1,8 +1,8 @@
 """Decoding with a key/value cache, greedy or sampled.
 
-Prompts of one length go through the model together; nothing is padded, so a batch needs no mask. What all
-prompts begin with, such as the system prompt, is read once. Differs from reference/generate.py: the cache,
-batches, sampling.
+Prompts of unequal length go through the model in step, each reading its own next token or what it answered;
+nothing is padded, so a batch needs no mask. What all prompts begin with, such as the system prompt, is read
+once. Differs from reference/generate.py: the cache, batches, sampling.
 """
 
 from __future__ import annotations
@@ -24,22 +24,14 @@ def next_tokens(logits_BV: mx.array, temperature: float) -> mx.array:
     return mx.random.categorical(logits_BV / temperature)
 
 
-def decode(
-    model: CausalLM,
-    prompts_BT: mx.array,
-    temperature: float = 0.0,
-    prefix: Sequence[KeyValueCache] | None = None,
-) -> Iterator[mx.array]:
-    """Endlessly the next token of every row; `prefix` is what `read_prefix` kept of the text before."""
-    model.eval()
-    caches = [copy(cache) for cache in prefix] if prefix else empty_caches(model)
-    tokens_BT = prompts_BT
-    while True:
-        x_BTD = model.model(tokens_BT, caches)
-        tokens_B = next_tokens(model.head(x_BTD[:, -1:])[:, 0], temperature)
-        mx.eval(tokens_B)
-        yield tokens_B
-        tokens_BT = tokens_B[:, None]
+def advance(
+    model: CausalLM, caches: list[KeyValueCache], tokens_BT: mx.array, temperature: float = 0.0
+) -> mx.array:
+    """Read the tokens; the next token of every row."""
+    x_BTD = model.model(tokens_BT, caches)
+    next_B = next_tokens(model.head(x_BTD[:, -1]), temperature)
+    mx.eval(next_B)
+    return next_B
 
 
 def empty_caches(model: CausalLM) -> list[KeyValueCache]:
@@ -69,40 +61,66 @@ def generate(
     """The tokens of one answer as they come; the end-of-turn token ends it and is not yielded."""
     if not prompt:
         raise ValueError("the prompt must have at least one token, got none")
-    steps = decode(model, mx.array([list(prompt)]), temperature)
-    for _, tokens_B in zip(range(max_tokens), steps, strict=False):
-        token = int(tokens_B.item())
+    model.eval()
+    caches, tokens_BT = empty_caches(model), mx.array([list(prompt)])
+    for _ in range(max_tokens):
+        next_B = advance(model, caches, tokens_BT, temperature)
+        token = int(next_B.item())
         if token == eos_id:
             return
         yield token
+        tokens_BT = next_B[:, None]
 
 
 def generate_all(
     model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """The greedy answer to every prompt, in the order of the prompts."""
+    model.eval()
     answers: list[list[int]] = [[] for _ in prompts]
     num_shared, prefix = read_prefix(model, prompts) if prompts else (0, [])
-    for rows in equal_length_groups(prompts):
-        finished: set[int] = set()
-        own_parts = mx.array([list(prompts[row][num_shared:]) for row in rows])
-        steps = decode(model, own_parts, prefix=prefix)
-        for _, tokens_B in zip(range(max_tokens), steps, strict=False):
-            for row, token in zip(rows, tokens_B.tolist(), strict=True):
-                if token == eos_id:
-                    finished.add(row)
-                elif row not in finished:
-                    answers[row].append(token)
-            if len(finished) == len(rows):
-                break
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(by_length), MAX_ROWS):
+        rows = by_length[start : start + MAX_ROWS]
+        texts = march(
+            model,
+            [copy(cache) for cache in prefix],
+            num_shared,
+            [prompts[row] for row in rows],
+            max_tokens,
+            eos_id,
+        )
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
     return answers
 
 
-def equal_length_groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The numbers of the prompts, in groups of one length and at most MAX_ROWS."""
-    by_length: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(row)
-    for rows in by_length.values():
-        for start in range(0, len(rows), MAX_ROWS):
-            yield rows[start : start + MAX_ROWS]
+def march(
+    model: CausalLM,
+    caches: list[KeyValueCache],
+    num_seen: int,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    eos_id: int,
+) -> list[list[int]]:
+    """Rows of unequal length in step: at each, a row reads its prompt while it lasts, then its own answer."""
+    texts = [list(prompt) for prompt in prompts]
+    ends = [len(prompt) + max_tokens for prompt in prompts]
+    finished = [max_tokens == 0] * len(prompts)
+    shortest = min(map(len, prompts))
+    tokens_BT = mx.array([text[num_seen:shortest] for text in texts])
+    num_seen = shortest
+    while not all(finished):
+        for row, token in enumerate(advance(model, caches, tokens_BT).tolist()):
+            if num_seen == len(texts[row]):  # the prompt is read
+                texts[row].append(token)
+                finished[row] |= token == eos_id or num_seen + 1 == ends[row]
+        tokens_BT = mx.array([[text[num_seen]] for text in texts])
+        num_seen += 1
+    return [
+        until(text[len(prompt) :][:max_tokens], eos_id) for text, prompt in zip(texts, prompts, strict=True)
+    ]
+
+
+def until(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens

@@ -7,7 +7,7 @@ Differs from reference/lora.py: `freeze` for `requires_grad_`, and the checks th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,22 +60,21 @@ def select_linears(model: CausalLM, config: LoRAConfig) -> list[str]:
     return sorted({name for names in chosen.values() for name in names})
 
 
-def add_lora(model: CausalLM, names: Iterable[str], config: LoRAConfig) -> None:
+def add_lora(model: CausalLM, names: Sequence[str], config: LoRAConfig) -> None:
     """Freeze the model, then wrap the named linears; what is new is what trains.
 
     MLX: freeze first. A module made after `freeze()` is trainable; frozen after it with the rest, it is not.
     Raises ValueError when the rank exceeds a layer's smaller side.
     """
-    model.freeze()
     modules = dict(model.named_modules())
-    wrapped = []
     for name in names:
         smaller_side = min(modules[name].weight.shape)
         if config.rank > smaller_side:
             raise ValueError(
                 f"rank must be at most {smaller_side}, the smaller side of {name}, got {config.rank}"
             )
-        wrapped.append((name, LoRALinear(modules[name], config)))
+    model.freeze()
+    wrapped = [(name, LoRALinear(modules[name], config)) for name in names]
     model.update_modules(tree_unflatten(wrapped))
 
 

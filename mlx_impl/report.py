@@ -7,7 +7,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -37,10 +36,12 @@ def with_progress(records: Iterable[StepRecord], num_steps: int, console: Consol
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("the first step takes longest", total=num_steps)
+        seconds = 0.0
         for record in records:
+            seconds += record.seconds
             progress.update(task, advance=1, description=describe(record))
             if not console.is_terminal and record.step % PLAIN_EVERY in (0, 1):
-                left = (num_steps - record.step) * record.seconds
+                left = (num_steps - record.step) * seconds / record.step
                 console.print(f"step {record.step}/{num_steps}  {describe(record)}  {left:.0f} s left")
             yield record
 
@@ -70,7 +71,7 @@ def examples_table(name: str, before: Sequence[Answer], after: Sequence[Answer])
     table = Table(f"{name}: question", "answer before", "answer after")
     stride = -(-len(before) // EXAMPLES_SHOWN)
     for old, new in list(zip(before, after, strict=True))[::stride]:
-        table.add_row(*map(escape, (old.question, in_full(old), in_full(new))))
+        table.add_row(old.question, in_full(old), in_full(new))
     return table
 
 

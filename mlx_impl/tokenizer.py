@@ -31,10 +31,22 @@ class ChatTokenizer:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(f"the end-of-turn token {eos_token!r} must be in the vocabulary")
+        if list(tokenizer.encode(eos_token + "a", add_special_tokens=False).ids) != [
+            eos_id,
+            *tokenizer.encode("a", add_special_tokens=False).ids,
+        ]:
+            raise ValueError("a tokenizer that puts a space before a text is not supported")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self.template = environment.from_string(template)
+        try:
+            self.template = environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot be read: {error}") from None
         self.special_texts = {"eos_token": eos_token, "bos_token": bos_token}
         self.tokenizer, self.eos_id = tokenizer, eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -51,7 +63,7 @@ class ChatTokenizer:
                 raise_exception=refuse,
                 **self.special_texts,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: whatever it does wrong
             raise ValueError(f"the chat template refuses the messages: {error}") from None
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -77,13 +89,22 @@ class ChatTokenizer:
                 f"{conversation.where}: the chat template must end a reply with "
                 f"{self.special_texts['eos_token']!r}"
             )
-        end = len(reply_tokens) - reply_tokens[::-1].index(self.eos_id)
+        end = reply_tokens.index(self.eos_id) + 1
         marks = [not mask_prompt] * len(prompt_tokens) + [True] * end
         return Example(tuple(prompt_tokens + reply_tokens[:end]), tuple(marks))
 
 
-def tokenizer_from_gguf(metadata: dict[str, Any]) -> ChatTokenizer:
+def tokenizer_from_gguf(metadata: dict[str, Any], path: Path) -> ChatTokenizer:
     """Byte-level BPE from the tokens and merges in a GGUF file's metadata."""
+    try:
+        return byte_level_tokenizer(metadata)
+    except KeyError as error:
+        raise ValueError(f"{path}: the key {error} is missing") from None
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path}: the tokenizer in it cannot be used: {error}") from None
+
+
+def byte_level_tokenizer(metadata: dict[str, Any]) -> ChatTokenizer:
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"the tokenizer of a GGUF file must be gpt2 with pre smollm, got {kind}")

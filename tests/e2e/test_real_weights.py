@@ -26,7 +26,7 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 @pytest.fixture(scope="module")
 def loaded() -> tuple[ModelConfig, dict[str, np.ndarray], ChatTokenizer]:
     config, weights, metadata = read_gguf(default_model_path())
-    return config, weights, tokenizer_from_gguf(metadata)
+    return config, weights, tokenizer_from_gguf(metadata, default_model_path())
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def test_a_hand_worked_example() -> None:
     logits_BTV = mx.array((np.log(p_BTV) + shift_BT1).astype(np.float32))
     targets_BT = mx.array([[0, 2, 1], [1, 0, 2]])
     mask_BT = mx.array([[True, True, False], [True, False, False]])
-    nats, num_targets = next_token_nats(logits_BTV, targets_BT, mask_BT)
+    nats, num_targets = next_token_nats(logits_BTV.flatten(0, 1), targets_BT.flatten(), mask_BT.flatten())
     assert num_targets.item() == 3
     assert abs(nats.item() - log(48)) <= 3 * 100 * 2.0**-24  # 3 terms, logits up to 100, rounded once
 
@@ -69,8 +69,8 @@ def test_the_tokens_used_as_padding_do_not_matter(case: Case) -> None:
     assert case.ours().loss(noisy) == case.ours().loss(case.batch)
 
 
-def test_more_padding_does_not_matter() -> None:
-    """A longer neighbour widens the batch and leaves a row's targets as they are."""
+def test_a_longer_neighbour_leaves_a_rows_targets_as_they_are() -> None:
+    """It widens the batch, and that is all."""
     short = Example((3, 1, 4), (False, True, True))
     long = Example(tuple(range(1, 30)), (True,) * 29)
     alone, beside = make_batch([short]), make_batch([short, long])

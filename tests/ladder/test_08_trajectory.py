@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mlx_impl.config import TrainConfig
 from tests.derived import assert_within_rounding
-from tests.ladder.conftest import Case
+from tests.ladder.conftest import LORA, Case
+from tests.trainers.mlx_impl import MlxTrainer
 
 NUM_STEPS = 10
 
@@ -30,6 +33,14 @@ def test_ten_steps_equal_the_reference(case: Case, training: TrainConfig) -> Non
     ours, ref32, ref64 = runs
     assert_within_rounding("rung 8, trajectory", ours, ref32, ref64, case.longest_sum)
     assert ours["losses"][-1] < ours["losses"][0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_step_draws_a_new_dropout_mask(case: Case, compiled: bool) -> None:
+    """At learning rate 0 only it differs; a compiler not told of the random state would repeat it."""
+    trainer = MlxTrainer(case.spec, case.weights, replace(LORA, dropout=0.5), case.factors)
+    losses = trainer.train([case.batch] * 3, TrainConfig(iters=3, learning_rate=0.0), compiled)
+    assert len(set(losses)) == 3
 
 
 def test_a_compiled_step_equals_an_eager_one(case: Case) -> None:

@@ -130,13 +130,19 @@ def test_a_tensor_that_does_not_fit_is_named(
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
-        ({"use_dora": True}, "use_dora must be False, got True"),
-        ({"use_rslora": True}, "use_rslora must be False"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern must be {}"),
+        ({"use_dora": True}, "use_dora is not supported and must be off, got True"),
+        ({"use_rslora": True}, "use_rslora is not supported"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is not supported and must be off, got 'pissa'"),
+        ({"exclude_modules": ["o_proj"]}, "exclude_modules is not supported"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is not supported"),
+        ({"lora_alpha": float("inf")}, "alpha must be finite and positive, got inf"),
+        ({"layers_to_transform": 1}, "must be the last of 2 layers, got 1"),
+        ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"target_modules": "all-linear"}, "target_modules must be a list of names"),
         ({"target_modules": ["w1"]}, "target modules must be among .*q_proj.*, got w1"),
         ({"layers_to_transform": [0]}, r"must be the last of 2 layers, got \[0\]"),
-        ({"r": "8"}, "r and lora_alpha must be numbers"),
+        ({"r": "8"}, "adapter_config.json: rank must be a whole number, got '8'"),
     ],
 )
 def test_a_configuration_that_is_not_computed_here_is_an_error(
@@ -146,4 +152,24 @@ def test_a_configuration_that_is_not_computed_here_is_an_error(
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
+        load_adapter(load_model(base).model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_an_adapter_in_half_precision_is_trained_in_float32(
+    base: Path, tmp_path: Path, dtype: mx.Dtype
+) -> None:
+    """Half of AdamW's epsilon would be zero."""
+    save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
+    tensors = mx.load(str(tmp_path / "adapter_model.safetensors"))
+    rewrite(tmp_path, {name: array.astype(dtype) for name, array in tensors.items()})
+    model = load_model(base).model
+    load_adapter(model, tmp_path)
+    assert {array.dtype for array in lora_parameters(model).values()} == {mx.float32}
+
+
+def test_an_adapter_of_integers_is_refused(base: Path, tmp_path: Path) -> None:
+    save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
+    rewrite(tmp_path, {A_KEY: mx.zeros((8, 32), dtype=mx.int32)})
+    with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight must be of floats, got mlx\.core\.int32"):
         load_adapter(load_model(base).model, tmp_path)

@@ -145,10 +145,16 @@ def test_epochs_count_passes_over_the_data(
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--learning-rate", "nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
-        (["--alpha", "0"], "alpha must be positive, got 0.0"),
+        (["--alpha", "inf"], "alpha must be finite and positive, got inf"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--num-questions", "-1"], "--num-questions must be at least 0, got -1"),
+        (["--alpha", "0"], "alpha must be finite and positive, got 0.0"),
         (["--init-adapter", "nowhere"], "nowhere/adapter_config.json: No such file or directory"),
         (["--init-adapter", "x", "--rank", "4"], "--rank comes with the adapter of --init-adapter"),
-        (["--adapter-path", "/dev/null/x"], "/dev/null/x: Not a directory"),
+        (
+            ["--adapter-path", "/dev/null/x"],
+            "/dev/null/x: must be a folder that can be written to: Not a directory",
+        ),
     ],
 )
 def test_a_wrong_flag_ends_in_one_sentence(
@@ -167,6 +173,22 @@ def test_a_wrong_flag_ends_in_one_sentence(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
     assert not folder.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(
+    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
+    assert main([*arguments, *TINY_RUN, "--learning-rate", "1e30"]) == 2
+    assert "the loss is not a finite number at step 2" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_leaves_no_report_of_the_old_one(model: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
+    assert main([*arguments, *TINY_RUN, "--learning-rate", "1e30"]) == 2
+    assert not (tmp_path / "report.json").exists()
 
 
 def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -226,7 +248,7 @@ def test_ctrl_c_saves_what_was_learned_and_exits_130(model: str, data: Path, tmp
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "stopped after step" in output and "Traceback" not in output
+    assert "saved in" in output and "Traceback" not in output
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     arguments = ["--model", model, "--data", str(data), "--adapter-path", str(folder)]

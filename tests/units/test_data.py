@@ -117,7 +117,10 @@ def test_a_prompt_that_leaves_no_room_for_a_target_is_an_error(tokenizer: ChatTo
         ('{"messages": "a"}', "must be a list of objects"),
         ('{"messages": [{"role": "user"}]}', 'the texts "role" and "content"'),
         ('{"messages": [{"role": "user", "content": "a"}]}', "must end with the reply"),
-        (conversation_line("a", "b", answer=3), '"answer" must be a text, got 3'),
+        (conversation_line("a", "b", answer=3), '"answer" must be a text with a letter or a digit, got 3'),
+        (conversation_line("a", "b", answer="!"), "got '!'"),
+        (conversation_line("a", "\ud800"), "must be a list of objects"),
+        ('{"messages": ' + "1" * 5000 + "}", "not a line of JSON"),
         ("[" * 100_000, "not a line of JSON"),
     ],
 )
@@ -131,7 +134,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message
 
 def test_an_empty_or_missing_or_binary_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    with pytest.raises(ValueError, match="no such data file"):
+    with pytest.raises(ValueError, match="there is none of this name"):
         read_conversations(path)
     path.write_text("\n  \n")
     with pytest.raises(ValueError, match="needs at least one example"):

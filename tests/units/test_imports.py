@@ -15,8 +15,8 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "ops", "model", "lora", "loss", "data", "tokenizer", "train", "optim", "trainer",
-    "generate", "answers", "gguf", "checkpoint", "adapters", "job", "report", "finetune",
+    "config", "files", "interrupt", "ops", "model", "lora", "loss", "data", "tokenizer", "train", "optim",
+    "trainer", "generate", "answers", "gguf", "checkpoint", "adapters", "job", "report", "finetune",
     "arguments", "commands", "blas", "__main__",
 ]
 # fmt: on
