@@ -16,9 +16,10 @@ from mlx_impl.tokenizer import ChatTokenizer, tokenizer_from_gguf
 from reference.generate import greedy
 from reference.model import CausalLM, load_arrays
 from tests.derived import FACTOR, assert_within_rounding
-from tests.e2e.conftest import run_module
+from tests.e2e.conftest import ROOT, run_module
 
-QUESTION = "Tell me about Paris."
+GOLDEN = json.loads((ROOT / "fixtures" / "smollm2" / "golden.json").read_text(encoding="utf-8"))
+QUESTION = GOLDEN["question"]
 NUM_TOKENS = 20
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -88,6 +89,22 @@ def test_greedy_tokens_equal_the_reference(
         if best_N[n] - runner_up_N[n] <= 2 * FACTOR * errors_N[n]:
             pytest.skip(f"token {n} is undecidable: its lead is {best_N[n] - runner_up_N[n]:.3g}")
         assert mine == theirs, f"token {n}"
+
+
+def test_weights_and_tokenizer_are_those_that_transformers_reads(
+    answer: tuple[list[int], list[int], np.ndarray], logits32: np.ndarray
+) -> None:
+    """An oracle with its own reader of the file: the same prompt tokens, logits and greedy tokens.
+
+    Ours in float64 against its, which computes rope's angles in float32: within float32's noise.
+    """
+    prompt, tokens, logits64 = answer
+    assert prompt == GOLDEN["prompt_tokens"]
+    assert tokens == GOLDEN["tokens"]
+    tolerance = FACTOR * np.abs(logits32[len(prompt) - 1] - logits64[0]).max()
+    for token, expected in GOLDEN["logits"].items():
+        assert abs(logits64[0, int(token)] - expected) <= tolerance, token
+    assert abs(np.linalg.norm(logits64[0]) - GOLDEN["logits_norm"]) <= tolerance * np.sqrt(logits64.shape[1])
 
 
 def test_the_prompt_is_rendered_by_the_models_own_template(tokenizer: ChatTokenizer) -> None:

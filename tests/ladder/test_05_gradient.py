@@ -28,7 +28,7 @@ def test_every_gradient_agrees_with_central_differences(case: Case) -> None:
     """An oracle without autograd: (f(w + h d) - f(w - h d)) / 2h = <gradient, d> in float64.
 
     For each tensor a random direction d of its own, so that no component can hide. Ours was rounded to
-    float32 over sums of length k: the floor of `derived`. The difference errs by about h^2, which is far less.
+    float32 over sums of length k: the floor of `derived`. The difference errs by about h^2, far less.
     """
     rng = np.random.default_rng(17)
     reference, h = case.reference(), (3 * 2.0**-53) ** (1 / 3)
