@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -60,9 +61,11 @@ def print_summary(prepared: Prepared, console: Console) -> None:
     base = total - trained
     console.print(f"model:     {prepared.loaded.name}, {base:,} parameters, frozen")
     console.print(f"adapter:   {trained:,} trainable parameters, {trained / base:.2%} of the model's")
+    data = prepared.job.data
+    if data.is_relative_to(Path.cwd()):
+        data = data.relative_to(Path.cwd())
     console.print(
-        f"data:      {prepared.job.data}: {len(prepared.train)} training and "
-        f"{len(prepared.valid)} validation examples"
+        f"data:      {data}: {len(prepared.train)} training and {len(prepared.valid)} validation examples"
     )
     console.print(f"device:    {mx.default_device()}")
     console.print(f"training:  {training.iters} steps of {training.batch_size} examples")
