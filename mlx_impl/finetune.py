@@ -43,7 +43,8 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
         (job.folder / old).unlink(missing_ok=True)
     with interrupt_requested() as interrupt:
         records, validation = fit(prepared, console, interrupt)
-        save_adapter(prepared.loaded.model, prepared.lora, job.folder, prepared.loaded.name)
+        base_name = str(job.model or prepared.loaded.name)
+        save_adapter(prepared.loaded.model, prepared.lora, job.folder, base_name)
         save_loss_curve(records, validation, job.folder / "loss.png")
         console.print(f"step {len(records)}: adapter, metrics.jsonl and loss.png saved in {job.folder}")
     after = examine(prepared, console, "after")

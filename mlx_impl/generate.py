@@ -105,21 +105,18 @@ def march(
 ) -> list[list[int]]:
     """Rows of unequal length in step: at each, a row reads its prompt while it lasts, then its own answer."""
     texts = [list(prompt) for prompt in prompts]
-    ends = [len(prompt) + max_tokens for prompt in prompts]
-    finished = [max_tokens == 0] * len(prompts)
+    limits = [len(prompt) + max_tokens for prompt in prompts]
     shortest = min(map(len, prompts))
     tokens_BT = mx.array([text[num_seen:shortest] for text in texts])
-    num_seen = shortest
-    while not all(finished):
-        for row, token in enumerate(advance(model, caches, tokens_BT).tolist()):
-            if num_seen == len(texts[row]):  # the prompt is read
-                texts[row].append(token)
-                finished[row] |= token == eos_id or num_seen + 1 == ends[row]
+    for num_seen in range(shortest, max(limits)):
+        for text, token in zip(texts, advance(model, caches, tokens_BT).tolist(), strict=True):
+            if len(text) == num_seen:  # its prompt is read, so this is its answer
+                text.append(token)
+        replies = [text[limit - max_tokens : limit] for text, limit in zip(texts, limits, strict=True)]
+        if all(len(reply) == max_tokens or eos_id in reply for reply in replies):
+            break
         tokens_BT = mx.array([[text[num_seen]] for text in texts])
-        num_seen += 1
-    return [
-        until(text[len(prompt) :][:max_tokens], eos_id) for text, prompt in zip(texts, prompts, strict=True)
-    ]
+    return [until(reply, eos_id) for reply in replies]
 
 
 def until(tokens: list[int], eos_id: int) -> list[int]:
