@@ -24,6 +24,13 @@ def refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def compile_template(template: str) -> jinja2.Template:
+    try:
+        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from None
+
+
 class ChatTokenizer:
     """A tokenizer, a chat template and the token that ends a turn."""
 
@@ -31,18 +38,11 @@ class ChatTokenizer:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(f"the end-of-turn token {eos_token!r} must be in the vocabulary")
-        if list(tokenizer.encode(eos_token + "a", add_special_tokens=False).ids) != [
-            eos_id,
-            *tokenizer.encode("a", add_special_tokens=False).ids,
-        ]:
-            raise ValueError("a tokenizer that puts a space before a text is not supported")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        try:
-            self.template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template cannot be read: {error}") from None
-        self.special_texts = {"eos_token": eos_token, "bos_token": bos_token}
         self.tokenizer, self.eos_id = tokenizer, eos_id
+        self.template = compile_template(template)
+        self.special_texts = {"eos_token": eos_token, "bos_token": bos_token}
+        if self.encode(eos_token + "a") != [eos_id, *self.encode("a")]:
+            raise ValueError("a tokenizer that puts a space before a text is not supported")
 
     @property
     def vocab_size(self) -> int:
@@ -76,8 +76,11 @@ class ChatTokenizer:
         Prompt and reply are tokenized apart, as they are when the model generates.
         """
         *question, _ = messages = conversation.messages
-        prompt = self.render(question, add_generation_prompt=True)
-        whole = self.render(messages, add_generation_prompt=False)
+        try:
+            prompt = self.render(question, add_generation_prompt=True)
+            whole = self.render(messages, add_generation_prompt=False)
+        except ValueError as error:
+            raise ValueError(f"{conversation.where}: {error}") from None
         if not whole.startswith(prompt):
             raise ValueError(
                 f"{conversation.where}: the chat template must render the conversation as the prompt "
