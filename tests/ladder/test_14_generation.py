@@ -36,11 +36,16 @@ def test_the_cache_changes_no_greedy_token(case: Case) -> None:
 
 
 def test_prompts_answered_together_are_answered_as_alone(case: Case) -> None:
-    """Unequal lengths in one call, answers in the order of the prompts."""
+    """Unequal lengths, a beginning in common or none, twice the same: answers in the order of the prompts."""
     model = case.ours().model
-    prompts = [[5, 7, 11], [2, 3], [13, 17, 19], [23, 29, 31, 37]]
-    together = generate_all(model, prompts, max_tokens=8, eos_id=NO_TOKEN)
-    assert together == [list(generate(model, p, 8, NO_TOKEN)) for p in prompts]
+    for prompts in (
+        [[5, 7, 11], [2, 3], [13, 17, 19], [23, 29, 31, 37]],
+        [[5, 7, 11], [5, 7, 2, 3], [5, 7, 13]],
+        [[5, 7, 11], [5, 7, 11]],
+        [],
+    ):
+        together = generate_all(model, prompts, max_tokens=8, eos_id=NO_TOKEN)
+        assert together == [list(generate(model, p, 8, NO_TOKEN)) for p in prompts]
 
 
 def test_the_end_of_turn_token_ends_an_answer_and_is_not_part_of_it(case: Case) -> None:
