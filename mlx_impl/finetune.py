@@ -33,7 +33,8 @@ class Exam:
 def finetune(job: Job, console: Console) -> dict[str, Any]:
     """Read, examine, train, save, examine again; the report that is also written to `report.json`.
 
-    Raises ValueError before anything is written, and KeyboardInterrupt after Ctrl-C, the adapter saved.
+    Raises ValueError for a wrong input before anything is written, and for a loss that is not finite; after
+    Ctrl-C KeyboardInterrupt, the adapter saved.
     """
     prepared = prepare(job)
     make_run_folder(job.folder)
@@ -75,6 +76,8 @@ def print_summary(prepared: Prepared, console: Console) -> None:
 def examine(prepared: Prepared, console: Console, when: str) -> Exam:
     """The loss over the training set and the answers to all questions."""
     loss_nats = prepared.trainer.evaluate(prepared.train)
+    if not math.isfinite(loss_nats):
+        raise ValueError(f"the loss over the training set {when} training is not a finite number")
     console.print(f"loss over the training set {when} training: {loss_nats:.4f} nats per target token")
     together = [c for questions in prepared.questions.values() for c in questions]
     if together:

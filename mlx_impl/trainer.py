@@ -37,7 +37,7 @@ class LoRATrainer:
         mx.random.seed(training.seed)
         if lora is not None:
             add_lora(model, select_linears(model, lora), lora)
-        lora_parameters(model)
+        lora_parameters(model)  # raises if anything else is trainable
         self.model, self.training = model, training
         self.optimizer = make_optimizer(training)
         self.compiled = mx.default_device() == mx.gpu if compiled is None else compiled

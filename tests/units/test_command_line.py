@@ -184,6 +184,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_no_adapter(
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_an_adapter_that_the_last_step_ruined_is_reported_as_such(
+    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step's own loss was still a number; the report would hold NaN, which is no JSON."""
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
+    assert main([*arguments, *TINY_RUN, "--iters", "1", "--learning-rate", "1e30"]) == 2
+    assert "the loss over the training set after training is not a finite" in capsys.readouterr().err
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_a_new_run_leaves_no_report_of_the_old_one(model: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
