@@ -6,11 +6,37 @@ Field names are Hugging Face's `config.json` and PEFT's `adapter_config.json`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_type_hints
 
 # The seven linear layers of a Llama block, in the order in which a token meets them.
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotation frequencies of a long-context model are stretched; names as in `config.json`.
+
+    `linear` divides every frequency by `factor`. `llama3` divides those whose wavelength exceeds
+    original_max_position_embeddings / low_freq_factor, keeps those below it / high_freq_factor, and blends
+    between (Llama 3.1's published rule).
+    """
+
+    rope_type: str  # "linear" or "llama3"
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"rope_type must be linear or llama3, got {self.rope_type!r}")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor must be less than high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,9 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool  # the head is the embedding, transposed
+    qkv_bias: bool = False  # Qwen2's: of q_proj, k_proj and v_proj
+    qk_norm: bool = False  # Qwen3's: an RMSNorm over each head's queries and keys, before rope
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -41,13 +70,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """A low-rank update: y = W x + (alpha / rank) B A x  (Hu et al. 2021, section 4.1)."""
+    """A low-rank update: y = W x + scale * B A x  (Hu et al. 2021, section 4.1). PEFT's names and rules.
+
+    The scale is alpha / rank, or with rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023). DoRA trains direction
+    and length apart (Liu et al. 2024, eq. 5). A pattern is matched against the end of a linear's name, and
+    the first that matches decides.
+    """
 
     rank: int = 8  # R
     alpha: float = 16.0
     dropout: float = 0.0  # on the input of A, while training
-    target_modules: tuple[str, ...] = BLOCK_LINEARS
+    # Ends of names; or one text: "all-linear", or a regular expression that the whole name must match.
+    target_modules: tuple[str, ...] | str = BLOCK_LINEARS
     num_layers: int = -1  # the last N blocks; -1 means all
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # a rank of its own for some linears
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_numbers(self, may_be_zero=("dropout",))
@@ -55,6 +94,10 @@ class LoRAConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.num_layers != -1 and self.num_layers < 1:
             raise ValueError(f"num_layers must be -1 (all) or at least 1, got {self.num_layers}")
+        for pattern, rank in self.rank_pattern.items():
+            require_number(f"rank_pattern[{pattern!r}]", rank, int)
+        for pattern, alpha in self.alpha_pattern.items():
+            require_number(f"alpha_pattern[{pattern!r}]", alpha, float)
 
 
 @dataclass(frozen=True)
@@ -63,16 +106,27 @@ class TrainConfig:
 
     iters: int
     batch_size: int = 4
-    learning_rate: float = 3e-4
+    grad_accumulation_steps: int = 1  # batches an update
+    learning_rate: float = 3e-4  # the highest of the schedule
+    lr_schedule: str = "constant"  # or "linear" or "cosine": down to 0 at the end
+    warmup_steps: int = 0  # updates in which the learning rate rises from 0
+    loraplus_lr_ratio: float = 1.0  # LoRA+: B learns so many times as fast as A
     optimizer: str = "adamw"  # or "sgd"
     weight_decay: float = 0.0  # decoupled for adamw, L2 for sgd, as in PyTorch
-    seed: int = 0  # initial A, order of the examples, dropout
+    max_grad_norm: float = 0.0  # clip the gradients' global norm to it; 0: do not
+    grad_checkpoint: bool = False  # recompute activations in the backward pass, to save memory
+    seed: int = 0  # initial A, dropout
+    data_seed: int = 0  # order of the examples
 
     def __post_init__(self) -> None:
-        require_numbers(self, may_be_zero=("learning_rate", "weight_decay", "seed"))
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")
+        zero = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed")
+        require_numbers(self, may_be_zero=zero)
+        require_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        require_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        if self.warmup_steps > self.iters:
+            raise ValueError(f"warmup_steps must be at most iters, got {self.warmup_steps} and {self.iters}")
         require_seed(self.seed)
+        require_seed(self.data_seed)
 
 
 def require_numbers(record: object, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -81,14 +135,23 @@ def require_numbers(record: object, may_be_zero: tuple[str, ...] = ()) -> None:
         value = getattr(record, name)
         if kind is bool and not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, got {value!r}")
-        if kind not in (int, float) or name == "num_layers":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            noun = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} must be {noun}, got {value!r}")
-        if not 0 <= value < float("inf") or (value == 0 and name not in may_be_zero):
-            least = "at least 0" if name in may_be_zero else "at least 1" if kind is int else "positive"
-            raise ValueError(f"{name} must be {'' if kind is int else 'finite and '}{least}, got {value}")
+        if kind in (int, float) and name != "num_layers":
+            require_number(name, value, kind, name in may_be_zero)
+
+
+def require_number(name: str, value: object, kind: type, may_be_zero: bool = False) -> None:
+    """ValueError unless it is a whole number, or a number where `kind` is float, and large enough."""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        noun = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {noun}, got {value!r}")
+    if not 0 <= value < float("inf") or (value == 0 and not may_be_zero):  # type: ignore[operator]
+        least = "at least 0" if may_be_zero else "at least 1" if kind is int else "positive"
+        raise ValueError(f"{name} must be {'' if kind is int else 'finite and '}{least}, got {value}")
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def require_seed(seed: int) -> None:

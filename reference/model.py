@@ -1,7 +1,8 @@
 """The Llama decoder: embedding, blocks of attention and gated feed-forward, norm, head.
 
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
-[3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA".
+[3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
+[5] Llama 3.1's `apply_scaling`, for long contexts.
 Differs from mlx_impl/model.py: `forward` for `__call__`, torch's own attention and norm, no key/value cache.
 """
 
@@ -15,11 +16,25 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from mlx_impl.config import ModelConfig
 
 
-def rope(x_BHTK: Tensor, theta: float) -> Tensor:
-    """Turn the pair (x[k], x[k + K/2]) at time t by the angle t * theta**(-2k/K)."""
-    T, K = x_BHTK.shape[-2:]
-    k = torch.arange(0, K, 2, dtype=x_BHTK.dtype) / K
-    angle_TK = torch.outer(torch.arange(T, dtype=x_BHTK.dtype), theta**-k)
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """theta**(-2k/K) for each of the K / 2 pairs, stretched where the configuration says so, in float64."""
+    k = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequency_P = config.rope_theta**-k
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency_P
+    if scaling.rope_type == "linear":
+        return frequency_P / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns_P = scaling.original_max_position_embeddings * frequency_P / (2 * torch.pi)
+    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)  # the share that is left unstretched [5]
+    return kept_P * frequency_P + (1 - kept_P) * frequency_P / scaling.factor
+
+
+def rope(x_BHTK: Tensor, frequency_P: Tensor) -> Tensor:
+    """Turn the pair (x[k], x[k + K/2]) at time t by the angle t * frequency[k]."""
+    T = x_BHTK.shape[-2]
+    angle_TK = torch.outer(torch.arange(T, dtype=x_BHTK.dtype), frequency_P.to(x_BHTK.dtype))
     cos, sin = angle_TK.cos(), angle_TK.sin()
     left, right = x_BHTK.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
@@ -44,18 +59,23 @@ class Attention(nn.Module):
         super().__init__()
         D, K = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, H * K, bias=False)
-        self.k_proj = nn.Linear(D, G * K, bias=False)
-        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * K, D, bias=False)
-        self.head_dim, self.theta = K, config.rope_theta
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
+        self.head_dim, self.qk_norm = K, config.qk_norm
+        self.frequency_P = rope_frequencies(config)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         k_BGTK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         v_BGTK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
-        q_BHTK, k_BGTK = rope(q_BHTK, self.theta), rope(k_BGTK, self.theta)
+        if self.qk_norm:
+            q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        q_BHTK, k_BGTK = rope(q_BHTK, self.frequency_P), rope(k_BGTK, self.frequency_P)
         mix_BHTK = scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
         return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
 

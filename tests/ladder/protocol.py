@@ -1,0 +1,87 @@
+"""What the ladder asks of a trainer: NumPy in, NumPy out, no framework across the border.
+
+A trainer is a class. The seven members of `Trainer` are required; `OPTIONAL` names the rest, each with the
+rung that asks for it. A capability that is absent is *not claimed*: the report says so, and nothing passes.
+Semantics that differ on purpose are declared in `dialect`; the ladder then holds the trainer to what it
+declares, and prints each departure.
+
+Names are canonical, those of Hugging Face's checkpoints and this project's factors:
+`model.layers.0.self_attn.q_proj.weight` (O, I) and beside it `model.layers.0.self_attn.q_proj.lora_a` (I, R),
+`.lora_b` (R, O), with DoRA `.magnitude` (O,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+
+from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
+from mlx_impl.data import Batch
+
+Arrays = dict[str, np.ndarray]  # by canonical name
+
+# Capability -> the rung that asks for it. The signatures are those of tests/trainers/mlx_impl.py.
+OPTIONAL = {
+    "hidden_states": 3,  # (tokens_BT) -> the output of embedding, blocks and norm, by module name
+    "loss_of_logits": 4,  # (logits_BTV, batch) -> (nats, num_targets): the loss alone
+    "evaluate": 4,  # (batches) -> nats per target over all of them
+    "pullback": 5,  # (batch, cotangent_BTV) -> the factors' gradients of <logits, cotangent>
+    "apply_gradients": 7,  # (gradients of each update, training): the optimizer alone
+    "learning_rates": 7,  # (training) -> that of every update
+    "gradient_norms": 7,  # (windows, training) -> the global norm of every update, before clipping
+    "train_compiled": 9,  # as train, compiled
+    "train_checkpointed": 9,  # as train, activations recomputed in the backward pass
+    "set_dropout_masks": 9,  # ({name of the linear: keep_BTI}): used instead of random ones
+    "save": 11,  # (folder): the whole training state
+    "load": 11,  # (folder): it again, into a trainer newly made
+    "merge": 12,  # (): the factors into the base
+    "unmerge": 12,  # (): and out of it
+    "greedy": 14,  # (prompt, num_tokens) -> token numbers
+}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Declared semantics; the defaults are PyTorch's and PEFT's."""
+
+    scale: str = "alpha / rank"  # or "alpha": what multiplies the update
+    bias_correction: bool = True  # of Adam
+    pad_targets: int = 0  # padding positions counted as targets after each row that is padded
+    accumulation: str = "by targets"  # or "mean of means": how micro-batches are weighed
+
+    def departures(self) -> list[str]:
+        return [
+            f"{field.name} = {getattr(self, field.name)!r} instead of {field.default!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+
+
+class Trainer(Protocol):
+    """The required members: about thirty lines over a trainer that works."""
+
+    dialect: Dialect
+
+    def __init__(self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig, factors: Arrays) -> None:
+        """A model with these weights, frozen, and an adapter with these factors."""
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """logits_BTV, without dropout."""
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        """The sum of nats over the targets, and their number, without dropout."""
+
+    def gradients(self, batch: Batch) -> Arrays:
+        """The gradients of the mean nats per target, of everything that trains."""
+
+    def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
+        """One optimizer update a window, over all its micro-batches; the mean nats per target of each."""
+
+    def factors(self) -> Arrays:
+        """What trains."""
+
+    def base(self) -> Arrays:
+        """What does not."""
