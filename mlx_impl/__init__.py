@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .checkpoint import LoadedModel, load_model
     from .config import LoRAConfig, ModelConfig, TrainConfig
     from .data import Example, read_conversations
-    from .generate import generate
+    from .merging import Merged, merge, unmerge
     from .tokenizer import encode_all
     from .train import StepRecord
     from .trainer import LoRATrainer
@@ -34,15 +34,17 @@ HOMES = {
     "LoRATrainer": "trainer",
     "LoadedModel": "checkpoint",
     "ModelConfig": "config",
+    "Merged": "merging",
     "StepRecord": "train",
     "TrainConfig": "config",
     "encode_all": "tokenizer",
-    "generate": "generate",
     "load_adapter": "adapters",
     "load_model": "checkpoint",
     "load_optimized_blas": "blas",
+    "merge": "merging",
     "read_conversations": "data",
     "save_adapter": "adapters",
+    "unmerge": "merging",
 }
 
 __all__ = [
@@ -50,16 +52,18 @@ __all__ = [
     "LoRAConfig",
     "LoRATrainer",
     "LoadedModel",
+    "Merged",
     "ModelConfig",
     "StepRecord",
     "TrainConfig",
     "encode_all",
-    "generate",
     "load_adapter",
     "load_model",
     "load_optimized_blas",
+    "merge",
     "read_conversations",
     "save_adapter",
+    "unmerge",
 ]
 
 

@@ -1,9 +1,10 @@
-"""The command line: names as mlx-lm's users know them, grouped and explained. No MLX import."""
+"""The command line: names as mlx-lm's and PEFT's users know them, grouped and explained. No MLX import."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .config import BLOCK_LINEARS, LoRAConfig, TrainConfig
 
@@ -32,6 +33,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number(group: Any, flag: str, default: float | None, help_text: str, shown: str = "%(default)s") -> None:
+    """A flag for a number of the default's kind, an int where there is none."""
+    kind = float if isinstance(default, float) else int
+    group.add_argument(
+        flag,
+        type=kind,
+        default=default,
+        metavar="X" if kind is float else "N",
+        help=f"{help_text} (default: {shown})",
+    )
+
+
+def switch(group: Any, flag: str, default: bool | None, help_text: str) -> None:
+    """A flag that its --no- form turns off."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+
+
+def folder(group: Any, flag: str, help_text: str) -> None:
+    group.add_argument(flag, type=Path, metavar="DIR", help=help_text)
+
+
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
@@ -46,98 +68,28 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_data_arguments(group: argparse._ArgumentGroup, default_length: int = 2048) -> None:
-    group.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="a folder with {train,valid,test}.jsonl (default: the geography questions)",
-    )
-    group.add_argument(
+def add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    folder(group, "--data", "a folder with {train,valid,test}.jsonl (default: the geography questions)")
+    switch(
+        group,
         "--mask-prompt",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train on the last reply only, not on what comes before it (default: yes)",
+        True,
+        "train on the last reply only, not on what comes before it (default: yes)",
     )
-    group.add_argument(
-        "--max-seq-length",
-        type=int,
-        default=default_length,
-        metavar="N",
-        help="cut longer examples (default: %(default)s tokens)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=int,
-        default=TRAIN_DEFAULTS.batch_size,
-        metavar="N",
-        help="examples a step (default: %(default)s)",
-    )
+    number(group, "--max-seq-length", 2048, "cut longer examples to so many tokens")
+    number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples a batch")
 
 
 def add_train_arguments(command: argparse.ArgumentParser) -> None:
     add_model_arguments(command.add_argument_group("model"))
     add_data_arguments(command.add_argument_group("data"))
     add_lora_arguments(command.add_argument_group("adapter"))
-    group = command.add_argument_group("training")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--iters", type=int, metavar="N", help="optimizer updates")
-    length.add_argument(
-        "--epochs",
-        type=int,
-        default=DEFAULT_EPOCHS,
-        metavar="N",
-        help="passes over the training file (default: %(default)s)",
-    )
-    group.add_argument(
-        "--learning-rate",
-        type=float,
-        default=TRAIN_DEFAULTS.learning_rate,
-        metavar="X",
-        help="(default: %(default)s)",
-    )
-    group.add_argument(
-        "--optimizer",
-        choices=("adamw", "sgd"),
-        default=TRAIN_DEFAULTS.optimizer,
-        help="as PyTorch defines them (default: %(default)s)",
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=float,
-        default=TRAIN_DEFAULTS.weight_decay,
-        metavar="X",
-        help="(default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=TRAIN_DEFAULTS.seed,
-        metavar="N",
-        help="of the initial adapter, the order of the examples and dropout (default: %(default)s)",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the training step (default: on a GPU)",
-    )
-    add_report_arguments(command.add_argument_group("report"))
+    add_step_arguments(command.add_argument_group("training"))
+    add_run_arguments(command.add_argument_group("run"))
 
 
 def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--adapter-path",
-        type=Path,
-        default=Path("adapters"),
-        metavar="DIR",
-        help="the run's folder: adapter, metrics, report (default: %(default)s)",
-    )
-    group.add_argument(
-        "--init-adapter",
-        type=Path,
-        metavar="DIR",
-        help="start from this adapter; rank, alpha, targets and layers come with it",
-    )
+    folder(group, "--init-adapter", "start from this adapter; all settings of this group come with it")
     group.add_argument("--rank", type=int, metavar="R", help=f"of the update (default: {LORA_DEFAULTS.rank})")
     group.add_argument(
         "--alpha",
@@ -151,30 +103,66 @@ def add_lora_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help=f"on the adapter's input, while training (default: {LORA_DEFAULTS.dropout:g})",
     )
-    group.add_argument(
+    targets = group.add_mutually_exclusive_group()
+    targets.add_argument(
         "--target-modules",
         metavar="NAMES",
-        help=f"which linears, separated by commas (default: {','.join(BLOCK_LINEARS)})",
+        help=f"which linears: ends of their names, separated by commas, or all-linear "
+        f"(default: {','.join(BLOCK_LINEARS)})",
     )
+    targets.add_argument("--target-regex", metavar="EXPR", help="those whose whole name matches")
     group.add_argument(
         "--num-layers", type=int, metavar="N", help="adapt the last N layers (default: -1, all)"
     )
+    for what in ("rank", "alpha"):
+        group.add_argument(
+            f"--{what}-pattern", metavar="NAME=N,...", help=f"another {what} for linears whose names end so"
+        )
+    switch(group, "--use-rslora", None, "scale by alpha / sqrt(rank) (default: no)")
+    switch(group, "--use-dora", None, "DoRA: train direction and length of each row apart (default: no)")
 
 
-def add_report_arguments(group: argparse._ArgumentGroup) -> None:
+def add_step_arguments(group: argparse._ArgumentGroup) -> None:
+    defaults = TRAIN_DEFAULTS
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--iters", type=int, metavar="N", help="optimizer updates")
+    number(length, "--epochs", DEFAULT_EPOCHS, "passes over the training file")
+    number(group, "--grad-accumulation-steps", defaults.grad_accumulation_steps, "batches an update")
+    number(group, "--learning-rate", defaults.learning_rate, "at its highest")
     group.add_argument(
-        "--steps-per-eval",
-        type=int,
-        default=25,
-        metavar="N",
-        help="steps between validations (default: %(default)s)",
+        "--lr-schedule",
+        choices=("constant", "linear", "cosine"),
+        default=defaults.lr_schedule,
+        help="after the warmup: stay, or go down to 0 (default: %(default)s)",
     )
+    number(group, "--warmup-steps", defaults.warmup_steps, "updates in which the learning rate rises from 0")
+    number(group, "--loraplus-lr-ratio", defaults.loraplus_lr_ratio, "LoRA+: B learns so many times as fast")
     group.add_argument(
-        "--num-questions",
-        type=int,
-        metavar="N",
-        help="ask at most N questions of each file before and after (default: all)",
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default=defaults.optimizer,
+        help="as PyTorch defines them (default: %(default)s)",
     )
+    number(group, "--weight-decay", defaults.weight_decay, "of the adapter")
+    number(group, "--max-grad-norm", defaults.max_grad_norm, "clip the gradient to this norm; 0: never")
+    switch(
+        group,
+        "--grad-checkpoint",
+        defaults.grad_checkpoint,
+        "compute activations twice instead of keeping them: less memory (default: no)",
+    )
+    number(group, "--seed", defaults.seed, "of the initial adapter and of dropout")
+    number(group, "--data-seed", None, "of the order of the examples", "the --seed")
+    switch(group, "--compile", None, "compile the training step (default: on a GPU)")
+
+
+def add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    folder(group, "--adapter-path", "the run's folder: adapter, metrics, report (default: adapters)")
+    folder(group, "--resume", "go on with the run in this folder, to the bit as if it had not been stopped")
+    number(group, "--save-every", 100, "steps between savings of adapter and training state")
+    number(group, "--steps-per-eval", 25, "steps between validations")
+    number(group, "--patience", 0, "stop after so many validations without a better loss; 0: never")
+    number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
     group.add_argument(
         "--json", action="store_true", help="print the report as one JSON object, nothing else"
     )
@@ -184,22 +172,16 @@ def add_evaluate_arguments(command: argparse.ArgumentParser) -> None:
     add_model_arguments(command.add_argument_group("model"))
     add_data_arguments(command.add_argument_group("data"))
     group = command.add_argument_group("evaluation")
-    group.add_argument("--adapter-path", type=Path, metavar="DIR", help="(default: no adapter)")
+    folder(group, "--adapter-path", "with this adapter (default: none)")
     group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     add_model_arguments(command.add_argument_group("model"))
     group = command.add_argument_group("generation")
-    group.add_argument("--adapter-path", type=Path, metavar="DIR", help="(default: no adapter)")
+    folder(group, "--adapter-path", "with this adapter (default: none)")
     group.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
-    group.add_argument("--max-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="0 takes the most likely token, 1 draws from the model (default: %(default)s)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
+    number(group, "--max-tokens", 100, "of the answer")
+    number(group, "--temperature", 0.0, "0 takes the most likely token, 1 draws from the model")
+    number(group, "--seed", 0, "of the draw")
     group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")

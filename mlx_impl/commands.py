@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
 from rich.console import Console
 
 from .adapters import load_adapter
-from .arguments import DEFAULT_EPOCHS
 from .checkpoint import LoadedModel, load_model
-from .config import LoRAConfig, require_seed
+from .config import LoRAConfig, TrainConfig, require_seed
 from .data import evaluation_batches, is_text, read_conversations
 from .finetune import finetune
 from .generate import generate as generate_tokens
@@ -23,30 +23,37 @@ from .train import evaluate as evaluate_model
 
 GEOGRAPHY = Path(__file__).resolve().parent.parent / "fixtures" / "geography"
 MAX_NATS = 700.0  # of which exp is still a float
-LORA_FLAGS = ("rank", "alpha", "dropout", "target_modules", "num_layers")
+LORA_FLAGS = (*(field.name for field in fields(LoRAConfig)), "target_regex")
+AT_LEAST_ONE = ("batch_size", "grad_accumulation_steps", "max_seq_length", "steps_per_eval", "save_every")
 
 
 def train(args: argparse.Namespace) -> None:
-    for flag in ("batch_size", "max_seq_length", "steps_per_eval"):
+    for flag in AT_LEAST_ONE:
         require_at_least(1, flag, getattr(args, flag))
-    if args.num_questions is not None:
-        require_at_least(0, "num_questions", args.num_questions)
+    for flag in ("patience", "num_questions"):
+        require_at_least(0, flag, getattr(args, flag) or 0)
+    if args.resume is not None and args.adapter_path is not None:
+        raise ValueError("--adapter-path is that of --resume: give one of them")
+    settings = {
+        field.name: getattr(args, field.name) for field in fields(TrainConfig) if field.name != "iters"
+    }
+    if args.data_seed is None:
+        settings["data_seed"] = args.seed
     job = Job(
         model=args.model,
         data=data_folder(args.data),
-        folder=args.adapter_path,
+        folder=args.resume or args.adapter_path or Path("adapters"),
+        resume=args.resume is not None,
         init_adapter=args.init_adapter,
         lora=lora_config(args),
+        training=settings,
         iters=args.iters,
-        epochs=DEFAULT_EPOCHS if args.epochs is None else args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        optimizer=args.optimizer,
-        weight_decay=args.weight_decay,
-        seed=args.seed,
+        epochs=args.epochs,
         mask_prompt=args.mask_prompt,
         max_seq_length=args.max_seq_length,
         steps_per_eval=args.steps_per_eval,
+        save_every=args.save_every,
+        patience=args.patience,
         num_questions=args.num_questions,
         compiled=args.compile,
     )
@@ -113,11 +120,27 @@ def lora_config(args: argparse.Namespace) -> LoRAConfig | None:
             flag = next(iter(given)).replace("_", "-")
             raise ValueError(f"--{flag} comes with the adapter of --init-adapter: give one of them")
         return None
-    if "target_modules" in given:
-        given["target_modules"] = tuple(
-            filter(None, (name.strip() for name in given["target_modules"].split(",")))
-        )
+    if given.get("target_modules", "all-linear") != "all-linear":
+        given["target_modules"] = tuple(name for name, _ in pairs(given["target_modules"]))
+    if "target_regex" in given:
+        given["target_modules"] = given.pop("target_regex")
+    for flag, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        if flag in given:
+            given[flag] = {name: to_number(flag, value, kind) for name, value in pairs(given[flag])}
     return LoRAConfig(**given)
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """The parts between commas, each split at its first equals sign."""
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    return [(name.strip(), value.strip()) for name, _, value in parts]
+
+
+def to_number(flag: str, text: str, kind: type) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--{flag.replace('_', '-')} must be NAME=NUMBER,..., got {text!r}") from None
 
 
 def data_folder(path: Path | None) -> Path:

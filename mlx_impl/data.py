@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .config import TrainConfig
+
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 SHAPE_STEP = 8  # sizes of batches are multiples of it, so that a compiled step meets few shapes
@@ -41,6 +43,10 @@ class Batch(NamedTuple):
     targets_BT: np.ndarray  # the token after each input
     mask_BT: np.ndarray  # whether that token counts
     num_tokens: int  # inputs that are no padding
+    numbers: tuple[int, ...] = ()  # which examples of the file these are, from 0
+
+
+Window = list[Batch]  # the batches of one optimizer update
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -86,7 +92,7 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def make_batch(examples: Sequence[Example]) -> Batch:
+def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
     longest = max(len(example.tokens) for example in examples) - 1
     width = rounded_up(longest)
@@ -96,7 +102,7 @@ def make_batch(examples: Sequence[Example]) -> Batch:
         tokens[row, : len(example.tokens)] = example.tokens
         is_target[row, : len(example.tokens)] = example.is_target
     num_tokens = sum(len(example.tokens) - 1 for example in examples)
-    return Batch(tokens[:, :-1], tokens[:, 1:], is_target[:, 1:], num_tokens)
+    return Batch(tokens[:, :-1], tokens[:, 1:], is_target[:, 1:], num_tokens, tuple(numbers))
 
 
 def rounded_up(size: int) -> int:
@@ -106,29 +112,33 @@ def rounded_up(size: int) -> int:
 def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """positions_N in the flattened batch that have a target, the targets_N, and mask_N: False is filling."""
     positions_N = np.flatnonzero(batch.mask_BT)
-    filling = rounded_up(len(positions_N)) - len(positions_N)
+    filling = rounded_up(max(1, len(positions_N))) - len(positions_N)
     padded_N = np.pad(positions_N, (0, filling))
     return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
 
 
-def training_batches(
-    examples: Sequence[Example], batch_size: int, num_batches: int, seed: int
-) -> Iterator[Batch]:
-    """`num_batches` batches, epoch after epoch: every example once in each, in an order of its own.
+def window_numbers(step: int, num_examples: int, config: TrainConfig) -> list[list[int]]:
+    """The example numbers of each batch of update `step`, counted from 0: a function of the step alone.
 
-    The last batch of an epoch is smaller where the division leaves a remainder; nothing is dropped.
+    Every epoch takes each example once, in an order of its own. The last batch of an epoch is smaller where
+    the division leaves a remainder, and the last window has fewer batches; nothing is dropped.
     """
+    size = config.batch_size * config.grad_accumulation_steps
+    epoch, index = divmod(step, -(-num_examples // size))
+    order = np.random.default_rng([config.data_seed, epoch]).permutation(num_examples)
+    chosen = order[index * size : (index + 1) * size].tolist()
+    return [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
+
+
+def training_windows(
+    examples: Sequence[Example], config: TrainConfig, first_step: int = 0
+) -> Iterator[Window]:
+    """The windows of the updates from `first_step` to the last."""
     if not examples:
         raise ValueError("training needs at least one example, got none")
-    epoch = 0
-    while True:
-        order = np.random.default_rng([seed, epoch]).permutation(len(examples))
-        for start in range(0, len(order), batch_size):
-            if num_batches == 0:
-                return
-            yield make_batch([examples[i] for i in order[start : start + batch_size]])
-            num_batches -= 1
-        epoch += 1
+    for step in range(first_step, config.iters):
+        batches = window_numbers(step, len(examples), config)
+        yield [make_batch([examples[i] for i in numbers], numbers) for numbers in batches]
 
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:

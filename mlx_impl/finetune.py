@@ -12,14 +12,12 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
-from .adapters import save_adapter
 from .answers import Answer, ask, share_right
-from .files import make_run_folder, whole_file
 from .interrupt import Interrupt, interrupt_requested
 from .job import Job, Prepared, prepare
 from .lora import count_parameters
-from .report import print_answers, save_loss_curve, with_progress
-from .train import StepRecord
+from .report import print_answers, with_progress
+from .train import NotFinite, StepRecord
 
 
 @dataclass(frozen=True)
@@ -33,28 +31,49 @@ class Exam:
 def finetune(job: Job, console: Console) -> dict[str, Any]:
     """Read, examine, train, save, examine again; the report that is also written to `report.json`.
 
-    Raises ValueError for a wrong input before anything is written, and for a loss that is not finite; after
-    Ctrl-C KeyboardInterrupt, the adapter saved.
+    Raises ValueError for a wrong input before anything is written; NotFinite, the last good state saved;
+    after Ctrl-C KeyboardInterrupt, everything saved.
     """
     prepared = prepare(job)
-    make_run_folder(job.folder)
-    print_summary(prepared, console)
-    before = examine(prepared, console, "before")
-    for old in ("report.json", "metrics.jsonl"):  # of another run
-        (job.folder / old).unlink(missing_ok=True)
+    before, records = go_on(prepared, console) if job.resume else begin(prepared, console)
     with interrupt_requested() as interrupt:
-        records, validation = fit(prepared, console, interrupt)
-        base_name = str(job.model or prepared.loaded.name)
-        save_adapter(prepared.loaded.model, prepared.lora, job.folder, base_name)
-        save_loss_curve(records, validation, job.folder / "loss.png")
-        console.print(f"step {len(records)}: adapter, metrics.jsonl and loss.png saved in {job.folder}")
+        try:
+            fit(prepared, records, console, interrupt)
+        except NotFinite:
+            save(prepared, records, console)
+            raise
+        save(prepared, records, console)
     after = examine(prepared, console, "after")
-    report = make_report(prepared, before, after, records, validation)
-    with whole_file(job.folder / "report.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = make_report(prepared, before, after, records)
+    prepared.folder.write_json("report.json", report)
     print_answers(before.answers, after.answers, console)
     console.print(f"report.json saved in {job.folder}")
     return report
+
+
+def begin(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
+    """A new run: what the model knows now, and no record yet."""
+    prepared.folder.begin()
+    print_summary(prepared, console)
+    before = examine(prepared, console, "before")
+    prepared.folder.save_before(before.loss_nats, before.answers)
+    return before, []
+
+
+def go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
+    """A run that was stopped: what it knew before, and its records."""
+    folder, step = prepared.folder, prepared.trainer.step
+    before, records = Exam(*folder.read_before()), folder.read_metrics(step)
+    print_summary(prepared, console)
+    console.print(f"resumed:   {folder.path}, after step {step}")
+    return before, records
+
+
+def save(prepared: Prepared, records: list[StepRecord], console: Console) -> None:
+    folder, trainer = prepared.folder, prepared.trainer
+    folder.save(trainer, prepared.train)
+    folder.save_curve(records, trainer)
+    console.print(f"step {trainer.step}: adapter, training state and loss.png saved in {folder.path}")
 
 
 def print_summary(prepared: Prepared, console: Console) -> None:
@@ -70,7 +89,9 @@ def print_summary(prepared: Prepared, console: Console) -> None:
         f"data:      {data}: {len(prepared.train)} training and {len(prepared.valid)} validation examples"
     )
     console.print(f"device:    {mx.default_device()}")
-    console.print(f"training:  {training.iters} steps of {training.batch_size} examples")
+    micro = training.grad_accumulation_steps
+    batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)
+    console.print(f"training:  {training.iters} steps of {batches} examples")
 
 
 def examine(prepared: Prepared, console: Console, when: str) -> Exam:
@@ -86,52 +107,59 @@ def examine(prepared: Prepared, console: Console, when: str) -> Exam:
     return Exam(loss_nats, {n: [next(answers) for _ in cs] for n, cs in prepared.questions.items()})
 
 
-def fit(
-    prepared: Prepared, console: Console, interrupt: Interrupt
-) -> tuple[list[StepRecord], list[tuple[int, float]]]:
-    """Train to the end or to Ctrl-C; every step's record and every (step, validation loss)."""
-    job, trainer = prepared.job, prepared.trainer
-    records: list[StepRecord] = []
-    validation: list[tuple[int, float]] = []
-
-    def validate(step: int) -> None:
-        if prepared.valid and not interrupt.requested:
-            validation.append((step, trainer.evaluate(prepared.valid)))
-            console.print(f"validation loss at step {step}: {validation[-1][1]:.4f}")
-
-    validate(0)
-    iters = trainer.training.iters
-    with open(job.folder / "metrics.jsonl", "w", encoding="utf-8") as metrics:
-        for record in with_progress(trainer.fit(prepared.train), iters, console):
-            if not math.isfinite(record.loss_nats):
-                raise ValueError(
-                    f"the loss is not a finite number at step {record.step}; lower the learning rate"
-                )
+def fit(prepared: Prepared, records: list[StepRecord], console: Console, interrupt: Interrupt) -> None:
+    """Train to the end, to Ctrl-C or until validation has not improved for long; adds to the records."""
+    job, trainer, folder = prepared.job, prepared.trainer, prepared.folder
+    if not trainer.validation:
+        validate(prepared, console)
+    if is_exhausted(prepared, console):
+        return
+    steps = trainer.fit(prepared.train)
+    with folder.open_metrics(records) as metrics:
+        for record in with_progress(steps, trainer.step, trainer.training.iters, console):
             records.append(record)
             metrics.write(json.dumps(asdict(record)) + "\n")
             metrics.flush()
-            if record.step % job.steps_per_eval == 0 or record.step == iters:
-                validate(record.step)
-            if interrupt.requested:
+            is_last = record.step == trainer.training.iters
+            if (record.step % job.steps_per_eval == 0 or is_last) and not interrupt.requested:
+                validate(prepared, console)
+            if record.step % job.save_every == 0:
+                folder.save(trainer, prepared.train)
+            if interrupt.requested or is_exhausted(prepared, console):
                 break
-    return records, validation
 
 
-def make_report(
-    prepared: Prepared,
-    before: Exam,
-    after: Exam,
-    records: list[StepRecord],
-    validation: list[tuple[int, float]],
-) -> dict[str, Any]:
+def validate(prepared: Prepared, console: Console) -> None:
+    """The validation loss, and the adapter kept where it is the best so far."""
+    if prepared.valid:
+        loss_nats = prepared.trainer.validate(prepared.valid)
+        console.print(f"validation loss at step {prepared.trainer.step}: {loss_nats:.4f}")
+        if prepared.trainer.validations_since_best() == 0:
+            prepared.folder.save_best(prepared.trainer)
+
+
+def is_exhausted(prepared: Prepared, console: Console) -> bool:
+    """Whether early stopping was asked for and is due."""
+    patience, trainer = prepared.job.patience, prepared.trainer
+    is_due = 0 < patience <= trainer.validations_since_best()
+    if is_due:
+        console.print(f"stopped at step {trainer.step}: {patience} validations without a better loss")
+    return is_due
+
+
+def make_report(prepared: Prepared, before: Exam, after: Exam, records: list[StepRecord]) -> dict[str, Any]:
+    validation = prepared.trainer.validation
+    best_step, best_nats = min(validation, key=lambda pair: pair[1]) if validation else (None, None)
     return {
         "model": prepared.loaded.name,
         "num_trainable": count_parameters(prepared.loaded.model)[0],
-        "iters": prepared.trainer.training.iters,
+        "iters": prepared.trainer.step,
         "loss_first": before.loss_nats,
         "loss_last": after.loss_nats,
         "valid_loss_first": validation[0][1] if validation else None,
         "valid_loss_last": validation[-1][1] if validation else None,
+        "valid_loss_best": best_nats,
+        "valid_best_step": best_step,
         **{f"{name}_before": share_right(answers) for name, answers in before.answers.items()},
         **{f"{name}_after": share_right(answers) for name, answers in after.answers.items()},
         "step_seconds_median": statistics.median(record.seconds for record in records),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .adapters import load_adapter
 from .checkpoint import LoadedModel, load_model
 from .config import LoRAConfig, TrainConfig
 from .data import Conversation, Example, read_conversations
+from .run_folder import RunFolder
 from .tokenizer import encode_all
 from .trainer import LoRATrainer
 
@@ -23,18 +25,17 @@ class Job:
     model: Path | None
     data: Path
     folder: Path  # where adapter, metrics and report go
+    resume: bool  # go on with the run in that folder
     init_adapter: Path | None
     lora: LoRAConfig | None  # None: as the initial adapter has it
+    training: dict[str, Any]  # the fields of TrainConfig but iters
     iters: int | None  # None: as many as the epochs take
     epochs: int
-    batch_size: int
-    learning_rate: float
-    optimizer: str
-    weight_decay: float
-    seed: int
     mask_prompt: bool
     max_seq_length: int
     steps_per_eval: int
+    save_every: int
+    patience: int  # validations without a new best after which to stop; 0: never
     num_questions: int | None
     compiled: bool | None
 
@@ -45,7 +46,7 @@ class Prepared:
 
     job: Job
     loaded: LoadedModel
-    lora: LoRAConfig
+    folder: RunFolder
     trainer: LoRATrainer
     train: list[Example]
     valid: list[Example]
@@ -65,8 +66,13 @@ def prepare(job: Job) -> Prepared:
     if job.init_adapter is not None:
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
-    trainer = LoRATrainer(loaded.model, job.lora, training, job.compiled)
-    return Prepared(job, loaded, lora, trainer, examples, valid_examples, questions)
+    trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
+    folder = RunFolder(job.folder, str(job.model or loaded.name))
+    if job.resume:
+        trainer.resume(folder.state, examples)
+        if trainer.step == training.iters:
+            raise ValueError(f"{folder.state}: all {training.iters} updates of this run are done")
+    return Prepared(job, loaded, folder, trainer, examples, valid_examples, questions)
 
 
 def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[str, list[Conversation]]]:
@@ -83,14 +89,9 @@ def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[st
 
 
 def train_config(job: Job, num_examples: int) -> TrainConfig:
-    if job.iters is None and job.epochs < 1:
+    if job.iters is not None:
+        return TrainConfig(iters=job.iters, **job.training)
+    if job.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {job.epochs}")
-    steps_an_epoch = -(-num_examples // job.batch_size)
-    return TrainConfig(
-        iters=job.epochs * steps_an_epoch if job.iters is None else job.iters,
-        batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        optimizer=job.optimizer,
-        weight_decay=job.weight_decay,
-        seed=job.seed,
-    )
+    examples_a_step = job.training["batch_size"] * job.training["grad_accumulation_steps"]
+    return TrainConfig(iters=job.epochs * -(-num_examples // examples_a_step), **job.training)

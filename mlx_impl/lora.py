@@ -1,13 +1,14 @@
-"""LoRA: a trained low-rank update beside a frozen linear layer.
+"""LoRA: a trained low-rank update beside a frozen linear layer, and its variant DoRA.
 
-Source: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (the scale alpha / rank; B starts at zero).
+Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [2] Liu et al. 2024, "DoRA",
+eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
+only, where PEFT drops the base layer's input too.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from reference/lora.py: `freeze` for `requires_grad_`, and the checks that a user's input needs.
+Differs from reference/lora.py: `freeze` for `requires_grad_`; which linears, and of which rank, says
+`targets.py`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,73 +16,91 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import LoRAConfig
 from .model import CausalLM
+from .recompute import random_key
+from .targets import select_targets
+
+FACTORS = ("lora_a", "lora_b", "magnitude")
+
+
+class Dropout(nn.Module):
+    """x * mask / (1 - p) with a mask of independent ones and zeros, p the share of zeros; x in evaluation."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training or self.p == 0:
+            return x
+        return x * mx.random.bernoulli(1 - self.p, x.shape, random_key()) / (1 - self.p)
 
 
 class LoRALinear(nn.Module):
     """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         num_out, num_in = linear.weight.shape
         bound = num_in**-0.5
         self.linear = linear
-        self.lora_a = mx.random.uniform(-bound, bound, (num_in, config.rank))
-        self.lora_b = mx.zeros((config.rank, num_out))
-        self.dropout = nn.Dropout(config.dropout)
-        self.scale = config.alpha / config.rank
+        self.lora_a = mx.random.uniform(-bound, bound, (num_in, rank))
+        self.lora_b = mx.zeros((rank, num_out))
+        self.dropout = Dropout(dropout)
+        self.scale = scale
 
     def __call__(self, x_BTI: mx.array) -> mx.array:
         update_BTO = (self.dropout(x_BTI) @ self.lora_a) @ self.lora_b
         return self.linear(x_BTI) + self.scale * update_BTO
 
-
-def select_linears(model: CausalLM, config: LoRAConfig) -> list[str]:
-    """The linears in the last N blocks whose name is a target or ends with one (PEFT's suffix rule).
-
-    Raises ValueError when a target matches nothing there, or when there are fewer than N blocks.
-    """
-    num_blocks = len(model.model.layers)
-    if config.num_layers > num_blocks:
-        raise ValueError(f"num_layers must be at most the model's {num_blocks}, got {config.num_layers}")
-    first = 0 if config.num_layers == -1 else num_blocks - config.num_layers
-    blocks = tuple(f"model.layers.{number}." for number in range(first, num_blocks))
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(blocks)
-    ]
-    chosen = {t: [n for n in linears if f".{n}".endswith(f".{t}")] for t in config.target_modules}
-    unmatched = [target for target, names in chosen.items() if not names]
-    if unmatched or not chosen:
-        present = sorted({name.rpartition(".")[2] for name in linears})
-        raise ValueError(
-            f"target modules must be among {', '.join(present)}, got {', '.join(unmatched) or 'none'}"
-        )
-    return sorted({name for names in chosen.values() for name in names})
+    def delta_OI(self) -> mx.array:
+        """What the adapter adds to the base weight."""
+        return self.scale * (self.lora_a @ self.lora_b).T
 
 
-def add_lora(model: CausalLM, names: Sequence[str], config: LoRAConfig) -> None:
-    """Freeze the model, then wrap the named linears; what is new is what trains.
+class DoRALinear(LoRALinear):
+    """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(linear, rank, scale, dropout)
+        self.magnitude = mx.linalg.norm(linear.weight, axis=1)
+
+    def __call__(self, x_BTI: mx.array) -> mx.array:
+        update_BTO = (self.dropout(x_BTI) @ self.lora_a) @ self.lora_b
+        direction_BTO = x_BTI @ self.linear.weight.T + self.scale * update_BTO
+        y_BTO = self.magnitude / self.length_O() * direction_BTO
+        return y_BTO + self.linear.bias if "bias" in self.linear else y_BTO
+
+    def length_O(self) -> mx.array:
+        return mx.stop_gradient(mx.linalg.norm(self.linear.weight + super().delta_OI(), axis=1))
+
+    def delta_OI(self) -> mx.array:
+        stretch_O1 = (self.magnitude / self.length_O())[:, None]
+        return (stretch_O1 - 1) * self.linear.weight + stretch_O1 * super().delta_OI()
+
+
+def add_lora(model: CausalLM, config: LoRAConfig) -> None:
+    """Freeze the model, then wrap the targeted linears; what is new is what trains.
 
     MLX: freeze first. A module made after `freeze()` is trainable; frozen after it with the rest, it is not.
-    Raises ValueError when the rank exceeds a layer's smaller side.
+    Raises ValueError, the model untouched, when the configuration does not fit it.
     """
-    modules = dict(model.named_modules())
-    for name in names:
-        smaller_side = min(modules[name].weight.shape)
-        if config.rank > smaller_side:
-            raise ValueError(
-                f"rank must be at most {smaller_side}, the smaller side of {name}, got {config.rank}"
-            )
+    targets = select_targets(model, config)
+    linears = dict(model.named_modules())
+    kind = DoRALinear if config.use_dora else LoRALinear
     model.freeze()
-    wrapped = [(name, LoRALinear(modules[name], config)) for name in names]
+    wrapped = [(t.name, kind(linears[t.name], t.rank, t.scale, config.dropout)) for t in targets]
     model.update_modules(tree_unflatten(wrapped))
+
+
+def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:
+    """The wrapped linears by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def lora_parameters(model: CausalLM) -> dict[str, mx.array]:
     """The trainable parameters by name; ValueError if any is no LoRA factor, or if there is none."""
     trainable = dict(tree_flatten(model.trainable_parameters()))
-    strangers = [n for n in trainable if n.rpartition(".")[2] not in ("lora_a", "lora_b")]
+    strangers = [n for n in trainable if n.rpartition(".")[2] not in FACTORS]
     if strangers or not trainable:
         raise ValueError(
             f"only LoRA factors may be trainable, and at least one must be: "

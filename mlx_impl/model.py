@@ -1,17 +1,39 @@
 """The Llama decoder: embedding, blocks of attention and gated feed-forward, norm, head.
 
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
-[3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA".
-Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache.
+[3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
+[5] Llama 3.1's `apply_scaling`, for long contexts.
+Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache, blocks
+that may be recomputed in the backward pass.
 """
 
 from __future__ import annotations
+
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
 from .config import ModelConfig
+from .recompute import recomputed
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
+    """theta**(-2k/K) for each of the K / 2 pairs, stretched where the configuration says so [5]."""
+    K, scaling = config.head_dim, config.rope_scaling
+    frequencies = [config.rope_theta ** (-k / K) for k in range(0, K, 2)]
+    if scaling is None:
+        return tuple(frequencies)
+    if scaling.rope_type == "linear":
+        return tuple(frequency / scaling.factor for frequency in frequencies)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    stretched = []
+    for frequency in frequencies:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = min(max((turns - low) / (high - low), 0), 1)  # the share that is left unstretched
+        stretched.append(kept * frequency + (1 - kept) * frequency / scaling.factor)
+    return tuple(stretched)
 
 
 class KeyValueCache:
@@ -54,19 +76,25 @@ class Attention(nn.Module):
         super().__init__()
         D, K = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, H * K, bias=False)
-        self.k_proj = nn.Linear(D, G * K, bias=False)
-        self.v_proj = nn.Linear(D, G * K, bias=False)
+        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * K, D, bias=False)
-        self.head_dim, self.theta = K, config.rope_theta
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
+        self.head_dim, self.qk_norm = K, config.qk_norm
+        self.frequency_P = rope_frequencies(config)
 
     def __call__(self, x_BTD: mx.array, cache: KeyValueCache | None = None) -> mx.array:
         B, T, _ = x_BTD.shape
         q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         k_BGSK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         v_BGSK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        if self.qk_norm:
+            q_BHTK, k_BGSK = self.q_norm(q_BHTK), self.k_norm(k_BGSK)
         offset = cache.num_seen if cache else 0
-        q_BHTK, k_BGSK = ops.rope(q_BHTK, self.theta, offset), ops.rope(k_BGSK, self.theta, offset)
+        q_BHTK = ops.rope(q_BHTK, self.frequency_P, offset)
+        k_BGSK = ops.rope(k_BGSK, self.frequency_P, offset)
         if cache:
             k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
         mix_BHTK = ops.attention(q_BHTK, k_BGSK, v_BGSK)
@@ -110,11 +138,15 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.grad_checkpoint = False  # in training, recompute each block instead of keeping it
 
     def __call__(self, tokens_BT: mx.array, caches: list[KeyValueCache] | None = None) -> mx.array:
         x_BTD = self.embed_tokens(tokens_BT)
         for number, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, caches[number] if caches else None)
+            if self.grad_checkpoint and self.training:
+                x_BTD = recomputed(layer, x_BTD)
+            else:
+                x_BTD = layer(x_BTD, caches[number] if caches else None)
         return self.norm(x_BTD)
 
 

@@ -7,6 +7,7 @@ float64 tests put exact compositions in their place. Sources as in `model.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -18,10 +19,11 @@ def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x_BTD, weight_D, eps)
 
 
-def rope(x_BHTK: mx.array, theta: float, offset: int = 0) -> mx.array:
-    """Turn the pair (x[k], x[k + K/2]) at time t by the angle (t + offset) * theta**(-2k/K)."""
+def rope(x_BHTK: mx.array, frequency_P: Sequence[float], offset: int = 0) -> mx.array:
+    """Turn the pair (x[k], x[k + K/2]) at time t by the angle (t + offset) * frequency[k]."""
     K = x_BHTK.shape[-1]
-    return mx.fast.rope(x_BHTK, K, traditional=False, base=theta, scale=1.0, offset=offset)
+    period_P = mx.array([1 / frequency for frequency in frequency_P])  # what MLX calls freqs
+    return mx.fast.rope(x_BHTK, K, traditional=False, base=None, scale=1.0, offset=offset, freqs=period_P)
 
 
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:

@@ -25,7 +25,9 @@ def describe(record: StepRecord) -> str:
     )
 
 
-def with_progress(records: Iterable[StepRecord], num_steps: int, console: Console) -> Iterator[StepRecord]:
+def with_progress(
+    records: Iterable[StepRecord], done: int, num_steps: int, console: Console
+) -> Iterator[StepRecord]:
     """The same records, shown as they pass: a bar on a terminal, else a line every few steps."""
     columns = (
         TextColumn("step"),
@@ -35,13 +37,13 @@ def with_progress(records: Iterable[StepRecord], num_steps: int, console: Consol
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("the first step takes longest", total=num_steps)
+        task = progress.add_task("the first step takes longest", total=num_steps, completed=done)
         seconds = 0.0
         for record in records:
             seconds += record.seconds
             progress.update(task, advance=1, description=describe(record))
             if not console.is_terminal and record.step % PLAIN_EVERY in (0, 1):
-                left = (num_steps - record.step) * seconds / record.step
+                left = (num_steps - record.step) * seconds / (record.step - done)
                 console.print(f"step {record.step}/{num_steps}  {describe(record)}  {left:.0f} s left")
             yield record
 

@@ -7,27 +7,26 @@ fills; nothing runs until `mx.eval`; and a compiler must be told of every state 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map
 
-from .data import Batch, target_positions
+from .config import TrainConfig
+from .data import Batch, Window, target_positions
 from .loss import next_token_nats
 from .model import CausalLM
+from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
+from .state import restore, snapshot
 
 Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N: what a compiled function can take
-
-
-def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array, mx.array]:
-    """The mean over the targets, which is differentiated, and the sum and count, which are reported."""
-    inputs_BT, positions_N, targets_N, mask_N = arrays
-    x_ND = model.model(inputs_BT).flatten(0, 1)[positions_N]  # the head is needed at targets only
-    nats, num_targets = next_token_nats(model.head(x_ND), targets_N, mask_N)
-    return nats / num_targets, nats, num_targets
+Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,16 @@ class StepRecord:
 
     step: int  # from 1
     loss_nats: float  # mean over the targets, before the update
+    grad_norm: float  # of the mean's gradient, before clipping
+    learning_rate: float
     num_targets: int
     num_tokens: int  # read by the model, padding not counted
-    learning_rate: float
     seconds: float
     peak_bytes: int
+
+
+class NotFinite(ValueError):
+    """An update would have made the adapter worthless; it is as it was before."""
 
 
 def to_arrays(batch: Batch) -> Arrays:
@@ -48,37 +52,85 @@ def to_arrays(batch: Batch) -> Arrays:
     return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch))]
 
 
+def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
+    """The sum of nats over the targets, which is differentiated, and their number."""
+    inputs_BT, positions_N, targets_N, mask_N = arrays
+    x_ND = model.model(inputs_BT).flatten(0, 1)[positions_N]  # the head is needed at targets only
+    return next_token_nats(model.head(x_ND), targets_N, mask_N)
+
+
+def add_up(parts: Iterable[Sums]) -> Sums:
+    """The sums over a window's batches, one batch in memory at a time."""
+    parts = iter(parts)
+    sums = next(parts)
+    for part in parts:
+        sums = tree_map(mx.add, sums, part)
+        mx.eval(sums)
+    return sums
+
+
+def apply_mean(
+    model: CausalLM, optimizer: LoRAOptimizer, max_grad_norm: float, sums: Sums
+) -> tuple[mx.array, mx.array]:
+    """Update by the gradient of the mean over all targets; its norm, and whether all is finite since."""
+    (nats, num_targets), grads = sums
+    mean_grads = tree_map(lambda grad: grad / num_targets, grads)  # once, over everything
+    clipped, norm = clip_gradients(mean_grads, max_grad_norm)
+    optimizer.update(model, clipped)
+    numbers = [nats, norm, *(array for _, array in tree_flatten(model.trainable_parameters()))]
+    return norm, mx.stack([mx.isfinite(array).all() for array in numbers]).all()
+
+
 def train(
-    model: CausalLM, optimizer: Optimizer, batches: Iterable[Batch], compiled: bool
+    model: CausalLM,
+    optimizer: LoRAOptimizer,
+    windows: Iterable[Window],
+    config: TrainConfig,
+    compiled: bool,
+    first_step: int = 0,
 ) -> Iterator[StepRecord]:
-    """One update a batch, one record an update."""
+    """One update a window, one record an update. Raises NotFinite, the model as it was before that update."""
     model.train()
+    model.model.grad_checkpoint = config.grad_checkpoint
     optimizer.init(model.trainable_parameters())
     start = time.perf_counter()
 
     loss_and_grads = nn.value_and_grad(model, batch_loss)  # of what freeze() left trainable
     state = [model.state, optimizer.state, mx.random.state]  # all that a step reads and writes
+    prepare: Callable = partial(mx.compile, inputs=state, outputs=state) if compiled else lambda f: f
+    sum_gradients = prepare(lambda arrays: loss_and_grads(model, arrays))
+    update = prepare(lambda sums: apply_mean(model, optimizer, config.max_grad_norm, sums))
+    for step, window in enumerate(windows, first_step):
+        optimizer.set_learning_rate(learning_rate_of(step, config))
+        before = snapshot(model, optimizer)
+        sums = add_up(sum_gradients(to_arrays(batch)) for batch in window)
+        norm, is_finite = update(sums)
+        mx.eval(state, sums[0], norm, is_finite)  # before this line nothing has run
 
-    def step(arrays: Arrays) -> tuple[mx.array, mx.array]:
-        (_, nats, num_targets), grads = loss_and_grads(model, arrays)
-        optimizer.update(model, grads)
-        return nats, num_targets
-
-    run = mx.compile(step, inputs=state, outputs=state) if compiled else step
-    for number, batch in enumerate(batches, start=1):
-        nats, num_targets = run(to_arrays(batch))
-        mx.eval(state, nats, num_targets)  # before this line nothing has run
-
+        nats, num_targets = (number.item() for number in sums[0])
+        if not is_finite.item():
+            restore(model, optimizer, before)
+            raise NotFinite(describe_failure(step, window, nats, norm.item()))
         yield StepRecord(
-            step=number,
-            loss_nats=nats.item() / num_targets.item(),
-            num_targets=num_targets.item(),
-            num_tokens=batch.num_tokens,
-            learning_rate=optimizer.learning_rate.item(),
+            step=step + 1,
+            loss_nats=nats / num_targets,
+            grad_norm=norm.item(),
+            learning_rate=learning_rate_of(step, config),
+            num_targets=num_targets,
+            num_tokens=sum(batch.num_tokens for batch in window),
             seconds=time.perf_counter() - start,
             peak_bytes=mx.get_peak_memory(),
         )
         start = time.perf_counter()  # what is done between two steps is not the step's
+
+
+def describe_failure(step: int, window: Window, nats: float, norm: float) -> str:
+    what = "loss" if not math.isfinite(nats) else "gradient" if not math.isfinite(norm) else "updated adapter"
+    numbers = ", ".join(str(number + 1) for batch in window for number in batch.numbers)
+    return (
+        f"the {what} is not finite at step {step + 1}, on the examples {numbers or 'given'} of the training "
+        f"data; the adapter is as it was before this step: lower the learning rate"
+    )
 
 
 def evaluate(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -87,7 +139,7 @@ def evaluate(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:
     model.eval()  # dropout off
     total_nats, total_targets = 0.0, 0
     for batch in batches:
-        _, nats, num_targets = batch_loss(model, to_arrays(batch))
+        nats, num_targets = batch_loss(model, to_arrays(batch))
         total_nats += nats.item()
         total_targets += num_targets.item()
     model.train(was_training)

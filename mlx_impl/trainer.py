@@ -8,47 +8,88 @@ for record in trainer.fit(examples):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from .config import LoRAConfig, TrainConfig
-from .data import Example, evaluation_batches, training_batches
-from .lora import add_lora, lora_parameters, select_linears
+from .data import Example, evaluation_batches, training_windows
+from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
-from .optim import make_optimizer
+from .optim import LoRAOptimizer
+from .state import (
+    Progress,
+    Validation,
+    digest_of_base,
+    identify,
+    load_state,
+    restore,
+    save_state,
+    snapshot,
+)
 from .train import StepRecord, evaluate, train
 
 
 class LoRATrainer:
     """LoRA factors in place, everything else frozen, an optimizer ready.
 
-    A model that carries an adapter already keeps it and trains on (`lora` must then be None).
+    A model that carries an adapter already, of this same configuration, keeps it and trains on.
     `compiled=None` compiles on a GPU; on a CPU each new shape would cost seconds for a few percent.
     Raises ValueError when anything but LoRA factors would be trained.
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        lora: LoRAConfig | None,
-        training: TrainConfig,
-        compiled: bool | None = None,
+        self, model: CausalLM, lora: LoRAConfig, training: TrainConfig, compiled: bool | None = None
     ) -> None:
         mx.random.seed(training.seed)
-        if lora is not None:
-            add_lora(model, select_linears(model, lora), lora)
+        if not lora_layers(model):
+            add_lora(model, lora)
         lora_parameters(model)  # raises if anything else is trainable
-        self.model, self.training = model, training
-        self.optimizer = make_optimizer(training)
+        self.model, self.lora, self.training = model, lora, training
+        self.optimizer = LoRAOptimizer(training)
+        self.optimizer.init(model.trainable_parameters())
         self.compiled = mx.default_device() == mx.gpu if compiled is None else compiled
+        self.step = 0  # updates done
+        self.validation: Validation = []
 
     def fit(self, examples: Sequence[Example]) -> Iterator[StepRecord]:
-        """Train for `training.iters` updates; stop reading the iterator to stop earlier."""
-        batches = training_batches(
-            examples, self.training.batch_size, self.training.iters, self.training.seed
-        )
-        return train(self.model, self.optimizer, batches, self.compiled)
+        """Train up to update `training.iters`; stop reading the iterator to stop earlier."""
+        windows = training_windows(examples, self.training, self.step)
+        for record in train(self.model, self.optimizer, windows, self.training, self.compiled, self.step):
+            self.step = record.step
+            yield record
 
     def evaluate(self, examples: Sequence[Example]) -> float:
-        """Nats per target over all the examples, dropout off."""
+        """Nats per target over all the examples, dropout off; the same for every batch size."""
         return evaluate(self.model, evaluation_batches(examples, self.training.batch_size))[0]
+
+    def validate(self, examples: Sequence[Example]) -> float:
+        """Evaluate, and remember the result for this step."""
+        self.validation.append((self.step, self.evaluate(examples)))
+        return self.validation[-1][1]
+
+    def validations_since_best(self) -> int:
+        losses = [loss for _, loss in self.validation]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def save(self, path: Path, examples: Sequence[Example]) -> None:
+        """The whole training state into one file; `examples` are those it was trained on."""
+        progress = Progress(self.step, self.validation, self.identity(examples))
+        save_state(path, snapshot(self.model, self.optimizer), progress)
+
+    def resume(self, path: Path, examples: Sequence[Example]) -> None:
+        """Go on where the saved run was: `fit` then does what it would have done, to the bit."""
+        expected = snapshot(self.model, self.optimizer)
+        arrays, progress = load_state(path, self.identity(examples), expected)
+        restore(self.model, self.optimizer, arrays)
+        self.step = progress.step
+        self.validation = [(step, loss_nats) for step, loss_nats in progress.validation]
+
+    def identity(self, examples: Sequence[Example]) -> dict[str, Any]:
+        return identify(self.base_digest, examples, self.lora, self.training)
+
+    @cached_property
+    def base_digest(self) -> str:
+        return digest_of_base(self.model)  # which is frozen

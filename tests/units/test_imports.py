@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "interrupt", "ops", "model", "lora", "loss", "data", "tokenizer", "train", "optim",
-    "trainer", "generate", "answers", "gguf", "checkpoint", "adapters", "job", "report", "finetune",
-    "arguments", "commands", "blas", "__main__",
+    "config", "files", "interrupt", "ops", "recompute", "model", "targets", "lora", "loss", "data",
+    "tokenizer", "optim", "state", "train", "trainer", "merging", "generate", "answers", "gguf", "checkpoint",
+    "adapters", "report", "run_folder", "job", "finetune", "arguments", "commands", "blas", "__main__",
 ]
 # fmt: on
 
@@ -68,6 +69,7 @@ def test_importing_the_package_imports_no_mlx() -> None:
 def test_every_public_name_loads() -> None:
     assert sorted(mlx_impl.HOMES) == mlx_impl.__all__
     for name in mlx_impl.__all__:
-        assert getattr(mlx_impl, name) is not None
+        assert getattr(mlx_impl, name) is getattr(mlx_impl, name)
+        assert not inspect.ismodule(getattr(mlx_impl, name)), f"{name} is a module's name too"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mlx_impl.nothing  # noqa: B018

@@ -1,0 +1,81 @@
+"""What a run leaves in its folder: the last adapter and the best, training state, metrics, curve, report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from .adapters import save_adapter
+from .answers import Answer
+from .data import Example
+from .files import make_run_folder, read_json_object, whole_file
+from .report import save_loss_curve
+from .train import StepRecord
+from .trainer import LoRATrainer
+
+OF_ONE_RUN = ("report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png")
+
+
+class RunFolder:
+    """Every file is written whole or not at all, but for the metrics, which grow by a line a step."""
+
+    def __init__(self, path: Path, base_name: str) -> None:
+        self.path, self.base_name = path, base_name
+        self.state = path / "training_state.safetensors"
+
+    def begin(self) -> None:
+        """Make the folder, or clear it of what another run left, but not of its adapter."""
+        make_run_folder(self.path)
+        for name in OF_ONE_RUN:
+            (self.path / name).unlink(missing_ok=True)
+
+    def save(self, trainer: LoRATrainer, examples: list[Example]) -> None:
+        """The adapter, and the state to go on from."""
+        save_adapter(trainer.model, trainer.lora, self.path, self.base_name)
+        trainer.save(self.state, examples)
+
+    def save_best(self, trainer: LoRATrainer) -> None:
+        folder = self.path / "best"
+        folder.mkdir(exist_ok=True)
+        save_adapter(trainer.model, trainer.lora, folder, self.base_name)
+
+    def open_metrics(self, kept: list[StepRecord]) -> TextIO:
+        """The metrics file with the lines of these records, open for more."""
+        path = self.path / "metrics.jsonl"
+        with whole_file(path) as part:
+            part.write_text("".join(json.dumps(asdict(record)) + "\n" for record in kept), encoding="utf-8")
+        return open(path, "a", encoding="utf-8")
+
+    def read_metrics(self, last_step: int) -> list[StepRecord]:
+        """The records up to a step, of the run that is resumed."""
+        path = self.path / "metrics.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            records = [StepRecord(**row) for row in rows[:last_step]]
+        except (OSError, ValueError, TypeError):
+            records = []
+        if [record.step for record in records] != list(range(1, last_step + 1)):
+            raise ValueError(f"{path}: must have a line for each of the {last_step} steps done")
+        return records
+
+    def save_before(self, loss_nats: float, answers: dict[str, list[Answer]]) -> None:
+        rows = {name: [asdict(answer) for answer in group] for name, group in answers.items()}
+        self.write_json("before.json", {"loss_nats": loss_nats, "answers": rows})
+
+    def read_before(self) -> tuple[float, dict[str, list[Answer]]]:
+        """What the run that is resumed knew before it began."""
+        raw = read_json_object(self.path / "before.json")
+        try:
+            answers = {name: [Answer(**row) for row in rows] for name, rows in raw["answers"].items()}
+            return float(raw["loss_nats"]), answers
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{self.path / 'before.json'}: is not what a run writes") from None
+
+    def save_curve(self, records: list[StepRecord], trainer: LoRATrainer) -> None:
+        save_loss_curve(records, trainer.validation, self.path / "loss.png")
+
+    def write_json(self, name: str, record: dict[str, Any]) -> None:
+        with whole_file(self.path / name) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
