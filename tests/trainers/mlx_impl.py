@@ -11,9 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_impl import ops
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from mlx_impl.generate import generate
+from mlx_impl.generate import generate, generate_all
 from mlx_impl.lora import Dropout, add_lora, lora_layers, lora_parameters
 from mlx_impl.loss import next_token_nats
 from mlx_impl.merging import Merged, merge, unmerge
@@ -54,19 +55,21 @@ class Tap:
 class MlxTrainer:
     dialect = Dialect()
     share_allowed = 0.25  # of every tolerance: a correct trainer needs no more
+    ops = ops
     dtype = mx.float32
 
-    def __init__(self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig, factors: Arrays) -> None:
+    def __init__(
+        self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
+    ) -> None:
         self.model = CausalLM(spec)
         self.model.load_weights([(name, self.array(value)) for name, value in weights.items()])
-        add_lora(self.model, lora)
-        given = [(name, self.array(value)) for name, value in factors.items()]
-        self.model.load_weights(given, strict=False)
-        self.optimizer: LoRAOptimizer | None = None
+        if lora is not None:
+            add_lora(self.model, lora)
+            given = [(name, self.array(value)) for name, value in (factors or {}).items()]
+            self.model.load_weights(given, strict=False)
         self.records: list[StepRecord] = []
-        self.step = 0
         self.merged: Merged | None = None
-        self.saved: Path | None = None  # a state to go on from
+        self.saved: Path | None = None  # a run to go on with
 
     @classmethod
     @contextmanager
@@ -133,32 +136,35 @@ class MlxTrainer:
         return self.run(windows, TrainConfig(**{**vars(training), "grad_checkpoint": True}), compiled=False)
 
     def run(self, windows: Sequence[Sequence[Batch]], training: TrainConfig, compiled: bool) -> list[float]:
-        optimizer = self.ready_optimizer(training)
+        first_step = self.begin(training)
         lists = [list(window) for window in windows]
-        self.records = list(train(self.model, optimizer, lists, training, compiled, self.step))
-        self.step += len(self.records)
+        self.records = list(train(self.model, self.optimizer, lists, training, compiled, first_step))
         return [record.loss_nats for record in self.records]
 
-    def ready_optimizer(self, training: TrainConfig) -> LoRAOptimizer:
-        if self.optimizer is None:
-            self.optimizer = LoRAOptimizer(training)
-            self.optimizer.init(self.model.trainable_parameters())
-        if self.saved is not None:
-            expected = snapshot(self.model, self.optimizer)
-            arrays, progress = load_state(self.saved / "state.safetensors", {}, expected)
-            restore(self.model, self.optimizer, arrays)
-            self.step, self.saved = progress.step, None
-        return self.optimizer
+    def begin(self, training: TrainConfig) -> int:
+        """An optimizer for a new run, or for the one that was loaded; the updates done."""
+        mx.random.seed(training.seed)
+        self.optimizer = LoRAOptimizer(training)
+        self.optimizer.init(self.model.trainable_parameters())
+        if self.saved is None:
+            return 0
+        arrays, progress = load_state(self.saved, {}, snapshot(self.model, self.optimizer))
+        restore(self.model, self.optimizer, arrays)
+        return progress.step
+
+    def optimizer_names(self, training: TrainConfig) -> set[str]:
+        self.begin(training)
+        states = [tree_flatten(optimizer.state) for optimizer in self.optimizer.optimizers]
+        return {name.rpartition(".")[0] for state in states for name, _ in state} - {""}
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
-        optimizer = self.ready_optimizer(training)
-        for given in gradients:
-            optimizer.set_learning_rate(learning_rate_of(self.step, training))
+        self.begin(training)
+        for step, given in enumerate(gradients):
+            self.optimizer.set_learning_rate(learning_rate_of(step, training))
             tree = tree_unflatten([(name, self.array(value)) for name, value in given.items()])
             sums = ((mx.array(0.0), mx.array(1)), tree)
-            apply_mean(self.model, optimizer, training.max_grad_norm, sums)
-            mx.eval(self.model, optimizer.state)
-            self.step += 1
+            apply_mean(self.model, self.optimizer, 0.0, sums)
+            mx.eval(self.model, self.optimizer.state)
 
     def learning_rates(self, training: TrainConfig) -> list[float]:
         return [learning_rate_of(step, training) for step in range(training.iters)]
@@ -183,12 +189,11 @@ class MlxTrainer:
         }
 
     def save(self, folder: Path) -> None:
-        assert self.optimizer is not None
         arrays = snapshot(self.model, self.optimizer)
-        save_state(folder / "state.safetensors", arrays, Progress(self.step, [], {}))
+        save_state(folder / "state.safetensors", arrays, Progress(self.records[-1].step, [], {}))
 
     def load(self, folder: Path) -> None:
-        self.saved = folder
+        self.saved = folder / "state.safetensors"
 
     def merge(self) -> None:
         self.merged = merge(self.model)
@@ -199,3 +204,6 @@ class MlxTrainer:
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         return list(generate(self.model, prompt, num_tokens, eos_id=NO_TOKEN))
+
+    def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:
+        return generate_all(self.model, prompts, num_tokens, eos_id=end)
