@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_impl.config import LoRAConfig, ModelConfig
-from reference.lora import add_lora
+from reference.lora import add_lora, merge
 from reference.model import CausalLM
 from tests.derived import assert_within_rounding
 from tests.peers.cases import (
@@ -97,6 +97,17 @@ def test_float64_as_the_libraries_ship_it_is_within_float32s_rounding() -> None:
 def test_every_linear_has_pefts_scale(lora: LoRAConfig) -> None:
     weights, factors = random_weights(LLAMA), random_factors(LLAMA, lora)
     assert Oracle(LLAMA, weights, lora, factors).scales() == PeftTwin(LLAMA, weights, lora, factors).scales()
+
+
+@pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
+def test_merged_weights_equal_pefts_to_1e_12(lora: LoRAConfig) -> None:
+    given = LLAMA, random_weights(LLAMA), lora, random_factors(LLAMA, lora)
+    ours, theirs = Oracle(*given).model, PeftTwin(*given).model.merge_and_unload()
+    merge(ours)
+    merged = [{n: w.numpy() for n, w in model.state_dict().items()} for model in (ours, theirs)]
+    assert_promise("oracle, merged", *merged)
+    changed = {n.removesuffix(".weight") for n, w in given[1].items() if (merged[0][n] != w).all()}
+    assert changed == linears_of_peft(LLAMA, lora)
 
 
 def linears_of_peft(spec: ModelConfig, lora: LoRAConfig) -> set[str]:

@@ -35,6 +35,14 @@ from tests.peers.mlx_lm_terms import (
     their_batch,
 )
 
+FACTORS = ("lora_a", "lora_b", "magnitude")
+
+
+def canonical(name: str) -> str:
+    """mlx-lm keeps the base layer in `linear`, and calls DoRA's magnitude m."""
+    name = name.replace(".linear.", ".")
+    return name.removesuffix(".m") + ".magnitude" if name.endswith(".m") else name
+
 
 class MlxLmTrainer:
     dialect = Dialect()
@@ -53,15 +61,14 @@ class MlxLmTrainer:
 
     @staticmethod
     def tree(arrays: Arrays) -> Any:
-        """By mlx-lm's names: it calls DoRA's magnitude m."""
+        """By mlx-lm's names."""
         renamed = {name.replace(".magnitude", ".m"): mx.array(value) for name, value in arrays.items()}
         return tree_unflatten(list(renamed.items()))
 
     @staticmethod
     def named(tree: Any) -> Arrays:
         """By canonical names."""
-        flat = [(name.replace(".linear.", "."), np.array(value)) for name, value in tree_flatten(tree)]
-        return {f"{n.removesuffix('.m')}.magnitude" if n.endswith(".m") else n: value for n, value in flat}
+        return {canonical(name): np.array(value) for name, value in tree_flatten(tree)}
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         return np.array(self.model.eval()(mx.array(tokens_BT)))
@@ -116,8 +123,8 @@ class MlxLmTrainer:
     def optimizer_names(self, training: TrainConfig) -> set[str]:
         optimizer = make_optimizer(training)
         optimizer.init(self.model.trainable_parameters())
-        states = [name for name in self.named(optimizer.state) if name.count(".") > 1]
-        return {name.rpartition(".")[0] for name in states}
+        states = [name.rpartition(".")[0] for name, _ in tree_flatten(optimizer.state)]
+        return {canonical(name) for name in states if name}
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
         optimizer = make_optimizer(training)
@@ -133,8 +140,8 @@ class MlxLmTrainer:
         return self.named(self.model.trainable_parameters())
 
     def base(self) -> Arrays:
-        trained = self.factors()
-        return {n: value for n, value in self.named(self.model.parameters()).items() if n not in trained}
+        every = self.named(self.model.parameters())
+        return {name: value for name, value in every.items() if not name.endswith(FACTORS)}
 
     def merge(self) -> None:
         fused = [(name, m.fuse()) for name, m in self.model.named_modules() if hasattr(m, "fuse")]
