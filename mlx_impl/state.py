@@ -77,8 +77,8 @@ def digest_of_base(model: CausalLM) -> str:
 
 def save_state(path: Path, arrays: dict[str, mx.array], progress: Progress) -> None:
     metadata = {"format": FORMAT, "progress": json.dumps(asdict(progress))}
-    with whole_file(path) as part:
-        mx.save_safetensors(str(part), arrays, metadata=metadata)
+    with whole_file(path) as part, open(part, "wb") as file:  # MLX would append a suffix to a name
+        mx.save_safetensors(file, arrays, metadata=metadata)
 
 
 def load_state(

@@ -7,7 +7,6 @@ fills; nothing runs until `mx.eval`; and a compiler must be told of every state 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from .config import TrainConfig
 from .data import Batch, Window, target_positions
+from .guard import FiniteGuard
 from .loss import next_token_nats
 from .model import CausalLM
 from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
-from .state import restore, snapshot
 
 Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N: what a compiled function can take
 Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)
@@ -41,10 +40,6 @@ class StepRecord:
     num_tokens: int  # read by the model, padding not counted
     seconds: float
     peak_bytes: int
-
-
-class NotFinite(ValueError):
-    """An update would have made the adapter worthless; it is as it was before."""
 
 
 def to_arrays(batch: Batch) -> Arrays:
@@ -89,10 +84,11 @@ def train(
     compiled: bool,
     first_step: int = 0,
 ) -> Iterator[StepRecord]:
-    """One update a window, one record an update. Raises NotFinite, the model as it was before that update."""
+    """One update a window, one record an update. Raises NotFinite, the last good state restored."""
     model.train()
     model.model.grad_checkpoint = config.grad_checkpoint
     optimizer.init(model.trainable_parameters())
+    guard = FiniteGuard(model, optimizer, first_step)
     start = time.perf_counter()
 
     loss_and_grads = nn.value_and_grad(model, batch_loss)  # of what freeze() left trainable
@@ -102,15 +98,12 @@ def train(
     update = prepare(lambda sums: apply_mean(model, optimizer, config.max_grad_norm, sums))
     for step, window in enumerate(windows, first_step):
         optimizer.set_learning_rate(learning_rate_of(step, config))
-        before = snapshot(model, optimizer)
         sums = add_up(sum_gradients(to_arrays(batch)) for batch in window)
         norm, is_finite = update(sums)
         mx.eval(state, sums[0], norm, is_finite)  # before this line nothing has run
 
         nats, num_targets = (number.item() for number in sums[0])
-        if not is_finite.item():
-            restore(model, optimizer, before)
-            raise NotFinite(describe_failure(step, window, nats, norm.item()))
+        guard.check(window, nats, norm.item(), is_finite.item())
         yield StepRecord(
             step=step + 1,
             loss_nats=nats / num_targets,
@@ -122,15 +115,6 @@ def train(
             peak_bytes=mx.get_peak_memory(),
         )
         start = time.perf_counter()  # what is done between two steps is not the step's
-
-
-def describe_failure(step: int, window: Window, nats: float, norm: float) -> str:
-    what = "loss" if not math.isfinite(nats) else "gradient" if not math.isfinite(norm) else "updated adapter"
-    numbers = ", ".join(str(number + 1) for batch in window for number in batch.numbers)
-    return (
-        f"the {what} is not finite at step {step + 1}, on the examples {numbers or 'given'} of the training "
-        f"data; the adapter is as it was before this step: lower the learning rate"
-    )
 
 
 def evaluate(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:

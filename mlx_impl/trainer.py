@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from .config import LoRAConfig, TrainConfig
 from .data import Example, evaluation_batches, training_windows
+from .guard import NotFinite
 from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
 from .optim import LoRAOptimizer
@@ -57,9 +58,14 @@ class LoRATrainer:
     def fit(self, examples: Sequence[Example]) -> Iterator[StepRecord]:
         """Train up to update `training.iters`; stop reading the iterator to stop earlier."""
         windows = training_windows(examples, self.training, self.step)
-        for record in train(self.model, self.optimizer, windows, self.training, self.compiled, self.step):
-            self.step = record.step
-            yield record
+        records = train(self.model, self.optimizer, windows, self.training, self.compiled, self.step)
+        try:
+            for record in records:
+                self.step = record.step
+                yield record
+        except NotFinite as error:
+            self.step = error.updates_done
+            raise
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Nats per target over all the examples, dropout off; the same for every batch size."""

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from mlx_impl.checkpoint import load_model
+from mlx_impl.config import TrainConfig
 from mlx_impl.data import (
     Conversation,
     Example,
     evaluation_batches,
     make_batch,
     read_conversations,
-    training_batches,
+    target_positions,
+    training_windows,
 )
 from mlx_impl.tokenizer import ChatTokenizer, encode_all
 from tests.tiny_folder import conversation_line, write_folder
@@ -45,23 +47,47 @@ def test_position_t_predicts_token_t_plus_1() -> None:
 
 def test_every_example_is_seen_once_an_epoch_also_the_last_few() -> None:
     """Seven examples by three: three batches an epoch, the last of one."""
-    batches = list(training_batches(EXAMPLES, batch_size=3, num_batches=6, seed=0))
-    for epoch in (batches[:3], batches[3:]):
-        seen = Counter(int(row[0]) for batch in epoch for row in batch.inputs_BT)
+    windows = list(training_windows(EXAMPLES, TrainConfig(iters=6, batch_size=3)))
+    for epoch in (windows[:3], windows[3:]):
+        seen = Counter(int(row[0]) for window in epoch for batch in window for row in batch.inputs_BT)
         assert seen == Counter(range(1, 8))
+
+
+def test_the_last_window_of_an_epoch_has_what_is_left() -> None:
+    """Seven examples by two, two batches an update: 2 + 2, then 2 + 1; each knows which examples it has."""
+    config = TrainConfig(iters=4, batch_size=2, grad_accumulation_steps=2)
+    windows = list(training_windows(EXAMPLES, config))
+    assert [[len(batch.inputs_BT) for batch in window] for window in windows] == [[2, 2], [2, 1]] * 2
+    for batch in windows[1]:
+        assert [number + 1 for number in batch.numbers] == batch.inputs_BT[:, 0].tolist()
+    assert sorted(n for window in windows[:2] for batch in window for n in batch.numbers) == list(range(7))
+
+
+def test_a_run_taken_up_in_the_middle_sees_the_same_windows() -> None:
+    config = TrainConfig(iters=9, batch_size=2, grad_accumulation_steps=2, data_seed=5)
+    whole = [[b.numbers for b in window] for window in training_windows(EXAMPLES, config)]
+    rest = [[b.numbers for b in window] for window in training_windows(EXAMPLES, config, first_step=4)]
+    assert rest == whole[4:]
+
+
+def test_a_batch_without_a_target_still_has_the_smallest_shape() -> None:
+    batch = make_batch([Example((5, 6, 7), (False,) * 3)])
+    positions_N, targets_N, mask_N = target_positions(batch)
+    assert len(positions_N) == len(targets_N) == len(mask_N) > 0
+    assert not mask_N.any()
 
 
 def test_the_order_differs_between_epochs_and_seeds_and_repeats_with_the_seed() -> None:
     def order(seed: int) -> list[int]:
-        batches = training_batches(EXAMPLES, batch_size=1, num_batches=14, seed=seed)
-        return [int(batch.inputs_BT[0, 0]) for batch in batches]
+        windows = training_windows(EXAMPLES, TrainConfig(iters=14, batch_size=1, data_seed=seed))
+        return [int(batch.inputs_BT[0, 0]) for (batch,) in windows]
 
     assert order(0) == order(0) != order(1)
     assert order(0)[:7] != order(0)[7:]
 
 
 def test_a_data_set_smaller_than_a_batch_is_trained() -> None:
-    (batch,) = training_batches(EXAMPLES[:2], batch_size=4, num_batches=1, seed=0)
+    ((batch,),) = training_windows(EXAMPLES[:2], TrainConfig(iters=1, batch_size=4))
     assert len(batch.inputs_BT) == 2
 
 

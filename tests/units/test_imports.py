@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
     "config", "files", "interrupt", "ops", "recompute", "model", "targets", "lora", "loss", "data",
-    "tokenizer", "optim", "state", "train", "trainer", "merging", "generate", "answers", "gguf", "checkpoint",
-    "adapters", "report", "run_folder", "job", "finetune", "arguments", "commands", "blas", "__main__",
+    "tokenizer", "optim", "state", "guard", "train", "trainer", "merging", "generate", "answers", "gguf",
+    "checkpoint", "adapters", "report", "run_folder", "job", "finetune", "arguments", "commands", "blas",
+    "__main__",
 ]
 # fmt: on
 

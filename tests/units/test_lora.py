@@ -1,7 +1,8 @@
-"""LoRA as it is put into a model: how a new adapter begins, and which linears it takes."""
+"""LoRA as it is put into a model: how a new adapter begins, and what training does to it."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from mlx_impl.config import LoRAConfig, TrainConfig
-from mlx_impl.data import Example
-from mlx_impl.lora import add_lora, lora_parameters, select_linears
+from mlx_impl.data import Example, training_windows
+from mlx_impl.guard import NotFinite
+from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
+from mlx_impl.state import snapshot
 from mlx_impl.trainer import LoRATrainer
-from tests.ladder.conftest import SPEC
+from tests.ladder.cases import SPEC
 
 TOKENS = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 WIDE = replace(SPEC, hidden_size=512)  # enough numbers to see a law
@@ -22,7 +25,7 @@ EXAMPLES = [Example(tuple(range(n, 2 * n)), (False,) + (True,) * (n - 1)) for n 
 
 def adapted(config: LoRAConfig, spec: object = SPEC) -> CausalLM:
     model = CausalLM(spec)  # type: ignore[arg-type]
-    add_lora(model, select_linears(model, config), config)
+    add_lora(model, config)
     return model
 
 
@@ -30,7 +33,7 @@ def test_a_new_adapter_changes_nothing_yet() -> None:
     """Every B begins at zero, so the logits are the base model's to the bit."""
     model = CausalLM(SPEC)
     before = np.array(model(TOKENS))
-    add_lora(model, select_linears(model, LoRAConfig()), LoRAConfig())
+    add_lora(model, LoRAConfig())
     np.testing.assert_array_equal(model(TOKENS), before)
     assert not any(a.any() for n, a in lora_parameters(model).items() if n.endswith("lora_b"))
 
@@ -53,27 +56,14 @@ def test_no_two_layers_begin_alike() -> None:
     assert not mx.array_equal(first[0], first[1])
 
 
-def test_the_last_n_layers_are_adapted() -> None:
+def test_a_new_dora_begins_with_the_lengths_of_the_weights_rows() -> None:
     model = CausalLM(SPEC)
-    names = select_linears(model, LoRAConfig(num_layers=1))
-    assert len(names) == 7
-    assert all(name.startswith("model.layers.1.") for name in names)
-
-
-def test_a_target_is_a_name_or_the_end_of_one() -> None:
-    """PEFT's rule: whole parts only, so "proj" is no target and "mlp.up_proj" is."""
-    model = CausalLM(SPEC)
-    assert select_linears(model, LoRAConfig(target_modules=("mlp.up_proj",))) == [
-        "model.layers.0.mlp.up_proj",
-        "model.layers.1.mlp.up_proj",
-    ]
-    with pytest.raises(ValueError, match=r"target modules must be among down_proj, .* got proj$"):
-        select_linears(model, LoRAConfig(target_modules=("proj",)))
-
-
-def test_the_head_is_no_target() -> None:
-    with pytest.raises(ValueError, match="got lm_head"):
-        select_linears(CausalLM(SPEC), LoRAConfig(target_modules=("lm_head",)))
+    before = np.array(model(TOKENS))
+    weight_OI = np.array(model.model.layers[0].mlp.up_proj.weight)
+    add_lora(model, LoRAConfig(use_dora=True))
+    magnitude_O = np.array(lora_parameters(model)["model.layers.0.mlp.up_proj.magnitude"])
+    np.testing.assert_allclose(magnitude_O, np.linalg.norm(weight_OI, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(model(TOKENS), before, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
@@ -97,19 +87,79 @@ def test_evaluation_has_no_dropout() -> None:
     model = adapted(LoRAConfig(rank=2, dropout=0.5))
     ones = [(name, mx.ones_like(a)) for name, a in lora_parameters(model).items()]
     model.load_weights(ones, strict=False)
-    trainer = LoRATrainer(model, None, TrainConfig(iters=1))
+    trainer = LoRATrainer(model, LoRAConfig(rank=2, dropout=0.5), TrainConfig(iters=1))
     assert trainer.evaluate(EXAMPLES) == trainer.evaluate(EXAMPLES)
 
 
 def test_a_trainer_refuses_a_model_in_which_anything_else_is_trainable() -> None:
+    model = adapted(LoRAConfig())
+    model.model.norm.unfreeze()
     with pytest.raises(ValueError, match="only LoRA factors may be trainable"):
-        LoRATrainer(CausalLM(SPEC), None, TrainConfig(iters=1))
+        LoRATrainer(model, LoRAConfig(), TrainConfig(iters=1))
 
 
 def test_training_on_no_example_is_an_error() -> None:
     trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2), TrainConfig(iters=1))
     with pytest.raises(ValueError, match="training needs at least one example"):
         next(trainer.fit([]))
+
+
+def test_an_update_that_ruins_the_adapter_is_undone() -> None:
+    """The first update is finite but huge, and the second loss shows it: back to before the first."""
+    config = TrainConfig(iters=3, batch_size=2, grad_accumulation_steps=2, learning_rate=1e30)
+    trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2, dropout=0.1), config)
+    before = {name: np.array(a) for name, a in snapshot(trainer.model, trainer.optimizer).items()}
+    _, second = itertools.islice(training_windows(EXAMPLES, config), 2)
+    numbers = ", ".join(str(n + 1) for batch in second for n in batch.numbers)
+    message = (
+        f"the loss is not finite at step 2, on the examples {numbers}; the adapter is as it was after step 0"
+    )
+    with pytest.raises(NotFinite, match=message):
+        list(trainer.fit(EXAMPLES))
+    assert trainer.step == 0
+    for name, array in snapshot(trainer.model, trainer.optimizer).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_an_update_that_overflows_at_once_is_undone() -> None:
+    """Its own loss and gradient are finite, so what was before it is sound."""
+    config = TrainConfig(iters=3, batch_size=2, learning_rate=1e38, loraplus_lr_ratio=1e10)
+    trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2), config)
+    with pytest.raises(NotFinite, match=r"the updated adapter is not finite at step 1, .* after step 0"):
+        list(trainer.fit(EXAMPLES))
+    assert all(mx.isfinite(a).all() for a in lora_parameters(trainer.model).values())
+
+
+def test_a_nan_in_the_weights_is_a_loss_that_is_not_finite() -> None:
+    model = CausalLM(SPEC)
+    model.model.norm.weight = model.model.norm.weight * float("nan")
+    trainer = LoRATrainer(model, LoRAConfig(rank=2), TrainConfig(iters=1))
+    with pytest.raises(NotFinite, match="the loss is not finite at step 1"):
+        next(trainer.fit(EXAMPLES))
+    assert all(mx.isfinite(a).all() for a in lora_parameters(model).values())
+
+
+def test_validation_changes_nothing_in_training() -> None:
+    """It draws no random number and leaves dropout on: the losses are those without it, to the bit."""
+    config = TrainConfig(iters=4, learning_rate=0.01)
+    runs = []
+    for is_validated in (True, False):
+        mx.random.seed(99)
+        trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2, dropout=0.3), config)
+        losses = []
+        for record in trainer.fit(EXAMPLES):
+            losses.append(record.loss_nats)
+            if is_validated:
+                trainer.validate(EXAMPLES)
+        runs.append(losses)
+    assert runs[0] == runs[1]
+
+
+def test_the_validations_since_the_best_are_counted() -> None:
+    trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2), TrainConfig(iters=1))
+    assert trainer.validations_since_best() == 0
+    trainer.validation = [(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.0)]
+    assert trainer.validations_since_best() == 2  # an equal loss is no better one
 
 
 def run(seed: int, disturbance: int) -> list[float]:

@@ -1,0 +1,163 @@
+"""Stop and resume: to the bit what would have been, or one sentence on what has changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_impl.config import LoRAConfig, TrainConfig
+from mlx_impl.data import Example
+from mlx_impl.lora import count_parameters, lora_parameters
+from mlx_impl.model import CausalLM
+from mlx_impl.state import digest_of_base
+from mlx_impl.trainer import LoRATrainer
+from tests.ladder.cases import SPEC
+
+EXAMPLES = [Example(tuple(range(n, 2 * n)), (False,) + (True,) * (n - 1)) for n in range(3, 12)]
+LORA = LoRAConfig(rank=2, dropout=0.3)
+TRAINING = TrainConfig(
+    iters=9,
+    batch_size=2,
+    grad_accumulation_steps=2,
+    learning_rate=0.01,
+    lr_schedule="cosine",
+    warmup_steps=2,
+    loraplus_lr_ratio=4.0,
+    max_grad_norm=1.0,
+)
+
+
+def trainer(lora: LoRAConfig = LORA, training: TrainConfig = TRAINING, base_seed: int = 5) -> LoRATrainer:
+    mx.random.seed(base_seed)
+    model = CausalLM(SPEC)
+    mx.eval(model.parameters())
+    return LoRATrainer(model, lora, training)
+
+
+def adapter(of: LoRATrainer) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in lora_parameters(of.model).items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A run stopped after four of nine updates, which is in the middle of its second epoch."""
+    stopped, path = trainer(), tmp_path / "state.safetensors"
+    steps = stopped.fit(EXAMPLES)
+    for _ in range(4):
+        next(steps)
+    stopped.validate(EXAMPLES)
+    stopped.save(path, EXAMPLES)
+    return path
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(saved: Path) -> None:
+    """Dropout, schedule, moments, order of the examples, last partial window: losses, norms and factors."""
+    whole, resumed = trainer(), trainer()
+    expected = [(r.step, r.loss_nats, r.grad_norm, r.learning_rate) for r in whole.fit(EXAMPLES)]
+    mx.random.uniform()  # what another part of the program drew in between does not matter
+    resumed.resume(saved, EXAMPLES)
+    rest = [(r.step, r.loss_nats, r.grad_norm, r.learning_rate) for r in resumed.fit(EXAMPLES)]
+    assert rest == expected[4:]
+    for name, array in adapter(whole).items():
+        np.testing.assert_array_equal(adapter(resumed)[name], array)
+
+
+def test_a_resumed_run_trains_what_it_trained_before_and_nothing_else(saved: Path) -> None:
+    resumed = trainer()
+    digest, counts = digest_of_base(resumed.model), count_parameters(resumed.model)
+    resumed.resume(saved, EXAMPLES)
+    assert count_parameters(resumed.model) == counts
+    list(resumed.fit(EXAMPLES))
+    assert digest_of_base(resumed.model) == digest
+
+
+def test_the_validations_are_remembered(saved: Path) -> None:
+    resumed = trainer()
+    resumed.resume(saved, EXAMPLES)
+    assert [step for step, _ in resumed.validation] == [4]
+
+
+def test_a_run_with_nothing_adapted_in_the_first_layers_is_resumed(tmp_path: Path) -> None:
+    """A state of which some layers have no part."""
+    stopped = trainer(replace(LORA, num_layers=1, use_dora=True))
+    next(stopped.fit(EXAMPLES))
+    stopped.save(tmp_path / "state", EXAMPLES)
+    expected = [record.loss_nats for record in stopped.fit(EXAMPLES)]
+    resumed = trainer(replace(LORA, num_layers=1, use_dora=True))
+    resumed.resume(tmp_path / "state", EXAMPLES)
+    assert [record.loss_nats for record in resumed.fit(EXAMPLES)] == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"base_seed": 6}, "the model must be as it was, [0-9a-f]{64}, to be resumed; got [0-9a-f]{64}"),
+        ({"lora": replace(LORA, alpha=8.0)}, "the alpha of the run must be as it was, 16.0, .* got 8.0"),
+        (
+            {"training": replace(TRAINING, learning_rate=0.1)},
+            "the learning_rate of the run must be as it was, 0.01, to be resumed; got 0.1",
+        ),
+        ({"training": replace(TRAINING, data_seed=1)}, "the data_seed of the run must be as it was, 0"),
+    ],
+    ids=["model", "adapter", "training", "order"],
+)
+def test_a_change_of_model_or_configuration_is_refused_by_name(
+    saved: Path, changed: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(**changed).resume(saved, EXAMPLES)
+
+
+def test_a_change_of_the_data_is_refused(saved: Path) -> None:
+    changed = [*EXAMPLES[:-1], Example((1, 2, 3), (False, True, True))]
+    with pytest.raises(ValueError, match="the training data must be as it was"):
+        trainer().resume(saved, changed)
+
+
+def test_a_state_that_cannot_be_read_is_named(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing: a run to resume must have this file"):
+        trainer().resume(tmp_path / "nothing", EXAMPLES)
+    saved.write_bytes(saved.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"state\.safetensors: not a readable training state"):
+        trainer().resume(saved, EXAMPLES)
+    mx.save_safetensors(str(saved), {"a": mx.zeros(3)})
+    with pytest.raises(ValueError, match=r"state\.safetensors: not a readable training state"):
+        trainer().resume(saved, EXAMPLES)
+
+
+def test_a_refused_state_leaves_the_trainer_as_it_was(saved: Path) -> None:
+    other = trainer(training=replace(TRAINING, weight_decay=0.1))
+    before = adapter(other)
+    with pytest.raises(ValueError, match="weight_decay"):
+        other.resume(saved, EXAMPLES)
+    assert other.step == 0
+    for name, array in adapter(other).items():
+        np.testing.assert_array_equal(before[name], array)
+
+
+def test_a_save_that_fails_leaves_the_last_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full in the middle of it."""
+    before = saved.read_bytes()
+
+    def half(file: BinaryIO, *_: object, **__: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", half)
+    with pytest.raises(OSError, match="No space left"):
+        trainer().save(saved, EXAMPLES)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_the_file_says_what_it_belongs_to(saved: Path) -> None:
+    _, metadata = mx.load(str(saved), return_metadata=True)
+    progress = json.loads(metadata["progress"])
+    assert progress["step"] == 4
+    assert progress["identity"]["the iters of the run"] == 9
