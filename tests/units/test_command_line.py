@@ -286,7 +286,8 @@ def contents(path: Path) -> tuple[dict[str, bytes], object]:
 
 SETTINGS = ["--rank", "2", "--dropout", "0.2", "--epochs", "4", "--batch-size", "2",
             "--lr-schedule", "cosine", "--grad-accumulation-steps", "2", "--warmup-steps", "2",
-            "--max-grad-norm", "1", "--use-dora", "--steps-per-eval", "3", "--save-every", "2", "--blas", "off"]  # fmt: skip
+            "--max-grad-norm", "1", "--use-dora", "--steps-per-eval", "3", "--save-every", "2",
+            "--blas", "off"]  # fmt: skip
 
 
 def test_a_run_that_was_killed_goes_on_to_the_bit(

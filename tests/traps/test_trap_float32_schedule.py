@@ -1,0 +1,46 @@
+"""MLX's schedules compute in float32, and the end of a long decay is not where it should be.
+
+`optim.cosine_decay` takes 1 + cos(x) for x near pi, where the two cancel; `optim.linear_schedule` adds small
+numbers to large ones. Early in a run it does not matter. `mlx_impl/optim.py` computes the closed form in
+Python's double precision and hands the number over.
+"""
+
+import math
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_impl.config import TrainConfig
+from mlx_impl.optim import LoRAOptimizer, learning_rate_of
+
+NUM_STEPS, PEAK = 10_000, 1e-3
+
+
+def cosine(step: int) -> float:
+    """In double precision, without the cancellation: 1 + cos(x) = 2 cos^2(x / 2)."""
+    return PEAK * math.cos(math.pi * step / NUM_STEPS / 2) ** 2
+
+
+def test_wrong_the_last_of_ten_thousand_cosine_steps_is_off_by_a_tenth_or_more() -> None:
+    last = NUM_STEPS - 1
+    found = optim.cosine_decay(PEAK, NUM_STEPS)(mx.array(last)).item()
+    assert abs(found / cosine(last) - 1) > 0.1
+
+
+def test_wrong_the_last_linear_step_is_off_by_more_than_rounding() -> None:
+    last = NUM_STEPS - 1
+    found = optim.linear_schedule(PEAK, 0.0, NUM_STEPS)(mx.array(last)).item()
+    assert abs(found / (PEAK / NUM_STEPS) - 1) > 100 * 2.0**-24
+
+
+@pytest.mark.parametrize("step", [0, 1, 5000, 9990, 9999])
+def test_right_the_closed_form_is_rounded_once(step: int) -> None:
+    """What the optimizer holds is the float32 next to it; the formula's own error is 1e-16 of the peak."""
+    config = TrainConfig(iters=NUM_STEPS, learning_rate=PEAK, lr_schedule="cosine")
+    learning_rate = learning_rate_of(step, config)
+    assert abs(learning_rate - cosine(step)) <= 4 * 2.0**-53 * PEAK
+    optimizer = LoRAOptimizer(config)
+    optimizer.set_learning_rate(learning_rate)
+    for half in optimizer.optimizers:
+        assert abs(half.learning_rate.item() - learning_rate) <= 2.0**-24 * learning_rate
