@@ -10,12 +10,14 @@ the longest sum, sqrt(k) * u what independent rounding errors add up to. The fac
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 FACTOR = 8.0
 UNIT_ROUNDOFF = 2.0**-24
+EXACT = 1e-12  # the project's promise for float64: relative, in the Frobenius norm
 
 
 @dataclass(frozen=True)
@@ -29,45 +31,88 @@ class Verdict:
 
     @property
     def used(self) -> float:
-        return self.error / self.tolerance if self.tolerance else float(self.error > 0)
+        """The share of the tolerance; infinite where it is none, or where the error is not a number."""
+        if np.isnan(self.error):
+            return np.inf
+        return self.error / self.tolerance if self.tolerance else np.inf if self.error else 0.0
+
+
+class Divergence(AssertionError):
+    """A tensor that is out of its tolerance; the text is the whole report."""
 
 
 def compare(name: str, ours: np.ndarray, ref32: np.ndarray, ref64: np.ndarray, longest_sum: int) -> Verdict:
-    if ours.shape != ref64.shape:
-        return Verdict(name, np.inf, 0.0, f"{name}: shape {ours.shape}, expected {ref64.shape}")
     noise = float(np.linalg.norm(ref32 - ref64))
-    floor = float(np.sqrt(longest_sum) * UNIT_ROUNDOFF * np.linalg.norm(ref64))
-    tolerance = FACTOR * max(noise, floor)
-    difference = np.abs(ours - ref64)
+    return within(name, ours, ref64, noise, longest_sum)
+
+
+def within(name: str, ours: np.ndarray, expected: np.ndarray, noise: float, longest_sum: int) -> Verdict:
+    """`ours` held to `expected`, where float32 is measured to cost `noise`."""
+    floor = float(np.sqrt(longest_sum) * UNIT_ROUNDOFF * np.linalg.norm(expected))
+    source = "the reference's float32 noise" if noise >= floor else "sqrt(k) u |expected|"
+    derivation = f"{FACTOR:g} x {source} (noise {noise:.3g}, floor {floor:.3g}, k {longest_sum})"
+    return judged(name, ours, expected, FACTOR * max(noise, floor), derivation)
+
+
+def within_exact(name: str, ours: np.ndarray, ref64: np.ndarray) -> Verdict:
+    """float64 held to float64."""
+    tolerance = EXACT * float(np.linalg.norm(ref64))
+    return judged(name, ours, ref64, tolerance, f"{EXACT:g} x |expected|, the promise for float64")
+
+
+def judged(name: str, ours: np.ndarray, expected: np.ndarray, tolerance: float, derivation: str) -> Verdict:
+    if ours.shape != expected.shape:
+        return Verdict(name, np.inf, 0.0, f"{name}: shape {ours.shape}, expected {expected.shape}")
+    difference = np.abs(ours - expected)
     error = float(np.linalg.norm(difference))
     worst = np.unravel_index(int(np.argmax(difference)), difference.shape)
-    source = "float32 noise of the reference" if noise >= floor else "sqrt(k) u |ref64|"
+    verdict = Verdict(name, error, tolerance, "")
     report = (
-        f"{name}: worst element {tuple(map(int, worst))}: expected {ref64[worst]:.9g}, "
-        f"got {ours[worst]:.9g}; |error| {error:.3g}, tolerance {tolerance:.3g} "
-        f"= 8 x {source} (noise {noise:.3g}, floor {floor:.3g}, k {longest_sum})"
+        f"{name}: worst element {[int(i) for i in worst]}: expected {expected[worst]:.9g}, "
+        f"got {ours[worst]:.9g}\n"
+        f"  |error| {error:.3g} is {verdict.used:.3g} of the tolerance {tolerance:.3g} = {derivation}"
     )
     return Verdict(name, error, tolerance, report)
 
 
+def require(what: str, verdicts: list[Verdict], allowed: float = 1.0) -> Verdict:
+    """The verdict that used most of its tolerance; raises Divergence with the first that used too much."""
+    __tracebackhide__ = True
+    failed = [verdict for verdict in verdicts if not verdict.used <= allowed]
+    if failed:
+        most = "" if allowed == 1 else f" (of which this trainer allows itself {allowed:.0%})"
+        raise Divergence(
+            f"{what}: {len(failed)} of {len(verdicts)} tensors out of tolerance{most}; the first is\n"
+            + failed[0].report
+        )
+    return max(verdicts, key=lambda verdict: verdict.used)
+
+
+def require_same_names(what: str, ours: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    __tracebackhide__ = True
+    if ours.keys() != expected.keys():
+        missing, unknown = sorted(expected.keys() - ours.keys()), sorted(ours.keys() - expected.keys())
+        raise Divergence(f"{what}: names differ: missing {missing}, unknown {unknown}")
+
+
+def require_same_bits(what: str, ours: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Tolerance 0, because the order of operations is the same; the first that differs is the report."""
+    __tracebackhide__ = True
+    require_same_names(what, ours, expected)
+    require(what, [judged(n, ours[n], expected[n], 0.0, "none: to the bit") for n in expected])
+
+
 def assert_within_rounding(
-    rung: str,
+    what: str,
     ours: dict[str, np.ndarray],
     ref32: dict[str, np.ndarray],
     ref64: dict[str, np.ndarray],
     longest_sum: int,
 ) -> None:
     """Every named tensor within its derived tolerance; the message names the first that is not."""
-    assert ours.keys() == ref64.keys(), (
-        f"{rung}: names differ: only ours {sorted(ours.keys() - ref64.keys())}, "
-        f"only the reference's {sorted(ref64.keys() - ours.keys())}"
-    )
-    verdicts = [compare(n, ours[n], ref32[n], ref64[n], longest_sum) for n in ref64]
-    worst = max(verdicts, key=lambda verdict: verdict.used)
-    print(f"{rung}: worst of {len(verdicts)}: {worst.name} used {worst.used:.0%} of its tolerance")
-    failed = [verdict for verdict in verdicts if not verdict.used <= 1]
+    __tracebackhide__ = True
     replay = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
-    assert not failed, (
-        f"{rung}: {len(failed)} of {len(verdicts)} tensors are out; the first is\n{failed[0].report}\n"
-        f"replay: pytest {replay!r}"
-    )
+    what = f"{what} (replay: pytest {replay!r})"
+    require_same_names(what, ours, ref64)
+    worst = require(what, [compare(n, ours[n], ref32[n], ref64[n], longest_sum) for n in ref64])
+    print(f"{what}: worst of {len(ref64)}: {worst.name} used {worst.used:.0%} of its tolerance")

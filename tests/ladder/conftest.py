@@ -1,85 +1,95 @@
-"""The case on which every rung is judged: a tiny Llama whose sizes all differ, lest two be confused."""
+"""The door of the ladder: which trainer climbs, and the fixtures that every rung uses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from mlx_impl.config import LoRAConfig, ModelConfig
-from mlx_impl.data import Batch, Example, make_batch
-from reference.lora import add_lora
-from reference.model import CausalLM
-from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.reference import ReferenceTrainer
+from tests.ladder.cases import SPEC as SPEC
+from tests.ladder.cases import Case, named_case
+from tests.ladder.judge import Judge
+from tests.ladder.plugin import DEFAULT_TRAINER, MARKERS, Ladder
+from tests.ladder.summary import header_lines, summary_lines
 
-# kv heads < heads, heads * head_dim != width, a prime vocabulary, no layer square, alpha != rank.
-SPEC = ModelConfig(
-    vocab_size=61,
-    hidden_size=28,
-    intermediate_size=44,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=10,
-    rms_norm_eps=1e-5,
-    rope_theta=1000.0,
-    tie_word_embeddings=False,
-)
-LORA = LoRAConfig(rank=3, alpha=7.0)
-TOKEN_COUNTS = (14, 6, 11)  # rows of unequal length
-PROMPT_COUNTS = (5, 3, 9)  # of which so many are the prompt
+LADDER = pytest.StashKey[Ladder]()
 
 
-def random_arrays(shapes: dict[str, tuple[int, ...]], scale: float, seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        name: (rng.standard_normal(shape) * scale).astype(np.float32)
-        for name, shape in sorted(shapes.items())
-    }
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ladder")
+    group.addoption(
+        "--trainer", metavar="MODULE:CLASS", help=f"default: $LADDER_TRAINER, or {DEFAULT_TRAINER}"
+    )
+    group.addoption("--keep-going", action="store_true", help="judge also what stands on a failed rung")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, an adapter with B != 0, a batch; and the three trainers that are given them."""
-
-    spec: ModelConfig
-    weights: dict[str, np.ndarray]
-    factors: dict[str, np.ndarray]
-    batch: Batch
-    longest_sum: int
-
-    def ours(self) -> MlxTrainer:
-        return MlxTrainer(self.spec, self.weights, LORA, self.factors)
-
-    def reference(self, dtype: torch.dtype = torch.float64) -> ReferenceTrainer:
-        return ReferenceTrainer(self.spec, self.weights, LORA, self.factors, dtype)
-
-    def with_zero_b(self) -> Case:
-        factors = {n: v * (not n.endswith("lora_b")) for n, v in self.factors.items()}
-        return replace(self, factors=factors)
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    name = config.getoption("--trainer", None) or os.environ.get("LADDER_TRAINER") or DEFAULT_TRAINER
+    ladder = Ladder(name, load_trainer(name), config.getoption("--keep-going", False))
+    config.stash[LADDER] = ladder
+    config.pluginmanager.register(ladder, "ladder")
 
 
-def make_case(spec: ModelConfig) -> Case:
-    model = CausalLM(spec)
-    weights = random_arrays({n: tuple(p.shape) for n, p in model.named_parameters()}, 0.3, seed=1)
-    weights |= {n: 1 + w for n, w in weights.items() if "norm" in n}
-    names = add_lora(model, LORA)
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    assert len(shapes) == 2 * len(names)
-    rng = np.random.default_rng(3)
-    examples = [
-        Example(tuple(rng.integers(1, spec.vocab_size, n).tolist()), (False,) * p + (True,) * (n - p))
-        for n, p in zip(TOKEN_COUNTS, PROMPT_COUNTS, strict=True)
-    ]
-    batch = make_batch(examples)
-    sizes = (spec.vocab_size, spec.intermediate_size, spec.num_attention_heads * spec.head_dim)
-    longest_sum = max(*sizes, batch.inputs_BT.size)
-    return Case(spec, weights, random_arrays(shapes, 0.2, seed=2), batch, longest_sum)
+def load_trainer(name: str) -> Any:
+    """The class that `module:Class` names; UsageError says what is wrong with it."""
+    module_name, _, class_name = name.partition(":")
+    if not module_name or not class_name:
+        raise pytest.UsageError(f"--trainer must be module:Class, got {name!r}")
+    try:
+        trainer = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise pytest.UsageError(f"--trainer {name}: {error}") from None
+    required = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
+    missing = [member for member in required if not hasattr(trainer, member)]
+    if missing:
+        raise pytest.UsageError(f"--trainer {name}: the class must have {', '.join(missing)}")
+    return trainer
 
 
-@pytest.fixture(params=["untied", "tied"], scope="session")
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return header_lines(config.stash[LADDER])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ladder = terminalreporter.config.stash[LADDER]
+    if ladder.outcomes:
+        terminalreporter.section(f"ladder: {ladder.trainer}")
+        for line in summary_lines(ladder):
+            terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The cases are so small that PyTorch's threads would only wait for one another."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def ladder(pytestconfig: pytest.Config) -> Ladder:
+    return pytestconfig.stash[LADDER]
+
+
+@pytest.fixture
+def candidate(ladder: Ladder) -> Any:
+    """The class of the trainer that is judged."""
+    return ladder.candidate
+
+
+@pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
-    return make_case(replace(SPEC, tie_word_embeddings=request.param == "tied"))
+    """Untied and plain, unless a test names others."""
+    return named_case(getattr(request, "param", "untied"))
+
+
+@pytest.fixture
+def judge(request: pytest.FixtureRequest, ladder: Ladder) -> Judge:
+    return Judge(ladder, request.node.nodeid)

@@ -2,6 +2,7 @@
 
 A trainer is a class. The seven members of `Trainer` are required; `OPTIONAL` names the rest, each with the
 rung that asks for it. A capability that is absent is *not claimed*: the report says so, and nothing passes.
+Whatever raises NotImplementedError (a model switch, a kind of adapter, an optimizer) is not claimed either.
 Semantics that differ on purpose are declared in `dialect`; the ladder then holds the trainer to what it
 declares, and prints each departure.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -23,23 +24,27 @@ from mlx_impl.data import Batch
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 
-# Capability -> the rung that asks for it. The signatures are those of tests/trainers/mlx_impl.py.
+# Capability -> the rung that asks for it.
 OPTIONAL = {
+    "ops": 1,  # a namespace of MLX functions, those of mlx_impl/ops.py
     "hidden_states": 3,  # (tokens_BT) -> the output of embedding, blocks and norm, by module name
+    "exact": 3,  # a context manager of the class: trainers made in it compute in float64 throughout
     "loss_of_logits": 4,  # (logits_BTV, batch) -> (nats, num_targets): the loss alone
     "evaluate": 4,  # (batches) -> nats per target over all of them
     "pullback": 5,  # (batch, cotangent_BTV) -> the factors' gradients of <logits, cotangent>
-    "apply_gradients": 7,  # (gradients of each update, training): the optimizer alone
+    "optimizer_names": 6,  # (training) -> names of all parameters for which the optimizer holds state
+    "apply_gradients": 7,  # (gradients of each update, training): schedule and optimizer alone, no clipping
     "learning_rates": 7,  # (training) -> that of every update
     "gradient_norms": 7,  # (windows, training) -> the global norm of every update, before clipping
     "train_compiled": 9,  # as train, compiled
     "train_checkpointed": 9,  # as train, activations recomputed in the backward pass
-    "set_dropout_masks": 9,  # ({name of the linear: keep_BTI}): used instead of random ones
-    "save": 11,  # (folder): the whole training state
-    "load": 11,  # (folder): it again, into a trainer newly made
-    "merge": 12,  # (): the factors into the base
+    "set_dropout_masks": 9,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
+    "save": 11,  # (folder): the whole training state after `train`
+    "load": 11,  # (folder): it again, into a trainer newly made; the next `train` goes on from there
+    "merge": 12,  # (): the factors into the base; `base` then returns the merged weights
     "unmerge": 12,  # (): and out of it
     "greedy": 14,  # (prompt, num_tokens) -> token numbers
+    "greedy_all": 14,  # (prompts, num_tokens, end) -> those of each prompt, together, each up to token `end`
 }
 
 
@@ -49,7 +54,7 @@ class Dialect:
 
     scale: str = "alpha / rank"  # or "alpha": what multiplies the update
     bias_correction: bool = True  # of Adam
-    pad_targets: int = 0  # padding positions counted as targets after each row that is padded
+    pad_targets: int = 0  # padding positions counted as targets after the last target of each row
     accumulation: str = "by targets"  # or "mean of means": how micro-batches are weighed
 
     def departures(self) -> list[str]:
@@ -63,10 +68,12 @@ class Dialect:
 class Trainer(Protocol):
     """The required members: about thirty lines over a trainer that works."""
 
-    dialect: Dialect
+    dialect: ClassVar[Dialect]
 
-    def __init__(self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig, factors: Arrays) -> None:
-        """A model with these weights, frozen, and an adapter with these factors."""
+    def __init__(
+        self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
+    ) -> None:
+        """A model with these weights, frozen, and an adapter with these factors; None: the bare model."""
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """logits_BTV, without dropout."""
@@ -75,10 +82,14 @@ class Trainer(Protocol):
         """The sum of nats over the targets, and their number, without dropout."""
 
     def gradients(self, batch: Batch) -> Arrays:
-        """The gradients of the mean nats per target, of everything that trains."""
+        """The gradients of the mean nats per target, of everything that trains, without dropout."""
 
     def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
-        """One optimizer update a window, over all its micro-batches; the mean nats per target of each."""
+        """One optimizer update a window, over all its micro-batches; the mean nats per target of each.
+
+        It begins a run, with `training.seed` for dropout; after `load` it goes on with the loaded one.
+        `training.iters` is the length of the whole run, of which `windows` may be the first part.
+        """
 
     def factors(self) -> Arrays:
         """What trains."""

@@ -1,49 +1,161 @@
-"""Rung 5, gradient: every LoRA gradient, by name, equals autograd's in PyTorch."""
+"""Rung 5, gradient: every factor's gradient, by name, by three oracles that know nothing of one another.
+
+PyTorch's autograd; central differences, which need no autograd, with a test of their order; and the adjoint
+identity <J v, u> = <v, J^T u>, which needs no second trainer. MLX: `mx.value_and_grad` of a model returns a
+gradient for every parameter, frozen ones too; `nn.value_and_grad` is the one that respects `freeze()`.
+"""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
-from tests.derived import FACTOR, UNIT_ROUNDOFF, assert_within_rounding
-from tests.ladder.conftest import Case
+from tests.derived import UNIT_ROUNDOFF, Verdict, judged, within
+from tests.ladder.cases import Case, every_case, named_case
+from tests.ladder.judge import Judge
+
+WIDE, NARROW = 2.0**-5, 2.0**-6  # steps of central differences: the error shrinks with their square
 
 
-def test_every_lora_gradient_equals_the_reference(case: Case) -> None:
+@every_case
+def test_every_gradient_equals_the_reference(case: Case, judge: Judge) -> None:
     """All tensors, none skipped: the names are compared before the numbers."""
-    ours = case.ours().gradients(case.batch)
-    ref32 = case.reference(torch.float32).gradients(case.batch)
-    ref64 = case.reference().gradients(case.batch)
-    assert len(ours) == 2 * 7 * case.spec.num_hidden_layers
-    assert_within_rounding("rung 5, gradient", ours, ref32, ref64, case.longest_sum)
+    judge(case, lambda trainer: trainer.gradients(case.batch))
 
 
-def test_the_gradient_of_a_is_exactly_zero_where_b_is_zero(case: Case) -> None:
+@pytest.mark.needs("exact")
+@every_case
+def test_in_float64_every_gradient_equals_the_reference_to_1e_12(case: Case, judge: Judge) -> None:
+    """The algebra is the same; what differed above was rounding."""
+    judge.exactly(case, lambda trainer: trainer.gradients(case.batch))
+
+
+@pytest.mark.parametrize("case", ["untied", "rslora", "patterns"], indirect=True)
+def test_the_gradient_of_a_is_exactly_zero_where_b_is_zero(case: Case, candidate: Any) -> None:
     """dA = scale * x^T (G B^T) vanishes with B, to the bit; dB = scale * (x A)^T G does not."""
-    for name, gradient in case.with_zero_b().ours().gradients(case.batch).items():
+    for name, gradient in case.with_zero_b().build(candidate).gradients(case.batch).items():
         assert np.any(gradient) == name.endswith("lora_b"), name
 
 
-def test_every_gradient_agrees_with_central_differences(case: Case) -> None:
-    """An oracle without autograd: (f(w + h d) - f(w - h d)) / 2h = <gradient, d> in float64.
+def unit_direction(name: str, case: Case) -> np.ndarray:
+    """One of its own for each tensor, so that no component can hide."""
+    shape = case.factors[name].shape
+    d = np.random.default_rng(len(name)).standard_normal(shape)
+    return d / np.linalg.norm(d)
 
-    For each tensor a random direction d of its own, so that no component can hide. Ours was rounded to
-    float32 over sums of length k: the floor of `derived`. The difference errs by about h^2, far less.
-    """
-    rng = np.random.default_rng(17)
-    reference, h = case.reference(), (3 * 2.0**-53) ** (1 / 3)
-    parameters = dict(reference.model.named_parameters())
-    for name, gradient in case.ours().gradients(case.batch).items():
-        d = rng.standard_normal(gradient.shape)
-        d /= np.linalg.norm(d)
+
+@functools.cache
+def slopes(case_name: str, trainer: Any, h: float) -> dict[str, float]:
+    """(f(w + h d) - f(w - h d)) / 2h of the mean loss, for each factor alone."""
+    case, found = named_case(case_name), {}
+    for name, factor in case.factors.items():
         means = []
         for sign in (1, -1):
-            with torch.no_grad():
-                parameters[name].copy_(torch.tensor(case.factors[name] + sign * h * d))
-            nats, num_targets = reference.loss(case.batch)
+            moved = {**case.factors, name: factor + sign * h * unit_direction(name, case)}
+            nats, num_targets = replace(case, factors=moved).build(trainer).loss(case.batch)
             means.append(nats / num_targets)
-        with torch.no_grad():
-            parameters[name].copy_(torch.tensor(case.factors[name]))
-        slope = (means[0] - means[1]) / (2 * h)
-        tolerance = FACTOR * np.sqrt(case.longest_sum) * UNIT_ROUNDOFF * np.linalg.norm(gradient)
-        assert abs(slope - np.sum(gradient * d)) <= tolerance, name
+        found[name] = (means[0] - means[1]) / (2 * h)
+    return found
+
+
+@pytest.mark.parametrize("case", ["untied", "dora"], indirect=True)
+def test_every_gradient_agrees_with_central_differences(case: Case, judge: Judge, candidate: Any) -> None:
+    """Their error falls fourfold when h is halved, so it is h^2's, and what is left at h = 0 is the gradient.
+
+    DoRA's gradient is that of its formula with the length held constant; only in the magnitudes, on which the
+    length does not depend, is it the slope.
+    """
+    oracle = judge.oracle(torch.float64)
+    gradients, exact = case.build(candidate).gradients(case.batch), case.build(oracle).gradients(case.batch)
+    wide, narrow = slopes(case.name, oracle, WIDE), slopes(case.name, oracle, NARROW)
+    verdicts = []
+    for name, gradient in gradients.items():
+        if case.lora.use_dora and not name.endswith("magnitude"):
+            continue
+        direction = unit_direction(name, case)
+        truth = float(np.sum(exact[name] * direction))
+        ratio = (wide[name] - truth) / (narrow[name] - truth)
+        assert round(ratio) == 4, f"{name}: halving h divides the error by {ratio:.3f}, expected 4"
+        at_zero = (4 * narrow[name] - wide[name]) / 3  # Richardson: the term in h^2 is gone
+        rounding = np.sqrt(case.longest_sum) * UNIT_ROUNDOFF * np.linalg.norm(gradient)
+        ours = np.array(np.sum(gradient * direction))
+        verdicts.append(
+            within(name, ours, np.array(at_zero), abs(at_zero - truth) + rounding, case.longest_sum)
+        )
+    judge.hold(verdicts)
+
+
+def cotangent(case: Case) -> np.ndarray:
+    shape = (*case.batch.inputs_BT.shape, case.spec.vocab_size)
+    return np.random.default_rng(23).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.needs("pullback")
+@pytest.mark.alone
+@every_case
+def test_the_pullback_of_a_given_cotangent_equals_the_reference(case: Case, judge: Judge) -> None:
+    """The backward pass alone: the loss is not asked, the logits' gradient is given."""
+    judge(case, lambda trainer: trainer.pullback(case.batch, cotangent(case)))
+
+
+def adjoint_verdict(case: Case, candidate: Any, unit: float, noise: float) -> Verdict:
+    """<J v, u> from four forward passes, held to <v, J^T u> from one backward pass, by the trainer alone.
+
+    J v is the Richardson limit of central differences of the logits. `noise` is what rounding does to the
+    logits, in the Frobenius norm: of the quotient it makes at most (4 / narrow + 1 / wide) / 3 as much, times
+    |u|. The limit's own error is below its distance to the narrow quotient, times (h / 1)^2.
+    """
+    h_wide = unit ** (1 / 5)  # where the truncation h^4 and the rounding unit / h meet
+    h_narrow = h_wide / 2
+    u_BTV = cotangent(case).astype(np.float64)
+    directions = {name: unit_direction(name, case) / np.sqrt(len(case.factors)) for name in case.factors}
+
+    def pushed(h: float) -> float:
+        sides = []
+        for sign in (1, -1):
+            moved = {n: w + (sign * h * directions[n]).astype(w.dtype) for n, w in case.factors.items()}
+            sides.append(replace(case, factors=moved).build(candidate).logits(case.batch.inputs_BT))
+        return float(np.sum((sides[0].astype(np.float64) - sides[1]) / (2 * h) * u_BTV))
+
+    wide, narrow = pushed(h_wide), pushed(h_narrow)
+    pulled = case.build(candidate).pullback(case.batch, cotangent(case))
+    back = sum(float(np.sum(pulled[n].astype(np.float64) * d)) for n, d in directions.items())
+    rounding = noise * float(np.linalg.norm(u_BTV)) * (4 / h_narrow + 1 / h_wide) / 3
+    truncation = abs(wide - narrow) * h_wide**2
+    return judged(
+        "<J v, u>",
+        np.array((4 * narrow - wide) / 3),
+        np.array(back),
+        rounding + truncation,
+        f"rounding of the logits {rounding:.3g} + truncation {truncation:.3g}",
+    )
+
+
+@pytest.mark.needs("pullback")
+@pytest.mark.alone
+@pytest.mark.parametrize("case", ["untied", "qk norm", "rslora"], indirect=True)
+def test_forward_and_backward_are_adjoint(case: Case, judge: Judge, candidate: Any) -> None:
+    """<J v, u> = <v, J^T u>, without a second trainer."""
+    logits32, logits64 = (
+        case.build(judge.oracle(dtype)).logits(case.batch.inputs_BT)
+        for dtype in (torch.float32, torch.float64)
+    )
+    noise = float(np.linalg.norm(logits32 - logits64))
+    judge.hold([adjoint_verdict(case, candidate, UNIT_ROUNDOFF, noise)])
+
+
+@pytest.mark.needs("pullback", "exact")
+@pytest.mark.alone
+@pytest.mark.parametrize("case", ["untied", "qk norm", "rslora"], indirect=True)
+def test_in_float64_forward_and_backward_are_adjoint(case: Case, judge: Judge, candidate: Any) -> None:
+    """The same where rounding hides almost nothing."""
+    double = case.in_double()
+    logits_BTV = case.build(judge.oracle(torch.float64)).logits(case.batch.inputs_BT)
+    noise = np.sqrt(case.longest_sum) * 2.0**-53 * float(np.linalg.norm(logits_BTV))
+    with candidate.exact():
+        judge.hold([adjoint_verdict(double, candidate, 2.0**-53, noise)])

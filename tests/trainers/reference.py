@@ -1,75 +1,244 @@
-"""`reference` behind the ladder's face, in float32 or float64."""
+"""`reference` behind the ladder's face, in float32 or float64, and in any dialect a trainer may declare."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
 from reference.generate import greedy
-from reference.lora import add_lora
+from reference.lora import LoRALinear, add_lora, merge, of_pattern
+from reference.loss import next_token_nats
 from reference.model import CausalLM, load_arrays
-from reference.train import batch_loss, evaluate, make_optimizer, train
+from reference.train import batch_loss, evaluate, make_optimizer, share_of_peak, train_step
+from tests.ladder.protocol import Arrays, Dialect
+
+LONG_AGO = 1e9  # updates, after which Adam's bias correction is 1
 
 
-def to_tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        torch.tensor(batch.inputs_BT, dtype=torch.long),
-        torch.tensor(batch.targets_BT, dtype=torch.long),
-        torch.tensor(batch.mask_BT),
-    )
+class FixedDropout(nn.Module):
+    """Dropout with a mask that is given: x * keep / (1 - p) while training."""
+
+    def __init__(self, keep_BTI: np.ndarray, p: float) -> None:
+        super().__init__()
+        self.keep_BTI, self.p = torch.tensor(keep_BTI), p
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        return x_BTI * self.keep_BTI / (1 - self.p) if self.training else x_BTI
+
+
+class Run:
+    """An optimizer and its schedule: what a run carries from update to update."""
+
+    def __init__(self, model: CausalLM, training: TrainConfig, dialect: Dialect) -> None:
+        self.optimizer = make_optimizer(model, training)
+        self.schedule = LambdaLR(self.optimizer, lambda step: share_of_peak(step, training))
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.max_grad_norm, self.accumulation = training.max_grad_norm, dialect.accumulation
+        if training.optimizer == "adamw" and not dialect.bias_correction:
+            for p in self.trained:
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(LONG_AGO), **zeros}
+
+    def update(self, model: CausalLM, window: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float]:
+        """The mean nats per target, and the gradients' norm."""
+        by_targets = self.accumulation == "by targets"
+        step = train_step(model, self.optimizer, window, self.max_grad_norm) if by_targets else None
+        result = step or self.update_by_means(model, window)
+        self.schedule.step()
+        return result
+
+    def update_by_means(
+        self, model: CausalLM, window: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> tuple[float, float]:
+        """The gradient of the mean of the micro-batches' means, however many targets each has."""
+        self.optimizer.zero_grad()
+        total_nats, total_targets = 0.0, 0
+        for batch in window:
+            nats, num_targets = batch_loss(model, batch)
+            (nats / num_targets / len(window)).backward()
+            total_nats, total_targets = total_nats + nats.item(), total_targets + int(num_targets)
+        norm = clip_grad_norm_(self.trained, self.max_grad_norm or torch.inf)
+        self.optimizer.step()
+        return total_nats / total_targets, norm.item()
 
 
 class ReferenceTrainer:
+    dialect: ClassVar[Dialect] = Dialect()
+    dtype: ClassVar[torch.dtype] = torch.float64
+
     def __init__(
-        self,
-        spec: ModelConfig,
-        weights: dict[str, np.ndarray],
-        lora: LoRAConfig | None = None,
-        factors: dict[str, np.ndarray] | None = None,
-        dtype: torch.dtype = torch.float64,
+        self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
     ) -> None:
-        self.model = CausalLM(spec).to(dtype)
+        self.model = CausalLM(spec).to(self.dtype)
         load_arrays(self.model, weights)
         if lora is not None:
             add_lora(self.model, lora)
-        if factors is not None:
-            load_arrays(self.model, {**self.numpy(), **factors})
+            load_arrays(self.model, {**self.numpy(), **(factors or {})})
+            if self.dialect.scale == "alpha":
+                for name, linear in self.adapted().items():
+                    linear.scale = of_pattern(name, lora.alpha_pattern, lora.alpha)
+        self.run: Run | None = None
+        self.saved: dict | None = None
 
-    def numpy(self) -> dict[str, np.ndarray]:
+    def numpy(self) -> Arrays:
         return {name: value.numpy().copy() for name, value in self.model.state_dict().items()}
 
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        self.model.eval()
-        with torch.no_grad():
-            logits_BTV = self.model(torch.tensor(tokens_BT, dtype=torch.long))
-        return logits_BTV.numpy()
+    def adapted(self) -> dict[str, LoRALinear]:
+        return {n: module for n, module in self.model.named_modules() if isinstance(module, LoRALinear)}
 
+    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.tensor(batch.inputs_BT, dtype=torch.long),
+            torch.tensor(batch.targets_BT, dtype=torch.long),
+            torch.tensor(with_pad_targets(batch.mask_BT, self.dialect.pad_targets)),
+        )
+
+    # The required members.
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        return self.model.eval()(torch.tensor(tokens_BT, dtype=torch.long)).numpy()
+
+    @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
-        with torch.no_grad():
-            _, nats, num_targets = batch_loss(self.model, to_tensors(batch))
+        nats, num_targets = batch_loss(self.model.eval(), self.tensors(batch))
         return nats.item(), int(num_targets)
 
-    def evaluate(self, batches: list[Batch]) -> float:
-        return evaluate(self.model, [to_tensors(batch) for batch in batches])
+    def gradients(self, batch: Batch) -> Arrays:
+        nats, num_targets = batch_loss(self.model.eval(), self.tensors(batch))
+        return self.gradients_of(nats / num_targets)
 
-    def gradients(self, batch: Batch) -> dict[str, np.ndarray]:
-        self.model.zero_grad()
-        batch_loss(self.model, to_tensors(batch))[0].backward()
-        return {
-            name: parameter.grad.numpy().copy()
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
+    def gradients_of(self, scalar: Tensor) -> Arrays:
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(scalar, list(trained.values()))
+        return {name: gradient.numpy() for name, gradient in zip(trained, gradients, strict=True)}
+
+    def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
+        return [loss_nats for loss_nats, _ in self.updates(windows, training)]
+
+    def updates(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[tuple[float, float]]:
+        """The loss and the gradients' norm of every update."""
+        self.run = Run(self.model, training, self.dialect)
+        torch.manual_seed(training.seed)
+        if self.saved:
+            self.run.optimizer.load_state_dict(self.saved["optimizer"])
+            self.run.schedule.load_state_dict(self.saved["schedule"])
+            torch.set_rng_state(self.saved["random"])
+        self.model.train()
+        return [self.run.update(self.model, list(map(self.tensors, window))) for window in windows]
+
+    def factors(self) -> Arrays:
+        return {n: p.detach().numpy().copy() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def base(self) -> Arrays:
+        trained = self.factors()
+        return {n.replace(".linear.", "."): v for n, v in self.numpy().items() if n not in trained}
+
+    # The capabilities.
+
+    @torch.no_grad()
+    def hidden_states(self, tokens_BT: np.ndarray) -> Arrays:
+        states: Arrays = {}
+        decoder = self.model.eval().model
+        named: dict[str, nn.Module] = {"model.embed_tokens": decoder.embed_tokens}
+        named |= {f"model.layers.{number}": block for number, block in enumerate(decoder.layers)}
+        for name, module in {**named, "model.norm": decoder.norm}.items():
+
+            def keep(_module: object, _inputs: object, output: Tensor, name: str = name) -> None:
+                states[name] = output.numpy()
+
+            module.register_forward_hook(keep)
+        self.logits(tokens_BT)
+        return states
+
+    def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
+        _, targets_BT, mask_BT = self.tensors(batch)
+        logits = torch.tensor(logits_BTV, dtype=self.dtype)
+        nats, num_targets = next_token_nats(logits, targets_BT, mask_BT)
+        return nats.item(), int(num_targets)
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        return evaluate(self.model, [self.tensors(batch) for batch in batches])
+
+    def pullback(self, batch: Batch, cotangent_BTV: np.ndarray) -> Arrays:
+        logits_BTV = self.model.eval()(self.tensors(batch)[0])
+        return self.gradients_of((logits_BTV * torch.tensor(cotangent_BTV, dtype=self.dtype)).sum())
+
+    def optimizer_names(self, training: TrainConfig) -> set[str]:
+        held = {id(p) for p in Run(self.model, training, self.dialect).trained}
+        return {name for name, p in self.model.named_parameters() if id(p) in held}
+
+    def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
+        run = Run(self.model, training, self.dialect)
+        parameters = dict(self.model.named_parameters())
+        for update in gradients:
+            for name, gradient in update.items():
+                parameters[name].grad = torch.tensor(gradient, dtype=self.dtype)
+            run.optimizer.step()
+            run.schedule.step()
+
+    def learning_rates(self, training: TrainConfig) -> list[float]:
+        run, rates = Run(self.model, training, self.dialect), []
+        for _ in range(training.iters):
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            run.optimizer.step()  # without gradients it moves nothing
+            run.schedule.step()
+        return rates
+
+    def gradient_norms(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
+        return [norm for _, norm in self.updates(windows, training)]
+
+    def set_dropout_masks(self, keep: Arrays) -> None:
+        for name, linear in self.adapted().items():
+            linear.dropout = FixedDropout(keep[name], linear.dropout.p)  # type: ignore[assignment]
+
+    def save(self, folder: Path) -> None:
+        assert self.run is not None, "nothing was trained"
+        state = {
+            "factors": {n: torch.tensor(v) for n, v in self.factors().items()},
+            "optimizer": self.run.optimizer.state_dict(),
+            "schedule": self.run.schedule.state_dict(),
+            "random": torch.get_rng_state(),
         }
+        torch.save(state, folder / "state.pt")
 
-    def train(self, batches: list[Batch], training: TrainConfig) -> list[float]:
-        optimizer = make_optimizer(self.model, training)
-        return list(train(self.model, optimizer, [to_tensors(batch) for batch in batches]))
+    def load(self, folder: Path) -> None:
+        self.saved = torch.load(folder / "state.pt", weights_only=True)
+        factors = {name: value.numpy() for name, value in self.saved["factors"].items()}
+        load_arrays(self.model, {**self.numpy(), **factors})
 
-    def factors(self) -> dict[str, np.ndarray]:
-        return {n: v for n, v in self.numpy().items() if n.endswith(("lora_a", "lora_b"))}
+    def merge(self) -> None:
+        merge(self.model)
 
-    def greedy(self, prompt: list[int], num_tokens: int) -> tuple[list[int], np.ndarray]:
-        tokens, logits = greedy(self.model, prompt, num_tokens)
-        return tokens, logits.numpy()
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        return greedy(self.model, prompt, num_tokens)[0]
+
+    def greedy_all(self, prompts: Sequence[list[int]], num_tokens: int, end: int) -> list[list[int]]:
+        free = [self.greedy(prompt, num_tokens) for prompt in prompts]
+        return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
+
+
+@functools.cache
+def oracle(dialect: Dialect, dtype: torch.dtype) -> type[ReferenceTrainer]:
+    """The reference, held to what a trainer declares."""
+    return type("Oracle", (ReferenceTrainer,), {"dialect": dialect, "dtype": dtype})
+
+
+def with_pad_targets(mask_BT: np.ndarray, pad_targets: int) -> np.ndarray:
+    """The mask, and in each row so many positions after its last target, as far as the row goes."""
+    mask_BT = mask_BT.copy()
+    for mask_T in mask_BT:
+        if mask_T.any():
+            end = int(np.flatnonzero(mask_T)[-1]) + 1
+            mask_T[end : end + pad_targets] = True
+    return mask_BT

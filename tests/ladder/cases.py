@@ -1,0 +1,208 @@
+"""The cases on which every rung is judged: tiny Llamas whose sizes all differ, lest two be confused."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_impl.config import LoRAConfig, ModelConfig, RopeScaling
+from mlx_impl.data import Batch
+from reference.lora import add_lora
+from reference.model import CausalLM
+from tests.ladder.protocol import Arrays, Dialect
+
+# kv heads < heads, heads * head_dim != width, a prime vocabulary, no layer square, alpha != rank.
+SPEC = ModelConfig(
+    vocab_size=61,
+    hidden_size=28,
+    intermediate_size=44,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=1e-5,
+    rope_theta=1000.0,
+    tie_word_embeddings=False,
+)
+LORA = LoRAConfig(rank=3, alpha=7.0)
+
+ARCHITECTURES = {
+    "untied": SPEC,
+    "tied": replace(SPEC, tie_word_embeddings=True),
+    "usual heads": replace(SPEC, num_attention_heads=2, head_dim=14),  # heads * head_dim = width
+    "qkv bias": replace(SPEC, qkv_bias=True),
+    "qk norm": replace(SPEC, qk_norm=True),
+    "linear rope": replace(SPEC, rope_scaling=RopeScaling("linear", 4.0)),
+    # Wavelengths 6 to 1577 beside a length of 64: some pairs are kept, some blended, some stretched.
+    "llama3 rope": replace(
+        SPEC, rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64)
+    ),
+}
+VARIANTS = {
+    "plain": LORA,
+    "rslora": replace(LORA, use_rslora=True),
+    "dora": replace(LORA, use_dora=True),
+    "patterns": replace(LORA, rank_pattern={"q_proj": 2, r"1\.mlp\.\w+": 5}, alpha_pattern={"v_proj": 3.0}),
+    "some": replace(LORA, target_modules=("q_proj", "mlp.down_proj")),
+    "regex": replace(LORA, target_modules=r".*\.0\.self_attn\.[kv]_proj"),
+    "all-linear": replace(LORA, target_modules="all-linear"),
+    "last layer": replace(LORA, num_layers=1),
+}
+BIASED_DORA = "dora with bias"  # the one pair of the two that meets in a formula
+
+every_architecture = pytest.mark.parametrize("case", ARCHITECTURES, indirect=True)
+every_variant = pytest.mark.parametrize("case", [*VARIANTS, BIASED_DORA], indirect=True)
+every_case = pytest.mark.parametrize(
+    "case", [*ARCHITECTURES, *list(VARIANTS)[1:], BIASED_DORA], indirect=True
+)
+
+TOKEN_COUNTS = (14, 6, 11)  # rows of unequal length
+PROMPT_COUNTS = (5, 3, 9)  # of which so many are the prompt
+UP_OR_DOWN = np.array([0.5, 2.0], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, an adapter with B != 0, and a batch."""
+
+    name: str
+    spec: ModelConfig
+    lora: LoRAConfig
+    weights: Arrays
+    factors: Arrays
+    is_bare: bool = False  # the model without its adapter
+
+    def build(self, trainer: Any) -> Any:
+        """Of copies, so that a trainer may do with them as it likes."""
+        if self.is_bare:
+            return trainer(self.spec, copies(self.weights), None, None)
+        return trainer(self.spec, copies(self.weights), self.lora, copies(self.factors))
+
+    def bare(self, weights: Arrays | None = None) -> Case:
+        return replace(self, weights=weights or self.weights, is_bare=True)
+
+    @property
+    def batch(self) -> Batch:
+        return make_batch(random_rows(self.spec.vocab_size, TOKEN_COUNTS), PROMPT_COUNTS)
+
+    @property
+    def longest_sum(self) -> int:
+        """k: of the products of a forward pass, of the softmax, and of a gradient's sum over the batch."""
+        spec = self.spec
+        widths = (spec.vocab_size, spec.intermediate_size, spec.num_attention_heads * spec.head_dim)
+        return max(*widths, self.batch.inputs_BT.size)
+
+    def with_zero_b(self) -> Case:
+        zeroed = {n: v * (not n.endswith("lora_b")) for n, v in self.factors.items()}
+        return replace(self, factors=zeroed)
+
+    def with_dropout(self, p: float) -> Case:
+        return replace(self, lora=replace(self.lora, dropout=p))
+
+    def rounded_anew(self, seed: int) -> Case:
+        """Every number moved to a neighbouring float32, up or down at random; zeros stay."""
+        rng = np.random.default_rng(seed)
+        weights, factors = (
+            {name: np.nextafter(x, x * rng.choice(UP_OR_DOWN, x.shape)) for name, x in arrays.items()}
+            for arrays in (self.weights, self.factors)
+        )
+        return replace(self, weights=weights, factors=factors)
+
+    def in_double(self) -> Case:
+        """The same in float64, with digits that a float32 cannot hold."""
+        return replace(self, weights=with_more_digits(self.weights), factors=with_more_digits(self.factors))
+
+
+def copies(arrays: Arrays) -> Arrays:
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def with_more_digits(arrays: Arrays) -> Arrays:
+    return {name: array.astype(np.float64) * (1 + 2.0**-27) for name, array in arrays.items()}
+
+
+def random_array(name: str, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """Normal, and the same for the same name and shape, whatever else there is."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def random_rows(vocab_size: int, token_counts: Sequence[int], seed: int = 3) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, vocab_size, n).tolist() for n in token_counts]
+
+
+def make_batch(rows: Sequence[Sequence[int]], prompt_counts: Sequence[int], width: int = 0) -> Batch:
+    """Rows padded on the right with 0; position t predicts token t + 1, which counts after the prompt."""
+    width = max(width, *(len(row) - 1 for row in rows))
+    tokens = np.zeros((len(rows), width + 1), dtype=np.int32)
+    counts = np.zeros((len(rows), width + 1), dtype=bool)
+    for number, (row, prompt_count) in enumerate(zip(rows, prompt_counts, strict=True)):
+        tokens[number, : len(row)] = row
+        counts[number, prompt_count : len(row)] = True
+    num_tokens = sum(len(row) - 1 for row in rows)
+    return Batch(tokens[:, :-1], tokens[:, 1:], counts[:, 1:], num_tokens)
+
+
+def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
+    """A batch of some of its rows, as wide as it was; no token but padding is 0."""
+    inputs_BT, targets_BT, mask_BT = (array[list(rows)] for array in batch[:3])
+    return Batch(inputs_BT, targets_BT, mask_BT, int(np.count_nonzero(inputs_BT)))
+
+
+def make_weights(spec: ModelConfig) -> Arrays:
+    """Normal weights of deviation 0.3; norms around one."""
+    shapes = {n: tuple(p.shape) for n, p in CausalLM(spec).named_parameters()}
+    weights = {name: random_array(name, shape, 0.3) for name, shape in shapes.items()}
+    return weights | {name: 1 + weight for name, weight in weights.items() if "norm" in name}
+
+
+def make_factors(spec: ModelConfig, lora: LoRAConfig, weights: Arrays) -> Arrays:
+    """Normal factors of deviation 0.2; a magnitude is the length of the weight's row, give or take."""
+    model = CausalLM(spec)
+    add_lora(model, lora)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    factors = {name: random_array(name, shape, 0.2) for name, shape in shapes.items()}
+    for name in factors:
+        module, _, kind = name.rpartition(".")
+        if kind == "magnitude":
+            factors[name] = (1 + factors[name]) * np.linalg.norm(weights[f"{module}.weight"], axis=1)
+    return factors
+
+
+@functools.cache
+def named_case(name: str) -> Case:
+    spec = ARCHITECTURES.get(name, ARCHITECTURES["qkv bias"] if name == BIASED_DORA else SPEC)
+    lora = VARIANTS.get(name, VARIANTS["dora"] if name == BIASED_DORA else LORA)
+    weights = make_weights(spec)
+    return Case(name, spec, lora, weights, make_factors(spec, lora, weights))
+
+
+def scale_of(name: str, lora: LoRAConfig, rank: int, dialect: Dialect) -> float:
+    """What multiplies A B, by the published rules; patterns as in VARIANTS."""
+    alpha = next((a for pattern, a in lora.alpha_pattern.items() if name.endswith(pattern)), lora.alpha)
+    if dialect.scale == "alpha":
+        return alpha
+    return alpha / (math.sqrt(rank) if lora.use_rslora else rank)
+
+
+def merged_weights(case: Case, dialect: Dialect) -> Arrays:
+    """The bare model's weights that do what weights and adapter do together, summed in float64."""
+    merged = {name: weight.astype(np.float64) for name, weight in case.weights.items()}
+    for a_name in [name for name in case.factors if name.endswith("lora_a")]:
+        name = a_name.removesuffix(".lora_a")
+        a_IR, b_RO = (case.factors[f"{name}.{f}"].astype(np.float64) for f in ("lora_a", "lora_b"))
+        scale = scale_of(name, case.lora, a_IR.shape[1], dialect)
+        sum_OI = merged[f"{name}.weight"] + scale * (a_IR @ b_RO).T
+        if case.lora.use_dora:
+            magnitude_O = case.factors[f"{name}.magnitude"]
+            sum_OI = (magnitude_O / np.linalg.norm(sum_OI, axis=1))[:, None] * sum_OI
+        merged[f"{name}.weight"] = sum_OI
+    return merged

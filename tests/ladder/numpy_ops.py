@@ -1,0 +1,92 @@
+"""The primitives and their pullbacks written out in NumPy, in whatever precision the input has.
+
+Sources: those of reference/model.py. Each pair is a value and the gradients of <value, g>, by hand.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return weight * x / np.sqrt(np.square(x).mean(-1, keepdims=True) + x.dtype.type(eps))
+
+
+def rms_norm_pullback(
+    x: np.ndarray, weight: np.ndarray, eps: float, g: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """With r = 1 / sqrt(mean(x^2) + eps): dx = r w g - r^3 x mean(w g x), dw = sum of r x g."""
+    r = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) + x.dtype.type(eps))
+    dx = r * weight * g - r**3 * x * (weight * g * x).mean(-1, keepdims=True)
+    return dx, (r * x * g).reshape(-1, x.shape[-1]).sum(0)
+
+
+def rope(x_BHTK: np.ndarray, frequency_P: tuple[float, ...], offset: int, sign: int = 1) -> np.ndarray:
+    """The pair (x[k], x[k + K/2]) turned by (t + offset) * frequency[k]; the pullback turns back: sign -1.
+
+    The angle is rounded to the precision of x, as it is in every float32 implementation.
+    """
+    time_T = offset + np.arange(x_BHTK.shape[-2], dtype=x_BHTK.dtype)
+    angle_TP = np.outer(time_T, np.array(frequency_P, dtype=x_BHTK.dtype))
+    cos, sin = np.cos(angle_TP), sign * np.sin(angle_TP)
+    left, right = np.split(x_BHTK, 2, axis=-1)
+    return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def scores(q_BHTK: np.ndarray, k_BHSK: np.ndarray) -> np.ndarray:
+    """softmax(q k^T / sqrt(K)), causal, the last query at the last key."""
+    T, S = q_BHTK.shape[-2], k_BHSK.shape[-2]
+    products = q_BHTK @ k_BHSK.swapaxes(-1, -2) * q_BHTK.dtype.type(q_BHTK.shape[-1] ** -0.5)
+    is_past_TS = np.arange(S) <= np.arange(T)[:, None] + S - T
+    return softmax(np.where(is_past_TS, products, -np.inf))
+
+
+def attention(q_BHTK: np.ndarray, k_BGSK: np.ndarray, v_BGSK: np.ndarray) -> np.ndarray:
+    """Each key/value head serves H / G neighbouring query heads."""
+    served = q_BHTK.shape[1] // k_BGSK.shape[1]
+    k_BHSK, v_BHSK = k_BGSK.repeat(served, axis=1), v_BGSK.repeat(served, axis=1)
+    return scores(q_BHTK, k_BHSK) @ v_BHSK
+
+
+def attention_pullback(
+    q_BHTK: np.ndarray, k_BGSK: np.ndarray, v_BGSK: np.ndarray, g_BHTK: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Through p = softmax(s): ds = p (dp - sum(p dp)); a key/value head sums over the heads it serves."""
+    G = k_BGSK.shape[1]
+    served = q_BHTK.shape[1] // G
+    k_BHSK, v_BHSK = k_BGSK.repeat(served, axis=1), v_BGSK.repeat(served, axis=1)
+    p_BHTS = scores(q_BHTK, k_BHSK)
+    dp_BHTS = g_BHTK @ v_BHSK.swapaxes(-1, -2)
+    ds_BHTS = p_BHTS * (dp_BHTS - (p_BHTS * dp_BHTS).sum(-1, keepdims=True))
+    ds_BHTS *= q_BHTK.dtype.type(q_BHTK.shape[-1] ** -0.5)
+
+    def summed(x_BHSK: np.ndarray) -> np.ndarray:
+        B, _, S, K = x_BHSK.shape
+        return x_BHSK.reshape(B, G, served, S, K).sum(2)
+
+    dk_BHSK, dv_BHSK = ds_BHTS.swapaxes(-1, -2) @ q_BHTK, p_BHTS.swapaxes(-1, -2) @ g_BHTK
+    return ds_BHTS @ k_BHSK, summed(dk_BHSK), summed(dv_BHSK)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def silu_pullback(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """s (1 + x (1 - s)) with s = sigmoid(x)."""
+    s = 1 / (1 + np.exp(-x))
+    return g * s * (1 + x * (1 - s))
+
+
+def logsumexp(x: np.ndarray) -> np.ndarray:
+    highest = x.max(-1, keepdims=True)
+    return (highest + np.log(np.exp(x - highest).sum(-1, keepdims=True)))[..., 0]
+
+
+def logsumexp_pullback(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    return softmax(x) * g[..., None]

@@ -1,0 +1,138 @@
+"""The order of the rungs and the first divergence: after a failure, what stands on it is blocked, not red.
+
+A rung is the number in a test file's name. Tests marked `alone` are judged at every rung, because they are
+fed the reference's values at their rung's boundary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ladder.protocol import OPTIONAL
+
+DEFAULT_TRAINER = "tests.trainers.mlx_impl:MlxTrainer"
+NOT_CLAIMED = "not claimed: "
+MARKERS = (
+    "alone: judged by itself, whatever failed below",
+    "needs(*capabilities): not claimed by a trainer that lacks one of them",
+    "canonical(*fields): holds in the canonical dialect of these fields; not claimed in another",
+    "slow: takes seconds; leave out with -m 'not slow'",
+)
+
+
+@dataclass
+class Failure:
+    rung: int
+    test: str
+    report: str
+
+
+@dataclass
+class Ladder:
+    """One run of the ladder on one trainer."""
+
+    trainer: str
+    candidate: Any
+    keep_going: bool = False
+    outcomes: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    shares: dict[int, tuple[float, str]] = field(default_factory=dict)  # most used, and by what
+    missing: dict[str, int] = field(default_factory=dict)  # capability: its rung
+    failures: list[Failure] = field(default_factory=list)
+    titles: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def first_divergence(self) -> Failure | None:
+        return min(self.failures, key=lambda failure: failure.rung, default=None)
+
+    def replay(self, nodeid: str) -> str:
+        option = "" if self.trainer == DEFAULT_TRAINER else f" --trainer {self.trainer}"
+        return f"pytest {nodeid!r}{option}"
+
+    def record_share(self, nodeid: str, share: float, tensor: str) -> None:
+        rung = rung_of(Path(nodeid.partition("::")[0]))
+        if rung is not None and share >= self.shares.get(rung, (-1.0, ""))[0]:
+            self.shares[rung] = (share, tensor)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Rung by rung; what is no part of the ladder comes after it, in its own order."""
+        items.sort(key=lambda item: 100 if (rung := rung_of(item.path)) is None else rung)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        rung = rung_of(item.path)
+        if rung is None:
+            return
+        self.titles.setdefault(rung, item.path.stem.split("_", 2)[2])
+        self.skip_what_is_not_claimed(item)
+        first = self.first_divergence
+        is_blocked = first is not None and first.rung < rung and not self.keep_going
+        if is_blocked and not item.get_closest_marker("alone"):
+            assert first is not None
+            pytest.skip(f"blocked by rung {first.rung}")
+
+    def skip_what_is_not_claimed(self, item: pytest.Item) -> None:
+        for marker in item.iter_markers("needs"):
+            for name in marker.args:
+                if not hasattr(self.candidate, name):
+                    self.missing[name] = OPTIONAL[name]
+                    pytest.skip(NOT_CLAIMED + name)
+        for marker in item.iter_markers("canonical"):
+            for name in marker.args:
+                dialect = self.candidate.dialect
+                if getattr(dialect, name) != getattr(type(dialect)(), name):
+                    pytest.skip(f"{NOT_CLAIMED}the dialect says {name} = {getattr(dialect, name)!r}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """What the trainer says it does not implement is not claimed."""
+        try:
+            return (yield)
+        except NotImplementedError as error:
+            if rung_of(item.path) is None:
+                raise
+            pytest.skip(f"{NOT_CLAIMED}{error or 'NotImplementedError'}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        rung = rung_of(item.path)
+        if rung is not None and (call.when == "call" or report.outcome != "passed"):
+            self.record(rung, item, call, report)
+        return report
+
+    def record(
+        self, rung: int, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
+    ) -> None:
+        if hasattr(report, "wasxfail"):
+            kind = "as known"
+        elif report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            kind = next((k for k in ("not claimed", "blocked") if k in reason), "skipped")
+        else:
+            kind = report.outcome
+        self.outcomes[rung][kind] += 1
+        if (
+            kind == "failed" and call.excinfo is not None
+        ):  # a strict xfail that passes has none: it blocks nothing
+            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo)))
+
+
+def reason_of(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
+    """The message of an assertion, the kind and message of any other exception."""
+    text = str(excinfo.value)
+    return text if isinstance(excinfo.value, AssertionError) else f"{excinfo.typename}: {text}"
+
+
+def rung_of(path: Path) -> int | None:
+    """The number in the name of a file of this folder; None for any other."""
+    match = re.fullmatch(r"test_(\d\d)_\w+\.py", path.name)
+    return int(match[1]) if match and path.parent.name == Path(__file__).parent.name else None

@@ -1,0 +1,72 @@
+"""What a run of the ladder says in the end: a line a rung, and the first divergence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+from tests.ladder.plugin import Ladder
+from tests.ladder.protocol import OPTIONAL
+
+PACKAGES = ("mlx", "torch", "numpy")
+KINDS = ("passed", "failed", "as known", "not claimed", "skipped")
+
+
+def header_lines(ladder: Ladder) -> list[str]:
+    """What is judged, and on what."""
+    missing = [name for name in OPTIONAL if not hasattr(ladder.candidate, name)]
+    versions = [f"{name} {version_of(name)}" for name in PACKAGES]
+    return [
+        f"ladder: {ladder.trainer}, dialect: {departures(ladder)}",
+        f"ladder: not claimed: {', '.join(missing) or 'nothing'}",
+        f"ladder: {', '.join(versions)}, {platform.platform()}",
+    ]
+
+
+def departures(ladder: Ladder) -> str:
+    return "; ".join(ladder.candidate.dialect.departures()) or "canonical"
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def summary_lines(ladder: Ladder) -> Iterator[str]:
+    for rung in sorted(ladder.outcomes):
+        yield rung_line(ladder, rung)
+    if ladder.candidate.dialect.departures():
+        yield f"judged as declared: {departures(ladder)}"
+    if ladder.missing:
+        yield f"not claimed: {', '.join(ladder.missing)}"
+    yield from divergence_lines(ladder)
+
+
+def rung_line(ladder: Ladder, rung: int) -> str:
+    counts = ladder.outcomes[rung]
+    words = [f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]]
+    if counts["blocked"]:
+        assert ladder.first_divergence is not None
+        words.append(f"{counts['blocked']} blocked by rung {ladder.first_divergence.rung}")
+    line = f"{rung:>4} {ladder.titles[rung]:<14} {', '.join(words)}"
+    if rung not in ladder.shares:
+        return line
+    share, tensor = ladder.shares[rung]
+    return f"{line:<64} at most {share:.0%} of tolerance ({tensor})"
+
+
+def divergence_lines(ladder: Ladder) -> Iterator[str]:
+    first = ladder.first_divergence
+    if first is None:
+        yield "no divergence"
+        return
+    yield f"first divergence: rung {first.rung}, {ladder.titles[first.rung]}: {first.test.partition('::')[2]}"
+    yield from (f"  {line}" for line in first.report.splitlines())
+    if "replay: " not in first.report:
+        yield f"  replay: {ladder.replay(first.test)}"
+    others = sorted({f.rung for f in ladder.failures if f.rung > first.rung})
+    if others:
+        yield f"  judged alone, also out: {', '.join(f'rung {n}, {ladder.titles[n]}' for n in others)}"

@@ -1,0 +1,142 @@
+"""Rung 1, op: each production primitive, and its pullback, is NumPy's in float64 but for derived rounding.
+
+Judged by itself, because the rungs above may put exact compositions in a primitive's place: they prove the
+algebra, this rung proves what production computes. MLX: `mx.fast` kernels have pullbacks of their own, which
+no formula of the model passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.derived import FACTOR, UNIT_ROUNDOFF, compare
+from tests.ladder import numpy_ops
+from tests.ladder.judge import Judge
+
+pytestmark = [pytest.mark.needs("ops"), pytest.mark.alone]
+
+FREQUENCIES = tuple(1000.0 ** -(k / 5) for k in range(5))
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A primitive of the candidate's, the same in NumPy with its pullback, inputs, and the longest sum."""
+
+    call: Callable[..., Any]  # (ops, *inputs)
+    value: Callable[..., np.ndarray]
+    pullback: Callable[..., Any]  # (*inputs, g) -> the gradient of each input
+    inputs: tuple[np.ndarray, ...]
+    longest_sum: int
+
+
+def attention_op(num_queries: int) -> Op:
+    inputs = normal(2, 6, num_queries, 10), normal(2, 2, 13, 10), normal(2, 2, 13, 10)
+    return Op(
+        lambda ops, q, k, v: ops.attention(q, k, v),
+        numpy_ops.attention,
+        numpy_ops.attention_pullback,
+        inputs,
+        3 * 13,  # a key/value head sums over three query heads and their times
+    )
+
+
+OPS = {
+    "rms_norm": Op(
+        lambda ops, x, w: ops.rms_norm(x, w, 1e-5),
+        lambda x, w: numpy_ops.rms_norm(x, w, 1e-5),
+        lambda x, w, g: numpy_ops.rms_norm_pullback(x, w, 1e-5, g),
+        (normal(2, 7, 48), normal(48)),
+        48,
+    ),
+    "rope": Op(
+        lambda ops, x: ops.rope(x, FREQUENCIES, offset=3),
+        lambda x: numpy_ops.rope(x, FREQUENCIES, 3),
+        lambda x, g: (numpy_ops.rope(g, FREQUENCIES, 3, sign=-1),),
+        (normal(2, 3, 29, 10),),
+        2,
+    ),
+    "attention": attention_op(13),
+    "attention to a cache": attention_op(5),
+    "silu": Op(
+        lambda ops, x: ops.silu(x),
+        numpy_ops.silu,
+        lambda x, g: (numpy_ops.silu_pullback(x, g),),
+        (4 * normal(3, 500),),
+        1,
+    ),
+    "logsumexp": Op(
+        lambda ops, x: ops.logsumexp(x),
+        numpy_ops.logsumexp,
+        lambda x, g: (numpy_ops.logsumexp_pullback(x, g),),
+        (5 * normal(7, 200),),
+        200,
+    ),
+}
+
+
+@pytest.fixture
+def mx() -> Any:
+    return pytest.importorskip("mlx.core")
+
+
+def doubled(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(array.astype(np.float64) for array in arrays)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_its_value_is_numpys(mx: Any, candidate: Any, judge: Judge, name: str) -> None:
+    """Held to float64, allowed what float32 costs NumPy."""
+    op = OPS[name]
+    ours = np.array(op.call(candidate.ops, *map(mx.array, op.inputs)))
+    value32, value64 = op.value(*op.inputs), op.value(*doubled(op.inputs))
+    judge.hold([compare(name, ours, value32, value64, op.longest_sum)])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_its_pullback_is_numpys(mx: Any, candidate: Any, judge: Judge, name: str) -> None:
+    """The gradients of <value, g> of every input, for a random g."""
+    op = OPS[name]
+    g = normal(*op.value(*op.inputs).shape)
+    _, ours = mx.vjp(
+        lambda *inputs: op.call(candidate.ops, *inputs), list(map(mx.array, op.inputs)), [mx.array(g)]
+    )
+    single, double = op.pullback(*op.inputs, g), op.pullback(*doubled((*op.inputs, g)))
+    verdicts = [
+        compare(f"{name}, input {number}", np.array(one), *both, op.longest_sum)
+        for number, (one, *both) in enumerate(zip(ours, single, double, strict=True))
+    ]
+    judge.hold(verdicts)
+
+
+def test_silu_is_right_element_by_element(mx: Any, candidate: Any) -> None:
+    """To a few roundings each, of which that of the exponent weighs most: up to 40 times."""
+    x = np.linspace(-40, 40, 4001).astype(np.float32)
+    expected = numpy_ops.silu(x.astype(np.float64))
+    error = np.abs(np.array(candidate.ops.silu(mx.array(x))) - expected)
+    assert (error <= FACTOR * 40 * UNIT_ROUNDOFF * np.abs(expected)).all()
+
+
+def test_the_gradient_of_silu_is_right_element_by_element(mx: Any, candidate: Any) -> None:
+    """It has a zero, so the error is held against its maximum, 1.1."""
+    x = np.linspace(-40, 40, 4001).astype(np.float32)
+    expected = numpy_ops.silu_pullback(x.astype(np.float64), np.ones(x.shape))
+    _, (gradient,) = mx.vjp(candidate.ops.silu, [mx.array(x)], [mx.ones(x.shape)])
+    assert np.abs(np.array(gradient) - expected).max() <= FACTOR * 1.1 * UNIT_ROUNDOFF
+
+
+def test_silu_and_its_gradient_are_finite_everywhere(mx: Any, candidate: Any) -> None:
+    """Where e^-x overflows float32 too."""
+    x = mx.array([-1e30, -1000.0, -100.0, -88.8, -80.0, 0.0, 80.0, 1000.0, 1e30])
+    (value,), (gradient,) = mx.vjp(candidate.ops.silu, [x], [mx.ones(x.shape)])
+    assert mx.isfinite(value).all() and mx.isfinite(gradient).all()
+    assert np.array_equal(np.array(value[-2:]), np.array([1000.0, 1e30], dtype=np.float32))
+    assert mx.abs(value[1:5]).max() < 1e-30

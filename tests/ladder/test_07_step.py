@@ -1,0 +1,136 @@
+"""Rung 7, step: given the gradients, the optimizer moves every factor as `torch.optim` does.
+
+AdamW with PyTorch's defaults, both bias corrections in full precision, decoupled decay; SGD; LoRA+; clipping
+by the global norm; schedules that count optimizer updates. Hyper-parameters are powers of two, so that none
+is rounded. MLX: `mlx.optimizers.AdamW` corrects no bias unless told to, which makes the first update 3.16
+times as long, and told to it takes 1 - beta^t in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import cos, pi
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlx_impl.config import TrainConfig
+from tests.derived import within
+from tests.ladder.cases import Case, random_array
+from tests.ladder.judge import Judge
+from tests.ladder.protocol import Arrays
+
+NUM_UPDATES = 5
+TRAINING = TrainConfig(iters=NUM_UPDATES, learning_rate=2.0**-5, weight_decay=2.0**-3)
+SGD = replace(TRAINING, optimizer="sgd")
+KINDS = {
+    "adamw": TRAINING,
+    "sgd": SGD,
+    "adamw without decay": replace(TRAINING, weight_decay=0.0),
+    "loraplus": replace(TRAINING, loraplus_lr_ratio=8.0),
+    "loraplus sgd": replace(SGD, loraplus_lr_ratio=8.0),
+    "linear": replace(TRAINING, lr_schedule="linear", warmup_steps=2),
+}
+each_kind = pytest.mark.parametrize("training", KINDS.values(), ids=KINDS)
+SCHEDULES = [(kind, warmup) for kind in ("constant", "linear", "cosine") for warmup in (0, 3)]
+
+
+def given_gradients(case: Case, num_updates: int) -> list[Arrays]:
+    """Of each update other ones, in size from 1e-4 to 1."""
+    scales = np.logspace(-4, 0, num_updates)
+    return [
+        {name: random_array(f"{name} {t}", factor.shape, scale) for name, factor in case.factors.items()}
+        for t, scale in enumerate(scales)
+    ]
+
+
+def moved(trainer: Any, gradients: list[Arrays], training: TrainConfig) -> Arrays:
+    trainer.apply_gradients(gradients, training)
+    return trainer.factors()
+
+
+@pytest.mark.needs("apply_gradients")
+@pytest.mark.alone
+@each_kind
+@pytest.mark.parametrize("num_updates", [1, NUM_UPDATES])
+def test_given_gradients_move_the_factors_as_in_the_reference(
+    case: Case, judge: Judge, training: TrainConfig, num_updates: int
+) -> None:
+    """One update, and a few; an element is a sum over the updates."""
+    gradients = given_gradients(case, num_updates)
+    judge(case, lambda trainer: moved(trainer, gradients, training), longest_sum=num_updates)
+
+
+@pytest.mark.needs("apply_gradients")
+@pytest.mark.alone
+@pytest.mark.parametrize("case", ["dora"], indirect=True)
+def test_a_magnitude_learns_as_fast_as_b(case: Case, judge: Judge) -> None:
+    """LoRA+'s slow group is A alone."""
+    gradients = given_gradients(case, 2)
+    judge(case, lambda trainer: moved(trainer, gradients, KINDS["loraplus"]), longest_sum=2)
+
+
+def closed_form(kind: str, warmup: int, iters: int) -> list[float]:
+    """The share of the highest learning rate in each update t = 0, 1, ..."""
+    rates = []
+    for t in range(iters):
+        done = (t - warmup) / (iters - warmup)
+        falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}[kind]
+        rates.append(t / warmup if t < warmup else falling)
+    return rates
+
+
+@pytest.mark.needs("learning_rates")
+@pytest.mark.alone
+@pytest.mark.parametrize(("kind", "warmup"), SCHEDULES)
+def test_the_learning_rate_of_every_update_is_the_closed_form(
+    case: Case, candidate: Any, judge: Judge, kind: str, warmup: int
+) -> None:
+    """From 0 up in the warmup, at its highest after it, down to 0 at the end; five rounded operations."""
+    training = TrainConfig(iters=10, learning_rate=2.0**-5, lr_schedule=kind, warmup_steps=warmup)
+    rates = np.array(case.build(candidate).learning_rates(training))
+    expected = 2.0**-5 * np.array(closed_form(kind, warmup, training.iters))
+    judge.hold([within("learning rates", rates, expected, 0.0, 5)])
+
+
+@pytest.mark.needs("gradient_norms")
+def test_the_norm_before_clipping_is_reported(case: Case, judge: Judge) -> None:
+    """Of all gradients together, as one vector."""
+    clipped = replace(SGD, max_grad_norm=2.0**-4)
+    longest_sum = sum(value.size for value in case.factors.values())
+    windows = [[case.batch]] * 2
+    judge(case, lambda t: {"norms": np.array(t.gradient_norms(windows, clipped))}, longest_sum)
+
+
+def trained(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
+    losses = trainer.train([[case.batch]] * training.iters, training)
+    return {"losses": np.array(losses), **trainer.factors()}
+
+
+@pytest.mark.parametrize("training", [SGD, TRAINING], ids=["sgd", "adamw"])
+def test_gradients_are_clipped_by_their_global_norm(case: Case, judge: Judge, training: TrainConfig) -> None:
+    """A sixteenth of the norm that they have, over all tensors; the direction stays."""
+    clipped = replace(training, iters=2, max_grad_norm=2.0**-4)
+    judge(case, lambda trainer: trained(trainer, case, clipped), 2 * case.longest_sum)
+
+
+def test_gradients_below_the_limit_are_not_touched(case: Case, candidate: Any, judge: Judge) -> None:
+    """To the bit the run without clipping."""
+    free = trained(case.build(candidate), case, replace(SGD, iters=2))
+    limited = trained(case.build(candidate), case, replace(SGD, iters=2, max_grad_norm=2.0**20))
+    judge.same_bits(limited, free)
+
+
+@pytest.mark.parametrize("training", [TRAINING, SGD], ids=["adamw", "sgd"])
+def test_one_update_equals_the_reference(case: Case, judge: Judge, training: TrainConfig) -> None:
+    """The trainer's own gradients and its optimizer together."""
+    judge(case, lambda trainer: trained(trainer, case, replace(training, iters=1)))
+
+
+def test_the_loss_reported_is_that_before_the_update(case: Case, judge: Judge, candidate: Any) -> None:
+    """The mean over the targets that `loss` counts."""
+    nats, num_targets = case.build(judge.oracle(torch.float64)).loss(case.batch)
+    (reported,) = case.build(candidate).train([[case.batch]], replace(TRAINING, iters=1))
+    judge.hold([within("loss", np.array(reported), np.array(nats / num_targets), 0.0, case.longest_sum)])

@@ -1,0 +1,115 @@
+"""Rung 10, metamorphic: what should not matter does not, and what should scale does.
+
+No reference is needed: the trainer is held to itself after a change of its input whose effect is known. Where
+the change multiplies by a power of two, not a bit may differ. MLX: a padded batch is what a compiled step of
+fixed shape is fed, so that padding must be without any effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_impl.data import Batch
+from tests.ladder.cases import PROMPT_COUNTS, TOKEN_COUNTS, Case, make_batch, random_rows, rows_of
+from tests.ladder.judge import Act, Judge
+from tests.ladder.protocol import Arrays
+
+
+def learned(batch: Batch) -> Act:
+    """The mean loss over a batch, and its gradients."""
+
+    def act(trainer: Any) -> Arrays:
+        nats, num_targets = trainer.loss(batch)
+        return {"mean nats": np.array(nats / num_targets), **trainer.gradients(batch)}
+
+    return act
+
+
+def test_the_order_of_the_rows_does_not_matter(case: Case, judge: Judge) -> None:
+    """Loss and gradients of the batch turned by one row."""
+    judge.alike((case, learned(case.batch)), (case, learned(rows_of(case.batch, [1, 2, 0]))))
+
+
+@pytest.mark.canonical("pad_targets")
+def test_more_padding_of_random_tokens_does_not_matter(case: Case, judge: Judge) -> None:
+    """Seven columns wider, and every padding position, old and new, a random token."""
+    wide = make_batch(random_rows(case.spec.vocab_size, TOKEN_COUNTS), PROMPT_COUNTS, width=20)
+    rng = np.random.default_rng(31)
+    noise_BT = rng.integers(0, case.spec.vocab_size, wide.inputs_BT.shape).astype(np.int32)
+    inputs_BT = np.where(wide.inputs_BT == 0, noise_BT, wide.inputs_BT)
+    targets_BT = np.where(wide.targets_BT == 0, noise_BT, wide.targets_BT)
+    noisy = Batch(inputs_BT, targets_BT, wide.mask_BT, wide.num_tokens)
+    judge.alike((case, learned(case.batch)), (case, learned(noisy)))
+
+
+def test_a_batch_given_twice_has_the_same_mean(case: Case, judge: Judge) -> None:
+    """Twice the sum over twice the targets."""
+    judge.alike((case, learned(case.batch)), (case, learned(rows_of(case.batch, [0, 1, 2, 0, 1, 2]))))
+
+
+def rescaled(case: Case, alpha: float, a: float, b: float) -> Case:
+    """alpha, every A and every B, each times a number."""
+    by = {"lora_a": np.float32(a), "lora_b": np.float32(b)}
+    factors = {name: value * by[name.rpartition(".")[2]] for name, value in case.factors.items()}
+    return replace(case, lora=replace(case.lora, alpha=alpha * case.lora.alpha), factors=factors)
+
+
+MOVES = {"alpha to b": (4.0, 1.0, 0.25), "alpha to a": (4.0, 0.25, 1.0), "b to a": (1.0, 4.0, 0.25)}
+
+
+@pytest.mark.parametrize(("alpha", "a", "b"), MOVES.values(), ids=MOVES)
+def test_factors_of_two_move_freely_between_alpha_a_and_b(
+    case: Case, candidate: Any, judge: Judge, alpha: float, a: float, b: float
+) -> None:
+    """Only the product acts: alpha times 4 and B by 4, or any two of the three, change no bit."""
+    moved, tokens_BT = rescaled(case, alpha, a, b), case.batch.inputs_BT
+    one, other = ({"logits": c.build(candidate).logits(tokens_BT)} for c in (case, moved))
+    judge.same_bits(other, one)
+
+
+@pytest.mark.canonical("scale")
+def test_the_update_is_proportional_to_alpha_over_rank(case: Case, judge: Judge) -> None:
+    """A rank doubled by columns of zeros, and alpha doubled with it, change nothing."""
+    wider = {
+        name: np.concatenate([value, np.zeros_like(value)], axis=1 if name.endswith("lora_a") else 0)
+        for name, value in case.factors.items()
+    }
+    lora = replace(case.lora, rank=2 * case.lora.rank, alpha=2 * case.lora.alpha)
+
+    def logits(trainer: Any) -> Arrays:
+        return {"logits": trainer.logits(case.batch.inputs_BT)}
+
+    judge.alike((case, logits), (replace(case, lora=lora, factors=wider), logits))
+
+
+@pytest.mark.parametrize("case", ["untied", "tied"], indirect=True)
+def test_the_numbers_of_the_tokens_do_not_matter(case: Case, judge: Judge) -> None:
+    """Embedding and head in another order, and the batch's tokens renamed with them."""
+    order = np.random.default_rng(37).permutation(case.spec.vocab_size)
+    number = np.argsort(order).astype(np.int32)  # old token -> its new number
+    weights = dict(case.weights)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in weights:
+            weights[name] = weights[name][order]
+    inputs_BT, targets_BT, mask_BT, num_tokens = case.batch[:4]
+    renamed = Batch(number[inputs_BT], number[targets_BT], mask_BT, num_tokens)
+    judge.alike((case, learned(case.batch)), (replace(case, weights=weights), learned(renamed)))
+
+
+@pytest.mark.canonical("pad_targets")
+def test_prompt_and_reply_add_up_to_the_whole(case: Case, judge: Judge, candidate: Any) -> None:
+    """The set of targets decides, wherever the prompt ends: sums over two parts are the sum over both."""
+    rows = random_rows(case.spec.vocab_size, TOKEN_COUNTS)
+    whole, reply = make_batch(rows, (1, 1, 1)), make_batch(rows, PROMPT_COUNTS)
+    prompt = reply._replace(mask_BT=whole.mask_BT & ~reply.mask_BT)
+
+    def total(trainer: Any, *parts: Batch) -> Arrays:
+        return {"nats": np.array(sum(trainer.loss(part)[0] for part in parts))}
+
+    trainer = case.build(candidate)
+    assert trainer.loss(whole)[1] == trainer.loss(prompt)[1] + trainer.loss(reply)[1]
+    judge.alike((case, lambda t: total(t, prompt, reply)), (case, lambda t: total(t, whole)))

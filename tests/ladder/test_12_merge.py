@@ -1,0 +1,56 @@
+"""Rung 12, merge: the factors summed into the base act as base and factors did, and can be taken out again.
+
+Within the rounding of one sum for each weight; unmerged, every byte is back. MLX: the transpose of A B has
+another layout than the weight, and a base in half precision swallows an update smaller than its rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.derived import within
+from tests.ladder.cases import Case, every_variant, merged_weights
+from tests.ladder.judge import Judge
+from tests.ladder.protocol import Arrays
+
+
+def merged_logits(trainer: Any, case: Case) -> Arrays:
+    trainer.merge()
+    return {"logits": trainer.logits(case.batch.inputs_BT)}
+
+
+@pytest.mark.needs("merge")
+@every_variant
+def test_merged_logits_are_those_of_the_adapter(case: Case, judge: Judge) -> None:
+    """For every kind of adapter."""
+    judge.alike(
+        (case, lambda trainer: merged_logits(trainer, case)),
+        (case, lambda trainer: {"logits": trainer.logits(case.batch.inputs_BT)}),
+    )
+
+
+@pytest.mark.needs("merge")
+@pytest.mark.alone
+@every_variant
+def test_a_merged_weight_is_the_sum(case: Case, judge: Judge, candidate: Any) -> None:
+    """W + scale (A B)^T, with DoRA its rows of the length of the magnitude; every other weight untouched."""
+    trainer = case.build(candidate)
+    trainer.merge()
+    ours, expected = trainer.base(), merged_weights(case, candidate.dialect)
+    judge.require_names(ours, expected)
+    judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
+
+
+@pytest.mark.needs("merge", "unmerge")
+@every_variant
+def test_unmerging_restores_every_byte(case: Case, candidate: Any, judge: Judge) -> None:
+    """Base, factors and logits, to the bit."""
+    trainer = case.build(candidate)
+    before = trainer.logits(case.batch.inputs_BT)
+    trainer.merge()
+    trainer.unmerge()
+    restored = {**trainer.base(), **trainer.factors()}
+    judge.same_bits(restored, {**case.weights, **case.factors})
+    judge.same_bits({"logits": trainer.logits(case.batch.inputs_BT)}, {"logits": before})
