@@ -17,12 +17,16 @@ WARMUP = "after a warmup the peak is held for two updates, and the decay is one 
 LEFT_OVER = "micro-batches left over at the end are not trained on"
 MASKS = "checkpointing recomputes with other dropout masks than the forward pass had"
 REMAINING = {
-    "test_07_step::test_given_gradients_move_the_factors_as_in_the_reference[5-linear]": WARMUP,
-    "test_07_step::test_the_learning_rate_of_every_update_is_the_closed_form[linear-3]": WARMUP,
-    "test_07_step::test_the_learning_rate_of_every_update_is_the_closed_form[cosine-3]": WARMUP,
-    "test_09_equivalences::test_accumulated_updates_equal_the_reference[adamw]": LEFT_OVER,
-    "test_09_equivalences::test_accumulated_updates_equal_the_reference[sgd]": LEFT_OVER,
-    "test_09_equivalences::test_recomputed_activations_meet_the_same_random_mask": MASKS,
+    "test_07_step": {
+        "test_given_gradients_move_the_factors_as_in_the_reference[5-linear]": WARMUP,
+        "test_the_learning_rate_of_every_update_is_the_closed_form[linear-3]": WARMUP,
+        "test_the_learning_rate_of_every_update_is_the_closed_form[cosine-3]": WARMUP,
+    },
+    "test_09_equivalences": {
+        "test_accumulated_updates_equal_the_reference[adamw]": LEFT_OVER,
+        "test_accumulated_updates_equal_the_reference[sgd]": LEFT_OVER,
+        "test_the_backward_pass_meets_the_masks_of_the_forward_pass[train_checkpointed]": MASKS,
+    },
 }
 
 
@@ -86,8 +90,8 @@ def test_undeclared_the_first_divergence_is_the_loss(undeclared: Climb) -> None:
 
 def test_declared_every_test_passes_but_those_of_the_remaining_departures(declared: Climb) -> None:
     print(declared.summary)
-    assert declared.failed() == set(REMAINING)
-    for number in (2, 3, 4, 5, 6, 8, 10, 12, 14):
+    assert declared.failed() == {f"{file}::{test}" for file, tests in REMAINING.items() for test in tests}
+    for number in (2, 3, 4, 5, 6, 8, 10, 12, 13, 14):
         assert "passed" in declared.of_rung(number), f"rung {number}"
 
 
