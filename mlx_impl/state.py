@@ -88,7 +88,7 @@ def load_state(
     if not path.is_file():
         raise ValueError(f"{path}: a run to resume must have this file, and there is none")
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)  # type: ignore[misc]
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
         progress = Progress(**json.loads(metadata["progress"]))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
