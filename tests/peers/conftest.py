@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the matrices are tiny: threads only wait for one another
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ def climb(trainer: str, folder: Path, *options: str) -> Climb:
         f"tests.trainers.mlx_lm:{trainer}",
     ]
     quiet = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    done = subprocess.run([*command, *quiet, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in conftest.py
+    done = subprocess.run(
+        [*command, *quiet, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     cases = ElementTree.parse(report).iter("testcase")
     return Climb(dict(map(outcome_of, cases)), done.stdout)
