@@ -42,15 +42,18 @@ class Judge:
     nodeid: str
     calls: int = 0
 
-    def __call__(self, case: Case, act: Act, longest_sum: int = 0) -> None:
-        """The act's results on the candidate are within rounding of those on the reference."""
+    def __call__(
+        self, case: Case, act: Act, longest_sum: int = 0, num_roundings: int = NUM_ROUNDINGS
+    ) -> Arrays:
+        """The act's results on the candidate, if they are within rounding of those on the reference."""
         __tracebackhide__ = True
         ours = self.run(case, act)
-        ref64, *roundings = self.reference(case, act)
+        ref64, *roundings = self.reference(case, act, num_roundings)
         self.require_names(ours, ref64)
         k = longest_sum or case.longest_sum
         noise = {n: most_apart(n, ref64, roundings) for n in ref64}
         self.hold([within(n, ours[n], ref64[n], noise[n], k) for n in ref64])
+        return ours
 
     def alike(self, one: tuple[Case, Act], other: tuple[Case, Act], longest_sum: int = 0) -> None:
         """Two acts give the candidate the same, within what float32 costs the reference in either."""
@@ -87,13 +90,13 @@ class Judge:
     def run(self, case: Case, act: Act) -> Arrays:
         return arrays(act(case.build(self.candidate)))
 
-    def reference(self, case: Case, act: Act) -> list[Arrays]:
+    def reference(self, case: Case, act: Act, num_roundings: int = NUM_ROUNDINGS) -> list[Arrays]:
         """The act on the reference in float64, then in float32 in several roundings; once in a process."""
         self.calls += 1
         key = (self.nodeid, self.calls, self.candidate.dialect)
         if key not in REFERENCE:
             oracle32, oracle64 = self.oracle(torch.float32), self.oracle(torch.float64)
-            cases = [case, *(case.rounded_anew(seed) for seed in range(NUM_ROUNDINGS - 1))]
+            cases = [case, *(case.rounded_anew(seed) for seed in range(num_roundings - 1))]
             results = [act(case.build(oracle64)), *(act(rounded.build(oracle32)) for rounded in cases)]
             REFERENCE[key] = [arrays(result) for result in results]
         return REFERENCE[key]

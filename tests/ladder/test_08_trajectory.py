@@ -7,6 +7,7 @@ that never evaluates its parameters grows a graph, and one that evaluates only t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def trained(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
 
 
 @each_run
-@pytest.mark.parametrize("case", ["untied", "tied", "dora"], indirect=True)
+@pytest.mark.parametrize("case", ["untied", "dora"], indirect=True)
 def test_losses_and_factors_equal_the_reference(case: Case, judge: Judge, training: TrainConfig) -> None:
     """Twenty updates of AdamW, ten of SGD, against torch.optim with its defaults."""
     judge(case, lambda trainer: trained(trainer, case, training), training.iters * case.longest_sum)
@@ -49,6 +50,6 @@ def test_the_same_seed_gives_the_same_bits(
     case: Case, candidate: Any, judge: Judge, training: TrainConfig, dropout: float
 ) -> None:
     """Dropout's masks too come from the seed of the run."""
-    dropping = case.with_dropout(dropout)
+    dropping, training = case.with_dropout(dropout), replace(training, iters=4)
     one, other = (trained(dropping.build(candidate), case, training) for _ in range(2))
     judge.same_bits(one, other)

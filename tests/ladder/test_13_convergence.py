@@ -26,9 +26,9 @@ from tests.trainers.reference import oracle
 pytestmark = pytest.mark.slow
 
 ALPHA = 0.01  # the chance of calling a right trainer wrong
-NUM_SEEDS = 12
+NUM_SEEDS = 10
 NUM_PERMUTATIONS = 20_000
-SHORT = TrainConfig(iters=30, learning_rate=0.02)
+SHORT = TrainConfig(iters=20, learning_rate=0.03)
 
 # Wide enough, with a head large enough, that a low-rank update can reach any answer through the frozen rest.
 WIDE = replace(
@@ -86,8 +86,8 @@ def chance_of_being_so_much_higher(ours: np.ndarray, theirs: np.ndarray) -> floa
     return float((1 + np.sum(differences >= observed)) / (1 + NUM_PERMUTATIONS))
 
 
-def test_the_loss_after_thirty_updates_is_distributed_as_pytorchs(candidate: Any) -> None:
-    """Twelve seeds an arm, no seed in both."""
+def test_the_loss_after_twenty_updates_is_distributed_as_pytorchs(candidate: Any) -> None:
+    """Ten seeds an arm, no seed in both."""
     theirs = reached_by_pytorch(candidate.dialect)
     ours = reached(candidate, 101, SHORT)
     chance = chance_of_being_so_much_higher(ours, theirs)
@@ -121,11 +121,11 @@ def test_the_loss_falls_from_8_95_nats_below_2_by_lora_alone(judge: Judge) -> No
     case = wide_case()
     rows = random_rows(WIDE.vocab_size, (12, 9, 7, 10), seed=FIRST_LOSS_8_95)
     windows = [[make_batch(rows, (1, 1, 1, 1))]] * LONG.iters
-    curve = np.array(case.build(judge.candidate).train(windows, LONG))
+    k = LONG.iters * WIDE.vocab_size
+    curve = judge(case, lambda t: {"curve": t.train(windows, LONG)}, k, num_roundings=1)["curve"]
     assert f"{curve[0]:.2f}" == "8.95"
     assert abs(curve[0] - (math.log(WIDE.vocab_size) + WIDE.hidden_size * 0.05**2 / 2)) < 0.3
     assert curve[-1] < 2.0
-    judge(case, lambda t: {"curve": t.train(windows, LONG)}, LONG.iters * WIDE.vocab_size)
 
 
 @pytest.mark.canonical("scale", "bias_correction", "pad_targets")
