@@ -1,16 +1,18 @@
-"""One trainer up the ladder, from Python: `climb("module:Class").first_divergence`."""
+"""A trainer up the ladder, from Python: `climb("module:Class").first_divergence`."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
 
-from tests.ladder.plugin import Ladder
+from tests.ladder.plugin import Ladder, rung_of
 
-FOLDER = Path(__file__).parent
+FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if rung_of(path) is not None)
+LEFT_OUT = ("cacheprovider", "faulthandler", "logging")  # an outer run of pytest has them already
 
 
 class Witness:
@@ -22,23 +24,15 @@ class Witness:
         self.ladder = session.config.pluginmanager.get_plugin("ladder")
 
 
-def climb(trainer: str, *options: str, marks: str = "not slow") -> Ladder:
-    """Runs the rungs in this process, silently; with the option -x only as far as the first divergence.
+def climb(trainer: str, *options: str, rungs: Container[int] = range(100)) -> Ladder:
+    """Runs these rungs in this process, silently; with the option -x as far as the first divergence.
 
     Raises RuntimeError with pytest's words if no test was run.
     """
     witness, output = Witness(), io.StringIO()
-    arguments = [
-        str(FOLDER),
-        "--trainer",
-        trainer,
-        "-m",
-        marks,
-        "-p",
-        "no:cacheprovider",
-        "--tb=no",
-        *options,
-    ]
+    arguments = ["--trainer", trainer, "--tb=no", *options]
+    arguments += [argument for name in LEFT_OUT for argument in ("-p", f"no:{name}")]
+    arguments += [str(path) for path in FILES if rung_of(path) in rungs]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         pytest.main(arguments, plugins=[witness])
     if witness.ladder is None or not witness.ladder.outcomes:

@@ -1,0 +1,109 @@
+"""The ladder's own words: what blocks what, what is never a pass, and what the first divergence says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from mlx_impl.config import TrainConfig
+from mlx_impl.data import Batch
+from tests.ladder.climb import climb
+from tests.ladder.plugin import DEFAULT_TRAINER, Ladder
+from tests.ladder.protocol import Dialect
+from tests.ladder.summary import departures, summary_lines
+from tests.trainers.reference import ReferenceTrainer
+
+
+@pytest.fixture(autouse=True)
+def with_the_default_trainer(ladder: Ladder) -> None:
+    """Of no interest to those who climb with their own."""
+    if ladder.trainer != DEFAULT_TRAINER:
+        pytest.skip("about the ladder itself")
+
+
+class CountsPadding(ReferenceTrainer):
+    """One padding target in each row, undeclared."""
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        nats, num_targets = super().loss(batch)
+        return nats, num_targets + len(batch.mask_BT)
+
+
+class DeclaresPadding(ReferenceTrainer):
+    """The same, declared and done throughout."""
+
+    dialect = Dialect(pad_targets=1)
+
+
+class TrainsNothing:
+    """The seven members, and nothing behind them."""
+
+    dialect = Dialect()
+
+    def __init__(self, *given: object) -> None:
+        raise NotImplementedError("any model")
+
+    def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
+        raise NotImplementedError
+
+    logits = loss = gradients = factors = base = train
+
+
+def name_of(trainer: type) -> str:
+    return f"{__name__}:{trainer.__name__}"
+
+
+def test_what_stands_on_a_failed_rung_is_blocked_and_what_is_judged_alone_is_not() -> None:
+    """The count is wrong on rung 4: rungs 5 and 7 keep only what is fed the reference's values."""
+    ladder = climb(name_of(CountsPadding), rungs=(3, 4, 7))
+    outcomes = ladder.outcomes
+    assert outcomes[3]["failed"] == 0 < outcomes[3]["passed"]
+    assert outcomes[4]["failed"] > 0 and outcomes[4]["blocked"] == 0
+    assert outcomes[7]["failed"] == 0 < outcomes[7]["blocked"] and outcomes[7]["passed"] > 0
+
+
+def test_the_first_divergence_says_what_where_and_how_to_see_it_again() -> None:
+    """Rung, test, expected and actual, and a command that names the trainer."""
+    ladder = climb(name_of(CountsPadding), "-x", rungs=(4,))
+    text = "\n".join(summary_lines(ladder))
+    assert ladder.first_divergence is not None and ladder.first_divergence.rung == 4
+    assert "first divergence: rung 4, loss: test_the_loss_equals_the_reference[untied]" in text
+    assert "17 targets were counted, expected 14" in text
+    assert f"--trainer {name_of(CountsPadding)}" in text
+
+
+def test_a_run_that_keeps_going_blocks_nothing() -> None:
+    """For those who want to see everything."""
+    ladder = climb(name_of(CountsPadding), "--keep-going", rungs=(4, 14))
+    assert ladder.outcomes[14]["blocked"] == 0 < ladder.outcomes[14]["passed"]
+
+
+def test_a_declared_departure_passes_and_is_printed() -> None:
+    """Held to what it declares; the claims of the canonical dialect are not claimed."""
+    ladder = climb(name_of(DeclaresPadding), rungs=(4,))
+    assert ladder.first_divergence is None and ladder.outcomes[4]["not claimed"] > 0
+    assert departures(ladder) == "pad_targets = 1 instead of 0"
+    assert "judged as declared: pad_targets = 1 instead of 0" in list(summary_lines(ladder))
+
+
+def test_what_is_not_claimed_is_never_a_pass() -> None:
+    """A trainer that implements nothing passes nothing but what is not about it."""
+    ladder = climb(name_of(TrainsNothing), rungs=(3, 6, 9, 14))
+    assert all(set(counts) == {"not claimed"} for counts in ladder.outcomes.values())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ("nonsense", "must be module:Class, got 'nonsense'"),
+        ("tests.no_such:Trainer", "No module named 'tests.no_such'"),
+        ("tests.trainers.reference:NoSuch", "has no attribute 'NoSuch'"),
+        ("tests.ladder.cases:Case", "the class must have dialect, logits, loss, gradients, train"),
+    ],
+)
+def test_a_wrong_trainer_is_one_sentence(trainer: str, message: str) -> None:
+    """And no traceback."""
+    with pytest.raises(RuntimeError, match=message) as info:
+        climb(trainer)
+    assert "Traceback" not in str(info.value) and str(info.value).startswith("ERROR: --trainer")
