@@ -67,10 +67,12 @@ def judged(name: str, ours: np.ndarray, expected: np.ndarray, tolerance: float, 
     error = float(np.linalg.norm(difference))
     worst = np.unravel_index(int(np.argmax(difference)), difference.shape)
     verdict = Verdict(name, error, tolerance, "")
+    where = f"worst element {[int(i) for i in worst]}: " if worst else ""
+    share = f"{verdict.used:.3g} of the " if tolerance else ""
     report = (
-        f"{name}: worst element {[int(i) for i in worst]}: expected {expected[worst]:.9g}, "
+        f"{name}: {where}expected {expected[worst]:.9g}, "
         f"got {ours[worst]:.9g}\n"
-        f"  |error| {error:.3g} is {verdict.used:.3g} of the tolerance {tolerance:.3g} = {derivation}"
+        f"  |error| {error:.3g}, {share}tolerance {tolerance:.3g} = {derivation}"
     )
     return Verdict(name, error, tolerance, report)
 
@@ -99,7 +101,7 @@ def require_same_bits(what: str, ours: Mapping[str, np.ndarray], expected: Mappi
     """Tolerance 0, because the order of operations is the same; the first that differs is the report."""
     __tracebackhide__ = True
     require_same_names(what, ours, expected)
-    require(what, [judged(n, ours[n], expected[n], 0.0, "none: to the bit") for n in expected])
+    require(what, [judged(n, ours[n], expected[n], 0.0, "to the bit") for n in expected])
 
 
 def assert_within_rounding(

@@ -43,9 +43,12 @@ class Ladder:
     keep_going: bool = False
     outcomes: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     shares: dict[int, tuple[float, str]] = field(default_factory=dict)  # most used, and by what
-    missing: dict[str, int] = field(default_factory=dict)  # capability: its rung
     failures: list[Failure] = field(default_factory=list)
     titles: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def not_claimed(self) -> list[str]:
+        return [name for name in OPTIONAL if not is_claimed(self.candidate, name)]
 
     @property
     def first_divergence(self) -> Failure | None:
@@ -80,8 +83,7 @@ class Ladder:
     def skip_what_is_not_claimed(self, item: pytest.Item) -> None:
         for marker in item.iter_markers("needs"):
             for name in marker.args:
-                if not hasattr(self.candidate, name):
-                    self.missing[name] = OPTIONAL[name]
+                if name in self.not_claimed:
                     pytest.skip(NOT_CLAIMED + name)
         for marker in item.iter_markers("canonical"):
             for name in marker.args:
@@ -124,6 +126,11 @@ class Ladder:
             kind == "failed" and call.excinfo is not None
         ):  # a strict xfail that passes has none: it blocks nothing
             self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo)))
+
+
+def is_claimed(candidate: Any, name: str) -> bool:
+    """A subclass takes a claim back by None."""
+    return getattr(candidate, name, None) is not None
 
 
 def reason_of(excinfo: pytest.ExceptionInfo[BaseException]) -> str:

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Iterator
 
 from tests.ladder.plugin import Ladder
-from tests.ladder.protocol import OPTIONAL
 
 PACKAGES = ("mlx", "torch", "numpy")
 KINDS = ("passed", "failed", "as known", "not claimed", "skipped")
@@ -15,11 +14,10 @@ KINDS = ("passed", "failed", "as known", "not claimed", "skipped")
 
 def header_lines(ladder: Ladder) -> list[str]:
     """What is judged, and on what."""
-    missing = [name for name in OPTIONAL if not hasattr(ladder.candidate, name)]
     versions = [f"{name} {version_of(name)}" for name in PACKAGES]
     return [
         f"ladder: {ladder.trainer}, dialect: {departures(ladder)}",
-        f"ladder: not claimed: {', '.join(missing) or 'nothing'}",
+        f"ladder: not claimed: {', '.join(ladder.not_claimed) or 'nothing'}",
         f"ladder: {', '.join(versions)}, {platform.platform()}",
     ]
 
@@ -40,8 +38,8 @@ def summary_lines(ladder: Ladder) -> Iterator[str]:
         yield rung_line(ladder, rung)
     if ladder.candidate.dialect.departures():
         yield f"judged as declared: {departures(ladder)}"
-    if ladder.missing:
-        yield f"not claimed: {', '.join(ladder.missing)}"
+    if ladder.not_claimed:
+        yield f"not claimed: {', '.join(ladder.not_claimed)}"
     yield from divergence_lines(ladder)
 
 
@@ -55,7 +53,7 @@ def rung_line(ladder: Ladder, rung: int) -> str:
     if rung not in ladder.shares:
         return line
     share, tensor = ladder.shares[rung]
-    return f"{line:<64} at most {share:.0%} of tolerance ({tensor})"
+    return f"{line:<72} at most {share:.0%} of tolerance ({tensor})"
 
 
 def divergence_lines(ladder: Ladder) -> Iterator[str]:

@@ -46,7 +46,7 @@ def test_a_hand_worked_example(case: Case, candidate: Any, judge: Judge) -> None
     mask_BT = np.array([[True, True, False], [True, False, False]])
     batch = Batch(np.ones_like(targets_BT), targets_BT, mask_BT, 6)
     nats, num_targets = case.build(candidate).loss_of_logits(logits_BTV, batch)
-    assert num_targets == 3, f"{num_targets} targets were counted, expected 3"
+    judge.same_bits({"number of targets": num_targets}, {"number of targets": 3})
     judge.hold([within("nats", np.array(nats), np.array(log(48)), 3 * 100 * 2.0**-24, 3)])
 
 
@@ -61,8 +61,8 @@ def test_the_loss_of_the_references_logits_equals_the_reference(case: Case, judg
 @every_case
 def test_the_loss_equals_the_reference(case: Case, judge: Judge, candidate: Any) -> None:
     """The same sum of nats over exactly the same number of targets, of unequal rows."""
-    ours, reference = (case.build(t).loss(case.batch)[1] for t in (candidate, judge.oracle(torch.float64)))
-    assert ours == reference, f"{ours} targets were counted, expected {reference}"
+    ours, expected = (case.build(t).loss(case.batch)[1] for t in (candidate, judge.oracle(torch.float64)))
+    judge.same_bits({"number of targets": ours}, {"number of targets": expected})
     judge(case, lambda trainer: sum_and_count(trainer, case.batch))
 
 
@@ -74,11 +74,11 @@ def test_in_float64_the_loss_equals_the_reference_to_1e_12(case: Case, judge: Ju
 
 
 @pytest.mark.canonical("pad_targets")
-def test_the_targets_are_the_tokens_after_the_prompts(case: Case, candidate: Any) -> None:
+def test_the_targets_are_the_tokens_after_the_prompts(case: Case, candidate: Any, judge: Judge) -> None:
     """Counted by hand: the lengths of the rows less those of the prompts."""
     expected = sum(TOKEN_COUNTS) - sum(PROMPT_COUNTS)
     ours = case.build(candidate).loss(case.batch)[1]
-    assert ours == expected, f"{ours} targets were counted, expected {expected}"
+    judge.same_bits({"number of targets": ours}, {"number of targets": expected})
 
 
 def test_a_row_without_targets_adds_nothing(case: Case, judge: Judge) -> None:

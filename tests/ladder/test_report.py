@@ -69,7 +69,7 @@ def test_the_first_divergence_says_what_where_and_how_to_see_it_again() -> None:
     text = "\n".join(summary_lines(ladder))
     assert ladder.first_divergence is not None and ladder.first_divergence.rung == 4
     assert "first divergence: rung 4, loss: test_the_loss_equals_the_reference[untied]" in text
-    assert "17 targets were counted, expected 14" in text
+    assert "number of targets: expected 14, got 17" in text
     assert f"--trainer {name_of(CountsPadding)}" in text
 
 
