@@ -1,0 +1,1 @@
+"""Claims about every model, adapter, batch and order of acts, tried on random ones."""

@@ -1,0 +1,258 @@
+"""Everything that a user can do with a run, in any order, and each time the same thing done to its twin.
+
+In float64, so that agreement is sharp. MLX writes no float64 into safetensors; its bits go there as integers.
+Dropout is on, with given masks: some features of A's input are always dropped while training, so that an
+update with dropout off, or an evaluation with it on, is another number.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import note
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mlx_impl import merging
+from mlx_impl.config import TrainConfig
+from mlx_impl.data import Example, evaluation_batches, training_windows
+from mlx_impl.merging import Merged
+from mlx_impl.train import StepRecord
+from mlx_impl.trainer import LoRATrainer
+from tests.derived import UNIT_ROUNDOFF, require, require_same_bits
+from tests.ladder.protocol import Arrays
+from tests.properties.agreement import UNIT_ROUNDOFF_64, in_double, verdicts
+from tests.properties.strategies import SEEDS, Drawn, cases, train_configs
+from tests.properties.twin import Twin, TwinState
+from tests.trainers.mlx_impl import MlxTrainer
+
+ITERS = 16  # a power of two, see train_configs
+DROPOUT = 0.25
+PROMISE = 1e-10  # relative, over a trajectory, as in test_random_models
+NUM_TWINS = 3  # of which all but the first are rounded otherwise
+MARK = ".float64"
+
+
+@contextmanager
+def float64_in_safetensors() -> Iterator[None]:
+    """MLX refuses to write it; so its bits are written as uint64, and read back as what they are."""
+    save, load = mx.save_safetensors, mx.load
+
+    def save_bits(file: BinaryIO, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+        doubles = {name for name, array in arrays.items() if array.dtype == mx.float64}
+        bits = {
+            n + MARK * (n in doubles): a.view(mx.uint64) if n in doubles else a for n, a in arrays.items()
+        }
+        save(file, bits, metadata=metadata)
+
+    def load_bits(path: str, **options: Any) -> tuple[dict[str, mx.array], dict[str, str]]:
+        bits, metadata = load(path, **options)
+        doubles = {n.removesuffix(MARK): a.view(mx.float64) for n, a in bits.items() if n.endswith(MARK)}
+        return {**{n: a for n, a in bits.items() if not n.endswith(MARK)}, **doubles}, metadata
+
+    with patch.object(mx, "save_safetensors", save_bits), patch.object(mx, "load", load_bits):
+        yield
+
+
+@st.composite
+def example_lists(draw: st.DrawFn, vocab_size: int) -> list[Example]:
+    """Each of at least one target."""
+    rng = np.random.default_rng(draw(SEEDS))
+    counts = draw(st.lists(st.integers(2, 9), min_size=1, max_size=6))
+    prompts = [draw(st.integers(1, count - 1)) for count in counts]
+    return [
+        Example(tuple(rng.integers(1, vocab_size, n).tolist()), (False,) * p + (True,) * (n - p))
+        for n, p in zip(counts, prompts, strict=True)
+    ]
+
+
+def make_masks(case: Drawn, seed: int) -> Arrays:
+    """keep_I of every adapted linear."""
+    rng = np.random.default_rng(seed)
+    inputs = {n.removesuffix(".lora_a"): a.shape[0] for n, a in case.factors.items() if n.endswith("lora_a")}
+    return {name: rng.random(num_in) >= DROPOUT for name, num_in in inputs.items()}
+
+
+class RunOfActs(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.stack.enter_context(MlxTrainer.exact())
+        self.stack.enter_context(float64_in_safetensors())
+        self.merged: Merged | None = None
+        self.saved: dict[str, tuple[int, list[tuple[int, float]], list[TwinState]]] = {}
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    @initialize(
+        case=cases(dropout=DROPOUT),
+        training=train_configs(ITERS, ["adamw"]),  # SGD keeps nothing that could be forgotten
+        batch_size=st.integers(1, 3),
+        num_batches=st.integers(1, 2),
+        data=st.data(),
+    )
+    def begin(
+        self, case: Drawn, training: TrainConfig, batch_size: int, num_batches: int, data: st.DataObject
+    ) -> None:
+        self.case = in_double(case)
+        self.training = replace(training, batch_size=batch_size, grad_accumulation_steps=num_batches)
+        self.examples = data.draw(example_lists(case.spec.vocab_size))
+        self.held_out = data.draw(example_lists(case.spec.vocab_size))
+        self.masks = make_masks(case, seed=len(self.examples))
+        self.trainer = self.new_trainer(self.case)
+        self.records: Iterator[StepRecord] | None = None
+        roundings = [self.case.rounded_in_double(seed) for seed in range(1, NUM_TWINS)]
+        self.twins = [Twin(c, self.training, self.masks) for c in (self.case, *roundings)]
+
+    def new_trainer(self, case: Any) -> LoRATrainer:
+        """On a model that has its adapter already, in float64."""
+        built = case.build(MlxTrainer)
+        built.set_dropout_masks(self.masks)
+        return LoRATrainer(built.model, self.case.lora, self.training)
+
+    # What a user does.
+
+    @precondition(lambda self: self.merged is None and self.trainer.step < ITERS)
+    @rule(num_updates=st.integers(1, 3))
+    def train(self, num_updates: int) -> None:
+        """One iterator serves until a state is loaded; other acts happen between two of its updates."""
+        for _ in range(min(num_updates, ITERS - self.trainer.step)):
+            step = self.trainer.step
+            window = next(training_windows(self.examples, self.training, step))
+            self.records = self.records or self.trainer.fit(self.examples)
+            record = next(self.records)
+            assert record.step == self.trainer.step == step + 1
+            self.agree("loss of an update", record.loss_nats, [twin.update(window) for twin in self.twins])
+
+    @rule()
+    def validate(self) -> None:
+        batches = list(evaluation_batches(self.held_out, self.training.batch_size))
+        loss_nats = self.trainer.validate(self.held_out)
+        assert self.trainer.validation[-1] == (self.trainer.step, loss_nats)
+        self.agree(
+            "validation", loss_nats, [twin.evaluate(batches) for twin in self.twins], self.merged_twins()
+        )
+
+    @precondition(lambda self: self.merged is None)
+    @rule(name=st.sampled_from(["one", "other"]))
+    def save(self, name: str) -> None:
+        """Over an older state of the name, if there is one."""
+        self.trainer.save(self.folder / name, self.examples)
+        states = [twin.state() for twin in self.twins]
+        self.saved[name] = (self.trainer.step, list(self.trainer.validation), states)
+
+    @precondition(lambda self: self.merged is None and self.saved)
+    @rule(is_new=st.booleans(), data=st.data())
+    def load(self, is_new: bool, data: st.DataObject) -> None:
+        """A state of any age, into this trainer or into a new one with other factors."""
+        self.resume(data.draw(st.sampled_from(sorted(self.saved))), is_new)
+
+    @precondition(lambda self: self.merged is None)
+    @rule(before=st.integers(0, 2), after=st.integers(0, 2))
+    def stop_and_go_on(self, before: int, after: int) -> None:
+        """What is done most."""
+        self.train(before)
+        self.save("one")
+        self.resume("one", is_new=True)
+        self.train(after)
+
+    def resume(self, name: str, is_new: bool) -> None:
+        if is_new:
+            self.trainer = self.new_trainer(self.case.with_zero_b())
+        self.trainer.resume(self.folder / name, self.examples)
+        self.records = None
+        step, validation, states = self.saved[name]
+        assert (self.trainer.step, self.trainer.validation) == (step, validation)
+        for twin, state in zip(self.twins, states, strict=True):
+            twin.go_back(state)
+
+    @precondition(lambda self: self.merged is None)
+    @rule()
+    def merge(self) -> None:
+        self.before = MlxTrainer.factors(self.view())
+        self.merged = merging.merge(self.trainer.model)
+
+    @precondition(lambda self: self.merged is not None)
+    @rule()
+    def unmerge(self) -> None:
+        assert self.merged is not None
+        merging.unmerge(self.trainer.model, self.merged)
+        self.merged = None
+        require_same_bits("unmerged", MlxTrainer.factors(self.view()), self.before)
+
+    @precondition(lambda self: self.merged is not None)
+    @rule(act=st.sampled_from(["merge", "train", "load"]))
+    def refuse(self, act: str) -> None:
+        """While merged there is nothing to merge, to train, or to load a state into."""
+        acts: dict[str, Callable[[], object]] = {
+            "merge": lambda: merging.merge(self.trainer.model),
+            "train": lambda: next(self.trainer.fit(self.examples)),
+            "load": lambda: self.trainer.resume(self.folder / min(self.saved), self.examples),
+        }
+        is_possible = {"train": self.trainer.step < ITERS, "load": bool(self.saved)}.get(act, True)
+        if is_possible:
+            with pytest.raises(ValueError):
+                acts[act]()
+
+    # What holds after every act.
+
+    @invariant()
+    def logits_are_the_twins(self) -> None:
+        tokens_BT = self.case.batch.inputs_BT
+        expected = [twin.logits(tokens_BT) for twin in self.twins]
+        self.agree("logits", self.logits(), expected, self.merged_twins(tokens_BT))
+
+    @invariant()
+    def factors_are_the_twins(self) -> None:
+        if self.merged is None:
+            expected, *roundings = [twin.factors() for twin in self.twins]
+            self.hold(MlxTrainer.factors(self.view()), expected, roundings)
+
+    @invariant()
+    def the_base_is_what_it_was(self) -> None:
+        if self.merged is None:
+            masks = {f"{name}.dropout.keep_BTI" for name in self.masks}
+            base = MlxTrainer.base(self.view())
+            require_same_bits("base", {n: v for n, v in base.items() if n not in masks}, self.case.weights)
+
+    def logits(self) -> np.ndarray:
+        """Asked by one who leaves the mode as he found it."""
+        was_training = self.trainer.model.training
+        logits_BTV = MlxTrainer.logits(self.view(), self.case.batch.inputs_BT)
+        self.trainer.model.train(was_training)
+        return logits_BTV
+
+    def view(self) -> Any:
+        """The ladder's face over this trainer's model."""
+        view = MlxTrainer.__new__(MlxTrainer)
+        view.model = self.trainer.model
+        return view
+
+    def merged_twins(self, tokens_BT: np.ndarray | None = None) -> list[Any]:
+        """While merged: what rounding every merged weight to float32 makes of the same question."""
+        if self.merged is None:
+            return []
+        batches = list(evaluation_batches(self.held_out, self.training.batch_size))
+        merged = [self.twins[0].merged(seed) for seed in range(NUM_TWINS)]
+        return [t.evaluate(batches) if tokens_BT is None else t.logits(tokens_BT) for t in merged]
+
+    def agree(self, what: str, ours: Any, twins: Sequence[Any], merged_twins: Sequence[Any] = ()) -> None:
+        expected, *roundings = [{what: np.asarray(value)} for value in (*twins, *merged_twins)]
+        self.hold({what: np.asarray(ours)}, expected, roundings)
+
+    def hold(self, ours: Arrays, expected: Arrays, roundings: list[Arrays]) -> None:
+        unit = UNIT_ROUNDOFF if self.merged else UNIT_ROUNDOFF_64
+        k = self.case.longest_sum * max(1, self.trainer.step)
+        worst = require("run of acts", verdicts(ours, expected, roundings, np.sqrt(k) * unit, PROMISE))
+        note(f"{worst.name} used {worst.used:.0%}")

@@ -1,0 +1,118 @@
+"""For every model, adapter and batch: `mlx_impl` does what the reference does.
+
+The ladder proves it on chosen cases; here shapes, switches and counts are drawn, and what fails shrinks to
+the smallest model that fails. Eager only: a compiled step would cost a second of compilation for each shape.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, target
+from hypothesis import strategies as st
+
+from mlx_impl.config import TrainConfig
+from mlx_impl.data import Batch
+from tests.derived import require_same_bits
+from tests.ladder.protocol import Arrays
+from tests.properties.agreement import REFERENCE_32, require_agreement, require_exact_agreement, verdicts
+from tests.properties.strategies import Drawn, cases, train_configs, windows
+from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.reference import ReferenceTrainer
+
+Windows = list[list[Batch]]
+ITERS = 4
+TRAJECTORY = (
+    1e-10  # relative: errors of 1e-12 a gradient, through Adam's division by its root and `ITERS` updates
+)
+
+
+def logits_loss_and_gradients(trainer: MlxTrainer | ReferenceTrainer, case: Drawn) -> Arrays:
+    nats, num_targets = trainer.loss(case.batch)
+    assert num_targets == case.batch.mask_BT.sum(), "the count of targets"
+    logits_BTV = trainer.logits(case.batch.inputs_BT)
+    return {"logits": logits_BTV, "nats": np.array(nats), **trainer.gradients(case.batch)}
+
+
+@given(cases())
+def test_in_float64_logits_loss_and_every_gradient_equal_the_reference_to_1e_12(case: Drawn) -> None:
+    """The sharp one: the algebra is the same for every architecture, adapter and batch."""
+    target(require_exact_agreement(case, logits_loss_and_gradients).used)
+
+
+@given(cases())
+def test_in_float32_logits_loss_and_every_gradient_are_within_rounding_of_the_reference(case: Drawn) -> None:
+    """MLX's own kernels, where float64 has compositions in their place."""
+    target(require_agreement(case, logits_loss_and_gradients).used)
+
+
+@st.composite
+def runs(draw: st.DrawFn, dropout: float = 0.0) -> tuple[Drawn, Windows, TrainConfig]:
+    case = draw(cases(dropout))
+    return case, draw(windows(case.spec, ITERS)), draw(train_configs(ITERS))
+
+
+@given(runs())
+def test_in_float64_a_trajectory_equals_the_reference_to_1e_10(
+    run: tuple[Drawn, Windows, TrainConfig],
+) -> None:
+    """AdamW and SGD, schedules, LoRA+, clipping, and windows of any number of micro-batches of any shape."""
+    case, drawn_windows, training = run
+
+    def trajectory(trainer: MlxTrainer | ReferenceTrainer, _case: Drawn) -> Arrays:
+        losses = trainer.train(drawn_windows, training)
+        return {"losses": np.array(losses), **trainer.factors()}
+
+    target(require_exact_agreement(case, trajectory, ITERS, TRAJECTORY).used)
+
+
+@given(runs(dropout=0.25), st.integers(1, ITERS - 1))
+def test_a_run_resumed_at_any_step_is_the_run_that_never_stopped_to_the_bit(
+    run: tuple[Drawn, Windows, TrainConfig], stop: int
+) -> None:
+    """Factors and losses, with random dropout; the one that goes on begins with other factors."""
+    case, drawn_windows, training = run
+    whole, first, second = (
+        case.build(MlxTrainer),
+        case.build(MlxTrainer),
+        case.with_zero_b().build(MlxTrainer),
+    )
+    expected = whole.train(drawn_windows, training)
+    before = first.train(drawn_windows[:stop], training)
+    with tempfile.TemporaryDirectory() as folder:
+        first.save(Path(folder))
+        second.load(Path(folder))
+        after = second.train(drawn_windows[stop:], training)
+    require_same_bits(
+        "resumed",
+        {"losses": np.array([*before, *after]), **second.factors(), **second.base()},
+        {"losses": np.array(expected), **whole.factors(), **case.weights},
+    )
+
+
+@given(cases())
+def test_merged_weights_act_as_the_adapter_did_and_unmerging_restores_every_byte(case: Drawn) -> None:
+    """Merged: within what one float32 rounding of every weight costs. Unmerged: to the bit."""
+    tokens_BT = case.batch.inputs_BT
+    trainer = case.build(MlxTrainer)
+    adapted = trainer.logits(tokens_BT)
+    trainer.merge()
+    merged = trainer.logits(tokens_BT)
+    trainer.unmerge()
+    state = {"logits": trainer.logits(tokens_BT), **trainer.base(), **trainer.factors()}
+    require_same_bits("unmerged", state, {"logits": adapted, **case.weights, **case.factors})
+
+    exact = case.build(ReferenceTrainer).logits(tokens_BT)
+    roundings = []
+    for seed in range(4):
+        for is_merged in (False, True):
+            rounded = (case.rounded_anew(seed) if seed else case).build(REFERENCE_32)
+            if is_merged:
+                rounded.merge()
+            roundings.append({"logits": rounded.logits(tokens_BT)})
+    unit = np.sqrt(case.longest_sum) * 2.0**-24
+    for what, logits_BTV in {"adapted": adapted, "merged": merged}.items():
+        found = verdicts({"logits": logits_BTV}, {"logits": exact}, roundings, unit, 0.0)
+        assert found[0].used <= 1, f"{what}: {found[0].report}"
