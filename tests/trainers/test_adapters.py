@@ -1,0 +1,31 @@
+"""Who must climb: the reference against itself, and the smallest adapter, which the README shows."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from tests.ladder.climb import climb
+from tests.trainers.minimal import MinimalTrainer
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+LINES = 30  # of code that an adapter may take at most
+
+
+def test_the_reference_climbs_its_own_ladder() -> None:
+    """The loopback: an oracle that fails its own questions could not ask them."""
+    ladder = climb("tests.trainers.reference:ReferenceTrainer", "-m", "not slow")
+    assert ladder.first_divergence is None
+
+
+def test_the_smallest_adapter_climbs() -> None:
+    """What it does not offer is not claimed, and nothing that it claims fails."""
+    ladder = climb("tests.trainers.minimal:MinimalTrainer", "-m", "not slow")
+    assert ladder.first_divergence is None
+
+
+def test_the_readme_shows_the_smallest_adapter() -> None:
+    shown = re.findall(r"```python\n(class MinimalTrainer.*?)```", README, re.DOTALL)
+    assert shown == [inspect.getsource(MinimalTrainer)]
+    assert len([line for line in shown[0].splitlines() if line.strip()]) <= LINES
