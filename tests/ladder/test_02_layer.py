@@ -88,7 +88,7 @@ def test_an_adapter_with_nonzero_b_is_not(case: Case, candidate: Any) -> None:
             assert not np.array_equal(without.logits(tokens_BT), logits_BTV), f"{name} does nothing"
 
 
-@every_variant
+@every_case
 def test_base_and_adapter_act_as_their_sum_does_alone(case: Case, candidate: Any, judge: Judge) -> None:
     """W x + scale (x A) B = (W + scale (A B)^T) x, and DoRA's rows have the length of its magnitude."""
 

@@ -22,13 +22,20 @@ RUNS = {
     "adamw": TrainConfig(iters=20, learning_rate=0.01, weight_decay=0.1),
     "sgd": TrainConfig(iters=10, learning_rate=0.05, weight_decay=0.1, optimizer="sgd"),
 }
+SCHEDULED = TrainConfig(iters=6, learning_rate=0.05, optimizer="sgd", lr_schedule="cosine", warmup_steps=2)
 each_run = pytest.mark.parametrize("training", RUNS.values(), ids=RUNS)
 
 
 def trained(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
     losses = trainer.train([[case.batch]] * training.iters, training)
-    assert losses[-1] < losses[0], "the loss does not fall"
     return {"losses": np.array(losses), **trainer.factors()}
+
+
+@each_run
+def test_the_loss_falls(case: Case, candidate: Any, training: TrainConfig) -> None:
+    """Before anything is compared: the run learns."""
+    losses = trained(case.build(candidate), case, training)["losses"]
+    assert losses[-1] < losses[0]
 
 
 @each_run
@@ -42,6 +49,11 @@ def test_a_run_that_starts_at_zero_b_equals_the_reference(case: Case, judge: Jud
     """As every real run does: A has no gradient at first, and Adam divides by what it has seen."""
     zero, training = case.with_zero_b(), RUNS["adamw"]
     judge(zero, lambda trainer: trained(trainer, zero, training), training.iters * case.longest_sum)
+
+
+def test_the_schedule_reaches_the_optimizer(case: Case, judge: Judge) -> None:
+    """Warmup and cosine, in the run itself: a schedule can be right in the log and never be used."""
+    judge(case, lambda t: trained(t, case, SCHEDULED), SCHEDULED.iters * case.longest_sum)
 
 
 @each_run

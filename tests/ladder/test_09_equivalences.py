@@ -61,6 +61,13 @@ def test_accumulated_updates_equal_the_reference(case: Case, judge: Judge, train
     judge(case, lambda t: trained(t, split, accumulating), training.iters * case.longest_sum)
 
 
+def test_the_schedule_counts_updates_and_not_micro_batches(case: Case, judge: Judge) -> None:
+    """A learning rate that falls in every update, over windows of two micro-batches."""
+    split, _ = micro_batches(case)
+    falling = replace(SGD, grad_accumulation_steps=2, lr_schedule="linear")
+    judge(case, lambda t: trained(t, split, falling), SGD.iters * case.longest_sum)
+
+
 @pytest.mark.canonical("accumulation")
 @each_optimizer
 def test_micro_batches_are_one_batch(case: Case, judge: Judge, training: TrainConfig) -> None:
@@ -197,6 +204,36 @@ def test_dropout_is_off_in_evaluation(case: Case, candidate: Any, judge: Judge) 
         )
         judge.same_bits(ours, expected)
         dropping.train([[case.batch]], STILL)
+
+
+@pytest.mark.needs("evaluate")
+def test_dropout_is_off_over_a_data_set(case: Case, candidate: Any, judge: Judge) -> None:
+    """In validation too, straight from a model newly made and after an update."""
+    plain, dropping = case.build(candidate), case.with_dropout(0.5).build(candidate)
+    for _ in range(2):
+        ours, expected = ({"nats": trainer.evaluate([case.batch])} for trainer in (dropping, plain))
+        judge.same_bits(ours, expected)
+        dropping.train([[case.batch]], STILL)
+
+
+def test_dropout_keeps_the_expectation(case: Case, candidate: Any) -> None:
+    """On the mean of 32 masks of the trainer's own, an adapter acts as it does without dropout.
+
+    B is a short step along its gradient, so that the loss is nearly linear in what is dropped. Half of the
+    input is, so not to divide by 1 - p would halve the effect: 5 standard errors must be less than that.
+    """
+    zero, num_masks = case.with_zero_b(), 32
+    gradients = zero.build(candidate).gradients(case.batch)
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values()))
+    factors = {n: v - np.float32(2.0**-8 / norm) * gradients[n] for n, v in zero.factors.items()}
+    moved = replace(case, factors=factors)
+    without, plain = (c.build(candidate).train([[case.batch]], STILL)[0] for c in (zero, moved))
+    dropping = moved.with_dropout(0.5).build(candidate)
+    dropped = np.array(dropping.train([[case.batch]] * num_masks, replace(STILL, iters=num_masks)))
+    effects = (dropped - without) / (plain - without)
+    error = effects.std(ddof=1) / np.sqrt(num_masks)
+    print(f"{effects.mean():.3f} of the effect, standard error {error:.3f}")
+    assert abs(effects.mean() - 1) <= 5 * error < 0.5
 
 
 @each_of("train", "train_compiled")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mlx_impl.config import LoRAConfig, TrainConfig
+from mlx_impl.data import Batch
 from tests.ladder.cases import SPEC, Case, make_batch, make_weights, random_array, random_rows
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays, Dialect
@@ -112,27 +113,34 @@ def wide_case() -> Case:
     return Case("wide", WIDE, lora, weights, beginning_factors(weights, lora.rank, 12))
 
 
+def wide_batch() -> Batch:
+    rows = random_rows(WIDE.vocab_size, (12, 9, 7, 10), seed=FIRST_LOSS_8_95)
+    return make_batch(rows, (1, 1, 1, 1))
+
+
+@pytest.mark.canonical("pad_targets")
+def test_a_large_vocabulary_begins_at_8_95_nats(judge: Judge) -> None:
+    """PyTorch's loss, and about that of a uniform guess: ln V, and half the logits' variance, D x 0.05^2."""
+    case, batch = wide_case(), wide_batch()
+    nats = judge(case, lambda t: {"nats": np.array(t.loss(batch)[0])}, WIDE.vocab_size)["nats"]
+    first = float(nats) / int(batch.mask_BT.sum())
+    assert f"{first:.2f}" == "8.95"
+    assert abs(first - (math.log(WIDE.vocab_size) + WIDE.hidden_size * 0.05**2 / 2)) < 0.3
+
+
 @pytest.mark.canonical("scale", "bias_correction", "pad_targets")
 def test_the_loss_falls_from_8_95_nats_below_2_by_lora_alone(judge: Judge) -> None:
-    """A frozen random model, and sixty updates of its adapter, along PyTorch's curve.
-
-    The first loss is about that of a uniform guess, ln V, and half the variance of the logits, D x 0.05^2.
-    """
-    case = wide_case()
-    rows = random_rows(WIDE.vocab_size, (12, 9, 7, 10), seed=FIRST_LOSS_8_95)
-    windows = [[make_batch(rows, (1, 1, 1, 1))]] * LONG.iters
+    """A frozen random model, and sixty updates of its adapter, along PyTorch's curve."""
+    case, windows = wide_case(), [[wide_batch()]] * LONG.iters
     k = LONG.iters * WIDE.vocab_size
     curve = judge(case, lambda t: {"curve": t.train(windows, LONG)}, k, num_roundings=1)["curve"]
     assert f"{curve[0]:.2f}" == "8.95"
-    assert abs(curve[0] - (math.log(WIDE.vocab_size) + WIDE.hidden_size * 0.05**2 / 2)) < 0.3
     assert curve[-1] < 2.0
 
 
 @pytest.mark.canonical("scale", "bias_correction", "pad_targets")
 def test_without_a_learning_rate_the_loss_stays_to_the_bit(candidate: Any) -> None:
     """The control of the curve."""
-    case = wide_case()
-    rows = random_rows(WIDE.vocab_size, (12, 9, 7, 10), seed=FIRST_LOSS_8_95)
     still = replace(LONG, iters=3, learning_rate=0.0)
-    losses = case.build(candidate).train([[make_batch(rows, (1, 1, 1, 1))]] * 3, still)
+    losses = wide_case().build(candidate).train([[wide_batch()]] * 3, still)
     assert losses[0] == losses[1] == losses[2]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlx_impl.config import TrainConfig
 from tests.derived import FACTOR
 from tests.ladder.cases import Case
 from tests.ladder.judge import Judge
@@ -50,6 +51,15 @@ def test_the_cache_changes_no_greedy_token(case: Case, candidate: Any) -> None:
     for _ in range(NUM_TOKENS):
         text.append(int(trainer.logits(np.array([text]))[0, -1].argmax()))
     assert trainer.greedy(prompt, NUM_TOKENS) == text[len(prompt) :]
+
+
+@pytest.mark.needs("greedy")
+def test_dropout_is_off_in_generation(case: Case, candidate: Any) -> None:
+    """The tokens are those without it, after an update too."""
+    plain, dropping, prompt = case.build(candidate), case.with_dropout(0.5).build(candidate), prompt_of(case)
+    for _ in range(2):
+        assert dropping.greedy(prompt, NUM_TOKENS) == plain.greedy(prompt, NUM_TOKENS)
+        dropping.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.0))
 
 
 @pytest.mark.needs("greedy", "greedy_all")
