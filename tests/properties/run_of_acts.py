@@ -8,9 +8,10 @@ update with dropout off, or an evaluation with it on, is another number.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from unittest.mock import patch
@@ -90,6 +91,7 @@ class RunOfActs(RuleBasedStateMachine):
         self.stack.enter_context(MlxTrainer.exact())
         self.stack.enter_context(float64_in_safetensors())
         self.merged: Merged | None = None
+        self.merged_twins: list[Twin] = []  # while merged, with every merged weight rounded to float32
         self.saved: dict[str, tuple[int, list[tuple[int, float]], list[TwinState]]] = {}
 
     def teardown(self) -> None:
@@ -133,16 +135,14 @@ class RunOfActs(RuleBasedStateMachine):
             self.records = self.records or self.trainer.fit(self.examples)
             record = next(self.records)
             assert record.step == self.trainer.step == step + 1
-            self.agree("loss of an update", record.loss_nats, [twin.update(window) for twin in self.twins])
+            self.agree("loss of an update", record.loss_nats, partial(Twin.update, window=window))
 
     @rule()
     def validate(self) -> None:
         batches = list(evaluation_batches(self.held_out, self.training.batch_size))
         loss_nats = self.trainer.validate(self.held_out)
         assert self.trainer.validation[-1] == (self.trainer.step, loss_nats)
-        self.agree(
-            "validation", loss_nats, [twin.evaluate(batches) for twin in self.twins], self.merged_twins()
-        )
+        self.agree("validation", loss_nats, lambda twin: twin.evaluate(batches))
 
     @precondition(lambda self: self.merged is None)
     @rule(name=st.sampled_from(["one", "other"]))
@@ -182,13 +182,14 @@ class RunOfActs(RuleBasedStateMachine):
     def merge(self) -> None:
         self.before = MlxTrainer.factors(self.view())
         self.merged = merging.merge(self.trainer.model)
+        self.merged_twins = [self.twins[0].merged(seed) for seed in range(NUM_TWINS)]
 
     @precondition(lambda self: self.merged is not None)
     @rule()
     def unmerge(self) -> None:
         assert self.merged is not None
         merging.unmerge(self.trainer.model, self.merged)
-        self.merged = None
+        self.merged, self.merged_twins = None, []
         require_same_bits("unmerged", MlxTrainer.factors(self.view()), self.before)
 
     @precondition(lambda self: self.merged is not None)
@@ -210,8 +211,7 @@ class RunOfActs(RuleBasedStateMachine):
     @invariant()
     def logits_are_the_twins(self) -> None:
         tokens_BT = self.case.batch.inputs_BT
-        expected = [twin.logits(tokens_BT) for twin in self.twins]
-        self.agree("logits", self.logits(), expected, self.merged_twins(tokens_BT))
+        self.agree("logits", self.logits(), lambda twin: twin.logits(tokens_BT))
 
     @invariant()
     def factors_are_the_twins(self) -> None:
@@ -239,16 +239,8 @@ class RunOfActs(RuleBasedStateMachine):
         view.model = self.trainer.model
         return view
 
-    def merged_twins(self, tokens_BT: np.ndarray | None = None) -> list[Any]:
-        """While merged: what rounding every merged weight to float32 makes of the same question."""
-        if self.merged is None:
-            return []
-        batches = list(evaluation_batches(self.held_out, self.training.batch_size))
-        merged = [self.twins[0].merged(seed) for seed in range(NUM_TWINS)]
-        return [t.evaluate(batches) if tokens_BT is None else t.logits(tokens_BT) for t in merged]
-
-    def agree(self, what: str, ours: Any, twins: Sequence[Any], merged_twins: Sequence[Any] = ()) -> None:
-        expected, *roundings = [{what: np.asarray(value)} for value in (*twins, *merged_twins)]
+    def agree(self, what: str, ours: Any, act: Callable[[Twin], Any]) -> None:
+        expected, *roundings = [{what: np.asarray(act(twin))} for twin in (*self.twins, *self.merged_twins)]
         self.hold({what: np.asarray(ours)}, expected, roundings)
 
     def hold(self, ours: Arrays, expected: Arrays, roundings: list[Arrays]) -> None:
