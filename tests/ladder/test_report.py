@@ -15,6 +15,9 @@ from tests.ladder.summary import departures, summary_lines
 from tests.trainers.reference import ReferenceTrainer
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def with_the_default_trainer(ladder: Ladder) -> None:
     """Of no interest to those who climb with their own."""
