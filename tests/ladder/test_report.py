@@ -14,7 +14,6 @@ from tests.ladder.protocol import Dialect
 from tests.ladder.summary import departures, summary_lines
 from tests.trainers.reference import ReferenceTrainer
 
-
 pytestmark = pytest.mark.slow
 
 
