@@ -45,6 +45,15 @@ def test_position_t_predicts_token_t_plus_1() -> None:
     assert batch.num_tokens == 3
 
 
+def test_a_longer_neighbour_leaves_a_rows_targets_as_they_are() -> None:
+    """It widens the batch, and that is all."""
+    short = Example((3, 1, 4), (False, True, True))
+    long = Example(tuple(range(1, 30)), (True,) * 29)
+    alone, beside = make_batch([short]), make_batch([short, long])
+    assert alone.mask_BT[0].sum() == beside.mask_BT[0].sum() == 2
+    assert beside.targets_BT[0][beside.mask_BT[0]].tolist() == [1, 4]
+
+
 def test_every_example_is_seen_once_an_epoch_also_the_last_few() -> None:
     """Seven examples by three: three batches an epoch, the last of one."""
     windows = list(training_windows(EXAMPLES, TrainConfig(iters=6, batch_size=3)))

@@ -14,6 +14,9 @@ from tests.tiny_folder import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md"] + [
+    f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")
+]
 CLAIMS = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+\.py)\) \|$", README, re.MULTILINE)
 
 
@@ -49,7 +52,7 @@ def test_the_program_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "tests/traps/README.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
     path = ROOT / document
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8"))
