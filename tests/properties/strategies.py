@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from mlx_impl.config import BLOCK_LINEARS, LoRAConfig, ModelConfig, RopeScaling, TrainConfig
@@ -25,12 +27,38 @@ DYADIC_RATES = tuple(
 MAX_TOKENS = 12
 SEEDS = st.integers(0, 2**32 - 1)
 
+# For planted bugs: draw until one example fails, the same each time, and look for no smaller one.
+HUNT = settings(
+    max_examples=200,
+    phases=[Phase.generate],
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
-@dataclass(frozen=True, kw_only=True)
-class Drawn(Case):
+
+class Brief:
+    """Hypothesis prints what failed; this keeps arrays, which it would print too, out of it."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
+
+class DrawnBatch(Brief, Batch):
+    def __repr__(self) -> str:
+        return f"Batch{self.inputs_BT.shape} with {self.mask_BT.sum(axis=1).tolist()} targets"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Drawn(Brief, Case):
     """A model, an adapter and a batch of any shape."""
 
     drawn_batch: Batch
+    seed: int  # of the arrays
+
+    def __repr__(self) -> str:
+        return f"Drawn({self.spec}, {self.lora}, {self.drawn_batch}, arrays of seed {self.seed})"
 
     @property
     def batch(self) -> Batch:
@@ -119,7 +147,7 @@ def batches(draw: st.DrawFn, model: ModelConfig) -> Batch:
         prompt_counts[0] = 1  # all of them targets, in one row
     rng = np.random.default_rng(draw(SEEDS))
     rows = [rng.integers(1, model.vocab_size, count).tolist() for count in token_counts]
-    return make_batch(rows, prompt_counts, width=draw(st.sampled_from([0, MAX_TOKENS + 2])))
+    return DrawnBatch(*make_batch(rows, prompt_counts, width=draw(st.sampled_from([0, MAX_TOKENS + 2]))))
 
 
 def make_arrays(model: ModelConfig, lora: LoRAConfig, seed: int) -> tuple[Arrays, Arrays]:
@@ -148,8 +176,9 @@ def cases(draw: st.DrawFn, dropout: float = 0.0) -> Drawn:
     """A model with its adapter and a batch for it."""
     model = draw(model_configs())
     lora = replace(draw(lora_configs(model)), dropout=dropout)
-    weights, factors = make_arrays(model, lora, draw(SEEDS))
-    return Drawn("random", model, lora, weights, factors, drawn_batch=draw(batches(model)))
+    seed = draw(SEEDS)
+    weights, factors = make_arrays(model, lora, seed)
+    return Drawn("random", model, lora, weights, factors, drawn_batch=draw(batches(model)), seed=seed)
 
 
 @st.composite

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from mlx_impl import merging, trainer
@@ -24,22 +24,11 @@ from mlx_impl.lora import lora_layers
 from tests.derived import Divergence
 from tests.ladder.cases import named_case
 from tests.properties.run_of_acts import RunOfActs
+from tests.properties.strategies import HUNT
 from tests.trainers.mlx_impl import MlxTrainer
 
 TestRunOfActs = RunOfActs.TestCase
 TestRunOfActs.settings = settings(stateful_step_count=15)
-
-# For the planted bugs: generate until one fails, and do not look for a smaller one.
-HUNT = settings(
-    max_examples=200,
-    stateful_step_count=20,
-    phases=[Phase.generate],
-    derandomize=True,
-    database=None,
-    deadline=None,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @contextmanager
@@ -125,7 +114,7 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
 def test_a_planted_bug_is_found(bug: str) -> None:
     """By the same machine, within a few hundred runs."""
     with PLANTED[bug](), pytest.raises(Divergence):
-        run_state_machine_as_test(RunOfActs, settings=HUNT)
+        run_state_machine_as_test(RunOfActs, settings=settings(HUNT, stateful_step_count=20))
 
 
 # Two acts that the machine leaves out, because they do what they should not.
