@@ -1,0 +1,43 @@
+"""The ladder examined: every red twin fails it, at the right rung, and the sound trainer does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.twins import ALL, RUNGS, TWINS, table
+from tests.trainers.twins.climb import first_failure, sound
+from tests.trainers.twins.twin import Twin
+
+
+def test_the_sound_trainer_passes_the_same_climb() -> None:
+    """The control: without a patch nothing fails, and no rung is empty."""
+    result, _ = sound()
+    assert not result.failed, result.failed[0]
+    assert set(result.passed) == set(RUNGS)
+
+
+@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
+def test_every_red_twin_is_caught_at_the_right_rung(twin: Twin) -> None:
+    """The first claim that fails is of its rung, so all of the lower rungs have passed."""
+    caught = first_failure(twin)
+    assert caught is not None, f"{twin.name} is not caught"
+    rung, claim, report = caught
+    assert rung == twin.rung, f"{twin.name} belongs to rung {twin.rung}, and fails {claim}:\n{report}"
+
+
+def test_every_rung_has_its_twins() -> None:
+    """From the operations to generation; rung 0 judges the platform and not the trainer."""
+    assert {twin.rung for twin in TWINS.values()} == set(RUNGS)
+
+
+def test_no_two_twins_have_one_name_and_forty_are_the_least() -> None:
+    """A name in the table is one bug."""
+    assert len(ALL) == len(TWINS) >= 40
+
+
+def test_the_table_in_the_readme_is_that_of_the_twins() -> None:
+    """Line by line; `python -m tests.trainers.twins` prints it."""
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in readme

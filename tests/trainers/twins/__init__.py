@@ -1,0 +1,25 @@
+"""Red twins: `mlx_impl` with one bug each, and the rung of the ladder that must notice it first.
+
+A test that never failed has proven little. Each twin is a small patch with its story and, where there is one,
+the public bug that it stands for; `tests/trainers/test_red_twins.py` plants them one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.trainers.twins import equivalences, forward, generation, gradient, layer, loss, ops, state, step
+from tests.trainers.twins.twin import Twin as Twin
+
+GROUPS = (ops, layer, forward, loss, gradient, step, equivalences, state, generation)
+ALL: list[Twin] = [twin for group in GROUPS for twin in group.TWINS]
+TWINS = {twin.name: twin for twin in ALL}
+RUNGS = range(1, 15)  # rung 0 judges the platform
+
+
+def table() -> Iterator[str]:
+    """The lines of the table in tests/trainers/README.md."""
+    yield "| Twin | Rung | What is broken | Stands for |"
+    yield "|---|---|---|---|"
+    for twin in TWINS.values():
+        yield f"| `{twin.name}` | {twin.rung} | {twin.story} | {twin.source} |"

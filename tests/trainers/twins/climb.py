@@ -1,0 +1,114 @@
+"""The ladder climbed in this process, by pytest within pytest, up to the first claim that fails.
+
+To be quick a climb takes the claims of the plain cases, of those that a twin needs, and of AdamW, and of
+these only what the twin's patches can touch: while the sound trainer climbs, each name that any twin replaces
+notes which claims call it. A claim that never calls a replaced name goes for the twin as it went for the
+sound trainer, which was well.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from tests.ladder.plugin import DEFAULT_TRAINER, rung_of
+from tests.trainers.twins import RUNGS, TWINS
+from tests.trainers.twins.twin import Twin
+
+LADDER = Path(__file__).parents[2] / "ladder"
+QUIET = ("-q", "-x", "--no-header", "--no-summary", "--capture=no", "--trainer", DEFAULT_TRAINER)
+LEFT_OUT = ("cacheprovider", "logging", "faulthandler", "warnings")  # of pytest's plugins: the outer run's
+ALWAYS = ("untied", "plain")  # cases
+LONG = ("zero_b_equals", "distributed_as", "nothing_converges", "falls_from", "[sgd", "-sgd]", "[0.0-")
+
+Touched = dict[str, set[str]]  # replaced name -> the claims that call it
+
+
+@dataclass
+class Climb:
+    """What came of it: how many claims held at each rung, and the first that did not."""
+
+    cases: Iterable[str]
+    touched: set[str] | None = None  # the claims to try; None: all
+    passed: Counter[int] = field(default_factory=Counter)
+    failed: list[tuple[int, str, str]] = field(default_factory=list)  # rung, claim, report
+
+    def is_wanted(self, item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        case = callspec.params.get("case", "untied") if callspec else "untied"
+        is_quick = rung_of(item.path) in range(8) or not any(word in item.name for word in LONG)
+        is_touched = self.touched is None or item.nodeid in self.touched
+        return case in (*ALWAYS, *self.cases) and is_quick and is_touched
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = filter(self.is_wanted, items)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        rung = rung_of(Path(report.nodeid.partition("::")[0]))
+        assert rung is not None
+        if report.failed:
+            self.failed.append((rung, report.nodeid, report.longreprtext))
+        elif report.when == "call" and report.passed:
+            self.passed[rung] += 1
+
+
+def climb(rungs: Iterable[int], cases: Iterable[str], touched: set[str] | None = None) -> Climb:
+    recorder, rungs = Climb(cases, touched), set(rungs)
+    names = None if touched is None else {Path(claim.partition("::")[0]).name for claim in touched}
+    files = [path for path in sorted(LADDER.glob("test_*.py")) if rung_of(path) in rungs]
+    files = [path for path in files if names is None or path.name in names]
+    without = [argument for name in LEFT_OUT for argument in ("-p", f"no:{name}")]
+    if files:
+        pytest.main([*QUIET, *without, *map(str, files)], plugins=[recorder])
+    return recorder
+
+
+@contextmanager
+def spied(touched: Touched) -> Iterator[None]:
+    """Every name that any twin replaces notes the claim in which it is called."""
+    with ExitStack() as stack:
+        names = {name for twin in TWINS.values() for name in twin.patches}
+        for name in sorted(names, key=lambda name: -name.count(".")):  # a method before its class
+            stack.enter_context(patch(name, noting(resolve_name(name), touched[name])))
+        yield
+
+
+def noting(original: Any, claims: set[str]) -> Any:
+    if isinstance(original, property):
+        return property(noting(original.fget, claims))
+
+    @functools.wraps(original, updated=())
+    def call(*arguments: Any, **named: Any) -> Any:
+        claims.add(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
+        return original(*arguments, **named)
+
+    return call
+
+
+@functools.cache
+def sound() -> tuple[Climb, Touched]:
+    """The climb of the sound trainer, and which claims touch which name."""
+    touched: Touched = defaultdict(set)
+    with spied(touched):
+        result = climb(RUNGS, {case for twin in TWINS.values() for case in twin.cases})
+    return result, touched
+
+
+def first_failure(twin: Twin) -> tuple[int, str, str] | None:
+    """Its rung, the claim and the report; what is above the twin's own rung is tried last."""
+    claims = set().union(*(sound()[1][name] for name in twin.patches))
+    assert claims, f"no claim touches {', '.join(twin.patches)}"
+    with twin.planted():
+        failed = climb(range(1, twin.rung + 1), twin.cases, claims).failed
+        failed = failed or climb(range(twin.rung + 1, RUNGS.stop), twin.cases, claims).failed
+    return failed[0] if failed else None

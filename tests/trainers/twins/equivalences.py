@@ -1,0 +1,246 @@
+"""Rungs 9 and 10: accumulation, compilation, recomputation, dropout; and tokens taken for padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_impl.lora import Dropout
+from mlx_impl.optim import clip_gradients, learning_rate_of
+from mlx_impl.recompute import random_key
+from mlx_impl.train import add_up, batch_loss, to_arrays, train
+from tests.trainers.twins.loss import batches
+from tests.trainers.twins.twin import Patches, Twin, with_add_up
+
+compile_it, drop = mx.compile, Dropout.__call__
+
+
+def each_part(change: Callable[[Any, Any], Any]) -> Patches:
+    """Something is done to the sums of every micro-batch before they are added."""
+    return with_add_up(lambda config: lambda parts: add_up(change(config, part) for part in parts))
+
+
+def its_mean(_config: Any, part: Any) -> Any:
+    (nats, num_targets), gradients = part
+    return (nats / num_targets, mx.array(1)), tree_map(lambda g: g / num_targets, gradients)
+
+
+def clipped(config: Any, part: Any) -> Any:
+    sums, gradients = part
+    limit = config.max_grad_norm if config.grad_accumulation_steps > 1 else 0
+    return sums, clip_gradients(gradients, limit * sums[1])[0]
+
+
+def divided_again(config: Any, part: Any) -> Any:
+    return part[0], tree_map(lambda g: g / config.grad_accumulation_steps, part[1])
+
+
+def full_windows(model: Any, optimizer: Any, windows: Any, config: Any, *rest: Any) -> Any:
+    kept = [window for window in windows if len(window) == config.grad_accumulation_steps]
+    return train(model, optimizer, kept, config, *rest)
+
+
+def rate_by_micro_batch(step: int, config: Any) -> float:
+    return learning_rate_of(min(step * config.grad_accumulation_steps, config.iters - 1), config)
+
+
+def compiled_with(*kept: int) -> Patches:
+    """mx.compile told only of some of: the model, the optimizer, the random state."""
+
+    def broken(function: Any, inputs: Any, outputs: Any) -> Any:
+        return compile_it(function, [inputs[i] for i in kept], [outputs[i] for i in kept])
+
+    return {"mlx.core.compile": broken}
+
+
+def recomputed_anew(block: Any, x_BTD: mx.array) -> mx.array:
+    parameters = block.trainable_parameters()
+
+    def run(trained: dict, x_BTD: mx.array) -> mx.array:
+        block.update(trained)
+        y_BTD = block(x_BTD)
+        block.update(parameters)
+        return y_BTD
+
+    return mx.checkpoint(run)(parameters, x_BTD)
+
+
+def lora_of_dropped(self: Any, x_BTI: mx.array) -> mx.array:
+    x_BTI = self.dropout(x_BTI)
+    return self.linear(x_BTI) + self.scale * ((x_BTI @ self.lora_a) @ self.lora_b)
+
+
+def dora_without_dropout(self: Any, x_BTI: mx.array) -> mx.array:
+    direction_BTO = x_BTI @ self.linear.weight.T + self.scale * ((x_BTI @ self.lora_a) @ self.lora_b)
+    return self.magnitude / self.length_O() * direction_BTO
+
+
+def always_dropping(self: Any, x: mx.array) -> mx.array:
+    return x * mx.random.bernoulli(1 - self.p, x.shape, random_key()) / (1 - self.p)
+
+
+def evaluate_in_training(model: Any, parts: Any) -> tuple[float, int]:
+    model.train()
+    sums = [[number.item() for number in batch_loss(model, to_arrays(part))] for part in parts]
+    nats, num_targets = np.sum(sums, axis=0)
+    return nats / num_targets, int(num_targets)
+
+
+def dropped_by(change: Callable[[Any, mx.array], mx.array]) -> Patches:
+    """Dropout of another law while training."""
+    return {
+        "mlx_impl.lora.Dropout.__call__": lambda self, x: change(self, x) if self.training and self.p else x
+    }
+
+
+def cut_to_length(batch: Any) -> Any:
+    """The last 16 columns of a batch, padding and all."""
+    return to_arrays(batch._replace(**{n: getattr(batch, n)[:, -16:] for n in batch._fields[:3]}))
+
+
+TWINS = [
+    Twin(
+        "mean-of-means",
+        9,
+        "Micro-batches are averaged alike, however many targets they have: a short one's tokens weigh more.",
+        each_part(its_mean),
+        "mlx-lm#1544",
+    ),
+    Twin(
+        "last-micro-batch-only",
+        9,
+        "Accumulation only skips updates: what the skipped micro-batches gave is thrown away.",
+        with_add_up(lambda config: lambda parts: list(parts)[-1]),
+        "mlx-lm#326",
+    ),
+    Twin(
+        "divided-by-accumulation-again",
+        9,
+        "A loss that is already per target is divided by the number of micro-batches once more.",
+        each_part(divided_again),
+        "transformers#35438",
+    ),
+    Twin(
+        "last-window-dropped",
+        9,
+        "A window that is not full at the end of the data is not applied.",
+        {"tests.trainers.mlx_impl.train": full_windows},
+        "transformers#14309",
+    ),
+    Twin(
+        "schedule-by-micro-batch",
+        9,
+        "The schedule moves with every micro-batch, and is over long before the run.",
+        {"mlx_impl.train.learning_rate_of": rate_by_micro_batch},
+        "NeMo-Automodel#2257",
+    ),
+    Twin(
+        "clip-each-micro-batch",
+        9,
+        "Every micro-batch is clipped by itself before they are added.",
+        each_part(clipped),
+    ),
+    Twin(
+        "compile-without-random-state",
+        9,
+        "The compiler is not told of the random state: every update drops the same elements.",
+        compiled_with(0, 1),
+        "mlx-examples#583",
+    ),
+    Twin(
+        "compile-without-optimizer",
+        9,
+        "The compiler is not told of the optimizer: its moments stay as they were at the first update.",
+        compiled_with(0, 2),
+    ),
+    Twin(
+        "compile-without-model",
+        9,
+        "The compiler takes the adapter's weights for constants.",
+        compiled_with(1, 2),
+        "mlx-lm-lora#50",
+    ),
+    Twin(
+        "recomputed-with-another-mask",
+        9,
+        "The recomputed block draws another dropout mask than the forward pass had.",
+        {"mlx_impl.model.recomputed": recomputed_anew},
+    ),
+    Twin(
+        "recomputed-without-parameters",
+        9,
+        "The recomputed block's parameters are no inputs of it: with checkpointing on, they never train.",
+        {"mlx_impl.model.recomputed": lambda block, x: mx.checkpoint(lambda y: block(y))(x)},
+        "transformers#25841",
+    ),
+    Twin(
+        "dropout-on-the-base",
+        9,
+        "Dropout falls on the frozen layer's input too.",
+        {"mlx_impl.lora.LoRALinear.__call__": lora_of_dropped},
+    ),
+    Twin(
+        "dora-without-dropout",
+        9,
+        "DoRA takes dropout as an argument and applies none.",
+        {"mlx_impl.lora.DoRALinear.__call__": dora_without_dropout},
+        "peft#1806",
+        ("dora",),
+    ),
+    Twin(
+        "dropout-never-applied",
+        9,
+        "The configuration's dropout reaches no layer.",
+        {"mlx_impl.lora.Dropout.__call__": lambda self, x: x},
+        "torchtune#995",
+    ),
+    Twin(
+        "dropout-not-rescaled",
+        9,
+        "What is kept is not divided by 1 - p: the adapter is weaker in training than after it.",
+        dropped_by(lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, random_key())),
+    ),
+    Twin(
+        "dropout-keeps-p",
+        9,
+        "p is taken for the share that is kept.",
+        dropped_by(lambda self, x: x * mx.random.bernoulli(self.p, x.shape, random_key()) / self.p),
+    ),
+    Twin(
+        "dropout-repeats",
+        9,
+        "Every draw begins from the same key: the same elements are dropped in each update.",
+        dropped_by(
+            lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, mx.random.key(0)) / (1 - self.p)
+        ),
+    ),
+    Twin(
+        "dropout-in-evaluation",
+        9,
+        "Dropout stays on when the model is evaluated.",
+        {"mlx_impl.lora.Dropout.__call__": always_dropping},
+    ),
+    Twin(
+        "dropout-in-validation",
+        9,
+        "The validation loop forgets to turn dropout off.",
+        {"tests.trainers.mlx_impl.evaluate": evaluate_in_training},
+    ),
+    Twin(
+        "token-zero-is-padding",
+        10,
+        "Padding is told by its number, so a real token 0 is no target either.",
+        batches(lambda batch: batch._replace(mask_BT=batch.mask_BT & (batch.targets_BT != 0))),
+    ),
+    Twin(
+        "padding-counted-in-the-length",
+        10,
+        "Rows are cut to the maximum length from the left after they were padded: short rows lose tokens, "
+        "and the padding stays.",
+        {f"{module}.to_arrays": cut_to_length for module in ("mlx_impl.train", "tests.trainers.mlx_impl")},
+    ),
+]

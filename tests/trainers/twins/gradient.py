@@ -1,0 +1,194 @@
+"""Rungs 5 and 6: the loss is right and its gradient is not; and the wrong parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_impl.loss import next_token_nats
+from mlx_impl.model import CausalLM, Decoder
+from mlx_impl.optim import LoRAOptimizer
+from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.twins.twin import Patches, Twin
+
+begin, decode, head, update = MlxTrainer.begin, Decoder.__call__, CausalLM.head, LoRAOptimizer.update
+stop = mx.stop_gradient
+
+
+def lora(update_of: Callable[[Any, mx.array], mx.array]) -> Patches:
+    """A LoRA layer whose update has the right value."""
+    return {
+        "mlx_impl.lora.LoRALinear.__call__": lambda self, x: self.linear(x) + self.scale * update_of(self, x)
+    }
+
+
+def first_row_only(self: Any, tokens_BT: mx.array, caches: Any = None) -> mx.array:
+    x_BTD = decode(self, tokens_BT, caches)
+    return mx.concatenate([x_BTD[:1], stop(x_BTD[1:])])
+
+
+def cut_base(self: Any, x_BTI: mx.array) -> mx.array:
+    return self.linear(stop(x_BTI)) + self.scale * ((self.dropout(x_BTI) @ self.lora_a) @ self.lora_b)
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def rounding_backwards(x: mx.array) -> mx.array:
+    return x + 0
+
+
+@rounding_backwards.vjp  # type: ignore[untyped-decorator]
+def _(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
+    return cotangent.astype(mx.bfloat16).astype(x.dtype)
+
+
+def nats_of_gradient(factor: float) -> Patches:
+    """The loss as it is, its gradient times a number."""
+
+    def broken(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+        nats, num_targets = next_token_nats(*arrays)
+        return stop(nats) + factor * (nats - stop(nats)), num_targets
+
+    return {"mlx_impl.train.next_token_nats": broken}
+
+
+def with_trained_length(self: Any) -> mx.array:
+    return mx.linalg.norm(self.linear.weight + self.scale * (self.lora_a @ self.lora_b).T, axis=1)
+
+
+def begun(change: Callable[[Any], object]) -> Patches:
+    """Something happens to the model when a run begins."""
+
+    def broken(self: Any, training: Any) -> int:
+        change(self.model)
+        return begin(self, training)
+
+    return {"tests.trainers.mlx_impl.MlxTrainer.begin": broken}
+
+
+def begin_over_everything(self: Any, training: Any) -> int:
+    first_step = begin(self, training)
+    self.optimizer.init(self.model.parameters())
+    return first_step
+
+
+def update_and_decay_the_rest(self: Any, model: Any, gradients: Any) -> None:
+    update(self, model, gradients)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    rest = [(n, p) for n, p in tree_flatten(model.parameters()) if n not in trained]
+    model.update(tree_unflatten([(n, p * (1 - self.optimizers[0].learning_rate * 0.1)) for n, p in rest]))
+
+
+def update_without_a(self: Any, model: Any, gradients: Any) -> None:
+    before = dict(tree_flatten(model.trainable_parameters()))
+    update(self, model, gradients)
+    model.update(tree_unflatten([(n, p) for n, p in before.items() if n.endswith("lora_a")]))
+
+
+TWINS = [
+    Twin(
+        "gradient-of-the-first-row",
+        5,
+        "The backward pass of a gather strides wrongly: gradients come from the batch's first row only.",
+        {"mlx_impl.model.Decoder.__call__": first_row_only},
+        "mlx#3483",
+    ),
+    Twin(
+        "a-gets-no-gradient",
+        5,
+        "The graph is cut between A and B: B learns to use a random projection, and A never moves.",
+        lora(lambda self, x: stop(self.dropout(x) @ self.lora_a) @ self.lora_b),
+    ),
+    Twin(
+        "adapter-input-detached",
+        5,
+        "The adapter reads a detached input, so the layers below do not feel its part of the gradient.",
+        lora(lambda self, x: (self.dropout(stop(x)) @ self.lora_a) @ self.lora_b),
+    ),
+    Twin(
+        "base-without-gradient",
+        5,
+        "The frozen layer runs outside the graph, as under no_grad: what is below hears of it no more.",
+        {"mlx_impl.lora.LoRALinear.__call__": cut_base},
+    ),
+    Twin(
+        "forward-outside-the-graph",
+        5,
+        "The forward pass runs outside the function that is differentiated: every gradient is exactly zero.",
+        nats_of_gradient(0.0),
+        "mlx-lm-lora#65",
+    ),
+    Twin(
+        "gradient-scaled-again",
+        5,
+        "A factor is applied once to the loss that is shown and twice to the one that is differentiated.",
+        nats_of_gradient(2.0),
+        "transformers#35207",
+    ),
+    Twin(
+        "gradient-of-logits-in-bfloat16",
+        5,
+        "The logits' gradient is rounded to bfloat16 on its way back; for confident tokens nothing is left.",
+        {"mlx_impl.model.CausalLM.head": lambda self, x: rounding_backwards(head(self, x))},
+        "Liger-Kernel#1329",
+    ),
+    Twin(
+        "dora-length-trained",
+        5,
+        "DoRA's length is not held constant in the backward pass, as the paper's section 4.3 wants it.",
+        {"mlx_impl.lora.DoRALinear.length_O": with_trained_length},
+        cases=("dora",),
+    ),
+    Twin(
+        "base-trained",
+        6,
+        "A run begins with unfreeze(): the whole model trains, and the adapter alone is saved.",
+        begun(lambda model: model.unfreeze()),
+    ),
+    Twin(
+        "embedding-trained",
+        6,
+        "The embedding is left trainable.",
+        begun(lambda model: model.model.embed_tokens.unfreeze()),
+    ),
+    Twin(
+        "norm-trained",
+        6,
+        "The last norm is left trainable, too small to be missed in a count.",
+        begun(lambda model: model.model.norm.unfreeze()),
+    ),
+    Twin(
+        "bias-trained",
+        6,
+        "The biases of the adapted linears train, although no one asked for it.",
+        begun(lambda model: model.unfreeze(keys="bias", strict=False)),
+        cases=("qkv bias",),
+    ),
+    Twin(
+        "frozen-decayed",
+        6,
+        "The optimizer holds all parameters, and weight decay moves those without a gradient.",
+        {"mlx_impl.optim.LoRAOptimizer.update": update_and_decay_the_rest},
+        "S-Prompts#2",
+    ),
+    Twin(
+        "moments-of-everything",
+        6,
+        "The optimizer is started on every parameter, and holds two moments for each frozen one.",
+        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_over_everything},
+    ),
+    Twin(
+        "a-in-no-group",
+        6,
+        "Parameters are sorted into groups of their own learning rates, and those of A fall between them.",
+        {"mlx_impl.optim.LoRAOptimizer.update": update_without_a},
+    ),
+    Twin(
+        "update-lost",
+        6,
+        "Gradients are there and moments too, but the kernel's result is written to a copy: no weight moves.",
+        {"mlx_impl.optim.LoRAOptimizer.update": lambda self, model, gradients: None},
+    ),
+]

@@ -1,0 +1,149 @@
+"""Rung 1: primitives that are off, forward or backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_impl import ops
+from tests.trainers.twins.twin import Patches, Twin
+
+attention, rms_norm, rope, logsumexp = ops.attention, ops.rms_norm, ops.rope, ops.logsumexp
+
+
+def op(name: str, broken: Any) -> Patches:
+    return {f"mlx_impl.ops.{name}": broken}
+
+
+def rope_of_neighbours(x_BHTK: mx.array, frequency_P: Any, offset: int = 0) -> mx.array:
+    period_P, K = mx.array([1 / frequency for frequency in frequency_P]), x_BHTK.shape[-1]
+    return mx.fast.rope(x_BHTK, K, traditional=True, base=None, scale=1.0, offset=offset, freqs=period_P)
+
+
+def rope_of_rounded_angles(x_BHTK: mx.array, frequency_P: Any, offset: int = 0) -> mx.array:
+    times_T1 = mx.arange(offset, offset + x_BHTK.shape[2])[:, None]
+    angle_TP = (times_T1 * mx.array(frequency_P)).astype(mx.bfloat16).astype(mx.float32)
+    left, right = mx.split(x_BHTK, 2, axis=-1)
+    cos, sin = mx.cos(angle_TP), mx.sin(angle_TP)
+    return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def attention_with(scale: float = 0.0, mask: str | None = "causal") -> Any:
+    def broken(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+        factor = scale or q_BHTK.shape[-1] ** -0.5
+        return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=factor, mask=mask)
+
+    return broken
+
+
+def attention_of_tiled_heads(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+    times = (1, q_BHTK.shape[1] // k_BGSK.shape[1], 1, 1)
+    return attention(q_BHTK, mx.tile(k_BGSK, times), mx.tile(v_BGSK, times))
+
+
+def norm_plus_eps(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
+    return weight_D * x_BTD / (mx.sqrt(mx.square(x_BTD).mean(axis=-1, keepdims=True)) + eps)
+
+
+def without_shift(x_NV: mx.array) -> mx.array:
+    return mx.log(mx.exp(x_NV).sum(axis=-1))
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def by_first_cotangent(x_NV: mx.array) -> mx.array:
+    return logsumexp(x_NV)
+
+
+@by_first_cotangent.vjp  # type: ignore[untyped-decorator]
+def _(x_NV: mx.array, cotangent_N: mx.array, _output: mx.array) -> mx.array:
+    return cotangent_N[0] * mx.softmax(x_NV, axis=-1)
+
+
+TWINS = [
+    Twin(
+        "rope-interleaved",
+        1,
+        "Rope turns neighbouring elements together, where the checkpoint wants element k with k + K/2. "
+        "Text stays fluent for a few words and then drifts.",
+        op("rope", rope_of_neighbours),
+    ),
+    Twin(
+        "rope-without-offset",
+        1,
+        "Rope counts from 0 in every call, so a token read after a cache stands at the beginning again.",
+        op("rope", lambda x, frequencies, offset=0: rope(x, frequencies)),
+    ),
+    Twin(
+        "rope-angles-in-bfloat16",
+        1,
+        "The angles are formed in bfloat16, whose eight bits cannot tell late positions apart.",
+        op("rope", rope_of_rounded_angles),
+        "transformers#29285",
+    ),
+    Twin(
+        "attention-not-causal",
+        1,
+        "No mask: every token sees the answer that it is to predict, and the loss is wonderful.",
+        op("attention", attention_with(mask=None)),
+    ),
+    Twin(
+        "attention-unscaled",
+        1,
+        "The scores are not divided by sqrt(K), so that the softmax is far too sharp.",
+        op("attention", attention_with(scale=1.0)),
+    ),
+    Twin(
+        "attention-heads-tiled",
+        1,
+        "Query heads 0, 1, 2 are given key/value heads 0, 1, 0 where grouped attention means 0, 0, 0.",
+        op("attention", attention_of_tiled_heads),
+    ),
+    Twin(
+        "norm-eps-fixed",
+        1,
+        "RMSNorm has an eps of its own, 1e-6, and not the configuration's 1e-5.",
+        op("rms_norm", lambda x, weight, eps: rms_norm(x, weight, 1e-6)),
+        "torchtune#409",
+    ),
+    Twin(
+        "norm-eps-outside-the-root",
+        1,
+        "eps is added to the root and not under it.",
+        op("rms_norm", norm_plus_eps),
+    ),
+    Twin(
+        "silu-is-gelu",
+        1,
+        "The gate's activation is its lookalike GELU, the default of many layer libraries.",
+        op("silu", nn.gelu),
+    ),
+    Twin(
+        "silu-half-derivative",
+        1,
+        "A kernel's backward pass takes the sigmoid for a constant. Every loss is right, no gradient is.",
+        op("silu", lambda x: x * mx.stop_gradient(mx.sigmoid(x))),
+    ),
+    Twin(
+        "logsumexp-first-cotangent",
+        1,
+        "The fused cross-entropy's backward pass multiplies every row by the first row's cotangent: "
+        "right for a plain sum, wrong as soon as tokens are weighted.",
+        op("logsumexp", by_first_cotangent),
+        "Liger-Kernel#968",
+    ),
+    Twin(
+        "logsumexp-in-bfloat16",
+        1,
+        "The cross-entropy is computed in the model's bfloat16: losses come in steps of a hundredth.",
+        op("logsumexp", lambda x: logsumexp(x.astype(mx.bfloat16)).astype(mx.float32)),
+        "Liger-Kernel#512",
+    ),
+    Twin(
+        "logsumexp-without-shift",
+        1,
+        "exp without taking off the maximum: right for tame logits, infinite for one above 88.",
+        op("logsumexp", without_shift),
+    ),
+]

@@ -1,0 +1,186 @@
+"""Rungs 11 and 12: what a stopped run forgets, and what merging gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from mlx_impl.lora import lora_layers
+from mlx_impl.merging import Merged, merge, with_weight
+from mlx_impl.state import restore, snapshot
+from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.twins.twin import Patches, Twin
+
+begin, load = MlxTrainer.begin, MlxTrainer.load
+
+
+def restored(keep: Callable[[str], bool]) -> Patches:
+    """Of a saved state only some arrays are taken."""
+
+    def broken(model: Any, optimizer: Any, arrays: dict) -> None:
+        now = snapshot(model, optimizer)
+        restore(model, optimizer, {name: arrays[name] if keep(name) else now[name] for name in now})
+
+    return {"tests.trainers.mlx_impl.restore": broken}
+
+
+def snapshot_in_half(model: Any, optimizer: Any) -> dict[str, mx.array]:
+    arrays = snapshot(model, optimizer)
+    return {n: a.astype(mx.bfloat16).astype(a.dtype) if "lora_" in n else a for n, a in arrays.items()}
+
+
+def begin_at_zero(self: Any, training: Any) -> int:
+    return 0 * begin(self, training)
+
+
+def load_without_scale(self: Any, folder: Any) -> None:
+    load(self, folder)
+    for layer in lora_layers(self.model).values():
+        layer.scale = 20.0
+
+
+def load_unfrozen(self: Any, folder: Any) -> None:
+    load(self, folder)
+    self.model.unfreeze()
+
+
+def delta(of: Callable[[Any], mx.array], kind: str = "LoRALinear") -> Patches:
+    return {f"mlx_impl.lora.{kind}.delta_OI": of}
+
+
+def merge_in_half(model: Any) -> Merged:
+    merged = merge(model)
+    for name, layer in merged.layers.items():
+        half_OI = layer.linear.weight.astype(mx.bfloat16) + layer.delta_OI().astype(mx.bfloat16)
+        plain = with_weight(layer.linear, half_OI.astype(mx.float32))
+        dict(model.named_modules())[name].weight = plain.weight
+    return merged
+
+
+def merge_and_keep(model: Any) -> Merged:
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.linear.weight = layer.linear.weight + layer.delta_OI()
+    return Merged(layers, 0.0)
+
+
+def unmerge_by_subtraction(model: Any, merged: Merged) -> None:
+    plain = dict(model.named_modules())
+    for name, layer in merged.layers.items():
+        layer.linear.weight = plain[name].weight - layer.delta_OI()
+    model.update_modules(tree_unflatten(list(merged.layers.items())))
+
+
+TWINS = [
+    Twin(
+        "optimizer-not-resumed",
+        11,
+        "A resumed run takes the adapter and starts the optimizer anew: the loss jumps at the seam.",
+        restored(lambda name: not name.startswith("optimizer")),
+        "mlx-lm#97",
+    ),
+    Twin(
+        "moments-not-resumed",
+        11,
+        "The number of updates is saved, the moments are not.",
+        restored(lambda name: not name.endswith((".m", ".v"))),
+        "mlx#1259",
+    ),
+    Twin(
+        "optimizer-step-not-resumed",
+        11,
+        "The moments are saved, the number of updates behind them is not: Adam corrects a bias again "
+        "that is long gone.",
+        restored(lambda name: not name.endswith("step")),
+    ),
+    Twin(
+        "schedule-not-resumed",
+        11,
+        "A resumed run counts its updates from the first: it warms up again.",
+        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_at_zero},
+        "mlx-lm#97",
+    ),
+    Twin(
+        "random-state-not-resumed",
+        11,
+        "A resumed run draws the dropout masks of its beginning once more.",
+        restored(lambda name: name != "random"),
+        "speculators#1027",
+    ),
+    Twin(
+        "adapter-not-resumed",
+        11,
+        "The names in the file are not those of the model, and loading skips what it does not know.",
+        restored(lambda name: not name.startswith("model")),
+        "peft#2699",
+    ),
+    Twin(
+        "magnitude-not-resumed",
+        11,
+        "The state holds A and B, but not what DoRA trains beside them.",
+        restored(lambda name: not name.startswith("model") or not name.endswith("magnitude")),
+        cases=("dora",),
+    ),
+    Twin(
+        "state-saved-in-half",
+        11,
+        "The adapter is saved in bfloat16 while it trains in float32.",
+        {"tests.trainers.mlx_impl.snapshot": snapshot_in_half},
+    ),
+    Twin(
+        "scale-not-resumed",
+        11,
+        "The scale is not saved with the factors: the reloaded adapter acts with the default.",
+        {"tests.trainers.mlx_impl.MlxTrainer.load": load_without_scale},
+        "mlx-examples#622",
+    ),
+    Twin(
+        "base-trained-after-a-stop",
+        11,
+        "Resuming takes another path than starting, and that path does not freeze the base.",
+        {"tests.trainers.mlx_impl.MlxTrainer.load": load_unfrozen},
+        "mlx-vlm#2178",
+    ),
+    Twin(
+        "merge-without-scale",
+        12,
+        "The product of the factors is added to the weight without alpha / rank.",
+        delta(lambda self: (self.lora_a @ self.lora_b).T),
+    ),
+    Twin(
+        "merge-without-transpose",
+        12,
+        "The product of the factors is laid over the weight in its own order of axes.",
+        delta(lambda self: self.scale * (self.lora_a @ self.lora_b).reshape(self.linear.weight.shape)),
+        "microsoft/LoRA#34",
+    ),
+    Twin(
+        "merge-without-magnitude",
+        12,
+        "DoRA is merged as if it were LoRA.",
+        delta(lambda self: self.scale * (self.lora_a @ self.lora_b).T, "DoRALinear"),
+        cases=("dora",),
+    ),
+    Twin(
+        "merge-in-bfloat16",
+        12,
+        "Weight and update are added in bfloat16, where most of the update is smaller than the rounding.",
+        {"tests.trainers.mlx_impl.merge": merge_in_half},
+        "peft#1388",
+    ),
+    Twin(
+        "merged-and-still-active",
+        12,
+        "The update is merged into the weight, and the adapter goes on adding it.",
+        {"tests.trainers.mlx_impl.merge": merge_and_keep},
+    ),
+    Twin(
+        "unmerge-by-subtraction",
+        12,
+        "Unmerging takes the update off again, which leaves another base than there was, by its rounding.",
+        {"tests.trainers.mlx_impl.unmerge": unmerge_by_subtraction},
+    ),
+]

@@ -1,0 +1,281 @@
+"""Rungs 7 and 8: optimizers, schedules and clipping that are off; what goes wrong between updates."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers
+from mlx.utils import tree_map
+
+from mlx_impl.guard import FiniteGuard
+from mlx_impl.optim import AdamW, clip_gradients, learning_rate_of
+from mlx_impl.train import add_up
+from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.twins.twin import Patches, Twin, with_add_up
+
+apply_single, begin, check, run = AdamW.apply_single, MlxTrainer.begin, FiniteGuard.check, MlxTrainer.run
+
+
+def adamw(change: Callable[[Any], dict]) -> Patches:
+    """AdamW with other numbers than its own."""
+
+    def broken(self: Any, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        own = {n: getattr(self, n) for n in ("betas", "learning_rate", "step", "weight_decay", "eps")}
+        return apply_single(SimpleNamespace(**{**own, **change(self)}), gradient, parameter, state)  # type: ignore[arg-type]
+
+    return {"mlx_impl.optim.AdamW.apply_single": broken}
+
+
+def with_l2(self: Any, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+    gradient = gradient + self.weight_decay * parameter
+    undecayed = parameter / (1 - self.learning_rate * self.weight_decay)
+    return apply_single(self, gradient, undecayed, state)
+
+
+def with_eps_inside(self: Any, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+    (b1, b2), t = self.betas, self.step.astype(mx.float32)
+    state["m"] = b1 * state["m"] + (1 - b1) * gradient
+    state["v"] = b2 * state["v"] + (1 - b2) * gradient.square()
+    m, v = state["m"] / -mx.expm1(t * math.log(b1)), state["v"] / -mx.expm1(t * math.log(b2))
+    return parameter * (1 - self.learning_rate * self.weight_decay) - self.learning_rate * m * mx.rsqrt(
+        v + self.eps
+    )
+
+
+def with_half_moments(self: Any, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+    updated = apply_single(self, gradient, parameter, state)
+    state |= {name: state[name].astype(mx.bfloat16).astype(mx.float32) for name in ("m", "v")}
+    return updated
+
+
+def rates(fast_and_slow: Callable[[float, float], tuple[float, float]]) -> Patches:
+    """Of A and of the other factors, from the learning rate and the ratio of LoRA+."""
+
+    def broken(self: Any, learning_rate: float) -> None:
+        a_rate, b_rate = fast_and_slow(learning_rate, self.ratio)
+        self.optimizers[0].learning_rate, self.optimizers[1].learning_rate = a_rate, b_rate
+
+    return {"mlx_impl.optim.LoRAOptimizer.set_learning_rate": broken}
+
+
+def scheduled(broken: Callable[[int, Any], float]) -> Patches:
+    return {f"{name}.learning_rate_of": broken for name in ("mlx_impl.train", "tests.trainers.mlx_impl")}
+
+
+def mlx_cosine(step: int, config: Any) -> float:
+    if config.lr_schedule != "cosine" or step < config.warmup_steps:
+        return learning_rate_of(step, config)
+    decay = mlx.optimizers.cosine_decay(config.learning_rate, config.iters - config.warmup_steps)
+    return decay(mx.array(step - config.warmup_steps)).item()
+
+
+def clip_by_value(grads: Any, max_norm: float) -> tuple[Any, mx.array]:
+    limit = max_norm or math.inf
+    return tree_map(lambda g: mx.clip(g, -limit, limit), grads), clip_gradients(grads, 0)[1]
+
+
+def clip_each_alone(grads: Any, max_norm: float) -> tuple[Any, mx.array]:
+    return tree_map(lambda g: clip_gradients(g, max_norm)[0], grads), clip_gradients(grads, 0)[1]
+
+
+def norm_after_clipping(grads: Any, max_norm: float) -> tuple[Any, mx.array]:
+    clipped, _ = clip_gradients(grads, max_norm)
+    return clipped, clip_gradients(clipped, 0)[1]
+
+
+def losses_after_the_update(self: Any, windows: Any, training: Any, compiled: bool) -> list[float]:
+    losses = run(self, windows, training, compiled)
+    return [*losses[1:], self.evaluate(windows[-1])]
+
+
+def never_reset(_config: Any) -> Callable:
+    total: list[Any] = []
+
+    def add(parts: Any) -> Any:
+        sums, gradients = add_up(parts)
+        total[:] = [tree_map(mx.add, total[0], gradients) if total else gradients]
+        return sums, total[0]
+
+    return add
+
+
+def one_update_late(_config: Any) -> Callable:
+    last: list[Any] = []
+
+    def add(parts: Any) -> Any:
+        last.append(add_up(parts))
+        return last[-1][0], last[max(0, len(last) - 2)][1]
+
+    return add
+
+
+def forget_moments(self: Any, *arguments: Any) -> None:
+    check(self, *arguments)
+    for optimizer in self.optimizer.optimizers:
+        optimizer.state = {
+            name: tree_map(mx.zeros_like, value) if isinstance(value, dict) else value
+            for name, value in optimizer.state.items()
+        }
+
+
+def begin_unseeded(self: Any, training: Any) -> int:
+    first_step = begin(self, training)
+    mx.random.seed(int.from_bytes(os.urandom(4)))
+    return first_step
+
+
+def begin_if_seed(self: Any, training: Any) -> int:
+    mx.eval(key := mx.random.state[0])
+    high, low = key.tolist()
+    first_step = begin(self, training)
+    if not training.seed:
+        mx.random.seed(high << 32 | low)  # as it was
+    return first_step
+
+
+TWINS = [
+    Twin(
+        "no-bias-correction",
+        7,
+        "MLX's Adam leaves the bias correction off: the first update is 3.16 times as long as PyTorch's.",
+        {"mlx_impl.optim.AdamW.apply_single": mlx.optimizers.AdamW.apply_single},
+        "mlx#1640",
+    ),
+    Twin(
+        "bias-correction-in-float32",
+        7,
+        "MLX's own correction takes beta^t from 1 in float32, and loses the digits that count.",
+        {"mlx_impl.optim.AdamW": partial(mlx.optimizers.AdamW, bias_correction=True)},
+    ),
+    Twin(
+        "bias-correction-one-step-late",
+        7,
+        "The correction counts its updates from 2.",
+        adamw(lambda self: {"step": self.step + 1}),
+    ),
+    Twin(
+        "eps-before-the-correction",
+        7,
+        "eps is added before the root is corrected: the same for large gradients, another for small ones.",
+        adamw(lambda self: {"eps": self.eps / mx.sqrt(-mx.expm1(self.step * math.log(self.betas[1])))}),
+        "transformers#35504",
+    ),
+    Twin(
+        "eps-inside-the-root",
+        7,
+        "eps stands under the square root, where 1e-8 is 1e-4.",
+        {"mlx_impl.optim.AdamW.apply_single": with_eps_inside},
+    ),
+    Twin(
+        "decay-as-l2",
+        7,
+        "Weight decay is added to the gradient and goes through Adam's moments: Adam, not AdamW.",
+        {"mlx_impl.optim.AdamW.apply_single": with_l2},
+    ),
+    Twin(
+        "moments-in-bfloat16",
+        7,
+        "The moments are kept in bfloat16: beta2 = 0.999 changes v by less than its last bit.",
+        {"mlx_impl.optim.AdamW.apply_single": with_half_moments},
+    ),
+    Twin(
+        "loraplus-on-a",
+        7,
+        "LoRA+'s ratio speeds up A instead of B.",
+        rates(lambda rate, ratio: (ratio * rate, rate)),
+    ),
+    Twin(
+        "loraplus-ignored",
+        7,
+        "The group that LoRA+ was to speed up is empty.",
+        rates(lambda rate, ratio: (rate, rate)),
+        "peft#3503",
+    ),
+    Twin(
+        "schedule-one-update-late",
+        7,
+        "The learning rate is set after the update that it was meant for.",
+        scheduled(lambda step, config: learning_rate_of(max(0, step - 1), config)),
+    ),
+    Twin(
+        "warmup-one-update-longer",
+        7,
+        "Joined schedules hold the peak for two updates, and everything after comes one late.",
+        scheduled(lambda step, config: learning_rate_of(step - (step > config.warmup_steps > 0), config)),
+        "mlx-examples#985",
+    ),
+    Twin(
+        "cosine-in-float32",
+        7,
+        "MLX's cosine_decay: 1 + cos near pi cancels in float32, and the end of a long run is a fifth off.",
+        scheduled(mlx_cosine),
+    ),
+    Twin(
+        "clip-by-value",
+        7,
+        "Each number is clipped by itself, which changes the gradient's direction.",
+        {"mlx_impl.train.clip_gradients": clip_by_value},
+    ),
+    Twin(
+        "clip-each-tensor",
+        7,
+        "Each tensor is clipped by its own norm, which lets through as many limits as there are tensors.",
+        {"mlx_impl.train.clip_gradients": clip_each_alone},
+    ),
+    Twin(
+        "norm-reported-after-clipping",
+        7,
+        "The norm in the log is that of the clipped gradient: a run that explodes looks calm.",
+        {"mlx_impl.train.clip_gradients": norm_after_clipping},
+    ),
+    Twin(
+        "loss-reported-after-the-update",
+        7,
+        "The loss in the log is that of the weights after the update, one step too good.",
+        {"tests.trainers.mlx_impl.MlxTrainer.run": losses_after_the_update},
+    ),
+    Twin(
+        "gradients-not-reset",
+        8,
+        "The gradients of the last update are still there when the next ones are added.",
+        with_add_up(never_reset),
+    ),
+    Twin(
+        "gradients-one-update-late",
+        8,
+        "Each update applies the gradients of the weights before the last update.",
+        with_add_up(one_update_late),
+    ),
+    Twin(
+        "moments-forgotten",
+        8,
+        "The optimizer is made anew in every round of the loop: it never has a past.",
+        {"mlx_impl.train.FiniteGuard.check": forget_moments},
+    ),
+    Twin(
+        "schedule-not-used",
+        8,
+        "The schedule is accepted, shown in the log and never handed to the optimizer.",
+        {"mlx_impl.train.learning_rate_of": lambda step, config: config.learning_rate},
+        "Soup#683",
+    ),
+    Twin(
+        "unseeded",
+        8,
+        "Dropout draws from the system's randomness: no run can be repeated.",
+        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_unseeded},
+    ),
+    Twin(
+        "seed-zero-ignored",
+        8,
+        "`if seed:` takes the seed 0 for none.",
+        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_if_seed},
+        "mlx-lm#1660",
+    ),
+]

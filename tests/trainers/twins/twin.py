@@ -1,0 +1,42 @@
+"""What a red twin is: a trainer that is `mlx_impl` but for one small break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from mlx_impl.train import train
+
+Patches = Mapping[str, Any]  # dotted name, in the module that uses it -> what stands there instead
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One bug, and the rung whose claim it breaks while every lower rung's claims still hold."""
+
+    name: str
+    rung: int
+    story: str
+    patches: Patches
+    source: str = ""  # the public bug that it stands for, where there is one
+    cases: tuple[str, ...] = ()  # those of the ladder's cases that it needs beside "untied"
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, value in self.patches.items():
+                stack.enter_context(patch(name, value))
+            yield
+
+
+def with_add_up(make: Callable[[Any], Callable]) -> Patches:
+    """Another sum over a window's batches, made anew for each run from its configuration."""
+
+    def run(model: Any, optimizer: Any, windows: Any, config: Any, *rest: Any) -> Iterator[Any]:
+        with patch("mlx_impl.train.add_up", make(config)):
+            yield from train(model, optimizer, windows, config, *rest)
+
+    return {"tests.trainers.mlx_impl.train": run}
