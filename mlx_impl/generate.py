@@ -12,7 +12,7 @@ from copy import copy
 
 import mlx.core as mx
 
-from .model import CausalLM, KeyValueCache
+from .model import CausalLM, KeyValueCache, in_evaluation
 
 MAX_ROWS = 64  # prompts decoded together
 
@@ -46,7 +46,6 @@ def read_prefix(model: CausalLM, prompts: Sequence[Sequence[int]]) -> tuple[int,
     num_shared = (*same, False).index(False)
     caches = empty_caches(model)
     if num_shared:
-        model.eval()
         mx.eval(model.model(mx.array([list(prompts[0][:num_shared])]), caches))
     return num_shared, caches
 
@@ -61,37 +60,31 @@ def generate(
     """The tokens of one answer as they come; the end-of-turn token ends it and is not yielded."""
     if not prompt:
         raise ValueError("the prompt must have at least one token, got none")
-    model.eval()
     caches, tokens_BT = empty_caches(model), mx.array([list(prompt)])
-    for _ in range(max_tokens):
-        next_B = advance(model, caches, tokens_BT, temperature)
-        token = int(next_B.item())
-        if token == eos_id:
-            return
-        yield token
-        tokens_BT = next_B[:, None]
+    with in_evaluation(model):
+        for _ in range(max_tokens):
+            next_B = advance(model, caches, tokens_BT, temperature)
+            token = int(next_B.item())
+            if token == eos_id:
+                return
+            yield token
+            tokens_BT = next_B[:, None]
 
 
 def generate_all(
     model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """The greedy answer to every prompt, in the order of the prompts."""
-    model.eval()
     answers: list[list[int]] = [[] for _ in prompts]
-    num_shared, prefix = read_prefix(model, prompts) if prompts else (0, [])
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(by_length), MAX_ROWS):
-        rows = by_length[start : start + MAX_ROWS]
-        texts = march(
-            model,
-            [copy(cache) for cache in prefix],
-            num_shared,
-            [prompts[row] for row in rows],
-            max_tokens,
-            eos_id,
-        )
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
+    with in_evaluation(model):
+        num_shared, prefix = read_prefix(model, prompts) if prompts else (0, [])
+        for start in range(0, len(by_length), MAX_ROWS):
+            rows = by_length[start : start + MAX_ROWS]
+            caches, chosen = [copy(cache) for cache in prefix], [prompts[row] for row in rows]
+            texts = march(model, caches, num_shared, chosen, max_tokens, eos_id)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text
     return answers
 
 

@@ -10,6 +10,8 @@ that may be recomputed in the backward pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,3 +169,14 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(x_BTD)
         return self.lm_head(x_BTD)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block dropout is off; after it the model is in training again if it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -4,8 +4,8 @@
 times as long. Turned on, it rounds beta**t to float32 before it takes it from 1, which loses the digits that
 count. MLX's schedules are float32 too: the last of 10,000 steps of `cosine_decay` is off by a fifth, of
 `linear_schedule` after a warmup by 0.02%. So the learning rate is computed in double precision and handed
-over as a number. Sources: Hugging Face `transformers.optimization` (schedules); Hayou et al. 2024, "LoRA+", eq. 5; PyTorch's
-`clip_grad_norm_`. Differs from reference/train.py: there torch.optim serves.
+over as a number. Sources: Hugging Face `transformers.optimization` (schedules); Hayou et al. 2024, "LoRA+",
+eq. 5; PyTorch's `clip_grad_norm_`. Differs from reference/train.py: there torch.optim serves.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .data import Batch, Window, target_positions
 from .guard import FiniteGuard
 from .loss import next_token_nats
-from .model import CausalLM
+from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
 
 Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N: what a compiled function can take
@@ -119,12 +119,10 @@ def train(
 
 def evaluate(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:
     """Nats per target over all batches (the sum of the sums over the sum of the counts), and that count."""
-    was_training = model.training
-    model.eval()  # dropout off
     total_nats, total_targets = 0.0, 0
-    for batch in batches:
-        nats, num_targets = batch_loss(model, to_arrays(batch))
-        total_nats += nats.item()
-        total_targets += num_targets.item()
-    model.train(was_training)
+    with in_evaluation(model):
+        for batch in batches:
+            nats, num_targets = batch_loss(model, to_arrays(batch))
+            total_nats += nats.item()
+            total_targets += num_targets.item()
     return total_nats / total_targets, total_targets

@@ -57,6 +57,7 @@ class LoRATrainer:
 
     def fit(self, examples: Sequence[Example]) -> Iterator[StepRecord]:
         """Train up to update `training.iters`; stop reading the iterator to stop earlier."""
+        self.require_adapter()
         windows = training_windows(examples, self.training, self.step)
         records = train(self.model, self.optimizer, windows, self.training, self.compiled, self.step)
         try:
@@ -82,16 +83,22 @@ class LoRATrainer:
 
     def save(self, path: Path, examples: Sequence[Example]) -> None:
         """The whole training state into one file; `examples` are those it was trained on."""
+        self.require_adapter()
         progress = Progress(self.step, self.validation, self.identity(examples))
         save_state(path, snapshot(self.model, self.optimizer), progress)
 
     def resume(self, path: Path, examples: Sequence[Example]) -> None:
         """Go on where the saved run was: `fit` then does what it would have done, to the bit."""
+        self.require_adapter()
         expected = snapshot(self.model, self.optimizer)
         arrays, progress = load_state(path, self.identity(examples), expected)
         restore(self.model, self.optimizer, arrays)
         self.step = progress.step
         self.validation = [(step, loss_nats) for step, loss_nats in progress.validation]
+
+    def require_adapter(self) -> None:
+        if not lora_layers(self.model):
+            raise ValueError("the model must carry its adapter, and does not: unmerge a merged one first")
 
     def identity(self, examples: Sequence[Example]) -> dict[str, Any]:
         return identify(self.base_digest, examples, self.lora, self.training)

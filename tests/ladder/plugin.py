@@ -34,7 +34,7 @@ class Failure:
     report: str
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in sets
 class Ladder:
     """One run of the ladder on one trainer."""
 

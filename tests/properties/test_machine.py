@@ -125,7 +125,6 @@ def new_trainer() -> trainer.LoRATrainer:
     return trainer.LoRATrainer(case.build(MlxTrainer).model, case.lora, TrainConfig(iters=4))
 
 
-@pytest.mark.xfail(strict=True, reason="`save` writes a state without factors, and no run can go on with it")
 def test_saving_while_merged_is_refused(tmp_path: Path) -> None:
     run = new_trainer()
     merging.merge(run.model)
@@ -133,7 +132,6 @@ def test_saving_while_merged_is_refused(tmp_path: Path) -> None:
         run.save(tmp_path / "state.safetensors", [])
 
 
-@pytest.mark.xfail(strict=True, reason="`generate` leaves the model in evaluation")
 def test_an_answer_between_two_updates_leaves_dropout_on() -> None:
     run = new_trainer()
     run.model.train()
