@@ -159,7 +159,7 @@ def add_step_arguments(group: argparse._ArgumentGroup) -> None:
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     folder(group, "--adapter-path", "the run's folder: adapter, metrics, report (default: adapters)")
     folder(group, "--resume", "go on with the run in this folder, to the bit as if it had not been stopped")
-    number(group, "--save-every", 100, "steps between savings of adapter and training state")
+    number(group, "--save-every", 25, "steps between savings of adapter and training state")
     number(group, "--steps-per-eval", 25, "steps between validations")
     number(group, "--patience", 0, "stop after so many validations without a better loss; 0: never")
     number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")

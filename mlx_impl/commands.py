@@ -90,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     require_at_least(1, "max_tokens", args.max_tokens)
-    require_seed(args.seed)
+    require_seed("seed", args.seed)
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature must be finite and at least 0, got {args.temperature}")
     loaded = load_with_adapter(args.model, args.adapter_path)
@@ -121,26 +121,31 @@ def lora_config(args: argparse.Namespace) -> LoRAConfig | None:
             raise ValueError(f"--{flag} comes with the adapter of --init-adapter: give one of them")
         return None
     if given.get("target_modules", "all-linear") != "all-linear":
-        given["target_modules"] = tuple(name for name, _ in pairs(given["target_modules"]))
+        given["target_modules"] = tuple(parts(given["target_modules"]))
     if "target_regex" in given:
         given["target_modules"] = given.pop("target_regex")
     for flag, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         if flag in given:
-            given[flag] = {name: to_number(flag, value, kind) for name, value in pairs(given[flag])}
+            given[flag] = to_pattern(flag, given[flag], kind)
     return LoRAConfig(**given)
 
 
-def pairs(text: str) -> list[tuple[str, str]]:
-    """The parts between commas, each split at its first equals sign."""
-    parts = [part.partition("=") for part in text.split(",") if part.strip()]
-    return [(name.strip(), value.strip()) for name, _, value in parts]
+def parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def to_number(flag: str, text: str, kind: type) -> int | float:
+def to_pattern(flag: str, text: str, kind: type) -> dict[str, int | float]:
+    """NAME=NUMBER,NAME=NUMBER,... with every name once."""
+    rows = [part.rpartition("=") for part in parts(text)]
     try:
-        return kind(text)
+        pattern = {name.strip(): kind(value) for name, _, value in rows}
     except ValueError:
-        raise ValueError(f"--{flag.replace('_', '-')} must be NAME=NUMBER,..., got {text!r}") from None
+        pattern = {}
+    if not rows or "" in pattern or len(pattern) < len(rows):
+        noun = "a whole number" if kind is int else "a number"
+        flag = flag.replace("_", "-")
+        raise ValueError(f"--{flag} must be NAME=N,NAME=N,..., each name once and N {noun}, got {text!r}")
+    return pattern
 
 
 def data_folder(path: Path | None) -> Path:

@@ -94,10 +94,15 @@ class LoRAConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.num_layers != -1 and self.num_layers < 1:
             raise ValueError(f"num_layers must be -1 (all) or at least 1, got {self.num_layers}")
-        for pattern, rank in self.rank_pattern.items():
-            require_number(f"rank_pattern[{pattern!r}]", rank, int)
-        for pattern, alpha in self.alpha_pattern.items():
-            require_number(f"alpha_pattern[{pattern!r}]", alpha, float)
+        targets = self.target_modules
+        if not isinstance(targets, (str, tuple)) or not all(isinstance(name, str) for name in targets):
+            raise ValueError(f"target_modules must be a text or a tuple of texts, got {targets!r}")
+        for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, dict):
+                raise ValueError(f"{name} must be a dict from patterns to numbers, got {patterns!r}")
+            for pattern, value in patterns.items():
+                require_number(f"{name}[{pattern!r}]", value, kind)
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ class TrainConfig:
         require_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         if self.warmup_steps > self.iters:
             raise ValueError(f"warmup_steps must be at most iters, got {self.warmup_steps} and {self.iters}")
-        require_seed(self.seed)
-        require_seed(self.data_seed)
+        require_seed("seed", self.seed)
+        require_seed("data_seed", self.data_seed)
 
 
 def require_numbers(record: object, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -154,6 +159,6 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def require_seed(seed: int) -> None:
+def require_seed(name: str, seed: int) -> None:
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and less than 2**63, got {seed}")
+        raise ValueError(f"{name} must be at least 0 and less than 2**63, got {seed}")

@@ -94,7 +94,7 @@ def is_text(value: object) -> bool:
 
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
-    longest = max(len(example.tokens) for example in examples) - 1
+    longest = max(1, *(len(example.tokens) - 1 for example in examples))
     width = rounded_up(longest)
     tokens = np.zeros((len(examples), width + 1), dtype=np.int32)
     is_target = np.zeros((len(examples), width + 1), dtype=bool)
@@ -138,7 +138,18 @@ def training_windows(
         raise ValueError("training needs at least one example, got none")
     for step in range(first_step, config.iters):
         batches = window_numbers(step, len(examples), config)
-        yield [make_batch([examples[i] for i in numbers], numbers) for numbers in batches]
+        window = [make_batch([examples[i] for i in numbers], numbers) for numbers in batches]
+        if not any(batch.mask_BT.any() for batch in window):
+            numbers = ", ".join(str(i + 1) for batch in batches for i in batch)
+            raise ValueError(f"an update needs at least one target, and the examples {numbers} have none")
+        yield window
+
+
+def require_tokens(examples: Sequence[Example], vocab_size: int) -> None:
+    """ValueError that names the first example with a token that is not in the vocabulary."""
+    for number, example in enumerate(examples, 1):
+        if example.tokens and not 0 <= min(example.tokens) <= max(example.tokens) < vocab_size:
+            raise ValueError(f"example {number}: tokens must be at least 0 and less than {vocab_size}")
 
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:

@@ -17,9 +17,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
         yield part
+        synchronize(part)
         os.replace(part, path)
+        if os.name == "posix":
+            synchronize(path.parent)  # the new name too
     finally:
         part.unlink(missing_ok=True)
+
+
+def synchronize(path: Path) -> None:
+    """Wait until it is on the disk, so that a power cut finds it there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_run_folder(folder: Path) -> None:

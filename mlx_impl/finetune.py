@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,10 +41,10 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     with interrupt_requested() as interrupt:
         try:
             fit(prepared, records, console, interrupt)
-        except NotFinite:
             save(prepared, records, console)
+        except NotFinite:
+            save(prepared, records[: prepared.trainer.step], console)
             raise
-        save(prepared, records, console)
     after = examine(prepared, console, "after")
     report = make_report(prepared, before, after, records)
     prepared.folder.write_json("report.json", report)
@@ -72,7 +73,7 @@ def go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]
 
 def save(prepared: Prepared, records: list[StepRecord], console: Console) -> None:
     folder, trainer = prepared.folder, prepared.trainer
-    folder.save(trainer, prepared.train)
+    folder.save(trainer, prepared.train, prepared.base_name)
     folder.save_curve(records, trainer)
     console.print(f"step {trainer.step}: adapter, training state and loss.png saved in {folder.path}")
 
@@ -111,8 +112,7 @@ def examine(prepared: Prepared, console: Console, when: str) -> Exam:
 def fit(prepared: Prepared, records: list[StepRecord], console: Console, interrupt: Interrupt) -> None:
     """Train to the end, to Ctrl-C or until validation has not improved for long; adds to the records."""
     job, trainer, folder = prepared.job, prepared.trainer, prepared.folder
-    if not trainer.validation:
-        validate(prepared, console)
+    validate_where_due(prepared, console)  # also what a stop has prevented
     if is_exhausted(prepared, console):
         return
     steps = trainer.fit(prepared.train)
@@ -121,22 +121,26 @@ def fit(prepared: Prepared, records: list[StepRecord], console: Console, interru
             records.append(record)
             metrics.write(json.dumps(asdict(record)) + "\n")
             metrics.flush()
-            is_last = record.step == trainer.training.iters
-            if (record.step % job.steps_per_eval == 0 or is_last) and not interrupt.requested:
-                validate(prepared, console)
+            if interrupt.requested:
+                break
+            validate_where_due(prepared, console)
             if record.step % job.save_every == 0:
-                folder.save(trainer, prepared.train)
-            if interrupt.requested or is_exhausted(prepared, console):
+                os.fsync(metrics.fileno())
+                folder.save(trainer, prepared.train, prepared.base_name)
+            if is_exhausted(prepared, console):
                 break
 
 
-def validate(prepared: Prepared, console: Console) -> None:
-    """The validation loss, and the adapter kept where it is the best so far."""
-    if prepared.valid:
-        loss_nats = prepared.trainer.validate(prepared.valid)
-        console.print(f"validation loss at step {prepared.trainer.step}: {loss_nats:.4f}")
-        if prepared.trainer.validations_since_best() == 0:
-            prepared.folder.save_best(prepared.trainer)
+def validate_where_due(prepared: Prepared, console: Console) -> None:
+    """The validation loss every few steps and at the end; the adapter kept where it is the best so far."""
+    trainer = prepared.trainer
+    is_due = trainer.step % prepared.job.steps_per_eval == 0 or trainer.step == trainer.training.iters
+    is_done = any(step == trainer.step for step, _ in trainer.validation)
+    if prepared.valid and is_due and not is_done:
+        loss_nats = trainer.validate(prepared.valid)
+        console.print(f"validation loss at step {trainer.step}: {loss_nats:.4f}")
+        if trainer.validations_since_best() == 0:
+            prepared.folder.save_best(trainer, prepared.base_name)
 
 
 def is_exhausted(prepared: Prepared, console: Console) -> bool:

@@ -24,25 +24,36 @@ class NotFinite(ValueError):
 
 
 class FiniteGuard:
+    """Knows two states: that of now, and the last whose loss was finite."""
+
     def __init__(self, model: CausalLM, optimizer: LoRAOptimizer, updates_done: int) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.entered = self.sound = (updates_done, snapshot(model, optimizer))
+        self.model, self.optimizer, self.updates_done = model, optimizer, updates_done
+        self.now = snapshot(model, optimizer)
+        self.sound = (updates_done, self.now)
 
     def check(self, window: Window, loss_nats: float, norm: float, is_finite: bool) -> None:
         """After each update; NotFinite, with the last sound state restored, unless all of it is finite."""
-        is_entered_sound = math.isfinite(loss_nats) and math.isfinite(norm)
-        if is_entered_sound:
-            self.sound = self.entered
-        step = self.entered[0] + 1
-        if is_finite:
-            self.entered = (step, snapshot(self.model, self.optimizer))
-            return
-        what = "updated adapter" if is_entered_sound else "gradient" if math.isfinite(loss_nats) else "loss"
-        updates_done, arrays = self.sound
-        restore(self.model, self.optimizer, arrays)
-        numbers = ", ".join(str(number + 1) for batch in window for number in batch.numbers)
+        was_sound = math.isfinite(loss_nats) and math.isfinite(norm)
+        if was_sound:
+            self.sound = (self.updates_done, self.now)
+        step = self.updates_done + 1
+        if not is_finite:
+            what = "updated adapter" if was_sound else "gradient" if math.isfinite(loss_nats) else "loss"
+            numbers = ", ".join(str(number + 1) for batch in window for number in batch.numbers)
+            self.go_back(f"the {what} is not finite at step {step}, on the examples {numbers or 'given'}")
+        self.updates_done, self.now = step, snapshot(self.model, self.optimizer)
+
+    def confirm(self, loss_nats: float) -> None:
+        """After a loss that was computed between two updates; NotFinite as above."""
+        if not math.isfinite(loss_nats):
+            self.go_back(f"the loss after step {self.updates_done} is not finite")
+        self.sound = (self.updates_done, self.now)
+
+    def go_back(self, reason: str) -> None:
+        self.updates_done, self.now = self.sound
+        restore(self.model, self.optimizer, self.now)
         raise NotFinite(
-            f"the {what} is not finite at step {step}, on the examples {numbers or 'given'}; the adapter is "
-            f"as it was after step {updates_done}, the last known to be sound: lower the learning rate",
-            updates_done,
+            f"{reason}; the adapter is as it was after step {self.updates_done}, the last known to be sound: "
+            f"begin again from it or from none, with a lower learning rate",
+            self.updates_done,
         )

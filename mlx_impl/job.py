@@ -11,6 +11,7 @@ from .checkpoint import LoadedModel, load_model
 from .config import LoRAConfig, TrainConfig
 from .data import Conversation, Example, read_conversations
 from .run_folder import RunFolder
+from .state import digest_of_examples
 from .tokenizer import encode_all
 from .trainer import LoRATrainer
 
@@ -52,10 +53,20 @@ class Prepared:
     valid: list[Example]
     questions: dict[str, list[Conversation]]  # by the names of QUESTION_FILES
 
+    @property
+    def base_name(self) -> str:
+        """What the adapter says that it belongs to."""
+        return str(self.job.model or self.loaded.name)
+
 
 def prepare(job: Job) -> Prepared:
     """Read everything and check it, the cheap things first."""
+    folder = RunFolder(job.folder)
+    if not job.resume:
+        folder.require_no_unfinished_run()
     train, valid, questions = read_data(job)
+    if job.patience and not valid:
+        raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
     training = train_config(job, len(train))
     loaded = load_model(job.model)
     examples, valid_examples = (
@@ -67,11 +78,16 @@ def prepare(job: Job) -> Prepared:
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
-    folder = RunFolder(job.folder, str(job.model or loaded.name))
+    trainer.belongs_to = {
+        "the validation data": digest_of_examples(valid_examples),
+        "the questions": {name: [c.messages[-2]["content"] for c in cs] for name, cs in questions.items()},
+        "steps_per_eval": job.steps_per_eval,
+        "patience": job.patience,
+    }
     if job.resume:
+        if folder.report.exists():
+            raise ValueError(f"{folder.path}: the run to resume must be unfinished, and has its report")
         trainer.resume(folder.state, examples)
-        if trainer.step == training.iters:
-            raise ValueError(f"{folder.state}: all {training.iters} updates of this run are done")
     return Prepared(job, loaded, folder, trainer, examples, valid_examples, questions)
 
 

@@ -82,14 +82,17 @@ def add_lora(model: CausalLM, config: LoRAConfig) -> None:
     """Freeze the model, then wrap the targeted linears; what is new is what trains.
 
     MLX: freeze first. A module made after `freeze()` is trainable; frozen after it with the rest, it is not.
-    Raises ValueError, the model untouched, when the configuration does not fit it.
+    Raises ValueError, the model untouched, when the configuration does not fit it or it has an adapter.
     """
+    if lora_layers(model):
+        raise ValueError("a model can carry one adapter, and this one carries one already")
     targets = select_targets(model, config)
     linears = dict(model.named_modules())
     kind = DoRALinear if config.use_dora else LoRALinear
     model.freeze()
     wrapped = [(t.name, kind(linears[t.name], t.rank, t.scale, config.dropout)) for t in targets]
     model.update_modules(tree_unflatten(wrapped))
+    model.lora = config  # so that nobody takes the adapter for another
 
 
 def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:

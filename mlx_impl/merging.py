@@ -21,6 +21,7 @@ class Merged:
     """What `merge` took out of the model, and what the rounding did to it."""
 
     layers: dict[str, LoRALinear]
+    plain: dict[str, nn.Linear]  # what stands in their place
     rounding: float  # |(W' - W) - dW| / |dW|, Frobenius norms over all layers
 
 
@@ -32,7 +33,8 @@ def merge(model: CausalLM) -> Merged:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("a model must carry an adapter to be merged, got one without")
-    plain, lost, whole = [], mx.array(0.0), mx.array(0.0)
+    plain: dict[str, nn.Linear] = {}
+    lost, whole = mx.array(0.0), mx.array(0.0)
     for name, layer in layers.items():
         weight_OI = layer.linear.weight.astype(mx.float32)
         delta_OI = layer.delta_OI().astype(mx.float32)
@@ -41,14 +43,19 @@ def merge(model: CausalLM) -> Merged:
             raise ValueError(f"a merged weight must be finite, and that of {name} is not")
         lost += mx.square(merged_OI.astype(mx.float32) - weight_OI - delta_OI).sum()
         whole += mx.square(delta_OI).sum()
-        plain.append((name, with_weight(layer.linear, merged_OI)))
-    model.update_modules(tree_unflatten(plain))
-    return Merged(layers, (lost / whole).item() ** 0.5 if whole.item() else 0.0)
+        plain[name] = with_weight(layer.linear, merged_OI)
+    model.update_modules(tree_unflatten(list(plain.items())))
+    return Merged(layers, plain, (lost / whole).item() ** 0.5 if whole.item() else 0.0)
 
 
 def unmerge(model: CausalLM, merged: Merged) -> None:
-    """Put the adapted linears back."""
+    """Put the adapted linears back; ValueError unless this is the model they were taken out of."""
+    modules = dict(model.named_modules())
+    for name, linear in merged.plain.items():
+        if modules.get(name) is not linear:
+            raise ValueError(f"only the model that was merged can be unmerged, and {name} is another")
     model.update_modules(tree_unflatten(list(merged.layers.items())))
+    model.train(model.training)  # they may have missed a change of mode
 
 
 def with_weight(linear: nn.Linear, weight_OI: mx.array) -> nn.Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,31 +16,40 @@ from .report import save_loss_curve
 from .train import StepRecord
 from .trainer import LoRATrainer
 
-OF_ONE_RUN = ("report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png")
+OF_A_RUN = ("report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png")
 
 
 class RunFolder:
     """Every file is written whole or not at all, but for the metrics, which grow by a line a step."""
 
-    def __init__(self, path: Path, base_name: str) -> None:
-        self.path, self.base_name = path, base_name
-        self.state = path / "training_state.safetensors"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state, self.report = path / "training_state.safetensors", path / "report.json"
+
+    def require_no_unfinished_run(self) -> None:
+        """ValueError where a run was stopped that could still be resumed."""
+        if self.state.exists() and not self.report.exists():
+            raise ValueError(
+                f"{self.path}: holds a run that was stopped: go on with --resume {self.path}, "
+                f"or take another folder, or remove {self.state.name}"
+            )
 
     def begin(self) -> None:
-        """Make the folder, or clear it of what another run left, but not of its adapter."""
+        """Make the folder, or clear it of what a finished run left, but not of its last adapter."""
         make_run_folder(self.path)
-        for name in OF_ONE_RUN:
+        for name in OF_A_RUN:
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "best", ignore_errors=True)
 
-    def save(self, trainer: LoRATrainer, examples: list[Example]) -> None:
-        """The adapter, and the state to go on from."""
-        save_adapter(trainer.model, trainer.lora, self.path, self.base_name)
+    def save(self, trainer: LoRATrainer, examples: list[Example], base_name: str) -> None:
+        """The state to go on from, which is confirmed to be sound, and the adapter."""
         trainer.save(self.state, examples)
+        save_adapter(trainer.model, trainer.lora, self.path, base_name)
 
-    def save_best(self, trainer: LoRATrainer) -> None:
+    def save_best(self, trainer: LoRATrainer, base_name: str) -> None:
         folder = self.path / "best"
         folder.mkdir(exist_ok=True)
-        save_adapter(trainer.model, trainer.lora, folder, self.base_name)
+        save_adapter(trainer.model, trainer.lora, folder, base_name)
 
     def open_metrics(self, kept: list[StepRecord]) -> TextIO:
         """The metrics file with the lines of these records, open for more."""
@@ -52,8 +62,8 @@ class RunFolder:
         """The records up to a step, of the run that is resumed."""
         path = self.path / "metrics.jsonl"
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            records = [StepRecord(**row) for row in rows[:last_step]]
+            lines = path.read_text(encoding="utf-8").split("\n")[:last_step]
+            records = [StepRecord(**json.loads(line)) for line in lines]
         except (OSError, ValueError, TypeError):
             records = []
         if [record.step for record in records] != list(range(1, last_step + 1)):
@@ -66,12 +76,15 @@ class RunFolder:
 
     def read_before(self) -> tuple[float, dict[str, list[Answer]]]:
         """What the run that is resumed knew before it began."""
-        raw = read_json_object(self.path / "before.json")
+        path = self.path / "before.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: a run to resume must have this file, and there is none")
+        raw = read_json_object(path)
         try:
             answers = {name: [Answer(**row) for row in rows] for name, rows in raw["answers"].items()}
             return float(raw["loss_nats"]), answers
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"{self.path / 'before.json'}: is not what a run writes") from None
+            raise ValueError(f"{path}: is not what a run writes") from None
 
     def save_curve(self, records: list[StepRecord], trainer: LoRATrainer) -> None:
         save_loss_curve(records, trainer.validation, self.path / "loss.png")

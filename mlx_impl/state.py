@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .config import LoRAConfig, TrainConfig
+from .config import LoRAConfig, ModelConfig, TrainConfig
 from .data import Example
 from .files import whole_file
 from .model import CausalLM
@@ -53,15 +53,21 @@ def restore(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.arra
 
 
 def identify(
-    base_digest: str, examples: Sequence[Example], lora: LoRAConfig, training: TrainConfig
+    base_digest: str, model: ModelConfig, examples: Sequence[Example], lora: LoRAConfig, training: TrainConfig
 ) -> dict[str, Any]:
     """What a state belongs to: digests of the frozen weights and of the examples, and every setting."""
-    settings = {f"the {n} of the run": value for n, value in {**asdict(lora), **asdict(training)}.items()}
     return {
-        "the model": base_digest,
-        "the training data": hashlib.sha256(repr(list(examples)).encode()).hexdigest(),
-        **json.loads(json.dumps(settings)),  # as JSON has them: lists for tuples
+        "the model's weights": base_digest,
+        **{f"the model's {name}": value for name, value in asdict(model).items()},
+        "the training data": digest_of_examples(examples),
+        **asdict(lora),
+        **asdict(training),
     }
+
+
+def digest_of_examples(examples: Sequence[Example]) -> str:
+    rows = [[list(map(int, example.tokens)), list(map(bool, example.is_target))] for example in examples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def digest_of_base(model: CausalLM) -> str:
@@ -90,15 +96,26 @@ def load_state(
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format must be {FORMAT}")
         progress = Progress(**json.loads(metadata["progress"]))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a readable training state: {reason}") from None
-    for name in identity.keys() | progress.identity.keys():
-        was, now = progress.identity.get(name), identity.get(name)
-        if was != now:
-            raise ValueError(f"{path}: {name} must be as it was, {was}, to be resumed; got {now}")
-    for name in arrays.keys() | expected.keys():
-        if name not in arrays or name not in expected or arrays[name].shape != expected[name].shape:
+    require_same(path, progress.identity, json.loads(json.dumps(identity)))
+    for name, array in expected.items():
+        if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (array.shape, array.dtype):
             raise ValueError(f"{path}: the array {name} does not fit this model")
+    for name in arrays.keys() - expected.keys():
+        raise ValueError(f"{path}: the array {name} has no place in this model")
     return arrays, progress
+
+
+def require_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """ValueError that names the first thing in which the run to resume was another."""
+    for name in (*saved, *(name for name in given if name not in saved)):
+        was, now = saved.get(name), given.get(name)
+        if was != now:
+            is_digest = isinstance(was, str) and len(was) == 64
+            values = "" if is_digest else f": it was {was}, got {now}"
+            raise ValueError(f"{path}: {name} must be as in the run to resume{values}")

@@ -102,7 +102,11 @@ def require_matches(config: LoRAConfig, linears: dict[str, nn.Linear], chosen: l
     unmatched = [target for target in listed if not any(ends_with(name, target) for name in linears)]
     if unmatched or not chosen:
         present = sorted({name.rpartition(".")[2] for name in linears})
-        wrong = ", ".join(unmatched) or (targets if isinstance(targets, str) else "none")
+        if isinstance(targets, str):
+            raise ValueError(
+                f"the expression {targets!r} must match the whole name of a linear, such as {min(linears)}"
+            )
+        wrong = ", ".join(unmatched) or "none"
         raise ValueError(f"target modules must be among {', '.join(present)}, got {wrong}")
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):

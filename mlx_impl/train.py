@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from .config import TrainConfig
@@ -54,6 +55,12 @@ def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     return next_token_nats(model.head(x_ND), targets_N, mask_N)
 
 
+def begin_update(optimizer: LoRAOptimizer, step: int, config: TrainConfig) -> None:
+    """Learning rate and random numbers of an update follow from its number alone, as its examples do."""
+    optimizer.set_learning_rate(learning_rate_of(step, config))
+    mx.random.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]))
+
+
 def add_up(parts: Iterable[Sums]) -> Sums:
     """The sums over a window's batches, one batch in memory at a time."""
     parts = iter(parts)
@@ -82,13 +89,16 @@ def train(
     windows: Iterable[Window],
     config: TrainConfig,
     compiled: bool,
-    first_step: int = 0,
+    guard: FiniteGuard | None = None,
 ) -> Iterator[StepRecord]:
-    """One update a window, one record an update. Raises NotFinite, the last good state restored."""
+    """One update a window, one record an update. Raises NotFinite, the last good state restored.
+
+    The guard knows how many updates are done; without one it is a new run.
+    """
     model.train()
     model.model.grad_checkpoint = config.grad_checkpoint
     optimizer.init(model.trainable_parameters())
-    guard = FiniteGuard(model, optimizer, first_step)
+    guard = FiniteGuard(model, optimizer, 0) if guard is None else guard
     start = time.perf_counter()
 
     loss_and_grads = nn.value_and_grad(model, batch_loss)  # of what freeze() left trainable
@@ -96,8 +106,8 @@ def train(
     prepare: Callable = partial(mx.compile, inputs=state, outputs=state) if compiled else lambda f: f
     sum_gradients = prepare(lambda arrays: loss_and_grads(model, arrays))
     update = prepare(lambda sums: apply_mean(model, optimizer, config.max_grad_norm, sums))
-    for step, window in enumerate(windows, first_step):
-        optimizer.set_learning_rate(learning_rate_of(step, config))
+    for step, window in enumerate(windows, guard.updates_done):
+        begin_update(optimizer, step, config)
         sums = add_up(sum_gradients(to_arrays(batch)) for batch in window)
         norm, is_finite = update(sums)
         mx.eval(state, sums[0], norm, is_finite)  # before this line nothing has run
@@ -125,4 +135,6 @@ def evaluate(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:
             nats, num_targets = batch_loss(model, to_arrays(batch))
             total_nats += nats.item()
             total_targets += num_targets.item()
+    if total_targets == 0:
+        raise ValueError("an evaluation needs at least one target, got none")
     return total_nats / total_targets, total_targets

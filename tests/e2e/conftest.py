@@ -41,8 +41,11 @@ def train(folder: Path, *flags: str) -> Run:
 
 
 @pytest.fixture(scope="session")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Twenty steps, six questions of each kind."""
+def short_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Twenty steps, six questions of each kind; the main job instead, where that is run anyway."""
+    if any("main_job" in item.fixturenames for item in request.session.items):  # type: ignore[attr-defined]
+        whole: Run = request.getfixturevalue("main_job")
+        return whole
     return train(tmp_path_factory.mktemp("short"), "--iters", "20", "--num-questions", "6")
 
 

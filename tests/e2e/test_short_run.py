@@ -1,4 +1,4 @@
-"""`tox -e e2e-mlx-short`: the plan's success criteria on a real model, in twenty steps."""
+"""`tox -e e2e-mlx-short`: the plan's success criteria on a real model, in twenty steps, or in the main job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tests.e2e.conftest import Run
 
 def test_training_runs_without_the_plans_errors(short_run: Run) -> None:
     """Criteria 1 and 5: it ends with exit code 0, as the fixture asserts, after all of its steps."""
-    assert [line["step"] for line in short_run.metrics] == list(range(1, 21))
+    assert [line["step"] for line in short_run.metrics] == list(range(1, short_run.report["iters"] + 1))
+    assert short_run.report["iters"] >= 20
 
 
 def test_every_lora_parameter_changes(short_run: Run) -> None:

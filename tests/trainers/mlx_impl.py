@@ -15,6 +15,7 @@ from mlx_impl import ops
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
 from mlx_impl.generate import generate, generate_all
+from mlx_impl.guard import FiniteGuard
 from mlx_impl.lora import Dropout, add_lora, lora_layers, lora_parameters
 from mlx_impl.loss import next_token_nats
 from mlx_impl.merging import Merged, merge, unmerge
@@ -136,9 +137,10 @@ class MlxTrainer:
         return self.run(windows, TrainConfig(**{**vars(training), "grad_checkpoint": True}), compiled=False)
 
     def run(self, windows: Sequence[Sequence[Batch]], training: TrainConfig, compiled: bool) -> list[float]:
-        first_step = self.begin(training)
+        updates_done = self.begin(training)
+        guard = FiniteGuard(self.model, self.optimizer, updates_done)
         lists = [list(window) for window in windows]
-        self.records = list(train(self.model, self.optimizer, lists, training, compiled, first_step))
+        self.records = list(train(self.model, self.optimizer, lists, training, compiled, guard))
         return [record.loss_nats for record in self.records]
 
     def begin(self, training: TrainConfig) -> int:

@@ -16,6 +16,7 @@ from mlx_impl.data import (
     evaluation_batches,
     make_batch,
     read_conversations,
+    require_tokens,
     target_positions,
     training_windows,
 )
@@ -189,3 +190,17 @@ def test_a_line_separator_inside_a_text_does_not_end_a_line(tmp_path: Path) -> N
     (conversation,) = read_conversations(path)
     assert conversation.messages[0]["content"] == "a\u2028b"
     assert isinstance(make_batch(EXAMPLES).inputs_BT, np.ndarray)
+
+
+def test_an_update_without_a_target_is_refused_and_its_examples_named() -> None:
+    """Its mean would be 0 / 0."""
+    bare = [Example((5, 6, 7), (False,) * 3)] * 2
+    with pytest.raises(ValueError, match=r"needs at least one target, and the examples [12], [12] have none"):
+        next(training_windows(bare, TrainConfig(iters=1)))
+
+
+def test_a_token_outside_the_vocabulary_is_refused() -> None:
+    """MLX would read past the table, or from its end."""
+    for token in (61, -1):
+        with pytest.raises(ValueError, match="example 2: tokens must be at least 0 and less than 61"):
+            require_tokens([Example((1, 2), (True,) * 2), Example((1, token), (True,) * 2)], 61)

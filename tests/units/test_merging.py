@@ -66,6 +66,23 @@ def test_unmerged_the_model_is_what_it_was_to_the_bit(dtype: mx.Dtype) -> None:
     assert digest_of_base(model) == digest
 
 
+def test_only_the_model_that_was_merged_can_be_unmerged() -> None:
+    one, other = adapted(LoRAConfig(rank=3)), adapted(LoRAConfig(rank=3))
+    merged = merge(one)
+    merge(other)
+    with pytest.raises(ValueError, match="only the model that was merged can be unmerged"):
+        unmerge(other, merged)
+
+
+def test_unmerged_layers_are_in_the_mode_that_the_model_is_in() -> None:
+    model = adapted(LoRAConfig(rank=3, dropout=0.5))
+    merged = merge(model)
+    model.eval()
+    unmerge(model, merged)
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(model(tokens), model(tokens))
+
+
 def test_a_model_without_an_adapter_cannot_be_merged() -> None:
     with pytest.raises(ValueError, match="must carry an adapter to be merged"):
         merge(CausalLM(SPEC))

@@ -37,7 +37,7 @@ def test_a_target_is_a_name_or_the_end_of_one() -> None:
 def test_an_expression_must_match_the_whole_name() -> None:
     chosen = names(target_modules=r".*self_attn\.[a-z]_proj", num_layers=1)
     assert chosen == [f"model.layers.1.self_attn.{name}" for name in ATTENTION]
-    with pytest.raises(ValueError, match=r"target modules must be among .* got q_proj$"):
+    with pytest.raises(ValueError, match=r"'q_proj' must match the whole name of a linear, such as model\."):
         names(target_modules="q_proj")
 
 

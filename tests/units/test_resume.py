@@ -1,0 +1,220 @@
+"""`train --resume`: however a run was stopped, it ends as if it had not been, or a sentence says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_impl.__main__ import INTERRUPTED, main
+from mlx_impl.data import Example
+from mlx_impl.train import StepRecord
+from mlx_impl.trainer import LoRATrainer
+from tests.tiny_folder import conversation_line, write_data, write_folder
+
+# Eight updates; validated after 3, 6 and 8, saved after 2, 4, 6 and 8.
+SETTINGS = ["--rank", "2", "--dropout", "0.2", "--epochs", "4", "--batch-size", "2",
+            "--lr-schedule", "cosine", "--grad-accumulation-steps", "2", "--warmup-steps", "2",
+            "--max-grad-norm", "1", "--use-dora", "--steps-per-eval", "3", "--save-every", "2",
+            "--blas", "off"]  # fmt: skip
+MEASURED = {"step_seconds_median", "training_seconds", "peak_bytes"}
+
+
+class Killed(BaseException):
+    """As a power cut: nothing is done on the way out."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = ["train", "--model", model, "--data", str(write_data(folder / "data")), *SETTINGS]
+    assert main([*arguments, "--adapter-path", str(folder)]) == 0
+    return folder
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
+    """Kill the run after this step, or press Ctrl-C in it."""
+    real_fit = LoRATrainer.fit
+
+    def fit(self: LoRATrainer, examples: list[Example]) -> Iterator[StepRecord]:
+        for record in real_fit(self, examples):
+            if record.step == step and not killed:
+                signal.raise_signal(signal.SIGINT)
+            yield record
+            if record.step == step and killed:
+                raise Killed
+
+    monkeypatch.setattr(LoRATrainer, "fit", fit)
+
+
+def stopped_run(model: str, data: Path, folder: Path, step: int, killed: bool = False) -> list[str]:
+    """Its command without the folder, to be resumed with."""
+    command = ["train", "--model", model, "--data", str(data), *SETTINGS]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(step, patch, killed)
+        if killed:
+            with pytest.raises(Killed):
+                main([*command, "--adapter-path", str(folder)])
+        else:
+            assert main([*command, "--adapter-path", str(folder)]) == INTERRUPTED
+    return command
+
+
+def contents(path: Path) -> tuple[dict[str, bytes], object]:
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    return {name: bytes(np.array(array)) for name, array in arrays.items()}, metadata
+
+
+def assert_same_run(part: Path, whole: Path) -> None:
+    """Metrics, adapters, state and report, but for what a clock measures."""
+    rows = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (part, whole)]
+    clocks = {"seconds", "peak_bytes"}
+    ours, theirs = (
+        [{k: v for k, v in json.loads(row).items() if k not in clocks} for row in run] for run in rows
+    )
+    assert ours == theirs
+    for name in ("adapter_model", "training_state", "best/adapter_model"):
+        assert contents(part / f"{name}.safetensors") == contents(whole / f"{name}.safetensors"), name
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (part, whole)]
+    assert {k: v for k, v in reports[0].items() if k not in MEASURED} == {
+        k: v for k, v in reports[1].items() if k not in MEASURED
+    }
+
+
+@pytest.mark.parametrize(
+    "step", [3, 4, 5, 8], ids=["when it validates", "when it saves", "between", "at the end"]
+)
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_bit(
+    model: str, data: Path, whole: Path, tmp_path: Path, step: int
+) -> None:
+    command = stopped_run(model, data, tmp_path, step)
+    assert main([*command, "--resume", str(tmp_path)]) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_bit(
+    model: str, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after step 5, saved at 4; the line that it was writing is torn."""
+    command = stopped_run(model, data, tmp_path, 5, killed=True)
+    with open(tmp_path / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 6, "loss_na')
+    assert main([*command, "--resume", str(tmp_path)]) == 0
+    assert "after step 4" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_stopped_run_is_not_overwritten_by_the_same_command(
+    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = stopped_run(model, data, tmp_path, 4)
+    before = (tmp_path / "training_state.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main([*command, "--adapter-path", str(tmp_path)]) == 2
+    assert f"holds a run that was stopped: go on with --resume {tmp_path}" in capsys.readouterr().err
+    assert (tmp_path / "training_state.safetensors").read_bytes() == before
+
+
+def test_a_new_run_leaves_no_best_adapter_of_a_finished_one(
+    model: str, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    """It has no validation data, so it has no best."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (data / "valid.jsonl").unlink()
+    assert (
+        main(["train", "--model", model, "--data", str(data), *SETTINGS, "--adapter-path", str(folder)]) == 0
+    )
+    assert not (folder / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed_file", "message"),
+    [
+        (
+            ["--learning-rate", "0.1"],
+            "",
+            "learning_rate must be as in the run to resume: it was 0.0003, got 0.1",
+        ),
+        (["--seed", "4"], "", "seed must be as in the run to resume: it was 0, got 4"),
+        (["--steps-per-eval", "2"], "", "steps_per_eval must be as in the run to resume: it was 3, got 2"),
+        (["--no-mask-prompt"], "", "the training data must be as in the run to resume"),
+        (["--num-questions", "0"], "", "the questions must be as in the run to resume"),
+        ([], "train.jsonl", "the training data must be as in the run to resume"),
+        ([], "valid.jsonl", "the validation data must be as in the run to resume"),
+        ([], "test.jsonl", "the questions must be as in the run to resume"),
+        (["--adapter-path", "x"], "", "--adapter-path is that of --resume: give one of them"),
+    ],
+)
+def test_what_has_changed_is_refused_by_name(
+    model: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    changed_file: str,
+    message: str,
+) -> None:
+    """In one sentence, before anything is written."""
+    command = stopped_run(model, data, tmp_path, 2)
+    if changed_file:
+        line = conversation_line("xx", "3 yes", answer="yes")
+        (data / changed_file).write_text(line + "\n" * 2 + line.replace("3", "4") + "\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    iters = ["--iters", "8"]  # which a shorter file would change
+    command = [c for c in command if c not in ("--epochs", "4")] + iters
+    assert main([*command, "--resume", str(tmp_path), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_folder_without_a_run_and_a_finished_run_cannot_be_resumed(
+    model: str, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--resume"]
+    assert main([*command, str(tmp_path / "nothing")]) == 2
+    assert "a run to resume must have this file, and there is none" in capsys.readouterr().err
+    assert main([*command, str(whole)]) == 2
+    assert "the run to resume must be unfinished, and has its report" in capsys.readouterr().err
+
+
+def test_training_stops_when_validation_has_not_improved_for_long(
+    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At learning rate 0 it never does: two validations after the first, and the best is the first."""
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path), "--json"]
+    flags = ["--learning-rate", "0", "--steps-per-eval", "1", "--patience", "2", "--iters", "9"]
+    assert main([*arguments, *flags, "--rank", "2", "--blas", "off"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["iters"] == 2 and report["valid_best_step"] == 0
+    assert "stopped at step 2: 2 validations without a better loss" in printed.err
+    assert (tmp_path / "best" / "adapter_config.json").exists()
+
+
+def test_early_stopping_needs_validation_data(
+    model: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "valid.jsonl").unlink()
+    assert main(["train", "--model", model, "--data", str(data), "--blas", "off", "--patience", "1"]) == 2
+    assert f"--patience needs validation data, and {data} has no valid.jsonl" in capsys.readouterr().err
