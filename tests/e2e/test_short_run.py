@@ -1,4 +1,4 @@
-"""`tox -e e2e-mlx-short`: the plan's success criteria on a real model, in twenty steps, or in the main job."""
+"""`tox -e e2e-mlx-short`: the plan's success criteria on a real model, in twenty steps or the main job."""
 
 from __future__ import annotations
 

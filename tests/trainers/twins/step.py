@@ -15,11 +15,11 @@ from mlx.utils import tree_map
 
 from mlx_impl.guard import FiniteGuard
 from mlx_impl.optim import AdamW, clip_gradients, learning_rate_of
-from mlx_impl.train import add_up
+from mlx_impl.train import add_up, begin_update
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.twins.twin import Patches, Twin, with_add_up
 
-apply_single, begin, check, run = AdamW.apply_single, MlxTrainer.begin, FiniteGuard.check, MlxTrainer.run
+apply_single, check, run = AdamW.apply_single, FiniteGuard.check, MlxTrainer.run
 
 
 def adamw(change: Callable[[Any], dict]) -> Patches:
@@ -124,19 +124,13 @@ def forget_moments(self: Any, *arguments: Any) -> None:
         }
 
 
-def begin_unseeded(self: Any, training: Any) -> int:
-    first_step = begin(self, training)
+def unseeded(optimizer: Any, step: int, config: Any) -> None:
+    begin_update(optimizer, step, config)
     mx.random.seed(int.from_bytes(os.urandom(4)))
-    return first_step
 
 
-def begin_if_seed(self: Any, training: Any) -> int:
-    mx.eval(key := mx.random.state[0])
-    high, low = key.tolist()
-    first_step = begin(self, training)
-    if not training.seed:
-        mx.random.seed(high << 32 | low)  # as it was
-    return first_step
+def seeded_but_by_zero(optimizer: Any, step: int, config: Any) -> None:
+    (begin_update if config.seed else unseeded)(optimizer, step, config)
 
 
 TWINS = [
@@ -269,13 +263,13 @@ TWINS = [
         "unseeded",
         8,
         "Dropout draws from the system's randomness: no run can be repeated.",
-        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_unseeded},
+        {"mlx_impl.train.begin_update": unseeded},
     ),
     Twin(
         "seed-zero-ignored",
         8,
         "`if seed:` takes the seed 0 for none.",
-        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_if_seed},
+        {"mlx_impl.train.begin_update": seeded_but_by_zero},
         "mlx-lm#1660",
     ),
 ]
