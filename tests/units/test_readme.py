@@ -11,6 +11,7 @@ import pytest
 from mlx_impl import checkpoint
 from mlx_impl.arguments import make_parser
 from tests.tiny_folder import write_folder
+from tests.trainers.twins import TWINS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +63,13 @@ def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
 def test_every_module_is_in_the_reading_order() -> None:
     modules = {path.name for path in (ROOT / "mlx_impl").glob("*.py")} - {"__init__.py"}
     assert [name for name in sorted(modules) if name not in README] == []
+
+
+def test_the_red_twins_are_counted() -> None:
+    """That each is caught at its rung is the examination's to say: tests/trainers/test_red_twins.py."""
+    public = sum(1 for twin in TWINS.values() if twin.source)
+    assert f"| {len(TWINS)} | {len(TWINS)} | {len(TWINS)} |" in README
+    assert f"holds {len(TWINS)} broken trainers, each a bug of a few lines, {public} of them met in" in README
 
 
 def test_the_top_level_is_as_promised() -> None:
