@@ -10,7 +10,7 @@ the longest sum, sqrt(k) * u what independent rounding errors add up to. The fac
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,8 @@ def judged(name: str, ours: np.ndarray, expected: np.ndarray, tolerance: float, 
         return Verdict(name, np.inf, 0.0, f"{name}: shape {ours.shape}, expected {expected.shape}")
     difference = np.abs(ours - expected)
     error = float(np.linalg.norm(difference))
+    if not np.isfinite(ours).all():
+        return Verdict(name, np.inf, tolerance, f"{name}: {not_finite(ours, expected)}")
     worst = np.unravel_index(int(np.argmax(difference)), difference.shape)
     verdict = Verdict(name, error, tolerance, "")
     where = f"worst element {[int(i) for i in worst]}: " if worst else ""
@@ -75,6 +77,15 @@ def judged(name: str, ours: np.ndarray, expected: np.ndarray, tolerance: float, 
         f"  |error| {error:.3g}, {share}tolerance {tolerance:.3g} = {derivation}"
     )
     return Verdict(name, error, tolerance, report)
+
+
+def not_finite(ours: np.ndarray, expected: np.ndarray) -> str:
+    first = tuple(int(i) for i in np.argwhere(~np.isfinite(ours))[0])
+    where = f"; the first is {list(first)}" if first else ""
+    return (
+        f"not finite: {np.sum(~np.isfinite(ours))} of {ours.size} elements{where}: "
+        f"expected {expected[first]:.9g}, got {ours[first]:.9g}"
+    )
 
 
 def require(what: str, verdicts: list[Verdict], allowed: float = 1.0) -> Verdict:
@@ -93,8 +104,14 @@ def require(what: str, verdicts: list[Verdict], allowed: float = 1.0) -> Verdict
 def require_same_names(what: str, ours: Mapping[str, object], expected: Mapping[str, object]) -> None:
     __tracebackhide__ = True
     if ours.keys() != expected.keys():
-        missing, unknown = sorted(expected.keys() - ours.keys()), sorted(ours.keys() - expected.keys())
-        raise Divergence(f"{what}: names differ: missing {missing}, unknown {unknown}")
+        missing, unknown = some_of(expected.keys() - ours.keys()), some_of(ours.keys() - expected.keys())
+        raise Divergence(f"{what}: names differ: missing {missing}; unknown {unknown}")
+
+
+def some_of(names: Collection[str]) -> str:
+    """The first three, and how many more."""
+    first = ", ".join(sorted(names)[:3]) or "none"
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
 def require_same_bits(what: str, ours: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

@@ -16,6 +16,7 @@ from mlx_impl.config import LoRAConfig, ModelConfig, RopeScaling
 from mlx_impl.data import Batch
 from reference.lora import add_lora
 from reference.model import CausalLM
+from tests.ladder.contract import Checked
 from tests.ladder.protocol import Arrays, Dialect
 
 # kv heads < heads, heads * head_dim != width, a prime vocabulary, no layer square, alpha != rank.
@@ -80,10 +81,9 @@ class Case:
     is_bare: bool = False  # the model without its adapter
 
     def build(self, trainer: Any) -> Any:
-        """Of copies, so that a trainer may do with them as it likes."""
-        if self.is_bare:
-            return trainer(self.spec, copies(self.weights), None, None)
-        return trainer(self.spec, copies(self.weights), self.lora, copies(self.factors))
+        """Of copies, so that a trainer may do with them as it likes; its answers are checked."""
+        adapter = (None, None) if self.is_bare else (self.lora, copies(self.factors))
+        return Checked(trainer(self.spec, copies(self.weights), *adapter), self.spec.vocab_size)
 
     def bare(self, weights: Arrays | None = None) -> Case:
         return replace(self, weights=weights or self.weights, is_bare=True)

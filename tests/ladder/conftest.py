@@ -1,8 +1,7 @@
-"""The door of the ladder: which trainer climbs, and the fixtures that every rung uses."""
+"""The ladder in pytest: its options, its report, and the fixtures that every rung uses."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from tests.ladder.cases import SPEC as SPEC
 from tests.ladder.cases import Case, named_case
+from tests.ladder.door import ALIASES, load_trainer
 from tests.ladder.judge import Judge
 from tests.ladder.plugin import DEFAULT_TRAINER, MARKERS, Ladder
 from tests.ladder.summary import header_lines, summary_lines
@@ -22,7 +22,9 @@ LADDER = pytest.StashKey[Ladder]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ladder")
     group.addoption(
-        "--trainer", metavar="MODULE:CLASS", help=f"default: $LADDER_TRAINER, or {DEFAULT_TRAINER}"
+        "--trainer",
+        metavar="MODULE:CLASS",
+        help=f"or {' or '.join(ALIASES)}; default: $LADDER_TRAINER, or mlx_impl",
     )
     group.addoption("--keep-going", action="store_true", help="judge also what stands on a failed rung")
 
@@ -31,25 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     name = config.getoption("--trainer", None) or os.environ.get("LADDER_TRAINER") or DEFAULT_TRAINER
+    name = ALIASES.get(name, name)
     ladder = Ladder(name, load_trainer(name), config.getoption("--keep-going", False))
     config.stash[LADDER] = ladder
     config.pluginmanager.register(ladder, "ladder")
-
-
-def load_trainer(name: str) -> Any:
-    """The class that `module:Class` names; UsageError says what is wrong with it."""
-    module_name, _, class_name = name.partition(":")
-    if not module_name or not class_name:
-        raise pytest.UsageError(f"--trainer must be module:Class, got {name!r}")
-    try:
-        trainer = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise pytest.UsageError(f"--trainer {name}: {error}") from None
-    required = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
-    missing = [member for member in required if not hasattr(trainer, member)]
-    if missing:
-        raise pytest.UsageError(f"--trainer {name}: the class must have {', '.join(missing)}")
-    return trainer
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

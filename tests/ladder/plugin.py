@@ -45,6 +45,7 @@ class Ladder:
     shares: dict[int, tuple[float, str]] = field(default_factory=dict)  # most used, and by what
     failures: list[Failure] = field(default_factory=list)
     titles: dict[int, str] = field(default_factory=dict)
+    exit_status: int = 0
 
     @property
     def not_claimed(self) -> list[str]:
@@ -53,6 +54,12 @@ class Ladder:
     @property
     def first_divergence(self) -> Failure | None:
         return min(self.failures, key=lambda failure: failure.rung, default=None)
+
+    @property
+    def nothing_was_judged(self) -> bool:
+        """Claims were asked, and none was made; rung 0 is about the platform alone."""
+        of_trainer = [counts for rung, counts in self.outcomes.items() if rung > 0]
+        return bool(of_trainer) and not any(counts["passed"] + counts["failed"] for counts in of_trainer)
 
     def replay(self, nodeid: str) -> str:
         option = "" if self.trainer == DEFAULT_TRAINER else f" --trainer {self.trainer}"
@@ -79,6 +86,11 @@ class Ladder:
         if is_blocked and not item.get_closest_marker("alone"):
             assert first is not None
             pytest.skip(f"blocked by rung {first.rung}")
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if self.nothing_was_judged and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self.exit_status = int(session.exitstatus)
 
     def skip_what_is_not_claimed(self, item: pytest.Item) -> None:
         for marker in item.iter_markers("needs"):
@@ -122,9 +134,8 @@ class Ladder:
         else:
             kind = report.outcome
         self.outcomes[rung][kind] += 1
-        if (
-            kind == "failed" and call.excinfo is not None
-        ):  # a strict xfail that passes has none: it blocks nothing
+        if kind == "failed" and call.excinfo is not None:
+            # A strict xfail that passes has no exception, and blocks nothing.
             self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo)))
 
 

@@ -25,6 +25,8 @@ from mlx_impl.data import Batch
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 
+REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
+
 # Capability -> the rung that asks for it.
 OPTIONAL = {
     "ops": 1,  # a namespace of MLX functions, those of mlx_impl/ops.py
@@ -37,7 +39,7 @@ OPTIONAL = {
     "apply_gradients": 7,  # (gradients of each update, training): schedule and optimizer alone, no clipping
     "learning_rates": 7,  # (training) -> that of every update
     "gradient_norms": 7,  # (windows, training) -> the global norm of every update, before clipping
-    "train_compiled": 9,  # as train, compiled
+    "train_compiled": 9,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 9,  # as train, activations recomputed in the backward pass
     "set_dropout_masks": 9,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
     "save": 11,  # (folder): the whole training state after `train`
@@ -49,14 +51,33 @@ OPTIONAL = {
 }
 
 
+# Of each field of a dialect, what it may say; any other word would only leave claims out.
+WORDS: dict[str, tuple[object, ...]] = {
+    "scale": ("alpha / rank", "alpha"),
+    "bias_correction": (True, False),
+    "accumulation": ("by targets", "mean of means"),
+}
+
+
 @dataclass(frozen=True)
 class Dialect:
-    """Declared semantics; the defaults are PyTorch's and PEFT's."""
+    """Declared semantics; the defaults are PyTorch's and PEFT's.
+
+    Raises ValueError for a word that the ladder does not know.
+    """
 
     scale: str = "alpha / rank"  # or "alpha": what multiplies the update
     bias_correction: bool = True  # of Adam
     pad_targets: int = 0  # padding positions counted as targets after the last target of each row
     accumulation: str = "by targets"  # or "mean of means": how micro-batches are weighed
+
+    def __post_init__(self) -> None:
+        for name, words in WORDS.items():
+            said = getattr(self, name)
+            if not any(said is word or (isinstance(said, str) and said == word) for word in words):
+                raise ValueError(f"{name} of a Dialect must be {words[0]!r} or {words[1]!r}, got {said!r}")
+        if type(self.pad_targets) is not int or self.pad_targets < 0:
+            raise ValueError(f"pad_targets of a Dialect must be 0, 1, 2, ..., got {self.pad_targets!r}")
 
     def departures(self) -> list[str]:
         return [

@@ -59,7 +59,7 @@ def rung_line(ladder: Ladder, rung: int) -> str:
 def divergence_lines(ladder: Ladder) -> Iterator[str]:
     first = ladder.first_divergence
     if first is None:
-        yield "no divergence"
+        yield "nothing was judged" if ladder.nothing_was_judged else "no divergence"
         return
     yield f"first divergence: rung {first.rung}, {ladder.titles[first.rung]}: {first.test.partition('::')[2]}"
     yield from (f"  {line}" for line in first.report.splitlines())

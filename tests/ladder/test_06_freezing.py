@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_impl.config import TrainConfig
+from tests.derived import some_of
 from tests.ladder.cases import Case
 from tests.ladder.protocol import Arrays
 
@@ -36,7 +37,7 @@ def test_every_frozen_byte_is_identical_after_training(case: Case, candidate: An
     before = digests(trainer.base())
     trainer.train([[case.batch]] * 3, replace(TRAINING, optimizer=optimizer))
     moved = [name for name, digest in digests(trainer.base()).items() if digest != before[name]]
-    assert not moved, f"frozen, and moved: {moved}"
+    assert not moved, f"frozen, and moved: {some_of(moved)}"
 
 
 @each_kind
@@ -46,7 +47,7 @@ def test_every_factor_changes(case: Case, candidate: Any) -> None:
     before = trainer.factors()
     trainer.train([[case.batch]] * 3, TRAINING)
     unchanged = [n for n, value in trainer.factors().items() if np.array_equal(value, before[n])]
-    assert not unchanged, f"trained, and unchanged: {unchanged}"
+    assert not unchanged, f"trained, and unchanged: {some_of(unchanged)}"
 
 
 @each_kind

@@ -23,6 +23,7 @@ from tests.ladder.protocol import Arrays
 ADAMW = TrainConfig(iters=3, learning_rate=0.01, weight_decay=0.1)
 SGD = TrainConfig(iters=3, learning_rate=0.05, optimizer="sgd")
 WIDE, NARROW = 2.0**-7, 2.0**-8  # steps of central differences
+ACCUMULATED = replace(SGD, grad_accumulation_steps=2)
 STILL = TrainConfig(iters=3, learning_rate=0.0)
 
 
@@ -97,15 +98,35 @@ def each_way(how: str) -> Any:
     return act
 
 
+def windows_of_two_shapes(case: Case) -> list[list[Batch]]:
+    """Of two micro-batches each, of one row and of two, in either order."""
+    one, two = rows_of(case.batch, [0]), rows_of(case.batch, [1, 2])
+    return [[one, two], [two, one], [one, two]]
+
+
+COMPILED = [
+    pytest.param("untied", ADAMW, id="adamw"),
+    pytest.param("untied", replace(ACCUMULATED, max_grad_norm=2.0**-4), id="accumulated sgd"),
+    pytest.param("dora", replace(ADAMW, grad_checkpoint=True), id="recomputed dora with dropout"),
+]
+
+
 @pytest.mark.needs("train_compiled")
-def test_compiled_updates_equal_eager_ones(case: Case, judge: Judge) -> None:
-    """Three updates: the second and third go on from what the first has left."""
+@pytest.mark.parametrize(("case", "training"), COMPILED, indirect=["case"])
+def test_compiled_updates_equal_eager_ones(case: Case, judge: Judge, training: TrainConfig) -> None:
+    """Three updates: the second and third go on from what the first has left.
+
+    Plain; in windows of two shapes, clipped; and with all that could part the two ways, where the same seed
+    must give the same dropout masks.
+    """
     act = each_way("train_compiled")
-    windows = [[case.batch]] * 3
+    tried = case.with_dropout(0.25) if training.grad_checkpoint else case
+    is_split = training.grad_accumulation_steps > 1
+    windows = windows_of_two_shapes(case) if is_split else [[case.batch]] * training.iters
     judge.alike(
-        (case, lambda trainer: act(trainer, windows, ADAMW)),
-        (case, lambda trainer: trained(trainer, windows, ADAMW)),
-        ADAMW.iters * case.longest_sum,
+        (tried, lambda trainer: act(trainer, windows, training)),
+        (tried, lambda trainer: trained(trainer, windows, training)),
+        training.iters * case.longest_sum,
     )
 
 
@@ -234,6 +255,15 @@ def test_dropout_keeps_the_expectation(case: Case, candidate: Any) -> None:
     error = effects.std(ddof=1) / np.sqrt(num_masks)
     print(f"{effects.mean():.3f} of the effect, standard error {error:.3f}")
     assert abs(effects.mean() - 1) <= 5 * error < 0.5
+
+
+def test_a_larger_share_dropped_scatters_more(case: Case, candidate: Any) -> None:
+    """As sqrt(p / (1 - p)) to first order: nine times at 0.9 what it is at 0.1; who keeps p, a ninth."""
+    few, many = (
+        np.std(case.with_dropout(p).build(candidate).train([[case.batch]] * 16, replace(STILL, iters=16)))
+        for p in (0.1, 0.9)
+    )
+    assert few < many
 
 
 @each_of("train", "train_compiled")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,11 +12,15 @@ from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch
 from tests.ladder.climb import climb
 from tests.ladder.plugin import DEFAULT_TRAINER, Ladder
-from tests.ladder.protocol import Dialect
+from tests.ladder.protocol import OPTIONAL, Dialect
 from tests.ladder.summary import departures, summary_lines
-from tests.trainers.reference import ReferenceTrainer
+from tests.trainers.minimal import MinimalTrainer
+from tests.trainers.reference import ReferenceTrainer, with_pad_targets
 
 pytestmark = pytest.mark.slow
+
+README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+RUNGS = range(1, 15)
 
 
 @pytest.fixture(autouse=True)
@@ -38,18 +44,47 @@ class DeclaresPadding(ReferenceTrainer):
     dialect = Dialect(pad_targets=1)
 
 
-class TrainsNothing:
+SMALLEST: Any = MinimalTrainer
+
+
+class PadsOneTarget(MinimalTrainer):
+    """One padding target in each padded row, counted throughout and not declared."""
+
+    def loss(self, batch: Batch) -> Any:
+        return SMALLEST.loss(self, padded(batch))
+
+    def gradients(self, batch: Batch) -> Any:
+        return SMALLEST.gradients(self, padded(batch))
+
+    def train(self, windows: Any, training: TrainConfig) -> Any:
+        return SMALLEST.train(self, [list(map(padded, window)) for window in windows], training)
+
+
+def padded(batch: Batch) -> Batch:
+    return batch._replace(mask_BT=with_pad_targets(batch.mask_BT, 1))
+
+
+def is_not_implemented(*given: object) -> None:
+    raise NotImplementedError
+
+
+class MakesNoModel:
     """The seven members, and nothing behind them."""
 
     dialect = Dialect()
+    __init__ = is_not_implemented
+    logits = loss = gradients = train = factors = base = is_not_implemented
+
+
+class AnswersNothing(MakesNoModel):
+    """A model, every capability by name, and no answer."""
 
     def __init__(self, *given: object) -> None:
-        raise NotImplementedError("any model")
+        pass
 
-    def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
-        raise NotImplementedError
 
-    logits = loss = gradients = factors = base = train
+for name in set(OPTIONAL) - {"ops"}:
+    setattr(AnswersNothing, name, is_not_implemented)
 
 
 def name_of(trainer: type) -> str:
@@ -89,16 +124,40 @@ def test_a_declared_departure_passes_and_is_printed() -> None:
     assert "judged as declared: pad_targets = 1 instead of 0" in list(summary_lines(ladder))
 
 
-def test_what_is_not_claimed_is_never_a_pass() -> None:
-    """A trainer that implements nothing passes nothing but what is not about it."""
-    ladder = climb(name_of(TrainsNothing), rungs=(3, 6, 9, 14))
+@pytest.mark.parametrize("trainer", [MakesNoModel, AnswersNothing])
+def test_what_is_not_claimed_is_never_a_pass(trainer: type) -> None:
+    """A trainer that implements nothing passes nothing, on any rung, and that is no success."""
+    ladder = climb(name_of(trainer), rungs=RUNGS)
+    assert set(ladder.outcomes) == set(RUNGS)
     assert all(set(counts) == {"not claimed"} for counts in ladder.outcomes.values())
+    assert list(summary_lines(ladder))[-1] == "nothing was judged"
+    assert ladder.exit_status != 0
+
+
+def test_the_platform_alone_is_judged_without_a_trainer() -> None:
+    """Rung 0 asks nothing of it."""
+    ladder = climb(name_of(MakesNoModel), rungs=(0,))
+    assert ladder.exit_status == 0 and ladder.outcomes[0]["passed"] > 0
+
+
+def test_the_readme_shows_what_the_ladder_says() -> None:
+    """Rung by rung and to the letter, but for the shares of tolerances, which are each machine's own."""
+    ladder = climb(name_of(PadsOneTarget))
+    shown = re.search(r"=+ ladder: my_adapter:MyTrainer =+\n(.*?)```", README, re.DOTALL)
+    said = [line.replace(name_of(PadsOneTarget), "my_adapter:MyTrainer") for line in summary_lines(ladder)]
+    print("\n".join(said))
+    assert shown is not None
+    assert list(map(without_share, shown[1].splitlines())) == list(map(without_share, said))
+
+
+def without_share(line: str) -> str:
+    return line.partition(" at most ")[0].rstrip()
 
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ("nonsense", "must be module:Class, got 'nonsense'"),
+        ("nonsense", "must be module:Class, or mlx_impl or reference, got 'nonsense'"),
         ("tests.no_such:Trainer", "No module named 'tests.no_such'"),
         ("tests.trainers.reference:NoSuch", "has no attribute 'NoSuch'"),
         ("tests.ladder.cases:Case", "the class must have dialect, logits, loss, gradients, train"),

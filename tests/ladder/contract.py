@@ -1,0 +1,121 @@
+"""What a trainer's answers must look like: each is checked once, in one sentence that names the member.
+
+Only kinds and shapes are judged here. Whether the numbers are right, or numbers at all, is for the rungs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tests.derived import Divergence
+
+Rule = tuple[str, Callable[..., bool]]  # what it must return; (answer, vocab_size, *arguments) -> is it so
+
+
+def is_number(value: Any) -> bool:
+    return np.ndim(value) == 0 and np.asarray(value).dtype.kind in "iuf"
+
+
+def are_numbers(values: Any, count: int) -> bool:
+    return not isinstance(values, str) and np.shape(values) == (count,) and all(map(is_number, values))
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
+
+
+def are_arrays(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(n, str) and is_array(a) for n, a in values.items())
+
+
+def are_logits(value: Any, vocab_size: int, tokens_BT: np.ndarray) -> bool:
+    return is_array(value) and value.shape == (*tokens_BT.shape, vocab_size)
+
+
+def are_tokens(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(token, int | np.integer) for token in values)
+
+
+def are_names(values: Any) -> bool:
+    is_many = isinstance(values, Iterable) and not isinstance(values, str)
+    return is_many and all(isinstance(name, str) for name in values)
+
+
+ARRAYS: Rule = ("a dict of NumPy arrays by name", lambda answer, *_: are_arrays(answer))
+NATS: Rule = ("a pair, the sum of nats and the number of targets", lambda answer, *_: are_numbers(answer, 2))
+LOGITS: Rule = ("a NumPy array of shape (rows, tokens, vocabulary)", are_logits)
+NUMBER: Rule = ("a number", lambda answer, *_: is_number(answer))
+TOKENS: Rule = ("a list of token numbers", lambda answer, *_: are_tokens(answer))
+EACH_UPDATE: Rule = (
+    "a number for each update",
+    lambda answer, _, windows, *rest: are_numbers(answer, len(windows)),
+)
+
+RULES: dict[str, Rule] = {
+    "logits": LOGITS,
+    "loss": NATS,
+    "gradients": ARRAYS,
+    "factors": ARRAYS,
+    "base": ARRAYS,
+    "hidden_states": ARRAYS,
+    "loss_of_logits": NATS,
+    "evaluate": NUMBER,
+    "pullback": ARRAYS,
+    "optimizer_names": ("the names of parameters", lambda answer, *_: are_names(answer)),
+    "learning_rates": (
+        "a number for each update",
+        lambda answer, _, training: are_numbers(answer, training.iters),
+    ),
+    "greedy": TOKENS,
+    "greedy_all": (
+        "a list of token numbers for each prompt",
+        lambda answer, _, prompts, *rest: len(answer) == len(prompts) and all(map(are_tokens, answer)),
+    ),
+} | dict.fromkeys(("train", "train_compiled", "train_checkpointed", "gradient_norms"), EACH_UPDATE)
+
+
+def described(answer: Any) -> str:
+    """Its kind, and its size where it has one: never its numbers."""
+    kind = type(answer).__name__
+    if is_array(answer):
+        return f"{kind} of shape {answer.shape}"
+    if isinstance(answer, Mapping):
+        wrong = next((n for n, a in answer.items() if not (isinstance(n, str) and is_array(a))), None)
+        return f"{kind} in which {wrong!r} is {type(answer[wrong]).__name__}" if wrong is not None else kind
+    if isinstance(answer, list | tuple | set):
+        kinds = ", ".join(sorted({type(value).__name__ for value in answer}))
+        return f"{kind} of {len(answer)}" + f" ({kinds})" * bool(kinds)
+    return kind
+
+
+class Checked:
+    """A trainer whose every answer is held to its rule; in all else it is the trainer."""
+
+    def __init__(self, trainer: Any, vocab_size: int) -> None:
+        self._trainer, self._vocab_size = trainer, vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._trainer, name)
+        if name not in RULES:
+            return member
+        wanted, holds = RULES[name]
+
+        def call(*given: Any) -> Any:
+            __tracebackhide__ = True
+            answer = member(*given)
+            if not is_held(holds, answer, self._vocab_size, *given):
+                raise Divergence(f"{name}() must return {wanted}, got {described(answer)}")
+            return answer
+
+        return call
+
+
+def is_held(holds: Callable[..., bool], *answer_and_arguments: Any) -> bool:
+    """A rule may stumble over an answer of another kind: a ragged list, an object without a length."""
+    try:
+        return holds(*answer_and_arguments)
+    except (TypeError, ValueError):
+        return False
