@@ -17,6 +17,15 @@ TWINS = {twin.name: twin for twin in ALL}
 RUNGS = range(1, 15)  # rung 0 judges the platform
 
 
+def quick() -> dict[str, Twin]:
+    """Those that stand for a public bug, and of each rung without one the first two."""
+    named = {name: twin for name, twin in TWINS.items() if twin.source}
+    for rung in set(RUNGS) - {twin.rung for twin in named.values()}:
+        of_rung = [twin for twin in TWINS.values() if twin.rung == rung]
+        named |= {twin.name: twin for twin in of_rung[:2]}
+    return {name: twin for name, twin in TWINS.items() if name in named}
+
+
 def table() -> Iterator[str]:
     """The lines of the table in tests/trainers/README.md."""
     yield "| Twin | Rung | What is broken | Stands for |"

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.ladder.climb import case_of
 from tests.ladder.plugin import DEFAULT_TRAINER, rung_of
 from tests.trainers.twins import RUNGS, TWINS
 from tests.trainers.twins.twin import Twin
@@ -61,11 +62,9 @@ class Climb:
     failed: list[tuple[int, str, str]] = field(default_factory=list)  # rung, claim, report
 
     def is_wanted(self, item: pytest.Item) -> bool:
-        callspec = getattr(item, "callspec", None)
-        case = callspec.params.get("case", "untied") if callspec else "untied"
         is_quick = rung_of(item.path) in range(8) or not any(word in item.name for word in LONG)
         is_touched = self.touched is None or item.nodeid in self.touched
-        return case in (*ALWAYS, *self.cases) and is_quick and is_touched
+        return case_of(item) in (*ALWAYS, *self.cases) and is_quick and is_touched
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = filter(self.is_wanted, items)

@@ -1,0 +1,44 @@
+"""How many red twins were planted, caught, and caught at the right rung: a line at the end of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from tests.trainers.twins import TWINS
+
+
+@dataclass
+class Tally:
+    """Counts of a run."""
+
+    planted: int = 0
+    caught: int = 0
+    at_the_right_rung: int = 0
+
+    def count(self, is_right: bool | None) -> None:
+        """None: not caught."""
+        self.planted += 1
+        self.caught += is_right is not None
+        self.at_the_right_rung += is_right is True
+
+    def __str__(self) -> str:
+        return (
+            f"red twins: {self.planted} of {len(TWINS)} planted, {self.caught} caught, "
+            f"{self.at_the_right_rung} at the right rung"
+        )
+
+
+TALLY = pytest.StashKey[Tally]()
+
+
+@pytest.fixture
+def tally(pytestconfig: pytest.Config) -> Tally:
+    return pytestconfig.stash.setdefault(TALLY, Tally())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tally = terminalreporter.config.stash.get(TALLY, None)
+    if tally is not None:
+        terminalreporter.line(str(tally))
