@@ -98,6 +98,10 @@ class Checked:
         self._trainer, self._vocab_size = trainer, vocab_size
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith(
+            "_"
+        ):  # of Python's own questions, such as how to copy; asked before there is a trainer
+            raise AttributeError(name)
         member = getattr(self._trainer, name)
         if name not in RULES:
             return member
