@@ -30,8 +30,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         require_numbers(self)
-        if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(f"rope_type must be linear or llama3, got {self.rope_type!r}")
+        require_choice("rope_type", self.rope_type, ("linear", "llama3"))
         if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor must be less than high_freq_factor, "

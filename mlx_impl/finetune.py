@@ -33,8 +33,8 @@ class Exam:
 def finetune(job: Job, console: Console) -> dict[str, Any]:
     """Read, examine, train, save, examine again; the report that is also written to `report.json`.
 
-    Raises ValueError for a wrong input before anything is written; NotFinite, the last good state saved;
-    after Ctrl-C KeyboardInterrupt, everything saved.
+    Raises ValueError for a wrong input before anything is written, and for a model whose loss is no number;
+    NotFinite, the last good state saved; after Ctrl-C KeyboardInterrupt, everything saved.
     """
     prepared = prepare(job)
     before, records = go_on(prepared, console) if job.resume else begin(prepared, console)

@@ -1,8 +1,9 @@
 """The training state, out and in: what a run needs to go on to the bit as if it had never stopped.
 
-That is the adapter, the optimizer, the random numbers and the number of updates done; which examples come
-next follows from the last (`data.window_numbers`). Beside them stands what they belong to, so that a run is
-not continued with another model, other data or another configuration. One file, replaced whole or not at all.
+That is the adapter, the optimizer and the number of updates done: which examples come next
+(`data.window_numbers`) and what is drawn at random (`train.begin_update`) follow from that number and the
+seeds. Beside them stands what they belong to, so that a run is not continued with another model, other data
+or another configuration. One file, replaced whole or not at all.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ class Progress:
 
 def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> dict[str, mx.array]:
     """Every array that an update changes, by name. MLX never changes an array, so references are a copy."""
-    tree = {"model": model.trainable_parameters(), "optimizer": optimizer.state, "random": mx.random.state[0]}
-    return dict(tree_flatten(tree))
+    return dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state}))
 
 
 def restore(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.array]) -> None:
@@ -48,8 +48,6 @@ def restore(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.arra
     tree = tree_unflatten(list(arrays.items()))
     model.update(tree["model"])
     optimizer.state = tree["optimizer"]
-    high, low = tree["random"].tolist()
-    mx.random.seed(high << 32 | low)  # MLX: the two words of a key are those of its seed
 
 
 def identify(

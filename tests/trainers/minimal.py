@@ -38,7 +38,6 @@ class MinimalTrainer:
         return {name: np.array(grad / num_targets) for name, grad in tree_flatten(grads)}
 
     def train(self, windows, training):
-        mx.random.seed(training.seed)
         records = train(self.model, LoRAOptimizer(training), windows, training, compiled=False)
         return [record.loss_nats for record in records]
 

@@ -145,7 +145,6 @@ class MlxTrainer:
 
     def begin(self, training: TrainConfig) -> int:
         """An optimizer for a new run, or for the one that was loaded; the updates done."""
-        mx.random.seed(training.seed)
         self.optimizer = LoRAOptimizer(training)
         self.optimizer.init(self.model.trainable_parameters())
         if self.saved is None:
