@@ -1,7 +1,7 @@
-"""`python -m mlx_impl`: train, evaluate, generate.
+"""`python -m mlx_impl`: one of the commands in `cli/`.
 
 A wrong input ends with one sentence on standard error and exit code 2, Ctrl-C with 130. An optimized BLAS is
-loaded before anything imports MLX, so the commands are imported late.
+loaded before anything imports MLX, which commands therefore do late.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import io
 import sys
 from collections.abc import Sequence
 
-from .arguments import make_parser
 from .blas import load_optimized_blas
+from .cli.parser import COMMANDS, make_parser
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -38,11 +38,7 @@ def run(args: argparse.Namespace) -> None:
     is_result_only = args.json or args.command != "train"  # standard output is for the result
     sentence = load_optimized_blas(args.blas).sentence
     print(sentence, file=sys.stderr if is_result_only else sys.stdout, flush=True)
-    from . import commands
-
-    {"train": commands.train, "evaluate": commands.evaluate, "generate": commands.generate}[args.command](
-        args
-    )
+    COMMANDS[args.command].run(args)
 
 
 def fail(message: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import load_safetensors, require_shapes
+from .checkpoint import LoadedModel, load_model, load_safetensors, require_shapes
 from .config import LoRAConfig
 from .files import read_json_object, whole_file
 from .lora import add_lora, lora_layers, lora_parameters
@@ -152,3 +152,10 @@ def read_pattern(raw: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{key} must be an object, got {value!r}")
     return value
+
+
+def load_with_adapter(model: str | Path | None, adapter: Path | None) -> LoadedModel:
+    loaded = load_model(model)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
+    return loaded

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from .config import ModelConfig
 from .files import read_json_object
-from .gguf import read_gguf
+from .formats.gguf import read_gguf
 from .model import CausalLM
 from .tokenizer import ChatTokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
@@ -45,12 +45,12 @@ class LoadedModel:
     tokenizer: ChatTokenizer
 
 
-def load_model(path: Path | None) -> LoadedModel:
+def load_model(model: str | Path | None) -> LoadedModel:
     """The model at a path, or SmolLM2-135M-Instruct for None, in float32.
 
     Raises ValueError in one sentence when there is none, or none that can be used.
     """
-    path = default_model_path() if path is None else path
+    path = default_model_path() if model is None else Path(model)
     if path.suffix == ".gguf" and path.is_file():
         config, arrays, metadata = read_gguf(path)
         weights = {name: mx.array(array) for name, array in arrays.items()}

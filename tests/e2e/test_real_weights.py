@@ -11,7 +11,7 @@ import torch
 
 from mlx_impl.checkpoint import default_model_path
 from mlx_impl.config import ModelConfig
-from mlx_impl.gguf import read_gguf
+from mlx_impl.formats.gguf import read_gguf
 from mlx_impl.tokenizer import ChatTokenizer, tokenizer_from_gguf
 from reference.generate import greedy
 from reference.model import CausalLM, load_arrays

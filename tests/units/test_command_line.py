@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_impl import commands
 from mlx_impl.__main__ import main
+from mlx_impl.cli import flags
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--blas", "off"]
@@ -271,7 +271,7 @@ def test_without_the_geography_questions_it_asks_for_a_folder(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in an installed wheel, which ships no fixtures."""
-    monkeypatch.setattr(commands, "GEOGRAPHY", tmp_path / "absent")
+    monkeypatch.setattr(flags, "GEOGRAPHY", tmp_path / "absent")
     assert main(["evaluate", "--model", model, "--blas", "off"]) == 2
     assert "give --data DIR" in capsys.readouterr().err
 

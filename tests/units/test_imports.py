@@ -16,12 +16,20 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "interrupt", "ops", "recompute", "model", "targets", "lora", "loss", "data",
-    "tokenizer", "optim", "state", "guard", "train", "trainer", "merging", "generate", "answers", "gguf",
-    "checkpoint", "adapters", "report", "run_folder", "job", "finetune", "arguments", "commands", "blas",
-    "__main__",
+    "config", "files", "ops", "recompute", "model", "targets", "lora", "loss", "data", "tokenizer", "optim",
+    "state", "guard", "train", "trainer", "merging", "generate",
+    "formats.gguf",
+    "checkpoint", "adapters",
+    "cli.interrupt", "cli.answers", "cli.report", "cli.run_folder", "cli.job", "cli.finetune",
+    "cli.flags", "cli.lora_flags", "cli.train", "cli.evaluate", "cli.generate", "cli.parser",
+    "blas", "__main__",
 ]
 # fmt: on
+
+
+def dotted(path: Path) -> str:
+    """mlx_impl/cli/train.py -> mlx_impl.cli.train"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -30,12 +38,12 @@ def imported(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = path.parent.name if node.level else ""
+            base = dotted(path).rsplit(".", node.level)[0] if node.level else ""
             stem = ".".join(filter(None, (base, node.module)))
             yield from (stem, *(f"{stem}.{alias.name}" for alias in node.names))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "mlx_impl").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "mlx_impl").rglob("*.py")), ids=dotted)
 def test_mlx_impl_imports_no_torch_no_mlx_lm_and_no_reference(path: Path) -> None:
     roots = {name.split(".")[0] for name in imported(path)}
     assert roots.isdisjoint({"torch", "mlx_lm", "transformers", "peft", "reference", "tests"})
@@ -53,12 +61,14 @@ def test_the_reference_imports_no_mlx_and_of_mlx_impl_only_its_configuration(pat
 def test_arrows_point_down(name: str) -> None:
     """Each module imports only modules that stand before it in the reading order."""
     allowed = set(ORDER[: ORDER.index(name)])
-    own = {n.split(".")[1] for n in imported(ROOT / "mlx_impl" / f"{name}.py") if n.startswith("mlx_impl.")}
+    path = ROOT / "mlx_impl" / f"{name.replace('.', '/')}.py"
+    own = {n.removeprefix("mlx_impl.") for n in imported(path) if n.startswith("mlx_impl.")}
     assert {n for n in own if n in ORDER} <= allowed
 
 
 def test_the_order_names_every_module() -> None:
-    modules = {path.stem for path in (ROOT / "mlx_impl").glob("*.py")} - {"__init__"}
+    paths = (ROOT / "mlx_impl").rglob("*.py")
+    modules = {dotted(path).removeprefix("mlx_impl.") for path in paths if path.stem != "__init__"}
     assert modules == set(ORDER)
 
 

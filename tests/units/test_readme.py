@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_impl import checkpoint
-from mlx_impl.arguments import make_parser
+from mlx_impl.cli.parser import make_parser
 from tests.tiny_folder import write_folder
 from tests.trainers.twins import TWINS
 
@@ -61,7 +61,7 @@ def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
 
 
 def test_every_module_is_in_the_reading_order() -> None:
-    modules = {path.name for path in (ROOT / "mlx_impl").glob("*.py")} - {"__init__.py"}
+    modules = {path.name for path in (ROOT / "mlx_impl").rglob("*.py")} - {"__init__.py"}
     assert [name for name in sorted(modules) if name not in README] == []
 
 

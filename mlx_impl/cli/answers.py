@@ -6,10 +6,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import Conversation
-from .generate import generate_all
-from .model import CausalLM
-from .tokenizer import ChatTokenizer
+from ..data import Conversation
+from ..generate import generate_all
+from ..model import CausalLM
+from ..tokenizer import ChatTokenizer
 
 MAX_TOKENS = 24  # of an answer
 

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from .adapters import save_adapter
+from ..adapters import save_adapter
+from ..data import Example
+from ..files import make_run_folder, read_json_object, whole_file
+from ..train import StepRecord
+from ..trainer import LoRATrainer
 from .answers import Answer
-from .data import Example
-from .files import make_run_folder, read_json_object, whole_file
 from .report import save_loss_curve
-from .train import StepRecord
-from .trainer import LoRATrainer
 
 OF_A_RUN = ("report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png")
 

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 HUGGING_FACE_NAMES = {
     "token_embd": "model.embed_tokens",

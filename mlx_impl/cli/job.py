@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import load_adapter
-from .checkpoint import LoadedModel, load_model
-from .config import LoRAConfig, TrainConfig
-from .data import Conversation, Example, read_conversations
+from ..adapters import load_adapter
+from ..checkpoint import LoadedModel, load_model
+from ..config import LoRAConfig, TrainConfig
+from ..data import Conversation, Example, read_conversations
+from ..state import digest_of_examples
+from ..tokenizer import encode_all
+from ..trainer import LoRATrainer
 from .run_folder import RunFolder
-from .state import digest_of_examples
-from .tokenizer import encode_all
-from .trainer import LoRATrainer
 
 # Which file's questions are reported under which name.
 QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "control.jsonl"}
@@ -23,7 +23,7 @@ QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "
 class Job:
     """Everything that `train` was asked for."""
 
-    model: Path | None
+    model: str | None
     data: Path
     folder: Path  # where adapter, metrics and report go
     resume: bool  # go on with the run in that folder

@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
+from ..guard import NotFinite
+from ..lora import count_parameters
+from ..train import StepRecord
 from .answers import Answer, ask, share_right
-from .guard import NotFinite
 from .interrupt import Interrupt, interrupt_requested
 from .job import Job, Prepared, prepare
-from .lora import count_parameters
 from .report import print_answers, with_progress
-from .train import StepRecord
 
 
 @dataclass(frozen=True)

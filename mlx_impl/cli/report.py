@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..files import whole_file
+from ..train import StepRecord
 from .answers import Answer, share_right
-from .files import whole_file
-from .train import StepRecord
 
 PLAIN_EVERY = 10  # steps between lines where there is no bar
 EXAMPLES_SHOWN = 4  # questions of a group, answered in full

@@ -1,0 +1,51 @@
+"""`evaluate`: the loss over the test file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+from . import flags
+from .flags import add_json_flag, folder, require_at_least
+
+HELP = "the loss over the test file"
+MAX_NATS = 700.0  # of which exp is still a float
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    flags.add_model_flags(command.add_argument_group("model"))
+    flags.add_data_flags(command.add_argument_group("data"))
+    group = command.add_argument_group("evaluation")
+    folder(group, "--adapter-path", "with this adapter (default: none)")
+    add_json_flag(group)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..adapters import load_with_adapter
+    from ..data import evaluation_batches, read_conversations
+    from ..tokenizer import encode_all
+    from ..train import evaluate
+
+    for flag in ("batch_size", "max_seq_length"):
+        require_at_least(1, flag, getattr(args, flag))
+    conversations = read_conversations(flags.data_folder(args.data) / "test.jsonl")
+    loaded = load_with_adapter(args.model, args.adapter_path)
+    examples = encode_all(loaded.tokenizer, conversations, args.mask_prompt, args.max_seq_length)
+    batches = evaluation_batches(examples, args.batch_size)
+    loss_nats, num_targets = evaluate(loaded.model, batches)
+    if not loss_nats < MAX_NATS:
+        raise ValueError(f"the loss must be a finite number below {MAX_NATS} nats, got {loss_nats}")
+    result = {
+        "loss_nats": loss_nats,
+        "perplexity": math.exp(loss_nats),
+        "num_targets": num_targets,
+        "num_examples": len(examples),
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{loaded.name}: {loss_nats:.4f} nats per target token, perplexity "
+            f"{result['perplexity']:.3f} ({num_targets} targets in {len(examples)} examples)"
+        )

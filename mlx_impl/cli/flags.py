@@ -1,0 +1,79 @@
+"""What flags are made of, and the groups that several commands share. No MLX import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+
+# mlx_impl/cli/flags.py -> the project's root, where the sources lie beside their fixtures
+GEOGRAPHY = Path(__file__).resolve().parents[2] / "fixtures" / "geography"
+TRAIN_DEFAULTS = TrainConfig(iters=1)
+
+
+def number(group: Any, flag: str, default: float | None, help_text: str, shown: str = "%(default)s") -> None:
+    """A flag for a number of the default's kind, an int where there is none."""
+    kind = float if isinstance(default, float) else int
+    group.add_argument(
+        flag,
+        type=kind,
+        default=default,
+        metavar="X" if kind is float else "N",
+        help=f"{help_text} (default: {shown})",
+    )
+
+
+def switch(group: Any, flag: str, default: bool | None, help_text: str) -> None:
+    """A flag that its --no- form turns off."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+
+
+def folder(group: Any, flag: str, help_text: str, required: bool = False) -> None:
+    group.add_argument(flag, type=Path, metavar="DIR", required=required, help=help_text)
+
+
+def add_json_flag(group: Any) -> None:
+    group.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object, nothing else (default: no)"
+    )
+
+
+def add_model_flags(group: Any) -> None:
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        help="a Hugging Face folder or a .gguf file (default: SmolLM2-135M-Instruct)",
+    )
+    group.add_argument(
+        "--blas",
+        metavar="auto|off|PATH",
+        help="Linux CPU: the library to multiply matrices with (default: $MLX_IMPL_BLAS, or auto)",
+    )
+
+
+def add_data_flags(group: Any) -> None:
+    folder(group, "--data", "a folder with {train,valid,test}.jsonl (default: the geography questions)")
+    switch(
+        group,
+        "--mask-prompt",
+        True,
+        "train on the last reply only, not on what comes before it (default: yes)",
+    )
+    number(group, "--max-seq-length", 2048, "cut longer examples to so many tokens")
+    number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples a batch")
+
+
+def data_folder(path: Path | None) -> Path:
+    if path is None and not GEOGRAPHY.is_dir():
+        raise ValueError("the geography questions are not beside this package: give --data DIR")
+    path = GEOGRAPHY if path is None else path
+    if not path.is_dir():
+        raise ValueError(f"--data must be a folder, got {path}")
+    return path
+
+
+def require_at_least(least: int, flag: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")

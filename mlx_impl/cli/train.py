@@ -1,0 +1,111 @@
+"""`train`: fine-tune a model, and show by questions asked before and after what it has learned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from . import flags
+from .flags import TRAIN_DEFAULTS, add_json_flag, folder, number, require_at_least, switch
+from .lora_flags import add_lora_flags, lora_config
+
+HELP = "fine-tune a model and show what it learned"
+DEFAULT_EPOCHS = 5
+AT_LEAST_ONE = ("batch_size", "grad_accumulation_steps", "max_seq_length", "steps_per_eval", "save_every")
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+    flags.add_model_flags(command.add_argument_group("model"))
+    flags.add_data_flags(command.add_argument_group("data"))
+    add_lora_flags(command.add_argument_group("adapter"))
+    add_step_flags(command.add_argument_group("training"))
+    add_run_flags(command.add_argument_group("run"))
+
+
+def add_step_flags(group: Any) -> None:
+    defaults = TRAIN_DEFAULTS
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--iters", type=int, metavar="N", help="optimizer updates")
+    number(length, "--epochs", DEFAULT_EPOCHS, "passes over the training file")
+    number(group, "--grad-accumulation-steps", defaults.grad_accumulation_steps, "batches an update")
+    number(group, "--learning-rate", defaults.learning_rate, "at its highest")
+    group.add_argument(
+        "--lr-schedule",
+        choices=("constant", "linear", "cosine"),
+        default=defaults.lr_schedule,
+        help="after the warmup: stay, or go down to 0 (default: %(default)s)",
+    )
+    number(group, "--warmup-steps", defaults.warmup_steps, "updates in which the learning rate rises from 0")
+    number(group, "--loraplus-lr-ratio", defaults.loraplus_lr_ratio, "LoRA+: B learns so many times as fast")
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default=defaults.optimizer,
+        help="as PyTorch defines them (default: %(default)s)",
+    )
+    number(group, "--weight-decay", defaults.weight_decay, "of the adapter")
+    number(group, "--max-grad-norm", defaults.max_grad_norm, "clip the gradient to this norm; 0: never")
+    switch(
+        group,
+        "--grad-checkpoint",
+        defaults.grad_checkpoint,
+        "compute activations twice instead of keeping them: less memory (default: no)",
+    )
+    number(group, "--seed", defaults.seed, "of the initial adapter and of dropout")
+    number(group, "--data-seed", None, "of the order of the examples", "the --seed")
+    switch(group, "--compile", None, "compile the training step (default: on a GPU)")
+
+
+def add_run_flags(group: Any) -> None:
+    folder(group, "--adapter-path", "the run's folder: adapter, metrics, report (default: adapters)")
+    folder(group, "--resume", "go on with the run in this folder, to the bit as if it had not been stopped")
+    number(group, "--save-every", 25, "steps between savings of adapter and training state")
+    number(group, "--steps-per-eval", 25, "steps between validations")
+    number(group, "--patience", 0, "stop after so many validations without a better loss; 0: never")
+    number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
+    add_json_flag(group)
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .finetune import finetune
+    from .job import Job
+
+    for flag in AT_LEAST_ONE:
+        require_at_least(1, flag, getattr(args, flag))
+    for flag in ("patience", "num_questions"):
+        require_at_least(0, flag, getattr(args, flag) or 0)
+    if args.resume is not None and args.adapter_path is not None:
+        raise ValueError("--adapter-path is that of --resume: give one of them")
+    settings = {
+        field.name: getattr(args, field.name) for field in fields(TrainConfig) if field.name != "iters"
+    }
+    if args.data_seed is None:
+        settings["data_seed"] = args.seed
+    job = Job(
+        model=args.model,
+        data=flags.data_folder(args.data),
+        folder=args.resume or args.adapter_path or Path("adapters"),
+        resume=args.resume is not None,
+        init_adapter=args.init_adapter,
+        lora=lora_config(args),
+        training=settings,
+        iters=args.iters,
+        epochs=args.epochs,
+        mask_prompt=args.mask_prompt,
+        max_seq_length=args.max_seq_length,
+        steps_per_eval=args.steps_per_eval,
+        save_every=args.save_every,
+        patience=args.patience,
+        num_questions=args.num_questions,
+        compiled=args.compile,
+    )
+    console = Console(stderr=args.json, highlight=False, markup=False, soft_wrap=True)
+    report = finetune(job, console)
+    if args.json:
+        print(json.dumps(report))
