@@ -14,9 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import LoadedModel, load_model, load_safetensors, require_shapes
+from .checkpoint import LoadedModel, load_model, require_shapes
 from .config import LoRAConfig
 from .files import read_json_object, whole_file
+from .formats.safetensors import read_file
 from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
 from .targets import select_targets
@@ -89,7 +90,7 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
         expected[peft_key(f"{target.name}.lora_b")] = (target.num_out, target.rank)
         if config.use_dora:
             expected[peft_key(f"{target.name}.magnitude")] = (target.num_out,)
-    tensors = load_safetensors(path)
+    tensors = read_file(path)
     require_shapes(tensors, expected, path)
     add_lora(model, config)
     ours = {peft_key(name): name for name in lora_parameters(model)}
@@ -154,8 +155,11 @@ def read_pattern(raw: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def load_with_adapter(model: str | Path | None, adapter: Path | None) -> LoadedModel:
-    loaded = load_model(model)
+def load_with_adapter(
+    model: str | Path | None, adapter: Path | None, dequantize: bool = False
+) -> LoadedModel:
+    """The model, with the adapter if there is one."""
+    loaded = load_model(model, dequantize)
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     return loaded

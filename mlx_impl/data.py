@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     mask_BT: np.ndarray  # whether that token counts
     num_tokens: int  # inputs that are no padding
     numbers: tuple[int, ...] = ()  # which examples of the file these are, from 0
+    segment_BT: np.ndarray | None = None  # of packed rows: which example of its row an input belongs to
 
 
 Window = list[Batch]  # the batches of one optimizer update

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import LoRAConfig
 from .model import CausalLM
+from .quantized import dense_weight_OI, shape_OI
 from .recompute import random_key
 from .targets import select_targets
 
@@ -40,7 +41,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        num_out, num_in = linear.weight.shape
+        num_out, num_in = shape_OI(linear)
         bound = num_in**-0.5
         self.linear = linear
         self.lora_a = mx.random.uniform(-bound, bound, (num_in, rank))
@@ -62,20 +63,20 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
-        self.magnitude = mx.linalg.norm(linear.weight, axis=1)
+        self.magnitude = mx.linalg.norm(dense_weight_OI(linear), axis=1)
 
     def __call__(self, x_BTI: mx.array) -> mx.array:
         update_BTO = (self.dropout(x_BTI) @ self.lora_a) @ self.lora_b
-        direction_BTO = x_BTI @ self.linear.weight.T + self.scale * update_BTO
+        direction_BTO = x_BTI @ dense_weight_OI(self.linear).T + self.scale * update_BTO
         y_BTO = self.magnitude / self.length_O() * direction_BTO
         return y_BTO + self.linear.bias if "bias" in self.linear else y_BTO
 
     def length_O(self) -> mx.array:
-        return mx.stop_gradient(mx.linalg.norm(self.linear.weight + super().delta_OI(), axis=1))
+        return mx.stop_gradient(mx.linalg.norm(dense_weight_OI(self.linear) + super().delta_OI(), axis=1))
 
     def delta_OI(self) -> mx.array:
         stretch_O1 = (self.magnitude / self.length_O())[:, None]
-        return (stretch_O1 - 1) * self.linear.weight + stretch_O1 * super().delta_OI()
+        return (stretch_O1 - 1) * dense_weight_OI(self.linear) + stretch_O1 * super().delta_OI()
 
 
 def add_lora(model: CausalLM, config: LoRAConfig) -> None:

@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 
 from .lora import LoRALinear, lora_layers
 from .model import CausalLM
+from .quantized import dense_weight_OI
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Merged:
 
 
 def merge(model: CausalLM) -> Merged:
-    """Replace every adapted linear by a plain one of weight W' = W + dW, formed in float32.
+    """Replace every adapted linear by a plain one of weight W' = W + dW, formed in float32, never quantized.
 
     Raises ValueError when there is no adapter, or when a merged weight is not finite.
     """
@@ -36,9 +37,9 @@ def merge(model: CausalLM) -> Merged:
     plain: dict[str, nn.Linear] = {}
     lost, whole = mx.array(0.0), mx.array(0.0)
     for name, layer in layers.items():
-        weight_OI = layer.linear.weight.astype(mx.float32)
+        weight_OI = dense_weight_OI(layer.linear).astype(mx.float32)
         delta_OI = layer.delta_OI().astype(mx.float32)
-        merged_OI = (weight_OI + delta_OI).astype(layer.linear.weight.dtype)
+        merged_OI = (weight_OI + delta_OI).astype(dense_weight_OI(layer.linear).dtype)
         if not mx.isfinite(merged_OI).all():
             raise ValueError(f"a merged weight must be finite, and that of {name} is not")
         lost += mx.square(merged_OI.astype(mx.float32) - weight_OI - delta_OI).sum()

@@ -3,8 +3,8 @@
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
-Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache, blocks
-that may be recomputed in the backward pass.
+Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache, rows that
+hold several examples (`view.py`), blocks that may be recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import mlx.nn as nn
 from . import ops
 from .config import ModelConfig
 from .recompute import recomputed
+from .view import View, view_of
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
@@ -87,19 +88,17 @@ class Attention(nn.Module):
         self.head_dim, self.qk_norm = K, config.qk_norm
         self.frequency_P = rope_frequencies(config)
 
-    def __call__(self, x_BTD: mx.array, cache: KeyValueCache | None = None) -> mx.array:
+    def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
         B, T, _ = x_BTD.shape
         q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         k_BGSK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         v_BGSK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
         if self.qk_norm:
             q_BHTK, k_BGSK = self.q_norm(q_BHTK), self.k_norm(k_BGSK)
-        offset = cache.num_seen if cache else 0
-        q_BHTK = ops.rope(q_BHTK, self.frequency_P, offset)
-        k_BGSK = ops.rope(k_BGSK, self.frequency_P, offset)
+        q_BHTK, k_BGSK = view.turn(q_BHTK, self.frequency_P), view.turn(k_BGSK, self.frequency_P)
         if cache:
             k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
-        mix_BHTK = ops.attention(q_BHTK, k_BGSK, v_BGSK)
+        mix_BHTK = view.attend(q_BHTK, k_BGSK, v_BGSK)
         return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -127,8 +126,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x_BTD: mx.array, cache: KeyValueCache | None = None) -> mx.array:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cache)
+    def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -140,15 +139,22 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.window = config.sliding_window
         self.grad_checkpoint = False  # in training, recompute each block instead of keeping it
 
-    def __call__(self, tokens_BT: mx.array, caches: list[KeyValueCache] | None = None) -> mx.array:
+    def __call__(
+        self,
+        tokens_BT: mx.array,
+        caches: list[KeyValueCache] | None = None,
+        segment_BT: mx.array | None = None,  # of packed rows: which example a token belongs to
+    ) -> mx.array:
+        view = view_of(tokens_BT.shape[1], caches[0].num_seen if caches else 0, self.window, segment_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         for number, layer in enumerate(self.layers):
             if self.grad_checkpoint and self.training:
-                x_BTD = recomputed(layer, x_BTD)
+                x_BTD = recomputed(layer, x_BTD, view)
             else:
-                x_BTD = layer(x_BTD, caches[number] if caches else None)
+                x_BTD = layer(x_BTD, view, caches[number] if caches else None)
         return self.norm(x_BTD)
 
 

@@ -26,10 +26,24 @@ def rope(x_BHTK: mx.array, frequency_P: Sequence[float], offset: int = 0) -> mx.
     return mx.fast.rope(x_BHTK, K, traditional=False, base=None, scale=1.0, offset=offset, freqs=period_P)
 
 
+def rope_at(x_BHTK: mx.array, frequency_P: Sequence[float], position_BT: mx.array) -> mx.array:
+    """The same with a position of its own for each token: by the angle position[b, t] * frequency[k]."""
+    angle_B1TP = position_BT[:, None, :, None] * mx.array(frequency_P)
+    cos, sin = mx.cos(angle_B1TP).astype(x_BHTK.dtype), mx.sin(angle_B1TP).astype(x_BHTK.dtype)
+    left, right = mx.split(x_BHTK, 2, axis=-1)
+    return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
     """softmax(q k^T / sqrt(K)) v, causal, with the last query at the last key (T <= S)."""
     scale = q_BHTK.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask="causal")
+
+
+def masked_attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array) -> mx.array:
+    """The same where the mask, and not only time, says which keys a query sees; it must see one."""
+    scale = q_BHTK.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask=mask_B1TS)
 
 
 def silu(x: mx.array) -> mx.array:

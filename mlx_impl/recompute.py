@@ -15,15 +15,15 @@ import mlx.nn as nn
 _keys: list[mx.array] = []  # what the block being computed draws its randomness from
 
 
-def recomputed(block: nn.Module, x_BTD: mx.array) -> mx.array:
-    """block(x), of which only x is kept for the backward pass."""
+def recomputed(block: nn.Module, x_BTD: mx.array, *others: object) -> mx.array:
+    """block(x, *others), of which only x is kept for the backward pass."""
     parameters = block.trainable_parameters()
 
     def run(trained: dict, key: mx.array, x_BTD: mx.array) -> mx.array:
         block.update(trained)  # so that they are inputs, and get gradients
         _keys.append(mx.stop_gradient(key))
         try:
-            return block(x_BTD)
+            return block(x_BTD, *others)
         finally:
             _keys.pop()
             block.update(parameters)

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from .config import LoRAConfig
 from .model import CausalLM
+from .quantized import LINEARS, shape_OI
 
 Number = TypeVar("Number", int, float)
 
@@ -40,7 +41,7 @@ def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
     require_matches(config, linears, chosen)
     targets = []
     for name in chosen:
-        num_out, num_in = linears[name].weight.shape
+        num_out, num_in = shape_OI(linears[name])
         rank = of_pattern(name, config.rank_pattern, config.rank)
         alpha = of_pattern(name, config.alpha_pattern, config.alpha)
         if rank > min(num_out, num_in):
@@ -61,7 +62,7 @@ def linears_of_last_blocks(model: CausalLM, num_layers: int) -> dict[str, nn.Lin
         f"model.layers.{number}.{path}": module
         for number in range(first, num_blocks)
         for path, module in reversed(model.model.layers[number].named_modules())
-        if isinstance(module, nn.Linear)
+        if isinstance(module, LINEARS)
     }
 
 

@@ -25,7 +25,7 @@ from .loss import next_token_nats
 from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
 
-Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N: what a compiled function can take
+Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N and, of packed rows, segment_BT
 Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)
 
 
@@ -45,13 +45,14 @@ class StepRecord:
 
 def to_arrays(batch: Batch) -> Arrays:
     """The batch in MLX, of the targets only their positions in it, so that the head is spared the rest."""
-    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch))]
+    segments = [] if batch.segment_BT is None else [mx.array(batch.segment_BT)]
+    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), *segments]
 
 
 def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     """The sum of nats over the targets, which is differentiated, and their number."""
-    inputs_BT, positions_N, targets_N, mask_N = arrays
-    x_ND = model.model(inputs_BT).flatten(0, 1)[positions_N]  # the head is needed at targets only
+    inputs_BT, positions_N, targets_N, mask_N, *segments = arrays  # segments where rows are packed
+    x_ND = model.model(inputs_BT, None, *segments).flatten(0, 1)[positions_N]  # the head only at targets
     return next_token_nats(model.head(x_ND), targets_N, mask_N)
 
 

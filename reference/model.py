@@ -40,6 +40,12 @@ def rope(x_BHTK: Tensor, frequency_P: Tensor) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
+def seen(T: int, window: int | None) -> Tensor:
+    """Whether query t sees key s: itself and what is before it, within a sliding window if there is one."""
+    past_TT = torch.ones(T, T, dtype=torch.bool).tril()
+    return past_TT if window is None else past_TT.triu(1 - window)
+
+
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps)."""
 
@@ -66,7 +72,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
         self.head_dim, self.qk_norm = K, config.qk_norm
-        self.frequency_P = rope_frequencies(config)
+        self.frequency_P, self.window = rope_frequencies(config), config.sliding_window
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -76,7 +82,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
         q_BHTK, k_BGTK = rope(q_BHTK, self.frequency_P), rope(k_BGTK, self.frequency_P)
-        mix_BHTK = scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
+        sees_TT = seen(T, self.window)
+        mix_BHTK = scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, sees_TT, enable_gqa=True)
         return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
 
 

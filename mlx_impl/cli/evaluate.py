@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
     conversations = read_conversations(flags.data_folder(args.data) / "test.jsonl")
-    loaded = load_with_adapter(args.model, args.adapter_path)
+    loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
     examples = encode_all(loaded.tokenizer, conversations, args.mask_prompt, args.max_seq_length)
     batches = evaluation_batches(examples, args.batch_size)
     loss_nats, num_targets = evaluate(loaded.model, batches)

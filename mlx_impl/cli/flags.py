@@ -44,8 +44,9 @@ def add_model_flags(group: Any) -> None:
     group.add_argument(
         "--model",
         metavar="PATH",
-        help="a Hugging Face folder or a .gguf file (default: SmolLM2-135M-Instruct)",
+        help="a Hugging Face folder, a .gguf file or a name on the hub (default: SmolLM2-135M-Instruct)",
     )
+    switch(group, "--dequantize", False, "unpack MLX-quantized weights: faster on a CPU (default: no)")
     group.add_argument(
         "--blas",
         metavar="auto|off|PATH",

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     require_seed("seed", args.seed)
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature must be finite and at least 0, got {args.temperature}")
-    loaded = load_with_adapter(args.model, args.adapter_path)
+    loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
     tokenizer = loaded.tokenizer
     if not is_text(args.prompt):
         raise ValueError("--prompt must be UTF-8 text")

@@ -24,6 +24,7 @@ class Job:
     """Everything that `train` was asked for."""
 
     model: str | None
+    dequantize: bool
     data: Path
     folder: Path  # where adapter, metrics and report go
     resume: bool  # go on with the run in that folder
@@ -68,7 +69,7 @@ def prepare(job: Job) -> Prepared:
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
     training = train_config(job, len(train))
-    loaded = load_model(job.model)
+    loaded = load_model(job.model, job.dequantize)
     examples, valid_examples = (
         encode_all(loaded.tokenizer, conversations, job.mask_prompt, job.max_seq_length)
         for conversations in (train, valid)

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         settings["data_seed"] = args.seed
     job = Job(
         model=args.model,
+        dequantize=args.dequantize,
         data=flags.data_folder(args.data),
         folder=args.resume or args.adapter_path or Path("adapters"),
         resume=args.resume is not None,

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "usual heads": replace(SPEC, num_attention_heads=2, head_dim=14),  # heads * head_dim = width
     "qkv bias": replace(SPEC, qkv_bias=True),
     "qk norm": replace(SPEC, qk_norm=True),
+    "sliding window": replace(SPEC, sliding_window=4),
     "linear rope": replace(SPEC, rope_scaling=RopeScaling("linear", 4.0)),
     # Wavelengths 6 to 1577 beside a length of 64: some pairs are kept, some blended, some stretched.
     "llama3 rope": replace(

@@ -22,13 +22,20 @@ def rms_norm_pullback(
 
 
 def rope(x_BHTK: np.ndarray, frequency_P: tuple[float, ...], offset: int, sign: int = 1) -> np.ndarray:
-    """The pair (x[k], x[k + K/2]) turned by (t + offset) * frequency[k]; the pullback turns back: sign -1.
+    """The pair (x[k], x[k + K/2]) turned by (t + offset) * frequency[k]; the pullback turns back: sign -1."""
+    return rope_at(x_BHTK, frequency_P, offset + np.arange(x_BHTK.shape[-2])[None], sign)
+
+
+def rope_at(
+    x_BHTK: np.ndarray, frequency_P: tuple[float, ...], position_BT: np.ndarray, sign: int = 1
+) -> np.ndarray:
+    """The same by position[b, t] * frequency[k].
 
     The angle is rounded to the precision of x, as it is in every float32 implementation.
     """
-    time_T = offset + np.arange(x_BHTK.shape[-2], dtype=x_BHTK.dtype)
-    angle_TP = np.outer(time_T, np.array(frequency_P, dtype=x_BHTK.dtype))
-    cos, sin = np.cos(angle_TP), sign * np.sin(angle_TP)
+    time_B1T1 = position_BT[:, None, :, None].astype(x_BHTK.dtype)
+    angle_B1TP = time_B1T1 * np.array(frequency_P, dtype=x_BHTK.dtype)
+    cos, sin = np.cos(angle_B1TP), sign * np.sin(angle_B1TP)
     left, right = np.split(x_BHTK, 2, axis=-1)
     return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
@@ -38,29 +45,39 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def scores(q_BHTK: np.ndarray, k_BHSK: np.ndarray) -> np.ndarray:
-    """softmax(q k^T / sqrt(K)), causal, the last query at the last key."""
+def causal(q_BHTK: np.ndarray, k_BHSK: np.ndarray) -> np.ndarray:
+    """Every key up to the query's own, the last query at the last key."""
     T, S = q_BHTK.shape[-2], k_BHSK.shape[-2]
+    return np.arange(S) <= np.arange(T)[:, None] + S - T
+
+
+def scores(q_BHTK: np.ndarray, k_BHSK: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """softmax(q k^T / sqrt(K)) over the keys of the mask, or causal."""
     products = q_BHTK @ k_BHSK.swapaxes(-1, -2) * q_BHTK.dtype.type(q_BHTK.shape[-1] ** -0.5)
-    is_past_TS = np.arange(S) <= np.arange(T)[:, None] + S - T
-    return softmax(np.where(is_past_TS, products, -np.inf))
+    return softmax(np.where(causal(q_BHTK, k_BHSK) if mask is None else mask, products, -np.inf))
 
 
-def attention(q_BHTK: np.ndarray, k_BGSK: np.ndarray, v_BGSK: np.ndarray) -> np.ndarray:
+def attention(
+    q_BHTK: np.ndarray, k_BGSK: np.ndarray, v_BGSK: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
     """Each key/value head serves H / G neighbouring query heads."""
     served = q_BHTK.shape[1] // k_BGSK.shape[1]
     k_BHSK, v_BHSK = k_BGSK.repeat(served, axis=1), v_BGSK.repeat(served, axis=1)
-    return scores(q_BHTK, k_BHSK) @ v_BHSK
+    return scores(q_BHTK, k_BHSK, mask) @ v_BHSK
 
 
 def attention_pullback(
-    q_BHTK: np.ndarray, k_BGSK: np.ndarray, v_BGSK: np.ndarray, g_BHTK: np.ndarray
+    q_BHTK: np.ndarray,
+    k_BGSK: np.ndarray,
+    v_BGSK: np.ndarray,
+    g_BHTK: np.ndarray,
+    mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Through p = softmax(s): ds = p (dp - sum(p dp)); a key/value head sums over the heads it serves."""
     G = k_BGSK.shape[1]
     served = q_BHTK.shape[1] // G
     k_BHSK, v_BHSK = k_BGSK.repeat(served, axis=1), v_BGSK.repeat(served, axis=1)
-    p_BHTS = scores(q_BHTK, k_BHSK)
+    p_BHTS = scores(q_BHTK, k_BHSK, mask)
     dp_BHTS = g_BHTK @ v_BHSK.swapaxes(-1, -2)
     ds_BHTS = p_BHTS * (dp_BHTS - (p_BHTS * dp_BHTS).sum(-1, keepdims=True))
     ds_BHTS *= q_BHTK.dtype.type(q_BHTK.shape[-1] ** -0.5)

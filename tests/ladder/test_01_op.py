@@ -49,6 +49,11 @@ def attention_op(num_queries: int) -> Op:
     )
 
 
+POSITIONS_BT = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 0]])  # of packed examples
+NUMBER_BT = np.cumsum(POSITIONS_BT == 0, axis=1)
+OWN_EXAMPLE_B1TS = ((NUMBER_BT[:, :, None] == NUMBER_BT[:, None, :]) & np.tri(9, dtype=bool))[:, None]
+
+
 OPS = {
     "rms_norm": Op(
         lambda ops, x, w: ops.rms_norm(x, w, 1e-5),
@@ -63,6 +68,20 @@ OPS = {
         lambda x, g: (numpy_ops.rope(g, FREQUENCIES, 3, sign=-1),),
         (normal(2, 3, 29, 10),),
         2,
+    ),
+    "rope_at": Op(
+        lambda ops, x: ops.rope_at(x, FREQUENCIES, type(x)(POSITIONS_BT)),
+        lambda x: numpy_ops.rope_at(x, FREQUENCIES, POSITIONS_BT),
+        lambda x, g: (numpy_ops.rope_at(g, FREQUENCIES, POSITIONS_BT, sign=-1),),
+        (normal(2, 3, 9, 10),),
+        2,
+    ),
+    "masked_attention": Op(
+        lambda ops, q, k, v: ops.masked_attention(q, k, v, type(q)(OWN_EXAMPLE_B1TS)),
+        lambda q, k, v: numpy_ops.attention(q, k, v, OWN_EXAMPLE_B1TS),
+        lambda q, k, v, g: numpy_ops.attention_pullback(q, k, v, g, OWN_EXAMPLE_B1TS),
+        (normal(2, 6, 9, 10), normal(2, 2, 9, 10), normal(2, 2, 9, 10)),
+        3 * 9,
     ),
     "attention": attention_op(13),
     "attention to a cache": attention_op(5),

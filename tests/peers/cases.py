@@ -44,6 +44,7 @@ MODELS = {
     ),
     "rope-linear": replace(LLAMA, rope_scaling=LINEAR),
     "rope-llama3": replace(LLAMA, rope_scaling=LLAMA3),
+    "mistral": replace(LLAMA, sliding_window=4),
     "qwen2": replace(LLAMA, hidden_size=60, qkv_bias=True),
     "qwen3": replace(LLAMA, qk_norm=True),
     "qwen3-tied-rope-linear": replace(LLAMA, qk_norm=True, tie_word_embeddings=True, rope_scaling=LINEAR),

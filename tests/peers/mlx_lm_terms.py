@@ -41,6 +41,8 @@ def make_model(spec: ModelConfig) -> nn.Module:
     settings = asdict(spec)
     if settings.pop("qkv_bias"):
         raise NotImplementedError("mlx-lm's qwen2 has no head_dim")
+    if settings.pop("sliding_window"):
+        raise NotImplementedError("mlx-lm's llama slides its window in layers that it is told of")
     kind = qwen3 if settings.pop("qk_norm") else llama
     return kind.Model(kind.ModelArgs(model_type="ladder", max_position_embeddings=2048, **settings))
 

@@ -49,8 +49,11 @@ class AllDouble(TorchFunctionMode):
 
 def hugging_face_model(spec: ModelConfig) -> nn.Module:
     """The published class that has exactly these switches, with its weights yet to be set."""
-    kind = "Qwen3" if spec.qk_norm else "Qwen2" if spec.qkv_bias else "Llama"
+    kind = "Qwen3" if spec.qk_norm else "Qwen2" if spec.qkv_bias else "Mistral"
     settings = asdict(spec)
+    if spec.sliding_window is None:
+        settings.pop("sliding_window")
+        kind = kind.replace("Mistral", "Llama")
     scaling = settings.pop("rope_scaling") or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":  # the other fields are llama3's
         scaling = {"rope_type": "linear", "factor": scaling["factor"]}

@@ -106,6 +106,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         tie_word_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.sampled_from([None, 1, 3, 8])),
         rope_scaling=draw(rope_scalings()),
     )
 

@@ -193,5 +193,5 @@ def test_an_adapter_in_half_precision_is_trained_in_float32(
 def test_an_adapter_of_integers_is_refused(base: Path, tmp_path: Path) -> None:
     save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
     rewrite(tmp_path, {A_KEY: mx.zeros((8, 32), dtype=mx.int32)})
-    with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight must be of floats, got mlx\.core\.int32"):
+    with pytest.raises(ValueError, match=r"up_proj\.lora_A\.weight' must be of floats, got mlx\.core\.int32"):
         load_adapter(load_model(base).model, tmp_path)

@@ -50,9 +50,13 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "model_type must be llama, got 'gemma'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling must be None"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type must be default, got 'llama3'"),
+        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'gemma'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type must be one of default, linear, llama3, got 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "linear"}},
+            r"rope_type linear has the keys \['factor'\]",
+        ),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported, got 30.0"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing"),

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_impl import ops
 from mlx_impl.config import ModelConfig
 from mlx_impl.model import CausalLM, Decoder, rope_frequencies
+from mlx_impl.view import view_of
 from tests.trainers.twins.twin import Patches, Twin
 
 head, decode = CausalLM.head, Decoder.__call__
@@ -28,7 +29,7 @@ def without_blend(config: ModelConfig) -> tuple[float, ...]:
     )
 
 
-def norm_after_rope(self: Any, x_BTD: mx.array, cache: Any = None) -> mx.array:
+def norm_after_rope(self: Any, x_BTD: mx.array, *_: Any) -> mx.array:
     B, T, _ = x_BTD.shape
     projections = (self.q_proj, self.k_proj, self.v_proj)
     q, k, v = (p(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for p in projections)
@@ -44,9 +45,9 @@ def head_of_its_own(self: Any, x_BTD: mx.array) -> mx.array:
     return x_BTD @ mx.random.normal(self.model.embed_tokens.weight.shape, scale=0.3, key=mx.random.key(0)).T
 
 
-def normed_residual(self: Any, x_BTD: mx.array, cache: Any = None) -> mx.array:
+def normed_residual(self: Any, x_BTD: mx.array, *view_and_cache: Any) -> mx.array:
     normed_BTD = self.input_layernorm(x_BTD)
-    x_BTD = normed_BTD + self.self_attn(normed_BTD, cache)
+    x_BTD = normed_BTD + self.self_attn(normed_BTD, *view_and_cache)
     return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -58,9 +59,19 @@ def scaled_embedding(self: Any, tokens_BT: mx.array) -> mx.array:
     return self.weight[tokens_BT] * self.weight.shape[1] ** 0.5
 
 
-def seeing_the_row_before(self: Any, tokens_BT: mx.array, caches: Any = None) -> mx.array:
-    x_BTD = decode(self, tokens_BT, caches)
+def seeing_the_row_before(self: Any, tokens_BT: mx.array, *more: Any) -> mx.array:
+    x_BTD = decode(self, tokens_BT, *more)
     return x_BTD + 2.0**-10 * mx.concatenate([0 * x_BTD[:1], x_BTD[:-1]])
+
+
+def windows(change: int | None) -> Patches:
+    """Every window that much wider; None: none at all."""
+
+    def broken(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> Any:
+        given = None if window is None or change is None else window + change
+        return view_of(T, offset, given, segment_BT)
+
+    return {"mlx_impl.model.view_of": broken}
 
 
 TWINS = [
@@ -105,6 +116,20 @@ TWINS = [
         "The checkpoint has no head because it is the embedding; the model keeps a random one.",
         {"mlx_impl.model.CausalLM.head": head_of_its_own},
         cases=("tied",),
+    ),
+    Twin(
+        "sliding-window-ignored",
+        3,
+        "The configuration has a sliding window; every token sees its whole past.",
+        windows(None),
+        cases=("sliding window",),
+    ),
+    Twin(
+        "sliding-window-one-too-wide",
+        3,
+        "A token sees as many before it as the window is wide, and itself.",
+        windows(1),
+        cases=("sliding window",),
     ),
     Twin(
         "residual-after-the-norm",

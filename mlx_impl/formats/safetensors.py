@@ -1,0 +1,85 @@
+"""The tensors of a Hugging Face folder: one safetensors file, or several with an index.
+
+Source: the safetensors format; Hugging Face's `model.safetensors.index.json`, whose `weight_map` says which
+file holds which tensor. Nothing can notice a flipped bit in a weight, but everything else is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..files import read_json_object
+
+INDEX = "model.safetensors.index.json"
+# Constants that old checkpoints store, which follow from the configuration.
+DERIVED = ".rotary_emb.inv_freq"
+
+
+def read_folder(folder: Path) -> dict[str, mx.array]:
+    """All tensors of a folder, floats in float32; ValueError in one sentence for what is damaged."""
+    weights: dict[str, mx.array] = {}
+    for file, promised in shards(folder):
+        tensors = read_file(file)
+        for name in sorted(promised - tensors.keys()):
+            raise ValueError(f"{file}: the tensor {name}, which {INDEX} says is here, is missing")
+        for name in sorted(weights.keys() & tensors.keys()):
+            raise ValueError(f"{file}: the tensor {name} is in another file of the folder too")
+        weights |= tensors
+    return {name: array for name, array in weights.items() if not name.endswith(DERIVED)}
+
+
+def shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Every file, and the names of the tensors that an index says are in it."""
+    if (folder / INDEX).is_file():
+        yield from indexed(folder)
+        return
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: there must be a *.safetensors file in it")
+    for file in files:
+        yield file, set()
+
+
+def indexed(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    path = folder / INDEX
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: weight_map must be an object from tensors to files")
+    names: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise ValueError(f"{path}: weight_map must name safetensors files of this folder, got {file!r}")
+        names.setdefault(file, set()).add(name)
+    for file in sorted(names):
+        yield folder / file, names[file]
+
+
+def read_file(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file; floats in float32, packed weights (beside their scales) as they are."""
+    weights = load(file)
+    for name, array in weights.items():
+        is_packed = array.dtype == mx.uint32 and f"{name.removesuffix('.weight')}.scales" in weights
+        if not is_packed and not mx.issubdtype(array.dtype, mx.floating):
+            raise ValueError(f"{file}: the tensor {name!r} must be of floats, got {array.dtype}")
+        if not is_packed:
+            weights[name] = array.astype(mx.float32)
+            if not mx.isfinite(weights[name]).all():
+                raise ValueError(f"{file}: the tensor {name!r} must be finite, and is not everywhere")
+    return weights
+
+
+def load(file: Path) -> dict[str, mx.array]:
+    if not file.is_file():
+        raise ValueError(f"{file}: must be a safetensors file, and there is none of this name")
+    try:
+        weights = mx.load(str(file), format="safetensors")
+        assert isinstance(weights, dict)
+        mx.eval(weights)  # MLX: loading is lazy too; a truncated file shows only here
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: not a readable safetensors file: {reason}") from None
+    return weights

@@ -1,0 +1,73 @@
+"""Linears whose weights are stored in a few bits, beside plain ones.
+
+Each row of a weight is cut into groups of `group_size`; within a group w = scale * q + bias, where q is a
+whole number of `bits` bits, packed into uint32 (MLX documentation, `mlx.core.quantize`, mode "affine"). The
+model computes with the packed weight; what a formula needs in full is unpacked here.
+No twin in reference/, which is given the unpacked weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
+
+
+@dataclass(frozen=True)
+class Packing:
+    group_size: int
+    bits: int
+
+
+def shape_OI(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
+    """The shape of the weight in full."""
+    num_out, num_columns = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        return num_out, num_columns * 32 // linear.bits
+    return num_out, num_columns
+
+
+def dense_weight_OI(module: nn.Module) -> mx.array:
+    """The weight of a linear or an embedding in full."""
+    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return module.weight
+    return mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+
+
+def pack(model: nn.Module, packings: dict[str, Packing]) -> None:
+    """Make the named linears and embeddings quantized ones, whose weights are then to be loaded.
+
+    Raises ValueError that names the module that cannot be packed so.
+    """
+    modules = dict(model.named_modules())
+    packed = []
+    for name, packing in packings.items():
+        try:
+            packed.append((name, modules[name].to_quantized(packing.group_size, packing.bits)))
+        except (KeyError, AttributeError):
+            raise ValueError(f"only linears and embeddings can be quantized, and {name} is none") from None
+        except ValueError as error:
+            raise ValueError(f"{name} cannot have weights of {packing}: {first_line(error)}") from None
+    model.update_modules(tree_unflatten(packed))
+
+
+def dequantize(model: nn.Module) -> None:
+    """Put plain linears and embeddings in the place of quantized ones."""
+    plain = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            weight = dense_weight_OI(module)
+            new = nn.Embedding(1, 1) if isinstance(module, nn.QuantizedEmbedding) else nn.Linear(1, 1, False)
+            new.weight = weight
+            if "bias" in module:
+                new.bias = module.bias
+            plain.append((name, new))
+    model.update_modules(tree_unflatten(plain))
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,61 @@
+"""Which tokens a token sees, and where it stands: the past, of a sliding window, of its own packed example.
+
+Sources: Beltagy et al. 2020, "Longformer", section 3.1, as Mistral has it (a token sees itself and the
+window - 1 before it); Krell et al. 2021, "Efficient Sequence Packing", section 3.2 (block-diagonal attention,
+positions that start again). No twin in reference/, which is handed one example a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from . import ops
+
+
+@dataclass(frozen=True)
+class View:
+    """How a forward pass looks at its tokens; without mask and positions: at the whole past."""
+
+    offset: int = 0  # tokens seen before, in the cache
+    position_BT: mx.array | None = None  # of each token in its own example, where rows are packed
+    mask_B1TS: mx.array | None = None  # whether query t sees key s, where that is not just the past
+
+    def turn(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
+        if self.position_BT is None:
+            return ops.rope(x_BHTK, frequency_P, self.offset)
+        return ops.rope_at(x_BHTK, frequency_P, self.position_BT)
+
+    def attend(self, q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+        if self.mask_B1TS is None:
+            return ops.attention(q_BHTK, k_BGSK, v_BGSK)
+        return ops.masked_attention(q_BHTK, k_BGSK, v_BGSK, self.mask_B1TS)
+
+
+def view_of(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> View:
+    """The view of T tokens after `offset` seen ones.
+
+    `segment_BT` says which example of its row a token belongs to; neighbours of one number are one example.
+    Packed rows cannot be read after a cache.
+    """
+    S = offset + T
+    key_S, query_T1 = mx.arange(S), mx.arange(offset, S)[:, None]
+    mask_TS = key_S <= query_T1
+    if window is not None and window < S:
+        mask_TS = mask_TS & (query_T1 - key_S < window)
+    elif segment_BT is None:
+        return View(offset)
+    if segment_BT is None:
+        return View(offset, mask_B1TS=mask_TS[None, None])
+    is_same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
+    return View(0, positions(segment_BT), (mask_TS & is_same_BTS)[:, None])
+
+
+def positions(segment_BT: mx.array) -> mx.array:
+    """Of each token, how many of its own example stand before it."""
+    time_T = mx.arange(segment_BT.shape[1])
+    is_first_BT = mx.concatenate(
+        [mx.ones_like(segment_BT[:, :1]) == 1, segment_BT[:, 1:] != segment_BT[:, :-1]], axis=1
+    )
+    return time_T - mx.cummax(mx.where(is_first_BT, time_T, 0), axis=1)
