@@ -1,8 +1,8 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, for Llama, Mistral, Qwen2 and Qwen3.
 
 Source: transformers' configuration classes, in the spelling up to version 4 (rope_theta, rope_scaling) and
-that of version 5 (rope_parameters). Every key is read, known to change nothing, or refused by name unless it
-is off: a model that is nearly right is worse than none.
+that of version 5 (rope_parameters). What is not computed is refused by name (`hf_keys.py`): a model that is
+nearly right is worse than none.
 """
 
 from __future__ import annotations
@@ -12,47 +12,13 @@ from typing import Any
 
 from ..config import ModelConfig, RopeScaling, require_choice, require_number
 from ..files import read_json_object
+from .hf_keys import OFF, REQUIRED_VALUES, require_known
 from .mlx_quantization import require_supported
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-QWEN3_HEAD_DIM, MISTRAL_WINDOW = 128, 4096  # what transformers takes where the key is absent
+# What transformers takes where the key is absent.
+QWEN3_HEAD_DIM, DEFAULT_WINDOW, QWEN_FIRST_WINDOW = 128, 4096, 28
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
-# Keys that change the mathematics, with the only value that this model computes (null means the same).
-REQUIRED_VALUES: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-}
-READ = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    *("quantization", "quantization_config"),
-}
-HARMLESS = {
-    *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range"),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "sep_token_id",
-        "mlx_version",
-    ),
-    *("max_position_embeddings", "original_max_position_embeddings", "pretraining_tp", "auto_map"),
-    *("_name_or_path", "name_or_path", "_attn_implementation_autoset", "is_llama_config"),
-    *("transformers.js_config", "unsloth_fixed", "unsloth_version", "return_dict", "id2label", "label2id"),
-    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "task_specific_params"),
-    *("is_decoder", "problem_type", "max_length", "min_length", "do_sample", "num_beams", "temperature"),
-    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_return_sequences"),
-    *("num_beam_groups", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
-    *("early_stopping", "torchscript", "use_bfloat16", "keys_to_ignore_at_inference", "neftune_noise_alpha"),
-}
-OFF: tuple[object, ...] = (None, False, {}, [], "none")
 ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -72,19 +38,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path}: the key {error} is missing") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def require_known(raw: dict[str, Any]) -> None:
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
-    for key in sorted(raw.keys() - READ - HARMLESS):
-        allowed = (REQUIRED_VALUES[key], None) if key in REQUIRED_VALUES else OFF
-        if key == "attention_bias" and family == "qwen2":
-            continue  # what it would say, of q, k and v, is so in this family anyway
-        if raw[key] not in allowed:
-            wanted = f"must be {allowed[0]!r}" if key in REQUIRED_VALUES else "is not supported"
-            raise ValueError(f"{key} {wanted}, got {raw[key]!r}")
 
 
 def to_config(raw: dict[str, Any]) -> ModelConfig:
@@ -125,10 +78,15 @@ def read_head_dim(raw: dict[str, Any]) -> Any:
         return raw["head_dim"]
     if raw["model_type"] == "qwen3":
         return QWEN3_HEAD_DIM
-    try:
-        return raw["hidden_size"] // raw["num_attention_heads"]
-    except (TypeError, ZeroDivisionError):
-        raise ValueError("hidden_size and num_attention_heads must be numbers of at least 1") from None
+    for key in ("hidden_size", "num_attention_heads"):
+        require_number(key, raw[key], int)
+    head_dim, rest = divmod(raw["hidden_size"], raw["num_attention_heads"])
+    if rest:
+        raise ValueError(
+            f"hidden_size must be a multiple of num_attention_heads where head_dim is not given, "
+            f"got {raw['hidden_size']} and {raw['num_attention_heads']}"
+        )
+    return head_dim
 
 
 def read_rope(raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
@@ -153,21 +111,37 @@ def read_rope(raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
 
 
 def read_window(raw: dict[str, Any]) -> Any:
-    """The sliding window of all layers, None for none; layers of both kinds are refused."""
-    family, window = raw["model_type"], raw.get("sliding_window")
-    if family == "mistral":
-        window = raw.get("sliding_window", MISTRAL_WINDOW)
-    elif family == "llama" and window is not None:
-        raise ValueError(f"sliding_window is not supported in this family, got {window!r}")
-    elif not raw.get("use_sliding_window"):
-        return None
-    if window is None:
-        return None
-    first = given(raw, "max_window_layers", 0) if family.startswith("qwen") else 0
-    kinds = raw.get("layer_types")
+    """The sliding window of all layers, None for none; a model with layers of both kinds is refused."""
+    window, kinds = stated_window(raw), raw.get("layer_types")
+    is_qwen = raw["model_type"].startswith("qwen")
     if kinds is None:
+        first = given(raw, "max_window_layers", QWEN_FIRST_WINDOW) if is_qwen else 0
         require_number("max_window_layers", first, int, may_be_zero=True)
         kinds = ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < raw["num_hidden_layers"])
-    if not isinstance(kinds, list) or not all(kind == kinds[0] for kind in kinds):
-        raise ValueError("sliding_window must be that of all layers or of none, and is that of some")
-    return window if "sliding_attention" in kinds else None
+    elif not isinstance(kinds, list) or len(kinds) != raw["num_hidden_layers"]:
+        raise ValueError(f"layer_types must be a list of one a layer, got {kinds!r}")
+    elif not all(kind in LAYER_TYPES for kind in kinds):
+        raise ValueError(f"layer_types must be {' or '.join(LAYER_TYPES)}, got {kinds!r}")
+    elif not is_qwen or window is None:
+        window_of_all = "full_attention" if window is None else "sliding_attention"
+        if any(kind != window_of_all for kind in kinds):
+            raise ValueError(f"layer_types must fit the sliding window {window}, got {kinds!r}")
+        return window
+    if window is not None and len(set(kinds)) > 1:
+        raise ValueError("a sliding window must be that of all layers or of none, and is that of some")
+    return window if kinds[0] == "sliding_attention" else None
+
+
+def stated_window(raw: dict[str, Any]) -> Any:
+    """What the family's own keys say, of the layers that have one."""
+    family, window = raw["model_type"], raw.get("sliding_window")
+    if family == "mistral":
+        return raw.get("sliding_window", DEFAULT_WINDOW)
+    if family == "llama":
+        if window is not None:
+            raise ValueError(f"sliding_window is not supported in this family, got {window!r}")
+        return None
+    use = raw.get("use_sliding_window")
+    if use not in (None, True, False):
+        raise ValueError(f"use_sliding_window must be true or false, got {use!r}")
+    return raw.get("sliding_window", DEFAULT_WINDOW) if use else None

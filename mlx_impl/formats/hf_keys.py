@@ -1,0 +1,57 @@
+"""The keys of `config.json`: read by `hf_config.py`, known to change nothing, or refused unless off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Keys that change the mathematics, with the only value that this model computes (null means the same).
+REQUIRED_VALUES: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+}
+READ = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("quantization", "quantization_config"),
+}
+HARMLESS = {
+    *("architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range"),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "mlx_version",
+    ),
+    *("max_position_embeddings", "original_max_position_embeddings", "pretraining_tp", "auto_map"),
+    *("_name_or_path", "name_or_path", "_attn_implementation_autoset", "is_llama_config"),
+    *("transformers.js_config", "unsloth_fixed", "unsloth_version", "return_dict", "id2label", "label2id"),
+    *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "task_specific_params"),
+    *("is_decoder", "problem_type", "max_length", "min_length", "do_sample", "num_beams", "temperature"),
+    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_return_sequences"),
+    *("num_beam_groups", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("early_stopping", "torchscript", "use_bfloat16", "keys_to_ignore_at_inference", "neftune_noise_alpha"),
+}
+OFF: tuple[object, ...] = (None, False, {}, [], "none")
+
+
+def require_known(raw: dict[str, Any]) -> None:
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    for key in sorted(raw.keys() - READ - HARMLESS):
+        allowed = (REQUIRED_VALUES[key], None) if key in REQUIRED_VALUES else OFF
+        if key == "attention_bias" and family == "qwen2":
+            continue  # what it would say, of q, k and v, is so in this family anyway
+        if raw[key] not in allowed:
+            wanted = f"must be {allowed[0]!r}" if key in REQUIRED_VALUES else "is not supported"
+            raise ValueError(f"{key} {wanted}, got {raw[key]!r}")
