@@ -40,12 +40,12 @@ def view_of(T: int, offset: int, window: int | None, segment_BT: mx.array | None
     Packed rows cannot be read after a cache.
     """
     S = offset + T
+    if segment_BT is None and (window is None or S <= window):
+        return View(offset)
     key_S, query_T1 = mx.arange(S), mx.arange(offset, S)[:, None]
     mask_TS = key_S <= query_T1
-    if window is not None and window < S:
+    if window is not None:
         mask_TS = mask_TS & (query_T1 - key_S < window)
-    elif segment_BT is None:
-        return View(offset)
     if segment_BT is None:
         return View(offset, mask_B1TS=mask_TS[None, None])
     is_same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
