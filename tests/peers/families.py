@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -91,7 +92,7 @@ def write_family(folder: Path, family: Family) -> Path:
     config = family.config()
     model = getattr(transformers, f"{family.kind}ForCausalLM")(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    weights = random_arrays(shapes, 0.3, seed=1)
+    weights = random_arrays(shapes, 1.6 / config.hidden_size**0.5, seed=101)
     weights |= {name: 1 + w for name, w in weights.items() if "norm" in name}
     model.load_state_dict({name: torch.tensor(w) for name, w in weights.items()}, strict=False)
     model.to(family.dtype).save_pretrained(folder, max_shard_size=family.shard_size)
@@ -112,6 +113,16 @@ def write_tokenizer(folder: Path) -> Path:
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+def spell_as_before_transformers_5(folder: Path) -> Path:
+    """`rope_theta` and `rope_scaling` in the place of `rope_parameters`, as nearly all folders have it."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -154,6 +165,10 @@ class FolderTwin(PeftTwin):
             for name, value in self.given.items():
                 trained[name].copy_(torch.tensor(value).T if value.ndim == 2 else torch.tensor(value))
 
+    def logits_without_adapter(self, tokens_BT: np.ndarray) -> np.ndarray:
+        with self.model.disable_adapter():
+            return self.logits(tokens_BT)
+
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """transformers' own decoding, without its cache, which for a window of 1 keeps everything."""
         with self.precision(), torch.no_grad():
@@ -172,5 +187,5 @@ class FolderTwin(PeftTwin):
 
 def random_factors(shapes: dict[str, tuple[int, ...]]) -> Arrays:
     """B is not zero, so that A's gradients are not either; magnitudes are positive."""
-    factors = random_arrays(shapes, 0.2, seed=2)
+    factors = random_arrays(shapes, 0.2, seed=102)
     return factors | {n: 1.5 + f for n, f in factors.items() if n.endswith("magnitude")}

@@ -16,7 +16,15 @@ import torch
 
 from mlx_impl.config import LoRAConfig
 from tests.derived import Divergence
-from tests.peers.families import FAMILIES, SLIDING, VOCAB_SIZE, Family, FolderTwin, write_family
+from tests.peers.families import (
+    FAMILIES,
+    SLIDING,
+    VOCAB_SIZE,
+    Family,
+    FolderTwin,
+    spell_as_before_transformers_5,
+    write_family,
+)
 from tests.peers.folder_trainer import (
     Logits,
     assert_equal_to_peft,
@@ -95,10 +103,6 @@ def test_another_configuration_of_the_same_weights_is_told_from_transformers(
 def test_the_spelling_before_transformers_5_is_the_same_model(tmp_path: Path, name: str) -> None:
     folder = write_family(tmp_path, FAMILIES[name])
     new = logits_and_gradients(load(folder, PLAIN), batch_of(folder))
-    config = json.loads((folder / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
-    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    (folder / "config.json").write_text(json.dumps(config))
+    spell_as_before_transformers_5(folder)
     old = logits_and_gradients(load(folder, PLAIN), batch_of(folder))
     assert all((new[key] == old[key]).all() for key in new)
