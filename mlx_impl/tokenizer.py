@@ -1,7 +1,7 @@
 """Text to token numbers and back, and conversations through the model's own chat template.
 
 Sources: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019) and its template conventions (jinja2
-in a sandbox, `add_generation_prompt`); llama.cpp's names of the GGUF metadata keys.
+in a sandbox, `add_generation_prompt`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from .data import Conversation, Example, Message
 from .files import read_json_object
-
-GGUF_CONTROL_TOKEN = 3  # llama.cpp's token type of a token that is no text
 
 
 def refuse(message: str) -> None:
@@ -95,42 +93,6 @@ class ChatTokenizer:
         end = reply_tokens.index(self.eos_id) + 1
         marks = [not mask_prompt] * len(prompt_tokens) + [True] * end
         return Example(tuple(prompt_tokens + reply_tokens[:end]), tuple(marks))
-
-
-def tokenizer_from_gguf(metadata: dict[str, Any], path: Path) -> ChatTokenizer:
-    """Byte-level BPE from the tokens and merges in a GGUF file's metadata."""
-    try:
-        return byte_level_tokenizer(metadata)
-    except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: the tokenizer in it cannot be used: {error}") from None
-
-
-def byte_level_tokenizer(metadata: dict[str, Any]) -> ChatTokenizer:
-    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(f"the tokenizer of a GGUF file must be gpt2 with pre smollm, got {kind}")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    types = metadata["tokenizer.ggml.token_type"]
-    control = [t for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    return ChatTokenizer(
-        tokenizer,
-        template=metadata["tokenizer.chat_template"],
-        eos_token=tokens[metadata["tokenizer.ggml.eos_token_id"]],
-        bos_token=tokens[metadata["tokenizer.ggml.bos_token_id"]],
-    )
 
 
 def tokenizer_from_folder(folder: Path) -> ChatTokenizer:

@@ -101,8 +101,8 @@ def test_a_truncated_gguf_file_is_an_error(tmp_path: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "gemma"}, "the architecture must be llama, got 'gemma'"),
-        ({"pre": "qwen2"}, "must be gpt2 with pre smollm"),
+        ({"architecture": "gemma"}, "the architecture must be one of llama, qwen2, qwen3, got 'gemma'"),
+        ({"pre": "tekken"}, "pre must be one of smollm, llama-bpe, qwen2, gpt-2, got 'tekken'"),
     ],
 )
 def test_a_gguf_file_of_another_kind_is_an_error(
