@@ -1,6 +1,6 @@
-"""The tokenizer in a GGUF file's metadata: byte-level BPE with a published splitting rule, or SentencePiece's.
+"""The tokenizer in a GGUF file: byte-level BPE with a published splitting rule, or SentencePiece's BPE.
 
-Sources: llama.cpp's names of the keys; the splitting rules in the published `tokenizer.json` of Llama 3, Qwen2
+Sources: llama.cpp's names of the keys; the splitting rules in the `tokenizer.json` of Llama 3, Qwen2
 and SmolLM2, and in Radford et al. 2019 (GPT-2); Kudo and Richardson 2018 (SentencePiece).
 """
 
@@ -101,7 +101,7 @@ def splitting_rule(pre: object) -> pre_tokenizers.PreTokenizer:
 
 
 def sentencepiece(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
-    """SentencePiece's BPE: of all neighbours that form a piece, the piece of the highest score comes first."""
+    """Of all neighbours that together are a piece, those of the highest score are joined first."""
     for key in ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"):
         if metadata.get(key):
             raise ValueError(f"{key} is not supported for a tokenizer of the model llama")

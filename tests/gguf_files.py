@@ -1,0 +1,161 @@
+"""GGUF files of three families, as llama.cpp's conversion writes them; `mlx_impl` gives only the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import pre_tokenizers
+
+from mlx_impl.config import ModelConfig
+from reference.model import CausalLM
+from tests.tiny_folder import TEMPLATE, permute
+
+Q = gguf.GGMLQuantizationType
+Arrays = dict[str, np.ndarray]
+
+# Unequal sizes, fewer kv heads than heads; numbers that float32 holds exactly, as GGUF stores float32.
+LLAMA = ModelConfig(
+    vocab_size=61,
+    hidden_size=30,
+    intermediate_size=44,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=2.0**-17,
+    rope_theta=1000.0,
+    tie_word_embeddings=False,
+)
+FAMILIES = {  # name: (architecture, configuration)
+    "llama": ("llama", LLAMA),
+    "llama-tied": ("llama", replace(LLAMA, tie_word_embeddings=True)),
+    "llama-with-biases": ("llama", replace(LLAMA, qkv_bias=True)),
+    "qwen2": ("qwen2", replace(LLAMA, qkv_bias=True, tie_word_embeddings=True)),
+    "qwen3": ("qwen3", replace(LLAMA, qk_norm=True)),
+}
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def random_weights(spec: ModelConfig, seed: int = 1) -> Arrays:
+    rng = np.random.default_rng(seed)
+    shapes = {name: tuple(p.shape) for name, p in CausalLM(spec).named_parameters()}
+    weights = {n: (0.3 * rng.standard_normal(s)).astype(np.float32) for n, s in sorted(shapes.items())}
+    return weights | {n: 1 + w for n, w in weights.items() if "norm" in n}
+
+
+def stored(architecture: str, spec: ModelConfig, weights: Arrays) -> Arrays:
+    """Under llama.cpp's names; of llama the rows of Q and K in its order."""
+    tensors = {}
+    for name, weight in weights.items():
+        heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+        of_name = next((heads[part] for part in heads if part in name), 0)
+        if architecture == "llama" and of_name:
+            weight = permute(weight.reshape(len(weight), -1), of_name).reshape(weight.shape)
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours + ".", theirs + ".")
+        tensors[name] = np.ascontiguousarray(weight)
+    return tensors
+
+
+def model_metadata(architecture: str, spec: ModelConfig) -> dict[str, Any]:
+    values = {
+        "context_length": 64,
+        "block_count": spec.num_hidden_layers,
+        "embedding_length": spec.hidden_size,
+        "feed_forward_length": spec.intermediate_size,
+        "attention.head_count": spec.num_attention_heads,
+        "attention.head_count_kv": spec.num_key_value_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "rope.freq_base": spec.rope_theta,
+        **({"rope.dimension_count": spec.head_dim} if architecture == "llama" else {}),
+    }
+    return {f"{architecture}.{name}": value for name, value in values.items()}
+
+
+def byte_level_metadata(vocab_size: int = 61, pre: str = "smollm") -> dict[str, Any]:
+    """A vocabulary of three control tokens, one merge, and letters to fill it."""
+    special, alphabet = ["<pad>", "<|im_start|>", "<|im_end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*special, "in", "i", "n", *(letter for letter in alphabet if letter not in "in")][:vocab_size]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": ["i n"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def write(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    types: Mapping[str, Q] | None = None,
+) -> Path:
+    """Keys whose value is None are left out; a tensor with a type of its own is given as its bytes."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        add(writer, key, value)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=(types or {}).get(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value is not None:
+        writer.add_array(key, value)
+
+
+def write_family(
+    path: Path,
+    family: str = "llama",
+    change: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
+    types: Mapping[str, Q] | None = None,
+    spec: ModelConfig | None = None,
+) -> Path:
+    """The family's small model with random weights; `change` and `tensors` replace, or with None remove."""
+    architecture, usual = FAMILIES[family]
+    spec = spec or usual
+    metadata = model_metadata(architecture, spec) | byte_level_metadata(spec.vocab_size) | dict(change or {})
+    arrays = stored(architecture, spec, random_weights(spec)) | dict(tensors or {})
+    kept = {name: array for name, array in arrays.items() if array is not None}
+    return write(path, architecture, metadata, kept, types)

@@ -1,0 +1,211 @@
+"""GGUF in: three families come back to the bit; what is not computed, or does not fit, is named."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from mlx_impl.checkpoint import load_model, to_numpy
+from mlx_impl.config import ModelConfig, RopeScaling
+from mlx_impl.formats.gguf import read_gguf
+from mlx_impl.formats.gguf_file import read_container
+from tests.gguf_files import FAMILIES, LLAMA, Q, random_weights, write_family
+
+LONG = replace(LLAMA, head_dim=16, rope_theta=500000.0)  # some frequencies kept, some blended, some divided
+WIDE = replace(LLAMA, intermediate_size=256)  # the longest block of a quantized type is of 256 values
+DOWN = "blk.1.ffn_down.weight"
+# fmt: off
+DEQUANTIZED = [
+    Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K,
+    Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S, Q.IQ4_NL, Q.IQ4_XS, Q.TQ1_0, Q.TQ2_0,
+    Q.MXFP4,
+]
+# fmt: on
+
+
+def test_the_container_holds_what_the_gguf_package_reads(tmp_path: Path) -> None:
+    """Every key, and every tensor's type, shape and bytes."""
+    path = write_family(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": np.ones(5, np.float32)})
+    metadata, tensors = read_container(path)
+    reader = gguf.GGUFReader(path)
+    expected = {name: field.contents() for name, field in reader.fields.items()}
+    assert metadata == {name: value for name, value in expected.items() if not name.startswith("GGUF.")}
+    assert tensors.keys() == {tensor.name for tensor in reader.tensors}
+    for tensor in reader.tensors:
+        ours = tensors[tensor.name]
+        assert (ours.type, ours.shape[::-1]) == (tensor.tensor_type, tuple(tensor.shape.tolist()))
+        assert ours.data.tobytes() == tensor.data.tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_gives_its_configuration_and_weights_bit_for_bit(tmp_path: Path, family: str) -> None:
+    """llama's Q and K, weights and biases, are taken out of llama.cpp's order; Qwen's are in the model's."""
+    spec = FAMILIES[family][1]
+    config, weights, _ = read_gguf(write_family(tmp_path / "tiny.gguf", family))
+    assert config == spec
+    assert weights.keys() == random_weights(spec).keys()
+    for name, expected in random_weights(spec).items():
+        np.testing.assert_array_equal(weights[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_loads_as_a_model(tmp_path: Path, family: str) -> None:
+    model = load_model(write_family(tmp_path / "tiny.gguf", family)).model
+    assert to_numpy(model).keys() == random_weights(FAMILIES[family][1]).keys()
+
+
+def test_without_a_key_length_the_head_dimension_is_the_width_over_the_heads(tmp_path: Path) -> None:
+    spec = replace(LLAMA, hidden_size=36, head_dim=6)
+    change = dict.fromkeys(("llama.attention.key_length", "llama.attention.value_length"))
+    assert read_gguf(write_family(tmp_path / "tiny.gguf", change=change, spec=spec))[0] == spec
+
+
+def llama3_factors(spec: ModelConfig, factor: float, original: int = 8192) -> np.ndarray:
+    """Llama 3.1's published rule, by wavelengths: 1 below original / 4, `factor` above original, blended between."""
+    factors = []
+    for k in range(0, spec.head_dim, 2):
+        wavelength = 2 * math.pi * spec.rope_theta ** (k / spec.head_dim)
+        smooth = (original / wavelength - 1) / 3
+        blended = 1 / ((1 - smooth) / factor + smooth)
+        factors.append(1.0 if wavelength < original / 4 else factor if wavelength > original else blended)
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_stored_factors_of_llama_3_are_recognized(tmp_path: Path, factor: float) -> None:
+    factors_P = llama3_factors(LONG, factor)
+    assert len(set(factors_P.tolist())) >= 3
+    path = write_family(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": factors_P}, spec=LONG)
+    assert read_gguf(path)[0] == replace(LONG, rope_scaling=RopeScaling("llama3", factor, 1.0, 4.0, 8192))
+
+
+@pytest.mark.parametrize(
+    ("factors_P", "message"),
+    [
+        (llama3_factors(LONG, 8.0, original=4096), "rope_freqs.weight must follow Llama 3.1's rule"),
+        (np.linspace(1, 8, 8, dtype=np.float32), "rope_freqs.weight must follow Llama 3.1's rule"),
+        (np.ones(7, np.float32), r"rope_freqs.weight must have 8 values, got the shape \(7,\)"),
+        (np.full(8, np.nan, np.float32), "rope_freqs.weight must be finite"),
+    ],
+)
+def test_other_stored_factors_are_refused(tmp_path: Path, factors_P: np.ndarray, message: str) -> None:
+    path = write_family(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": factors_P}, spec=LONG)
+    with pytest.raises(ValueError, match=message):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("kind", ["linear", None])
+def test_linear_rope_scaling_is_read_also_where_only_the_factor_is_given(
+    tmp_path: Path, kind: str | None
+) -> None:
+    """llama.cpp takes a factor without a type for linear."""
+    change = {"qwen3.rope.scaling.type": kind, "qwen3.rope.scaling.factor": 4.0}
+    config, _, _ = read_gguf(write_family(tmp_path / "tiny.gguf", "qwen3", change))
+    assert config.rope_scaling == RopeScaling("linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llama.expert_count": 8}, "'llama.expert_count' is not supported, got 8"),
+        (
+            {"llama.rope.dimension_count": 4},
+            "llama.rope.dimension_count must be the head dimension 10, got 4",
+        ),
+        ({"llama.attention.value_length": 12}, "llama.attention.value_length must be the head dimension 10"),
+        ({"llama.attention.scale": 0.5}, "'llama.attention.scale' is not supported, got 0.5"),
+        ({"llama.logit_scale": 16.0}, "'llama.logit_scale' is not supported, got 16.0"),
+        ({"llama.final_logit_softcapping": 30.0}, "'llama.final_logit_softcapping' is not supported, got 30"),
+        ({"llama.attention.causal": False}, "'llama.attention.causal' is not supported, got False"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type must be none or linear, got 'yarn'"),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0}, "scaling.factor contradicts"),
+        ({"llama.a_key_of_tomorrow": "x"}, "'llama.a_key_of_tomorrow' is not supported, got 'x'"),
+        ({"llama.vocab_size": 64}, "llama.vocab_size must be the number of tokens, 61, got 64"),
+        ({"llama.attention.head_count": None}, "it lacks the key 'llama.attention.head_count'"),
+        (
+            {"llama.attention.head_count": "six"},
+            "head_count must be a whole number and at least 1, got 'six'",
+        ),
+        ({"llama.attention.head_count_kv": [2, 2, 2]}, "num_key_value_heads must be a whole number, got"),
+        (
+            {"llama.attention.head_count_kv": 3},
+            r"blk.0.attn_k.weight must have the shape \(30, 30\), got \(20",
+        ),
+        ({"llama.block_count": 4}, "the tensor blk.3.attn_norm.weight is missing"),
+        ({"llama.block_count": 2}, "the tensor 'blk.2.attn_k.weight' has no place in this model"),
+        (
+            {"llama.feed_forward_length": 40},
+            r"ffn_down.weight must have the shape \(30, 40\), got \(30, 44\)",
+        ),
+        ({"split.count": 3}, "it is one of 3 parts"),
+        ({"general.type": "adapter"}, "general.type must be model, got 'adapter'"),
+        ({"tokenizer.ggml.tokens": 7}, "tokenizer.ggml.tokens must be an array, got 7"),
+    ],
+)
+def test_metadata_that_asks_for_something_else_is_an_error(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """Never a silent approximation: the key, the rule and the value."""
+    with pytest.raises(ValueError, match=rf"tiny\.gguf: .*{message}"):
+        read_gguf(write_family(tmp_path / "tiny.gguf", change=change))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"blk.2.attn_v.weight": None}, "the tensor blk.2.attn_v.weight is missing"),
+        ({"token_embd.weight": None}, "the tensor token_embd.weight is missing"),
+        ({"blk.0.ffn_gate_inp.weight": np.ones((3, 30), np.float32)}, "ffn_gate_inp.weight' has no place"),
+        ({"blk.0.attn_output.bias": np.ones(30, np.float32)}, "'blk.0.attn_output.bias' has no place"),
+        (
+            {DOWN: np.ones((44, 30), np.float32)},
+            r"ffn_down.weight must have the shape \(30, 44\), got \(44, 30\)",
+        ),
+        (
+            {DOWN: np.full((30, 44), np.inf, np.float32)},
+            "ffn_down.weight must be finite, and 1320 values are not",
+        ),
+        (
+            {DOWN: np.ones((30, 44), np.int32)},
+            "ffn_down.weight is of type I32, which the gguf package does not",
+        ),
+        (
+            {DOWN: np.ones((30, 44), np.float64)},
+            "ffn_down.weight is of type F64, which the gguf package does not",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    tmp_path: Path, tensors: dict[str, np.ndarray | None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"tiny\.gguf: .*{message}"):
+        read_gguf(write_family(tmp_path / "tiny.gguf", tensors=tensors))
+
+
+@pytest.mark.parametrize("kind", DEQUANTIZED, ids=lambda kind: kind.name)
+def test_every_type_that_the_gguf_package_dequantizes_is_read(tmp_path: Path, kind: Q) -> None:
+    """Random blocks; bytes below 64 keep every scale finite."""
+    rng = np.random.default_rng(int(kind))
+    block = rng.integers(0, 64, gguf.quant_shape_to_byte_shape((30, 256), kind), dtype=np.uint8)
+    path = write_family(tmp_path / "tiny.gguf", tensors={DOWN: block}, types={DOWN: kind}, spec=WIDE)
+    weight = read_gguf(path)[1]["model.layers.1.mlp.down_proj.weight"]
+    assert weight.dtype == np.float32
+    np.testing.assert_array_equal(weight, gguf.quants.dequantize(block, kind))
+
+
+def test_a_q4_0_block_is_scale_times_nibble_minus_8(tmp_path: Path) -> None:
+    """32 values: a float16 scale, the low nibbles of 16 bytes, then the high ones."""
+    bytes_16 = np.arange(16, dtype=np.uint8) | np.arange(15, -1, -1, dtype=np.uint8) << 4
+    block = np.concatenate([np.array([0.5], np.float16).view(np.uint8), bytes_16])
+    path = write_family(
+        tmp_path / "tiny.gguf", tensors={DOWN: np.tile(block, (30, 8))}, types={DOWN: Q.Q4_0}, spec=WIDE
+    )
+    weight = read_gguf(path)[1]["model.layers.1.mlp.down_proj.weight"]
+    expected = np.concatenate([np.arange(-8, 8), np.arange(7, -9, -1)]) / 2
+    np.testing.assert_array_equal(weight, np.tile(expected, (30, 8)))
