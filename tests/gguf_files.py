@@ -1,4 +1,4 @@
-"""GGUF files of three families, as llama.cpp's conversion writes them; `mlx_impl` gives only the configuration."""
+"""GGUF files of three families, as llama.cpp's conversion writes them."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_without_a_key_length_the_head_dimension_is_the_width_over_the_heads(tmp
 
 
 def llama3_factors(spec: ModelConfig, factor: float, original: int = 8192) -> np.ndarray:
-    """Llama 3.1's published rule, by wavelengths: 1 below original / 4, `factor` above original, blended between."""
+    """Llama 3.1's published rule: 1 below original / 4, `factor` above original, blended between."""
     factors = []
     for k in range(0, spec.head_dim, 2):
         wavelength = 2 * math.pi * spec.rope_theta ** (k / spec.head_dim)
