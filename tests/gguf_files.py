@@ -35,7 +35,8 @@ FAMILIES = {  # name: (architecture, configuration)
     "llama": ("llama", LLAMA),
     "llama-tied": ("llama", replace(LLAMA, tie_word_embeddings=True)),
     "llama-with-biases": ("llama", replace(LLAMA, qkv_bias=True)),
-    "qwen2": ("qwen2", replace(LLAMA, qkv_bias=True, tie_word_embeddings=True)),
+    # As published, heads * head_dim is the width.
+    "qwen2": ("qwen2", replace(LLAMA, hidden_size=60, qkv_bias=True, tie_word_embeddings=True)),
     "qwen3": ("qwen3", replace(LLAMA, qk_norm=True)),
 }
 GGUF_NAMES = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from .gguf_config import config_from_metadata
-from .gguf_file import StoredTensor, read_container, shown
+from .gguf_file import StoredTensor, one_line, read_container, shown
 
 HUGGING_FACE_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -33,7 +33,6 @@ HUGGING_FACE_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-MAX_MESSAGE = 400  # characters of an error message, whatever the file holds
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
@@ -53,7 +52,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
     except KeyError as error:
         raise ValueError(f"{path}: not a usable GGUF file: it lacks the key {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not a usable GGUF file: {str(error)[:MAX_MESSAGE]}") from None
+        raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
     return config, weights, metadata
 
 

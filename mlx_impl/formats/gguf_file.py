@@ -18,7 +18,7 @@ STRING, ARRAY = 8, 9  # numbers of value types
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
 SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 MAX_ARRAY = 2**24  # elements; the longest that models have, the merges of a tokenizer, are under a million
-MAX_SHOWN = 80  # characters of a value in an error message
+MAX_SHOWN, MAX_MESSAGE = 80, 400  # characters: of a value in an error message, and of all of it
 
 
 class StoredTensor(NamedTuple):
@@ -133,3 +133,8 @@ def shown(value: object) -> str:
     """A value from a file for an error message: one line, printable, not long."""
     text = ascii(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def one_line(message: str) -> str:
+    """An error message that may quote a damaged file: what is not printable is escaped, what is long is cut."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:MAX_MESSAGE])

@@ -21,11 +21,10 @@ from tokenizers import (
 )
 
 from ..tokenizer import ChatTokenizer
-from .gguf_file import shown
+from .gguf_file import one_line, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 SPACE = "\u2581"  # how SentencePiece writes one
-MAX_MESSAGE = 400
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # signs, ends of lines, other space
@@ -47,8 +46,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], path: Path) -> ChatTokenizer:
     except KeyError as error:
         raise ValueError(f"{path}: the key {error} is missing") from None
     except Exception as error:  # tokenizers raises bare Exception
-        reason = " ".join(str(error).split())[:MAX_MESSAGE]
-        raise ValueError(f"{path}: the tokenizer in it cannot be used: {reason}") from None
+        raise ValueError(f"{path}: the tokenizer in it cannot be used: {one_line(str(error))}") from None
 
 
 def pipeline(metadata: dict[str, Any]) -> Tokenizer:

@@ -122,3 +122,25 @@ def test_a_damaged_file_is_read_right_or_refused_in_one_sentence(
 
 def test_there_are_enough_damaged_files() -> None:
     assert sum(DAMAGES.values()) >= 800
+
+
+def test_a_damaged_array_length_is_refused_at_once(tmp_path: Path) -> None:
+    """The gguf package's reader goes on past the end of the file, 2**40 times."""
+    path = write_family(tmp_path / "tiny.gguf")
+    data = bytearray(path.read_bytes())
+    place = (
+        data.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
+    )  # two type numbers
+    data[place : place + 8] = (2**40).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"tiny\.gguf: .* must have at most 16777216 values, got 1099511627776"
+    ):
+        load_model(path)
+
+
+def test_what_is_quoted_from_a_damaged_file_is_printable(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "tiny.gguf", change={"tokenizer.ggml.merges": ["\x1b[2J\n\x07 x"]})
+    with pytest.raises(ValueError, match=r"\\x1b\[2J\\n\\x07") as caught:
+        load_model(path)
+    assert str(caught.value).isprintable()
