@@ -136,5 +136,5 @@ def shown(value: object) -> str:
 
 
 def one_line(message: str) -> str:
-    """An error message that may quote a damaged file: what is not printable is escaped, what is long is cut."""
+    """A message that may quote a damaged file: what is not printable is escaped, what is long is cut."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:MAX_MESSAGE])

@@ -18,7 +18,7 @@ from tests.gguf_files import FAMILIES, LLAMA, Q, random_weights, stored, write_f
 from tests.peers.cases import longest_sum, random_batch
 from tests.peers.twin import hugging_face_model
 
-# transformers has no Llama with biases of Q, K and V alone, and its route for Mistral's files is broken (5.23).
+# transformers has no Llama with biases of Q, K and V alone, and its route for Mistral's files fails (5.23).
 SERVED = ["llama", "llama-tied", "qwen2", "qwen3"]
 
 
