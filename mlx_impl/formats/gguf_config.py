@@ -77,6 +77,7 @@ def config_from_metadata(
         tie_word_embeddings="output.weight" not in tensor_names,
         qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in tensor_names,
         qk_norm=architecture == "qwen3",
+        sliding_window=sliding_window(metadata, architecture),
     )
     for name in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(a + name, config.head_dim) != config.head_dim:
@@ -106,10 +107,17 @@ def require_served(metadata: dict[str, Any]) -> str:
         name = key.removeprefix(f"{architecture}.")
         if name != key and name not in HANDLED and (name not in NEUTRAL or value != NEUTRAL[name]):
             raise ValueError(f"{shown(key)} is not supported, got {shown(value)}")
-    window = metadata.get(f"{architecture}.attention.sliding_window", 0)
-    if window != 0:
-        raise ValueError(f"{architecture}.attention.sliding_window is not supported, got {shown(window)}")
     return str(architecture)
+
+
+def sliding_window(metadata: dict[str, Any], architecture: str) -> int | None:
+    """Mistral's, in all layers; 0 stands for none. Qwen's would be that of some layers only."""
+    key = f"{architecture}.attention.sliding_window"
+    if metadata.get(key, 0) == 0:
+        return None
+    if architecture != "llama":
+        raise ValueError(f"{key} is not supported, got {shown(metadata[key])}")
+    return whole(metadata, key)
 
 
 def whole(metadata: dict[str, Any], key: str) -> int:

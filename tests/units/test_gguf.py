@@ -110,6 +110,18 @@ def test_linear_rope_scaling_is_read_also_where_only_the_factor_is_given(
     assert config.rope_scaling == RopeScaling("linear", 4.0)
 
 
+@pytest.mark.parametrize(("stored", "window"), [(5, 5), (0, None)])
+def test_mistrals_sliding_window_is_that_of_the_file(tmp_path: Path, stored: int, window: int | None) -> None:
+    change = {"llama.attention.sliding_window": stored}
+    assert read_gguf(write_family(tmp_path / "tiny.gguf", change=change))[0].sliding_window == window
+
+
+def test_a_window_of_some_layers_is_refused(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "tiny.gguf", "qwen2", change={"qwen2.attention.sliding_window": 5})
+    with pytest.raises(ValueError, match=r"qwen2\.attention\.sliding_window is not supported, got 5"):
+        read_gguf(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
