@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import mlx.core as mx
@@ -22,15 +23,16 @@ from tests.peers.twin import hugging_face_model
 SERVED = ["llama", "llama-tied", "qwen2", "qwen3"]
 
 
-def theirs(path: Path, family: str, dtype: torch.dtype) -> torch.nn.Module:
+def theirs(path: Path, family: str, dtype: torch.dtype) -> Any:
     """transformers' model, from the file alone; of Qwen3 it reads no head dimension, so it is given that."""
     model_class, kwargs = transformers.AutoModelForCausalLM, {}
     if family == "qwen3":
         kwargs["config"] = hugging_face_model(FAMILIES[family][1]).config
-    return model_class.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **kwargs).eval()
+    model: Any = model_class.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **kwargs)
+    return model.eval()
 
 
-def logits_of(model: torch.nn.Module, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+def logits_of(model: Any, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     with torch.no_grad():
         return {"logits": model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()}
 

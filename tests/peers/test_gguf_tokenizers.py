@@ -82,8 +82,10 @@ def test_llamas_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 def test_qwen2s_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     metadata = byte_level("qwen2")
     vocabulary = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split()) for merge in MERGES]
-    theirs = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=merges, unk_token=None, eos_token="<|end|>")
+    merges: Any = [tuple(merge.split()) for merge in MERGES]
+    theirs = transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, unk_token="<|end|>", eos_token="<|end|>"
+    )
     ours = from_file(tmp_path, metadata)
     for text in PLAIN:
         assert ours.encode(text).ids == theirs(text)["input_ids"], text

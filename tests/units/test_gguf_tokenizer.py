@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from mlx_impl.checkpoint import load_model
 from mlx_impl.formats.gguf_file import read_container
 from mlx_impl.formats.gguf_tokenizer import pipeline, tokenizer_from_gguf
+from mlx_impl.formats.gguf_vocabulary import read_vocabulary
 from tests.gguf_files import byte_level_metadata, write, write_family
 from tests.tiny_folder import TEMPLATE
 
@@ -80,7 +81,8 @@ def byte_level(pre: str, **change: Any) -> dict[str, Any]:
 
 def from_file(folder: Path, metadata: dict[str, Any]) -> Tokenizer:
     """What is read back from a file with this metadata."""
-    return pipeline(read_container(write(folder / "tiny.gguf", "llama", metadata, {}))[0])
+    read, _ = read_container(write(folder / "tiny.gguf", "llama", metadata, {}))
+    return pipeline(read, read_vocabulary(read))
 
 
 def published(metadata: dict[str, Any], rule: str, digits: bool = False, **model: Any) -> Tokenizer:
@@ -195,6 +197,13 @@ def test_sentencepiece_special_tokens_stay_whole(tmp_path: Path) -> None:
     assert tokens == ["<s>", "▁the", "</s>", "[user]", "▁the"]
 
 
+def test_an_unused_piece_that_would_be_made_is_refused(tmp_path: Path) -> None:
+    metadata = sentencepiece()
+    metadata["tokenizer.ggml.token_type"][metadata["tokenizer.ggml.tokens"].index("th")] = 5
+    with pytest.raises(ValueError, match="the unused token 'th' must not be what two others make"):
+        from_file(tmp_path, metadata)
+
+
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
@@ -227,7 +236,7 @@ def test_special_tokens_around_a_text_are_those_of_the_file(
         ({"ggml.merges": [3]}, "ggml.merges must be an array of texts"),
         ({"ggml.token_type": [1, 1]}, "token_type must be an array of 61 numbers, one for each token"),
         ({"ggml.token_type": [9] * 61}, "token_type must hold numbers from 1 to 6, got 9"),
-        ({"ggml.tokens": ["a"] * 61}, "the token 'a' stands twice in tokenizer.ggml.tokens"),
+        ({"ggml.tokens": ["a"] * 61}, "the token 'a' stands 61 times in tokenizer.ggml.tokens"),
         ({"ggml.eos_token_id": 61}, "eos_token_id must be the number of one of 61 tokens, got 61"),
         ({"ggml.eos_token_id": None}, "the end-of-turn token '' must be in the vocabulary"),
         ({"chat_template": None}, "the key 'tokenizer.chat_template' is missing"),
