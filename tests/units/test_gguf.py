@@ -90,6 +90,10 @@ def test_the_stored_factors_of_llama_3_are_recognized(tmp_path: Path, factor: fl
     [
         (llama3_factors(LONG, 8.0, original=4096), "rope_freqs.weight must follow Llama 3.1's rule"),
         (np.linspace(1, 8, 8, dtype=np.float32), "rope_freqs.weight must follow Llama 3.1's rule"),
+        (
+            llama3_factors(LONG, 8.0) * np.linspace(1.001, 1, 8, dtype=np.float32),
+            "must follow Llama 3.1's rule",
+        ),
         (np.ones(7, np.float32), r"rope_freqs.weight must have 8 values, got the shape \(7,\)"),
         (np.full(8, np.nan, np.float32), "rope_freqs.weight must be finite"),
     ],
