@@ -1,6 +1,7 @@
 """`python -m mlx_impl`: one of the commands in `cli/`.
 
-A wrong input ends with one sentence on standard error and exit code 2, Ctrl-C with 130. An optimized BLAS is
+A wrong input ends with one sentence on standard error and exit code 2, Ctrl-C with 130, a reader of standard
+output who has enough (`| head`) quietly, with 141, as a program that SIGPIPE ends. An optimized BLAS is
 loaded before anything imports MLX, which commands therefore do late.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
 from .blas import load_optimized_blas
 from .cli.parser import COMMANDS, make_parser
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(args)
     except ValueError as error:
         return fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return NO_READER
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -39,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     sentence = load_optimized_blas(args.blas).sentence
     print(sentence, file=sys.stderr if is_result_only else sys.stdout, flush=True)
     COMMANDS[args.command].run(args)
+    print(end="", flush=True)
 
 
 def fail(message: str) -> int:

@@ -7,29 +7,24 @@ once. Differs from reference/generate.py: the cache, batches, sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import copy
+from itertools import takewhile
 
 import mlx.core as mx
 
 from .model import CausalLM, KeyValueCache, in_evaluation
+from .sampling import GREEDY, Sampling, next_tokens
 
 MAX_ROWS = 64  # prompts decoded together
 
 
-def next_tokens(logits_BV: mx.array, temperature: float) -> mx.array:
-    """argmax at temperature 0, else a draw from softmax(logits / temperature)."""
-    if temperature == 0:
-        return mx.argmax(logits_BV, axis=-1)
-    return mx.random.categorical(logits_BV / temperature)
-
-
 def advance(
-    model: CausalLM, caches: list[KeyValueCache], tokens_BT: mx.array, temperature: float = 0.0
+    model: CausalLM, caches: list[KeyValueCache], tokens_BT: mx.array, sampling: Sampling = GREEDY
 ) -> mx.array:
     """Read the tokens; the next token of every row."""
     x_BTD = model.model(tokens_BT, caches)
-    next_B = next_tokens(model.head(x_BTD[:, -1]), temperature)
+    next_B = next_tokens(model.head(x_BTD[:, -1]), sampling)
     mx.eval(next_B)
     return next_B
 
@@ -54,25 +49,25 @@ def generate(
     model: CausalLM,
     prompt: Sequence[int],
     max_tokens: int,
-    eos_id: int,
-    temperature: float = 0.0,
+    stop_ids: Collection[int],
+    sampling: Sampling = GREEDY,
 ) -> Iterator[int]:
-    """The tokens of one answer as they come; the end-of-turn token ends it and is not yielded."""
+    """The tokens of one answer as they come; a stop token ends it and is not yielded."""
     if not prompt:
         raise ValueError("the prompt must have at least one token, got none")
     caches, tokens_BT = empty_caches(model), mx.array([list(prompt)])
     with in_evaluation(model):
         for _ in range(max_tokens):
-            next_B = advance(model, caches, tokens_BT, temperature)
+            next_B = advance(model, caches, tokens_BT, sampling)
             token = int(next_B.item())
-            if token == eos_id:
+            if token in stop_ids:
                 return
             yield token
             tokens_BT = next_B[:, None]
 
 
 def generate_all(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, eos_id: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Collection[int]
 ) -> list[list[int]]:
     """The greedy answer to every prompt, in the order of the prompts."""
     answers: list[list[int]] = [[] for _ in prompts]
@@ -82,7 +77,7 @@ def generate_all(
         for start in range(0, len(by_length), MAX_ROWS):
             rows = by_length[start : start + MAX_ROWS]
             caches, chosen = [copy(cache) for cache in prefix], [prompts[row] for row in rows]
-            texts = march(model, caches, num_shared, chosen, max_tokens, eos_id)
+            texts = march(model, caches, num_shared, chosen, max_tokens, stop_ids)
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text
     return answers
@@ -94,7 +89,7 @@ def march(
     num_seen: int,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    eos_id: int,
+    stop_ids: Collection[int],
 ) -> list[list[int]]:
     """Rows of unequal length in step: at each, a row reads its prompt while it lasts, then its own answer."""
     texts = [list(prompt) for prompt in prompts]
@@ -106,11 +101,12 @@ def march(
             if len(text) == num_seen:  # its prompt is read, so this is its answer
                 text.append(token)
         replies = [text[limit - max_tokens : limit] for text, limit in zip(texts, limits, strict=True)]
-        if all(len(reply) == max_tokens or eos_id in reply for reply in replies):
+        if all(len(reply) == max_tokens or any(token in stop_ids for token in reply) for reply in replies):
             break
         tokens_BT = mx.array([[text[num_seen]] for text in texts])
-    return [until(reply, eos_id) for reply in replies]
+    return [until(reply, stop_ids) for reply in replies]
 
 
-def until(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+def until(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+    """The tokens before the first stop token."""
+    return list(takewhile(lambda token: token not in stop_ids, tokens))

@@ -36,7 +36,7 @@ def ask(model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conve
     """The model's greedy answers to all conversations that say what a right answer contains."""
     judged = [c for c in conversations if c.answer is not None]
     prompts = [tokenizer.encode_prompt(c.messages[:-1]) for c in judged]
-    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.eos_id)
+    replies = generate_all(model, prompts, MAX_TOKENS, {tokenizer.eos_id})
     return [
         Answer(c.messages[-2]["content"], c.answer or "", tokenizer.decode(reply).strip())
         for c, reply in zip(judged, replies, strict=True)

@@ -135,5 +135,5 @@ def test_saving_while_merged_is_refused(tmp_path: Path) -> None:
 def test_an_answer_between_two_updates_leaves_dropout_on() -> None:
     run = new_trainer()
     run.model.train()
-    list(generate(run.model, [1, 2, 3], 2, eos_id=-1))
+    list(generate(run.model, [1, 2, 3], 2, stop_ids=()))
     assert run.model.training

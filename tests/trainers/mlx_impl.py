@@ -26,8 +26,6 @@ from mlx_impl.train import StepRecord, apply_mean, batch_loss, evaluate, to_arra
 from tests.ladder.protocol import Arrays, Dialect
 from tests.trainers.exact_ops import in_place_of_production
 
-NO_TOKEN = -1  # an end-of-turn token that never comes
-
 
 class FixedDropout(Dropout):
     """Dropout with a given mask."""
@@ -204,7 +202,7 @@ class MlxTrainer:
         unmerge(self.model, self.merged)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        return list(generate(self.model, prompt, num_tokens, eos_id=NO_TOKEN))
+        return list(generate(self.model, prompt, num_tokens, stop_ids=()))
 
     def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:
-        return generate_all(self.model, prompts, num_tokens, eos_id=end)
+        return generate_all(self.model, prompts, num_tokens, stop_ids={end})

@@ -17,10 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
     "config", "files", "ops", "view", "recompute", "model", "quantized", "targets", "lora", "loss", "data",
-    "tokenizer", "optim", "state", "guard", "train", "trainer", "merging", "generate",
-    "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
-    "formats.gguf_tokenizer",
-    "formats.hf_keys", "formats.mlx_quantization", "formats.hf_config",
+    "tokenizer", "optim", "state", "guard", "train", "trainer", "merging", "sampling", "generate",
+    "streaming", "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
+    "formats.gguf_tokenizer", "formats.hf_keys", "formats.mlx_quantization", "formats.hf_config",
     "formats.safetensors", "formats.hub",
     "checkpoint", "adapters",
     "cli.interrupt", "cli.answers", "cli.report", "cli.run_folder", "cli.job", "cli.finetune",

@@ -56,8 +56,8 @@ def all_end_with_the_first(model: Any, prompts: Any, *limits: Any, **more: Any) 
     return [answer[: min(map(len, answers))] for answer in answers]
 
 
-def with_the_end(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: len(until(tokens, eos_id)) + 1]
+def with_the_end(tokens: list[int], stop_ids: Any) -> list[int]:
+    return tokens[: len(until(tokens, stop_ids)) + 1]
 
 
 TWINS = [
@@ -89,7 +89,7 @@ TWINS = [
         "sampled-for-greedy",
         14,
         "A temperature of 0 is taken for none given, and the answer is drawn at 1.",
-        {"mlx_impl.generate.next_tokens": lambda logits, temperature: mx.random.categorical(logits)},
+        {"mlx_impl.generate.next_tokens": lambda logits, sampling: mx.random.categorical(logits)},
     ),
     Twin(
         "generation-without-the-adapter",
@@ -101,7 +101,7 @@ TWINS = [
         "end-token-does-not-end",
         14,
         "The answer runs on behind its end of turn.",
-        {"mlx_impl.generate.until": lambda tokens, eos_id: tokens},
+        {"mlx_impl.generate.until": lambda tokens, stop_ids: tokens},
     ),
     Twin(
         "end-token-in-the-answer",

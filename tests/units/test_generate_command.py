@@ -1,0 +1,148 @@
+"""`generate` at the keyboard: what is shown, when, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from mlx_impl.__main__ import main
+from mlx_impl.checkpoint import load_model
+from tests.tiny_folder import write_folder
+
+COMMAND = [sys.executable, "-m", "mlx_impl", "generate", "--blas", "off"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_folder(tmp_path_factory.mktemp("model")))
+
+
+def answer(model: str, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What stands on standard output."""
+    given = flags if "--prompt" in flags else ("--prompt", "Hi", *flags)
+    assert main(["generate", "--model", model, "--blas", "off", *given]) == 0
+    return capsys.readouterr().out
+
+
+def say(text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="ascii"))
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "1", "--seed", "3"]])
+def test_what_is_streamed_is_the_text(
+    model: str, capsys: pytest.CaptureFixture[str], sampling: list[str]
+) -> None:
+    streamed = answer(model, capsys, *sampling)
+    assert streamed == json.loads(answer(model, capsys, *sampling, "--json"))["text"] + "\n"
+
+
+def test_the_answer_ends_before_a_stop_token(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A seed with which the tiny model ends its turn."""
+    flags = ["--temperature", "3", "--max-tokens", "2000", "--seed", "1", "--json"]
+    result = json.loads(answer(model, capsys, *flags))
+    assert result["finish_reason"] == "stop"
+    assert load_model(model).tokenizer.eos_id not in result["tokens"]
+
+
+def test_a_system_prompt_comes_before_what_the_user_says(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads(answer(model, capsys, "--system", "Be brief.", "--json"))
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert result["prompt_tokens"] == load_model(model).tokenizer.encode(expected)
+    without = json.loads(answer(model, capsys, "--json"))
+    assert without["prompt_tokens"] != result["prompt_tokens"]
+
+
+@pytest.mark.parametrize("text", ["Hé!", "Hé!\n", "Hé!\r\n", "\ufeffHé!\n"])
+def test_a_dash_reads_the_prompt_from_standard_input(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """UTF-8 whatever the locale; the line's end is the shell's, not the user's."""
+    say(text.encode(), monkeypatch)
+    assert json.loads(answer(model, capsys, "--prompt", "-", "--json"))["prompt"] == "Hé!"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "--prompt - must read a text from standard input, and there is none"),
+        (b" \n\n", "--prompt - must read a text from standard input, and there is none"),
+        (b"a\xff", "--prompt - must read UTF-8 text from standard input"),
+    ],
+)
+def test_a_standard_input_without_a_prompt_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: bytes, message: str
+) -> None:
+    """Before the model is looked for."""
+    say(text, monkeypatch)
+    assert main(["generate", "--model", "nowhere", "--prompt", "-", "--blas", "off"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_closed_standard_input_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", "--prompt", "-", "--blas", "off"]) == 2
+    assert "and there is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
+        (["--temperature", "nan"], "temperature must be finite and at least 0, got nan"),
+        (["--system", "\udc80"], "--system must be UTF-8 text"),
+        (["--seed", "-1"], "seed must be at least 0"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main(["generate", "--model", "nowhere", "--prompt", "a", "--blas", "off", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@contextmanager
+def under_way(model: str) -> Iterator[subprocess.Popen[bytes]]:
+    """An answer that takes hours, of which the beginning has been read."""
+    command = [*COMMAND, "--model", model, "--prompt", "Hi", "--max-tokens", "1000000"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        try:
+            assert process.stdout is not None
+            assert select.select([process.stdout], [], [], 60)[0], "nothing within a minute"
+            assert os.read(process.stdout.fileno(), 5)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_ends_the_line_and_exits_130(model: str) -> None:
+    with under_way(model) as process:
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.endswith(b"\n") and b"Traceback" not in error
+
+
+def test_a_reader_who_has_enough_ends_it_quietly(model: str) -> None:
+    """As `head -c 5` does; the exit code is that of a program that SIGPIPE ends."""
+    with under_way(model) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
+    assert error.count(b"\n") <= 1 and b"rror" not in error and b"Broken" not in error

@@ -1,0 +1,127 @@
+"""Answers token by token and piece by piece: the cache changes nothing, and no character is ever cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_impl.checkpoint import load_model
+from mlx_impl.generate import generate, generate_all
+from mlx_impl.model import CausalLM
+from mlx_impl.streaming import pieces
+from tests.tiny_folder import write_folder
+
+NUM_TOKENS = 24
+PROMPTS = [[7], [5, 9], [11, 200, 31, 4, 4, 90, 17], list(range(3, 60))]
+NEVER: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    return load_model(write_folder(tmp_path_factory.mktemp("model"))).model
+
+
+def without_a_cache(model: CausalLM, prompt: list[int], num_tokens: int) -> list[int]:
+    """The whole text read anew for every token."""
+    text = list(prompt)
+    for _ in range(num_tokens):
+        text.append(int(mx.argmax(model(mx.array([text]))[0, -1]).item()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_the_cache_changes_no_token(model: CausalLM, prompt: list[int]) -> None:
+    expected = without_a_cache(model, prompt, NUM_TOKENS)
+    assert len(set(expected)) > 1
+    assert list(generate(model, prompt, NUM_TOKENS, NEVER)) == expected
+    assert generate_all(model, PROMPTS, NUM_TOKENS, NEVER)[PROMPTS.index(prompt)] == expected
+
+
+def test_every_stop_token_ends_the_answer_and_is_not_part_of_it(model: CausalLM) -> None:
+    """The first of several to come; a stop token in the prompt stops nothing."""
+    free = list(generate(model, PROMPTS[2], NUM_TOKENS, NEVER))
+    early, late = free[4], free[-1]
+    for stop_ids in ({early}, {early, late}, {late, early, *PROMPTS[2]}):
+        expected = free[: min(free.index(token) for token in stop_ids if token in free)]
+        assert list(generate(model, PROMPTS[2], NUM_TOKENS, stop_ids)) == expected
+        assert generate_all(model, [PROMPTS[0], PROMPTS[2]], NUM_TOKENS, stop_ids)[1] == expected
+
+
+def byte_level(*tokens: str) -> Tokenizer:
+    """Byte-level BPE without merges: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """As Llama 2 has it: words with a mark for the space before them, and bytes for what is no word."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁big", "▁world", "ly", "!"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    return list(pieces(tokens, lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))))
+
+
+@pytest.mark.parametrize("text", ["N'Djaména", "日本語 🇱🇮 👩‍🔬!", " a  b\n", "", "\ufffd is a character"])
+def test_a_character_of_several_tokens_comes_whole(text: str) -> None:
+    """Never half of one, nothing twice, nothing lost; each character as soon as its last byte is there."""
+    tokenizer = byte_level()
+    shown = streamed(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(shown) == text
+    if "\ufffd" not in text:
+        assert shown == list(text)
+
+
+def test_bytes_that_are_no_character_are_shown_as_such_in_the_end() -> None:
+    tokenizer = byte_level()
+    broken = tokenizer.encode("é!").ids
+    assert streamed(tokenizer, [broken[0]]) == ["\ufffd"]
+    assert streamed(tokenizer, [broken[0], broken[2]]) == ["\ufffd!"]
+
+
+def test_special_tokens_are_not_shown() -> None:
+    tokenizer = byte_level("<end>")
+    assert streamed(tokenizer, tokenizer.encode("a<end>b").ids) == ["a", "b"]
+
+
+def test_spaces_between_words_are_kept_and_the_first_is_not_shown() -> None:
+    tokenizer = metaspace()
+    words = [
+        "▁Hello",
+        "▁big",
+        "▁world",
+        "ly",
+        "<0xE2>",
+        "<0x82>",
+        "<0xAC>",
+        "<0xC3>",
+        "<0xA9>",
+        "▁world",
+        "!",
+    ]
+    tokens = [tokenizer.token_to_id(word) for word in words]
+    assert "".join(streamed(tokenizer, tokens)) == "Hello big worldly€é world!" == tokenizer.decode(tokens)
+    assert streamed(tokenizer, tokens)[:4] == ["Hello", " big", " world", "ly"]
+
+
+def test_a_piece_comes_before_the_next_token_is_asked_for() -> None:
+    asked = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal asked
+        for asked, token in enumerate((65, 66, 67), 1):
+            yield token
+
+    for number, piece in enumerate(pieces(counted(), lambda some: "".join(map(chr, some))), 1):
+        assert asked == number and piece == chr(64 + number)
