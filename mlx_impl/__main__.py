@@ -14,18 +14,17 @@ import sys
 from collections.abc import Sequence
 
 from .blas import load_optimized_blas
-from .cli.parser import COMMANDS, make_parser
+from .cli.parser import COMMANDS, parse_arguments
 
 BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without accents is no reason to fail
     try:
-        run(args)
+        run(parse_arguments(arguments))
     except ValueError as error:
         return fail(str(error))
     except BrokenPipeError:

@@ -56,6 +56,7 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
 def begin(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
     """A new run: what the model knows now, and no record yet."""
     prepared.folder.begin()
+    prepared.folder.save_config(prepared.job.settings)
     print_summary(prepared, console)
     before = examine(prepared, console, "before")
     prepared.folder.save_before(before.loss_nats, before.answers)

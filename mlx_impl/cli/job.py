@@ -40,6 +40,7 @@ class Job:
     patience: int  # validations without a new best after which to stop; 0: never
     num_questions: int | None
     compiled: bool | None
+    settings: dict[str, Any]  # all of this again, as --config reads it
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,11 @@ LORA_FLAGS = (*(field.name for field in fields(LoRAConfig)), "target_regex")
 
 
 def add_lora_flags(group: Any) -> None:
-    folder(group, "--init-adapter", "start from this adapter; all settings of this group come with it")
+    folder(
+        group,
+        "--init-adapter",
+        "start from this adapter; all settings of this group come with it (default: a new one)",
+    )
     group.add_argument("--rank", type=int, metavar="R", help=f"of the update (default: {LORA_DEFAULTS.rank})")
     group.add_argument(
         "--alpha",
@@ -35,13 +39,17 @@ def add_lora_flags(group: Any) -> None:
         help=f"which linears: ends of their names, separated by commas, or all-linear "
         f"(default: {','.join(BLOCK_LINEARS)})",
     )
-    targets.add_argument("--target-regex", metavar="EXPR", help="those whose whole name matches")
+    targets.add_argument(
+        "--target-regex", metavar="EXPR", help="those whose whole name matches (default: by --target-modules)"
+    )
     group.add_argument(
         "--num-layers", type=int, metavar="N", help="adapt the last N layers (default: -1, all)"
     )
     for what in ("rank", "alpha"):
         group.add_argument(
-            f"--{what}-pattern", metavar="NAME=N,...", help=f"another {what} for linears whose names end so"
+            f"--{what}-pattern",
+            metavar="NAME=N,...",
+            help=f"another {what} for linears whose names end so (default: --{what} for all)",
         )
     switch(group, "--use-rslora", None, "scale by alpha / sqrt(rank) (default: no)")
     switch(group, "--use-dora", None, "DoRA: train direction and length of each row apart (default: no)")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from types import ModuleType
 
 from . import evaluate, generate, train
+from .settings import closest, with_config
 
 COMMANDS: dict[str, ModuleType] = {"train": train, "evaluate": evaluate, "generate": generate}
 
@@ -24,3 +26,28 @@ def make_parser() -> argparse.ArgumentParser:
         )
         module.add_flags(command)
     return parser
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Each command's own parser."""
+    return next(dict(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; beneath it the file of --config, beneath that the defaults.
+
+    Raises ValueError for a wrong file; a wrong command line ends the program, as argparse does.
+    """
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(arguments)
+    command = commands_of(parser)[args.command]
+    if unknown:
+        near = closest(unknown[0].partition("=")[0], command._option_string_actions)
+        hint = f"; the closest flag is {near}" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if getattr(args, "config", None) is not None:
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+        given = vars(parser.parse_args(arguments))  # and nothing else
+        args = argparse.Namespace(**{**vars(args), **with_config(command, args.config, given)})
+    return args

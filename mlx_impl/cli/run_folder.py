@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the last adapter and the best, training state, metrics, curve, report."""
+"""What a run leaves in its folder: settings, state, metrics, curve, report, the last adapter and the best."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import mlx.core as mx
+
+from .. import __version__ as mlx_impl_version
 from ..adapters import save_adapter
 from ..data import Example
 from ..files import make_run_folder, read_json_object, whole_file
 from ..train import StepRecord
 from ..trainer import LoRATrainer
 from .answers import Answer
+from .config_file import to_yaml
 from .report import save_loss_curve
 
-OF_A_RUN = ("report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png")
+OF_A_RUN = (
+    "config.yaml",
+    "report.json",
+    "metrics.jsonl",
+    "before.json",
+    "training_state.safetensors",
+    "loss.png",
+)
 
 
 class RunFolder:
@@ -40,6 +51,13 @@ class RunFolder:
         for name in OF_A_RUN:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "best", ignore_errors=True)
+
+    def save_config(self, settings: dict[str, Any]) -> None:
+        """What `train --config` repeats the run with."""
+        versions = f"# mlx_impl {mlx_impl_version}, mlx {mx.__version__}"
+        text = f"{versions}; repeat the run with: python -m mlx_impl train --config FILE\n{to_yaml(settings)}"
+        with whole_file(self.path / "config.yaml") as part:
+            part.write_text(text, encoding="utf-8")
 
     def save(self, trainer: LoRATrainer, examples: list[Example], base_name: str) -> None:
         """The state to go on from, which is confirmed to be sound, and the adapter."""

@@ -12,6 +12,7 @@ from ..config import TrainConfig
 from . import flags
 from .flags import TRAIN_DEFAULTS, add_json_flag, folder, number, require_at_least, switch
 from .lora_flags import add_lora_flags, lora_config
+from .settings import resolved
 
 HELP = "fine-tune a model and show what it learned"
 DEFAULT_EPOCHS = 5
@@ -19,6 +20,13 @@ AT_LEAST_ONE = ("batch_size", "grad_accumulation_steps", "max_seq_length", "step
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="read settings from a .yaml or .toml file, keys named as the flags; the command line wins "
+        "(default: none)",
+    )
     flags.add_model_flags(command.add_argument_group("model"))
     flags.add_data_flags(command.add_argument_group("data"))
     add_lora_flags(command.add_argument_group("adapter"))
@@ -29,7 +37,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def add_step_flags(group: Any) -> None:
     defaults = TRAIN_DEFAULTS
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--iters", type=int, metavar="N", help="optimizer updates")
+    length.add_argument(
+        "--iters", type=int, metavar="N", help="optimizer updates (default: as many as the epochs take)"
+    )
     number(length, "--epochs", DEFAULT_EPOCHS, "passes over the training file")
     number(group, "--grad-accumulation-steps", defaults.grad_accumulation_steps, "batches an update")
     number(group, "--learning-rate", defaults.learning_rate, "at its highest")
@@ -62,7 +72,11 @@ def add_step_flags(group: Any) -> None:
 
 def add_run_flags(group: Any) -> None:
     folder(group, "--adapter-path", "the run's folder: adapter, metrics, report (default: adapters)")
-    folder(group, "--resume", "go on with the run in this folder, to the bit as if it had not been stopped")
+    folder(
+        group,
+        "--resume",
+        "go on with the run in this folder, to the bit as if it had not been stopped (default: a new run)",
+    )
     number(group, "--save-every", 25, "steps between savings of adapter and training state")
     number(group, "--steps-per-eval", 25, "steps between validations")
     number(group, "--patience", 0, "stop after so many validations without a better loss; 0: never")
@@ -87,14 +101,15 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.data_seed is None:
         settings["data_seed"] = args.seed
+    lora, run_folder = lora_config(args), args.resume or args.adapter_path or Path("adapters")
     job = Job(
         model=args.model,
         dequantize=args.dequantize,
         data=flags.data_folder(args.data),
-        folder=args.resume or args.adapter_path or Path("adapters"),
+        folder=run_folder,
         resume=args.resume is not None,
         init_adapter=args.init_adapter,
-        lora=lora_config(args),
+        lora=lora,
         training=settings,
         iters=args.iters,
         epochs=args.epochs,
@@ -105,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         patience=args.patience,
         num_questions=args.num_questions,
         compiled=args.compile,
+        settings=resolved(args, lora, adapter_path=run_folder, data_seed=settings["data_seed"]),
     )
     console = Console(stderr=args.json, highlight=False, markup=False, soft_wrap=True)
     report = finetune(job, console)

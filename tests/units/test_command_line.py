@@ -46,6 +46,7 @@ def test_train_writes_adapter_metrics_curve_and_report(run_folder: Path) -> None
         "adapter_model.safetensors",
         "before.json",
         "best",
+        "config.yaml",
         "loss.png",
         "metrics.jsonl",
         "report.json",
@@ -258,7 +259,7 @@ def test_a_wrong_input_has_no_traceback_and_exit_code_2(arguments: tuple[str, ..
 def test_a_mistyped_flag_names_itself_and_is_not_guessed() -> None:
     done = run_process("train", "--iter", "3")
     assert done.returncode == 2
-    assert "unrecognized arguments: --iter" in done.stderr
+    assert "unrecognized arguments: --iter 3; the closest flag is --iters" in done.stderr
 
 
 def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

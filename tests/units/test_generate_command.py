@@ -57,9 +57,8 @@ def test_a_system_prompt_comes_before_what_the_user_says(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = json.loads(answer(model, capsys, "--system", "Be brief.", "--json"))
-    expected = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    turns = ("system\nBe brief.<|im_end|>\n", "user\nHi<|im_end|>\n", "assistant\n")
+    expected = "".join(f"<|im_start|>{turn}" for turn in turns)
     assert result["prompt_tokens"] == load_model(model).tokenizer.encode(expected)
     without = json.loads(answer(model, capsys, "--json"))
     assert without["prompt_tokens"] != result["prompt_tokens"]

@@ -120,7 +120,8 @@ def test_a_piece_comes_before_the_next_token_is_asked_for() -> None:
 
     def counted() -> Iterator[int]:
         nonlocal asked
-        for asked, token in enumerate((65, 66, 67), 1):
+        for token in (65, 66, 67):
+            asked += 1
             yield token
 
     for number, piece in enumerate(pieces(counted(), lambda some: "".join(map(chr, some))), 1):

@@ -1,0 +1,237 @@
+"""`train --config`: what stands in the file is what the flags would say, or one sentence says why not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlx_impl.__main__ import main
+from mlx_impl.cli.lora_flags import lora_config
+from mlx_impl.cli.parser import parse_arguments
+from mlx_impl.config import LoRAConfig
+from tests.tiny_folder import write_data, write_folder
+
+
+def train_with(tmp_path: Path, text: str, *flags: str, suffix: str = ".yaml") -> argparse.Namespace:
+    path = tmp_path / f"settings{suffix}"
+    path.write_text(text, encoding="utf-8")
+    return parse_arguments(["train", "--config", str(path), *flags])
+
+
+YAML = """
+# every kind of value
+learning-rate: 1e-5
+iters: 30
+mask_prompt: no
+lr_schedule: cosine
+blas: off
+data: 2024-01-01
+target_modules: [q_proj, v_proj]
+rank_pattern: {q_proj: 4, "1.self_attn.v_proj": 2}
+"""
+TOML = """
+learning-rate = 1e-5
+iters = 30
+mask_prompt = false
+lr_schedule = "cosine"
+blas = "off"
+data = "2024-01-01"
+target_modules = ["q_proj", "v_proj"]
+[rank_pattern]
+q_proj = 4
+"1.self_attn.v_proj" = 2
+"""
+
+
+@pytest.mark.parametrize(("text", "suffix"), [(YAML, ".yaml"), (YAML, ".yml"), (TOML, ".toml")])
+def test_a_file_says_what_the_flags_say(tmp_path: Path, text: str, suffix: str) -> None:
+    """YAML's traps included: 1e-5 is a number, `off` a word, and a date a name."""
+    flags = "--learning-rate 1e-5 --iters 30 --no-mask-prompt --lr-schedule cosine --blas off "
+    flags += "--data 2024-01-01 --target-modules q_proj,v_proj --rank-pattern q_proj=4,1.self_attn.v_proj=2"
+    expected = vars(parse_arguments(["train", *flags.split()]))
+    got = vars(train_with(tmp_path, text, suffix=suffix))
+    assert {**got, "config": None} == expected
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    """Also where it says what is the default anyway."""
+    args = train_with(tmp_path, "rank: 3\nseed: 5\nmask_prompt: false", "--seed", "0", "--mask-prompt")
+    assert (args.rank, args.seed, args.mask_prompt) == (3, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        ("iters: 7", ["--epochs", "2"], {"iters": None, "epochs": 2}),
+        ("epochs: 7", ["--iters", "2"], {"iters": 2}),
+        ("target_modules: q_proj", ["--target-regex", "x"], {"target_modules": None, "target_regex": "x"}),
+        ("adapter_path: a", ["--resume", "b"], {"adapter_path": None, "resume": Path("b")}),
+    ],
+)
+def test_the_command_line_wins_over_a_rival_in_the_file(
+    tmp_path: Path, text: str, flags: list[str], expected: dict[str, Any]
+) -> None:
+    """Of flags that exclude each other."""
+    args = vars(train_with(tmp_path, text, *flags))
+    assert {key: args[key] for key in expected} == expected
+
+
+# Lists of ten references to the list before: ten thousand million items, were it written out.
+BILLION_LAUGHS = "data:\n- &a0 [x]\n" + "".join(
+    f"- &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate', the closest is learning_rate"),
+        ("iter: 1", "unknown key 'iter', the closest is iters"),
+        ("zzz: 1", "unknown key 'zzz'; keys are the flags without the leading dashes"),
+        ("config: a.yaml", "unknown key 'config'"),
+        ("help: true", "unknown key 'help'"),
+        ("5: 1", "unknown key 5"),
+        ("iters: 1.5", "iters must be a whole number, got 1.5"),
+        ("iters: true", "iters must be a whole number, got True"),
+        ("iters: '5'", "iters must be a whole number, got '5'"),
+        ("iters: 010", "iters must be a whole number, got '010'"),
+        ("iters:", "iters must be a whole number, got None"),
+        ("iters: [3]", "iters must be a whole number, got [3]"),
+        ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
+        ("learning_rate: {a: 1}", "learning_rate must be a number, got {'a': 1}"),
+        ("mask_prompt: 1", "mask_prompt must be true or false, got 1"),
+        ("mask_prompt: maybe", "mask_prompt must be true or false, got 'maybe'"),
+        ("json: 1", "json must be true or false, got 1"),
+        ("data: 5", "data must be a text, got 5"),
+        ("data: [a]", "data must be a text, got ['a']"),
+        ("optimizer: adam", "optimizer must be one of adamw, sgd, got 'adam'"),
+        (
+            "target_modules: [q_proj, 3]",
+            "target_modules must be a text or a list of texts, got ['q_proj', 3]",
+        ),
+        ("target_modules: {q_proj: 3}", "target_modules must be a text or a list of texts"),
+        ("rank_pattern: {q_proj: 1.5}", "rank_pattern must be names with whole numbers, got {'q_proj': 1.5}"),
+        ("alpha_pattern: {q_proj: x}", "alpha_pattern must be names with numbers, got {'q_proj': 'x'}"),
+        ("rank_pattern: [q_proj]", "rank_pattern must be names with whole numbers, got ['q_proj']"),
+        ("lora:\n  rank: 3", "unknown key 'lora'"),
+        ("iters: 3\nepochs: 3", "iters and epochs exclude each other"),
+        ("adapter_path: a\nresume: b", "adapter_path and resume exclude each other"),
+        ("iters: 3\niters: 4", "line 2: the key 'iters' stands twice"),
+        ("save_every: 3\nsave-every: 4", "the key save_every stands twice"),
+        ("iters: [", "must be YAML: line 1"),
+        ("- iters", "must hold keys and values, got a list"),
+        ("iters: !!python/name:os.system", "must be YAML: line 1"),
+        ("a: &a [x]\nb: [*a, *a", "must be YAML"),
+        ("[" * 100_000, "must be YAML"),
+        (BILLION_LAUGHS, "data must be a text, got [["),
+        ("a: \x00", "must be YAML"),
+    ],
+)
+def test_a_wrong_file_ends_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path), "--blas", "off"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ") and error.count("\n") == 1 and len(error) < 500
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.toml", b"iters = ", "must be TOML: "),
+        ("a.toml", b"iters = 1\niters = 2", "must be TOML: "),
+        ("a.toml", b"x = " + b"[" * 100_000, "must be TOML"),
+        ("a.toml", b"iters = 2024-01-01", "iters must be a whole number, got datetime.date(2024, 1, 1)"),
+        ("a.toml", b"[lora]\nrank = 3", "unknown key 'lora'"),
+        ("a.yaml", b"a: \xff", "must be UTF-8"),
+        ("a.toml", b"a: \xff", "must be UTF-8"),
+        ("a.json", b"{}", "a configuration must end in .yaml, .yml or .toml"),
+        ("a.yaml", None, "No such file or directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["train", "--config", str(path), "--blas", "off"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    args = vars(train_with(tmp_path, "# nothing yet\n"))
+    assert {**args, "config": None} == vars(parse_arguments(["train"]))
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model = write_folder(tmp_path_factory.mktemp("model"))
+    return ["--model", str(model), "--data", str(write_data(tmp_path_factory.mktemp("data")))]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--iters", "3", "--rank-pattern", "q_proj=3", "--target-modules", "q_proj,v_proj", "--seed", "4"],
+        ["--epochs", "1", "--target-regex", r".*\.[qk]_proj", "--no-mask-prompt", "--learning-rate", "1e-5"],
+        ["--epochs", "1", "--target-modules", "all-linear", "--use-dora", "--dropout", "0.1"],
+    ],
+)
+def test_the_configuration_that_a_run_leaves_repeats_it(
+    common: list[str], tmp_path: Path, flags: list[str]
+) -> None:
+    """To the byte; what it leaves in turn says the same."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    train = ["train", "--blas", "off"]
+    assert main([*train, *common, *flags, "--rank", "2", "--adapter-path", str(first)]) == 0
+    assert main([*train, "--config", str(first / "config.yaml"), "--adapter-path", str(again)]) == 0
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert [(first / n).read_bytes() for n in names] == [(again / n).read_bytes() for n in names]
+    ours, theirs = (yaml.safe_load((run / "config.yaml").read_text()) for run in (first, again))
+    assert ours == {**theirs, "adapter_path": str(first)}
+
+
+def test_the_configuration_that_a_run_leaves_is_resolved(common: list[str], tmp_path: Path) -> None:
+    """Defaults are written out, and what follows from other settings."""
+    assert main(["train", *common, "--iters", "1", "--seed", "9", "--adapter-path", str(tmp_path / "run"),
+                 "--blas", "off"]) == 0  # fmt: skip
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (
+        settings["batch_size"] == 4 and settings["data_seed"] == 9 and settings["rank"] == LoRAConfig().rank
+    )
+    assert "epochs" not in settings and "resume" not in settings and "config" not in settings
+    args = train_with(tmp_path, (tmp_path / "run" / "config.yaml").read_text())
+    assert lora_config(args) == LoRAConfig()
+
+
+def test_a_run_that_starts_from_an_adapter_leaves_its_settings_to_it(
+    common: list[str], tmp_path: Path
+) -> None:
+    train = ["train", *common, "--iters", "1", "--blas", "off", "--adapter-path"]
+    assert main([*train, str(tmp_path / "a"), "--rank", "3"]) == 0
+    assert main([*train, str(tmp_path / "b"), "--init-adapter", str(tmp_path / "a")]) == 0
+    settings = ["--config", str(tmp_path / "b" / "config.yaml"), "--adapter-path", str(tmp_path / "c")]
+    assert main(["train", *settings, "--blas", "off"]) == 0
+    records = [json.loads((tmp_path / run / "adapter_config.json").read_text()) for run in "bc"]
+    assert records[0] == records[1] and records[0]["r"] == 3
+
+
+def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
+    from mlx_impl.cli.config_file import read_config, to_yaml
+
+    texts = {
+        str(n): text for n, text in enumerate(("off", "1e5", "010", "null", "~", "2024-01-01", "é: #", ""))
+    }
+    (tmp_path / "a.yaml").write_text(to_yaml(texts), encoding="utf-8")
+    assert read_config(tmp_path / "a.yaml") == texts
