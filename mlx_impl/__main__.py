@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    from .cli.console import print_error  # rich takes a tenth of a second
+
+    print_error(message)
     return BAD_INPUT
 
 

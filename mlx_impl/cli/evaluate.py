@@ -26,14 +26,19 @@ def run(args: argparse.Namespace) -> None:
     from ..data import evaluation_batches, read_conversations
     from ..tokenizer import encode_all
     from ..train import evaluate
+    from .console import counted, make_console, working
 
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
     conversations = read_conversations(flags.data_folder(args.data) / "test.jsonl")
-    loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
+    console = make_console(stderr=True)
+    with working("reading the model", console):
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
     examples = encode_all(loaded.tokenizer, conversations, args.mask_prompt, args.max_seq_length)
     batches = evaluation_batches(examples, args.batch_size)
-    loss_nats, num_targets = evaluate(loaded.model, batches)
+    num_batches = -(-len(examples) // args.batch_size)
+    shown = counted(batches, num_batches, "evaluating", console)
+    loss_nats, num_targets = evaluate(loaded.model, shown)
     if not loss_nats < MAX_NATS:
         raise ValueError(f"the loss must be a finite number below {MAX_NATS} nats, got {loss_nats}")
     result = {

@@ -17,6 +17,7 @@ from ..guard import NotFinite
 from ..lora import count_parameters
 from ..train import StepRecord
 from .answers import Answer, ask, share_right
+from .console import working
 from .interrupt import Interrupt, interrupt_requested
 from .job import Job, Prepared, prepare
 from .report import print_answers, with_progress
@@ -36,7 +37,8 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     Raises ValueError for a wrong input before anything is written, and for a model whose loss is no number;
     NotFinite, the last good state saved; after Ctrl-C KeyboardInterrupt, everything saved.
     """
-    prepared = prepare(job)
+    with working("reading model and data", console):
+        prepared = prepare(job)
     before, records = go_on(prepared, console) if job.resume else begin(prepared, console)
     with interrupt_requested() as interrupt:
         try:
@@ -99,14 +101,16 @@ def print_summary(prepared: Prepared, console: Console) -> None:
 
 def examine(prepared: Prepared, console: Console, when: str) -> Exam:
     """The loss over the training set and the answers to all questions."""
-    loss_nats = prepared.trainer.evaluate(prepared.train)
+    with working("evaluating", console):
+        loss_nats = prepared.trainer.evaluate(prepared.train)
     if not math.isfinite(loss_nats):
         raise ValueError(f"the loss over the training set {when} training is not a finite number")
     console.print(f"loss over the training set {when} training: {loss_nats:.4f} nats per target token")
     together = [c for questions in prepared.questions.values() for c in questions]
     if together:
         console.print(f"asking {len(together)} questions")
-    answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, together))
+    with working("reading the answers", console):
+        answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, together))
     return Exam(loss_nats, {n: [next(answers) for _ in cs] for n, cs in prepared.questions.items()})
 
 

@@ -39,13 +39,15 @@ def run(args: argparse.Namespace) -> None:
     from ..generate import generate
     from ..sampling import Sampling
     from ..streaming import pieces
+    from .console import make_console, working
 
     require_at_least(1, "max_tokens", args.max_tokens)
     require_seed("seed", args.seed)
     sampling = Sampling(args.temperature, args.top_p)
     prompt = read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt
     said = messages(args.system, prompt)
-    loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
+    with working("reading the model", make_console(stderr=True)):
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
     tokenizer = loaded.tokenizer
     prompt_tokens = tokenizer.encode_prompt(said)
     mx.random.seed(args.seed)
@@ -86,9 +88,12 @@ def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
 
 
 def show(parts: Iterable[str]) -> None:
-    """Each at once; also what Ctrl-C cuts short ends its line."""
+    """Each at once, control characters only into files; also what Ctrl-C cuts short ends its line."""
+    from .console import harmless
+
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     try:
         for part in parts:
-            print(part, end="", flush=True)
+            print(harmless(part) if is_terminal else part, end="", flush=True)
     finally:
         print(flush=True)

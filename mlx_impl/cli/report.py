@@ -1,18 +1,17 @@
-"""What a person sees of a run: progress, tables, the loss curve; plain lines where there is no terminal."""
+"""What a person sees of a run: progress and tables; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from ..files import whole_file
 from ..train import StepRecord
 from .answers import Answer, share_right
+from .console import harmless
 
 PLAIN_EVERY = 10  # steps between lines where there is no bar
 EXAMPLES_SHOWN = 4  # questions of a group, answered in full
@@ -36,13 +35,13 @@ def with_progress(
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not console.is_interactive) as progress:
         task = progress.add_task("the first step takes longest", total=num_steps, completed=done)
         seconds = 0.0
         for record in records:
             seconds += record.seconds
             progress.update(task, advance=1, description=describe(record))
-            if not console.is_terminal and record.step % PLAIN_EVERY in (0, 1):
+            if not console.is_interactive and record.step % PLAIN_EVERY in (0, 1):
                 left = (num_steps - record.step) * seconds / (record.step - done)
                 console.print(f"step {record.step}/{num_steps}  {describe(record)}  {left:.0f} s left")
             yield record
@@ -77,23 +76,6 @@ def examples_table(name: str, before: Sequence[Answer], after: Sequence[Answer])
     return table
 
 
-def in_full(answer: Answer) -> str:
-    return f"{'right' if answer.is_right else 'wrong'}: {answer.text}"
-
-
-def save_loss_curve(
-    records: Sequence[StepRecord], validation: Sequence[tuple[int, float]], path: Path
-) -> None:
-    """Training loss of every step and validation loss where it was measured, as a PNG."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([r.step for r in records], [r.loss_nats for r in records], label="training (batch)")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", label="validation")
-    axes.set_xlabel("step (optimizer updates)")
-    axes.set_ylabel("loss (nats per target token)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=120)
+def in_full(answer: Answer) -> Text:
+    mark = Text("right", "green") if answer.is_right else Text("wrong", "red")
+    return Text.assemble(mark, f": {harmless(answer.text)}")

@@ -18,7 +18,7 @@ from ..train import StepRecord
 from ..trainer import LoRATrainer
 from .answers import Answer
 from .config_file import to_yaml
-from .report import save_loss_curve
+from .curve import save_loss_curve
 
 OF_A_RUN = (
     "config.yaml",

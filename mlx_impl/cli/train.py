@@ -85,8 +85,7 @@ def add_run_flags(group: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from .console import make_console
     from .finetune import finetune
     from .job import Job
 
@@ -122,7 +121,6 @@ def run(args: argparse.Namespace) -> None:
         compiled=args.compile,
         settings=resolved(args, lora, adapter_path=run_folder, data_seed=settings["data_seed"]),
     )
-    console = Console(stderr=args.json, highlight=False, markup=False, soft_wrap=True)
-    report = finetune(job, console)
+    report = finetune(job, make_console(stderr=args.json))
     if args.json:
         print(json.dumps(report))

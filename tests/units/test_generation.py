@@ -110,7 +110,7 @@ def test_spaces_between_words_are_kept_and_the_first_is_not_shown() -> None:
         "▁world",
         "!",
     ]
-    tokens = [tokenizer.token_to_id(word) for word in words]
+    tokens = [tokenizer.get_vocab()[word] for word in words]
     assert "".join(streamed(tokenizer, tokens)) == "Hello big worldly€é world!" == tokenizer.decode(tokens)
     assert streamed(tokenizer, tokens)[:4] == ["Hello", " big", " world", "ly"]
 

@@ -22,8 +22,8 @@ ORDER = [  # a module may import those before it
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.mlx_quantization", "formats.hf_config",
     "formats.safetensors", "formats.hub",
     "checkpoint", "adapters",
-    "cli.interrupt", "cli.answers", "cli.report", "cli.config_file", "cli.run_folder", "cli.job",
-    "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings",
+    "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
+    "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings",
     "cli.train", "cli.evaluate", "cli.generate", "cli.parser",
     "blas", "__main__",
 ]

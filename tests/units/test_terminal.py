@@ -1,0 +1,110 @@
+"""What is shown where: movement and colour on a terminal, plain lines elsewhere; with --json one object."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from mlx_impl.cli.console import harmless
+from tests.tiny_folder import write_data, write_folder
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*([a-zA-Z])")
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model = write_folder(tmp_path_factory.mktemp("model"))
+    data = write_data(tmp_path_factory.mktemp("data"))
+    return ["--model", str(model), "--data", str(data), "--blas", "off"]
+
+
+def on_a_terminal(arguments: list[str], **environment: str) -> str:
+    """All that the program writes to a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+    known = {**plain, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40", **environment}
+    command = [sys.executable, "-m", "mlx_impl", *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=known) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                written += chunk
+        except OSError:  # Linux: the other side is closed
+            pass
+        finally:
+            os.close(ours)
+    assert process.returncode == 0, written
+    return written.decode()
+
+
+def movements(written: str) -> set[str]:
+    """The kinds of escape sequences, by their last letters; m is colour."""
+    return set(ESCAPES.findall(written))
+
+
+def train(common: list[str], folder: Path, *flags: str) -> list[str]:
+    return ["train", *common, "--adapter-path", str(folder), "--rank", "2", "--iters", "12", *flags]
+
+
+def test_a_terminal_has_a_bar_and_colours(common: list[str], tmp_path: Path) -> None:
+    written = on_a_terminal(train(common, tmp_path / "run"))
+    assert "12/12" in written and movements(written) > {"m", "K"}
+    lines = ESCAPES.sub("", written).replace("\r", "\n").splitlines()
+    whole = ("BLAS", "data:", "step 12: adapter", "report.json")  # sentences with paths are left to be copied
+    assert max(cell_len(line) for line in lines if not line.startswith(whole)) <= 80
+
+
+def test_no_color_takes_the_colour_and_leaves_the_bar(common: list[str], tmp_path: Path) -> None:
+    written = on_a_terminal(train(common, tmp_path / "run"), NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", written) and "K" in movements(written)
+
+
+def test_a_terminal_that_cannot_move_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
+    written = on_a_terminal(train(common, tmp_path / "run"), TERM="dumb")
+    assert movements(written) == set() and "step 10/12" in written
+
+
+def test_a_file_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlx_impl", *train(common, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
+    assert "step 10/12" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_with_json_there_is_one_object_and_nothing_else(
+    common: list[str], tmp_path: Path, command: str
+) -> None:
+    model = [*common[:2], *common[4:]]
+    arguments = {
+        "train": train(common, tmp_path / "run", "--json"),
+        "evaluate": ["evaluate", *common, "--json"],
+        "generate": ["generate", *model, "--prompt", "Hi", "--max-tokens", "3", "--json"],
+    }
+    run = [sys.executable, "-m", "mlx_impl", *arguments[command]]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert isinstance(json.loads(done.stdout), dict) and done.stdout.count("\n") == 1
+
+
+def test_an_answer_cannot_move_the_cursor() -> None:
+    """Nor clear the screen or ring; lines, tabs and joined emoji stay as they are."""
+    assert harmless("a\x1b[2J\x07\r\x9b1m") == "a\ufffd[2J\ufffd\ufffd\ufffd1m"
+    assert harmless("é\n\t👩\u200d🔬") == "é\n\t👩\u200d🔬"
+
+
+def test_an_answer_on_a_terminal_is_the_answer(common: list[str]) -> None:
+    """The text, with nothing in front of it but what is gone when it comes."""
+    model = [*common[:2], *common[4:]]
+    arguments = ["generate", *model, "--prompt", "Hi", "--max-tokens", "3"]
+    plain = subprocess.run([sys.executable, "-m", "mlx_impl", *arguments], capture_output=True, timeout=120)
+    written = on_a_terminal(arguments).replace("\r\n", "\n")
+    assert ESCAPES.sub("", written).endswith(harmless(plain.stdout.decode()))
