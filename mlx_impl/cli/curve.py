@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -37,7 +38,8 @@ def draw(records: Sequence[StepRecord], validation: Points) -> Figure:
     axes.set_xlabel("step (optimizer updates)")
     axes.set_ylabel("loss (nats per target token)")
     axes.set_ylim(0, top([loss for _, loss in training], [loss for _, loss in validation]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0, max([1, *(step for step, _ in (*training, *validation))]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
@@ -51,7 +53,7 @@ def draw_training(axes: Axes, training: Points) -> None:
     steps, losses = zip(*training, strict=True)
     is_long = len(losses) >= SMOOTHED_FROM
     dot = "." if len(losses) == 1 else ""  # a line of one point is invisible
-    faint = {"alpha": 0.3, "linewidth": 0.8} if is_long else {}
+    faint: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if is_long else {}
     axes.plot(steps, losses, marker=dot, color=TRAINING, label="training, each step's batch", **faint)
     if is_long:
         width = len(losses) // WINDOWS
@@ -63,10 +65,13 @@ def draw_training(axes: Axes, training: Points) -> None:
 def draw_validation(axes: Axes, validation: Points) -> None:
     if not validation:
         return
-    axes.plot(*zip(*validation, strict=True), "o-", markersize=4, color=VALIDATION, label="validation")
+    whole: dict[str, Any] = {"clip_on": False, "zorder": 3}  # also at the edges
+    axes.plot(
+        *zip(*validation, strict=True), "o-", markersize=4, color=VALIDATION, label="validation", **whole
+    )
     step, loss = min(validation, key=lambda point: point[1])
-    label = f"best: {loss:.3f} at step {step}"
-    axes.plot([step], [loss], "*", markersize=13, color=BEST, label=label, clip_on=False, zorder=3)
+    label = f"best validation: {loss:.3f} at step {step}"
+    axes.plot([step], [loss], "*", markersize=13, color=BEST, label=label, **whole)
 
 
 def smoothed(values_N: np.ndarray, width: int) -> np.ndarray:

@@ -31,7 +31,7 @@ def test_a_short_run_shows_every_step_and_every_validation() -> None:
     assert drawn == {
         "training, each step's batch": [[1, 3.0], [2, 2.0], [3, 1.0]],
         "validation": [[0, 3.5], [2, 2.5], [3, 2.75]],
-        "best: 2.500 at step 2": [[2, 2.5]],
+        "best validation: 2.500 at step 2": [[2, 2.5]],
     }
 
 
