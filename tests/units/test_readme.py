@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_impl
 from mlx_impl import checkpoint
 from mlx_impl.cli.parser import make_parser
 from tests.tiny_folder import write_folder
@@ -47,7 +48,7 @@ def test_the_program_shown_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """As it stands, but on the tiny model, and into a temporary folder."""
     program = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
     tiny = checkpoint.load_model(write_folder(tmp_path))
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: tiny)
+    monkeypatch.setattr(mlx_impl, "load_model", lambda path: tiny)
     monkeypatch.setenv("MLX_IMPL_BLAS", "off")
     exec(program.replace('Path(".")', f"Path({str(tmp_path)!r})"), {})
     assert (tmp_path / "adapter_model.safetensors").exists()
