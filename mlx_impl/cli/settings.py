@@ -77,9 +77,12 @@ def converted(action: argparse.Action, value: object) -> Any:
 
 
 def as_number(kind: Any, value: object) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        raise ValueError("a whole number" if kind is int else "a number")
-    return kind(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, kind)):
+            return kind(value)
+    except OverflowError:  # an int too large for a float
+        pass
+    raise ValueError("a whole number" if kind is int else "a number")
 
 
 def as_flag(key: str, value: object) -> str:

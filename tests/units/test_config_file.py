@@ -104,6 +104,8 @@ BILLION_LAUGHS = "data:\n- &a0 [x]\n" + "".join(
         ("iters: [3]", "iters must be a whole number, got [3]"),
         ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
         ("learning_rate: {a: 1}", "learning_rate must be a number, got {'a': 1}"),
+        ("learning_rate: 1" + "0" * 400, "learning_rate must be a number, got 1000"),
+        ("iters: 1" + "0" * 9000, "must be YAML"),
         ("mask_prompt: 1", "mask_prompt must be true or false, got 1"),
         ("mask_prompt: maybe", "mask_prompt must be true or false, got 'maybe'"),
         ("json: 1", "json must be true or false, got 1"),
