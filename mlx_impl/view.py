@@ -40,7 +40,7 @@ def view_of(T: int, offset: int, window: int | None, segment_BT: mx.array | None
     Packed rows cannot be read after a cache.
     """
     S = offset + T
-    if segment_BT is None and (window is None or S <= window):
+    if segment_BT is None and (window is None or window >= S):
         return View(offset)
     key_S, query_T1 = mx.arange(S), mx.arange(offset, S)[:, None]
     mask_TS = key_S <= query_T1
