@@ -112,6 +112,25 @@ def byte_level_metadata(vocab_size: int = 61, pre: str = "smollm") -> dict[str, 
     }
 
 
+def sentencepiece_metadata(vocab_size: int = 61) -> dict[str, Any]:
+    """Pieces whose scores fall with their number: one of two letters, letters, and some of the bytes."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["in", "\u2581", *letters]
+    tokens = ["<unk>", "<s>", "</s>", *pieces, *(f"<0x{byte:02X}>" for byte in range(256))][:vocab_size]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(number) for number in range(len(tokens))],
+        "tokenizer.ggml.token_type": ([2, 3, 3] + [1] * len(pieces) + [6] * 256)[:vocab_size],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.chat_template": TEMPLATE.replace("<|im_end|>", "</s>"),
+    }
+
+
 def write(
     path: Path,
     architecture: str,

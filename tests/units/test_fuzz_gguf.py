@@ -15,9 +15,10 @@ import pytest
 from mlx_impl.checkpoint import load_model, to_numpy
 from mlx_impl.config import ModelConfig
 from mlx_impl.formats.gguf_file import read_container
-from tests.gguf_files import FAMILIES, random_weights, write_family
+from tests.gguf_files import FAMILIES, random_weights, sentencepiece_metadata, write_family
 
 SPECS = {name: replace(FAMILIES[name][1], num_hidden_layers=1) for name in ("llama", "qwen2", "qwen3")}
+TOKENIZERS = {"qwen2": sentencepiece_metadata(), "llama": {}, "qwen3": {"tokenizer.ggml.pre": "llama-bpe"}}
 HUGE = [2**64 - 1, 2**63, 2**62 + 1, 2**48, 2**40, 2**32, 2**31, 2**31 - 1, 2**24, 0]
 MAX_SECONDS = 5.0  # for one file: a reader that believes a damaged length needs hours
 MAX_BYTES = 500 * 2**20  # more than before, over all files
@@ -106,7 +107,7 @@ def test_a_damaged_file_is_read_right_or_refused_in_one_sentence(
     tmp_path: Path, damage: Damage, family: str
 ) -> None:
     """Never another exception, a crash, a hang or an allocation of what a damaged length says."""
-    path = write_family(tmp_path / "tiny.gguf", family, spec=SPECS[family])
+    path = write_family(tmp_path / "tiny.gguf", family, TOKENIZERS[family], spec=SPECS[family])
     whole, before = path.read_bytes(), peak_bytes()
     header = len(whole) - sum(tensor.data.size for tensor in read_container(path)[1].values())
     seen = []
