@@ -1,0 +1,85 @@
+"""`python -m tests.fuzz TARGET FOLDER [CASE]`: every case of a target, or one; what went wrong, a line a case.
+
+The number of each case is written before it is tried, so that a crash has a name. Address space is capped: a
+file of some kilobytes that asks for gigabytes must be refused before they are allocated.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+from tests.fuzz.targets import TARGETS
+
+SECONDS = 5  # a case takes milliseconds
+MEMORY_BYTES = 1 << 30  # beyond what the process has at the start
+LINE_LENGTH = 700
+
+
+class Hang(BaseException):
+    """No Exception, so that nothing catches it on the way."""
+
+
+def main(target: str, folder: Path, only: int | None = None) -> None:
+    spec = TARGETS[target]
+    spec.write(folder)
+    file = folder / spec.file
+    valid = file.read_bytes()
+    spec.read(folder)  # it is
+    cap_memory()
+    signal.signal(signal.SIGALRM, hang)
+    refused = 0
+    for case in range(spec.num_cases) if only is None else (only,):
+        rng = random.Random(zlib.crc32(f"{target} {case}".encode()))
+        mutation = spec.mutations[case % len(spec.mutations)]
+        file.write_bytes(mutation(valid, rng))
+        print(f"case {case} {mutation.__name__}", flush=True)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            spec.read(folder)
+        except ValueError as error:
+            refused += 1
+            complaint = complaint_about(str(error), folder)
+        except BaseException as error:
+            complaint = f"{type(error).__name__}: {str(error)[:200]!r}"
+        else:
+            complaint = ""
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if complaint:
+            print(f"WRONG {case} {mutation.__name__}: {complaint}", flush=True)
+    print(f"DONE {refused} refused", flush=True)
+
+
+def complaint_about(sentence: str, folder: Path) -> str:
+    """What is wrong with a refusal; nothing where it is one printable line that names the file."""
+    if not sentence.startswith(str(folder)):
+        return f"does not begin with the file: {sentence[:200]!r}"
+    if not sentence.isprintable():
+        return f"is not one printable line: {sentence[:200]!r}"
+    if len(sentence) > LINE_LENGTH:
+        return f"is a line of {len(sentence)} characters: {sentence[:200]!r}"
+    return ""
+
+
+def hang(*_: object) -> None:
+    raise Hang(f"took more than {SECONDS} seconds")
+
+
+def cap_memory() -> None:
+    """Linux: macOS enforces no such limit."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        used = int(status.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[2])
+    shutil.rmtree(where, ignore_errors=True)
+    main(sys.argv[1], where, int(sys.argv[3]) if len(sys.argv) > 3 else None)

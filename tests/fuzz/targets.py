@@ -1,0 +1,144 @@
+"""The files that are damaged, and what reads each: valid ones are written once, without `mlx_impl` where it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_impl.adapters import load_adapter, save_adapter
+from mlx_impl.checkpoint import load_model
+from mlx_impl.config import LoRAConfig, TrainConfig
+from mlx_impl.data import read_conversations
+from mlx_impl.formats.hf_config import read_config
+from mlx_impl.lora import add_lora
+from mlx_impl.model import CausalLM
+from mlx_impl.optim import LoRAOptimizer
+from mlx_impl.state import Progress, load_state, save_state, snapshot
+from mlx_impl.tokenizer import ChatTokenizer, encode_all, tokenizer_from_folder
+from tests.fuzz.mutations import JSON, LINES, SAFETENSORS, Mutation
+from tests.tiny_folder import LINEARS, conversation_line, write_folder
+
+LORA = LoRAConfig(rank=2, alpha=3.0, target_modules=("q_proj", "down_proj"))
+IDENTITY: dict[str, Any] = {"the model's weights": "0" * 64, "rank": 2}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of a valid folder, how it is damaged, and what reads the folder."""
+
+    write: Callable[[Path], object]
+    file: str
+    mutations: Sequence[Mutation]
+    read: Callable[[Path], object]
+    num_cases: int
+
+
+def write_model(folder: Path) -> None:
+    write_folder(folder)
+
+
+def write_shards(folder: Path) -> None:
+    write_folder(folder)
+    tensors = tensors_of(folder)
+    files = {name: f"model-{number % 2 + 1:05}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        mx.save_safetensors(str(folder / file), {n: a for n, a in tensors.items() if files[n] == file})
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_quantized(folder: Path) -> None:
+    """As mlx-lm has it: packed weights beside their scales and biases."""
+    packing = {"group_size": 32, "bits": 4, "mode": "affine", "model.layers.0.mlp.up_proj": {"bits": 8}}
+    write_folder(folder, quantization=packing, quantization_config=packing)
+    tensors = tensors_of(folder)
+    for name in [n for n in tensors if any(f"{linear}.weight" in n for linear in LINEARS)]:
+        bits = 8 if name == "model.layers.0.mlp.up_proj.weight" else 4
+        module = name.removesuffix(".weight")
+        parts = mx.quantize(tensors[name], 32, bits)
+        tensors |= zip((name, f"{module}.scales", f"{module}.biases"), parts, strict=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+
+
+def tensors_of(folder: Path) -> dict[str, mx.array]:
+    tensors = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    mx.eval(tensors)
+    return tensors
+
+
+def base_model(folder: Path) -> CausalLM:
+    """Of the right shapes, which are all that an adapter is held to."""
+    return CausalLM(read_config(folder))
+
+
+def adapted_model(folder: Path) -> CausalLM:
+    model = base_model(folder)
+    add_lora(model, LORA)
+    return model
+
+
+def write_adapter(folder: Path) -> None:
+    write_folder(folder)
+    save_adapter(adapted_model(folder), LORA, folder, "base")
+
+
+def trained(folder: Path) -> dict[str, mx.array]:
+    model, optimizer = adapted_model(folder), LoRAOptimizer(TrainConfig(iters=1))
+    optimizer.init(model.trainable_parameters())
+    return snapshot(model, optimizer)
+
+
+def write_state(folder: Path) -> None:
+    write_folder(folder)
+    save_state(folder / "training_state.safetensors", trained(folder), Progress(3, [(2, 1.5)], IDENTITY))
+
+
+def write_data(folder: Path) -> None:
+    write_folder(folder)
+    lines = [conversation_line("x" * n, f"{n} yes", answer="yes") for n in range(1, 5)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read_adapter(folder: Path) -> None:
+    load_adapter(base_model(folder), folder)
+
+
+def read_state(folder: Path) -> None:
+    load_state(folder / "training_state.safetensors", IDENTITY, trained(folder))
+
+
+def converse(tokenizer: ChatTokenizer, folder: Path) -> None:
+    conversations = read_conversations(folder / "train.jsonl")
+    encode_all(tokenizer, conversations, mask_prompt=True, max_tokens=64)
+
+
+def read_data(folder: Path) -> None:
+    converse(tokenizer_from_folder(folder), folder)
+
+
+def read_tokenizer(folder: Path) -> None:
+    """The template is used too: it is a program in the file."""
+    converse(load_model(folder).tokenizer, folder)
+
+
+TARGETS: dict[str, Target] = {
+    "model": Target(write_model, "model.safetensors", SAFETENSORS, load_model, 300),
+    "shards": Target(write_shards, "model-00002-of-00002.safetensors", SAFETENSORS, load_model, 100),
+    "index": Target(write_shards, "model.safetensors.index.json", JSON, load_model, 150),
+    "quantized": Target(write_quantized, "model.safetensors", SAFETENSORS, load_model, 150),
+    "quantization": Target(write_quantized, "config.json", JSON, load_model, 150),
+    "config": Target(write_model, "config.json", JSON, load_model, 250),
+    "adapter": Target(write_adapter, "adapter_model.safetensors", SAFETENSORS, read_adapter, 200),
+    "adapter_config": Target(write_adapter, "adapter_config.json", JSON, read_adapter, 200),
+    "state": Target(write_state, "training_state.safetensors", SAFETENSORS, read_state, 200),
+    "tokenizer": Target(write_data, "tokenizer.json", JSON, read_tokenizer, 200),
+    "tokenizer_config": Target(write_data, "tokenizer_config.json", JSON, read_tokenizer, 200),
+    "data": Target(write_data, "train.jsonl", LINES, read_data, 250),
+}

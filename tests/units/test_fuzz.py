@@ -1,0 +1,44 @@
+"""A damaged file loads or is refused in one sentence: never a traceback, a hang, a crash, a huge allocation.
+
+GGUF has its own test. Each target runs in a process of its own, which a segmentation fault would end; the
+last line that it wrote is then the case, and `python -m tests.fuzz TARGET FOLDER CASE` replays it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_damaged_file_loads_or_is_refused_in_one_sentence(target: str, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", target, str(tmp_path / target)],
+        cwd=ROOT,
+        env={**os.environ, "MLX_IMPL_BLAS": "off"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        check=False,
+    )
+    lines = process.stdout.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG")]
+    assert not wrong, f"{len(wrong)} cases, the first: " + "\n".join(wrong[:5])
+    assert lines[-1].startswith("DONE"), (
+        f"ended by {process.returncode} in {lines[-1]}: {process.stderr[-500:]}"
+    )
+    num_refused = int(lines[-1].split()[1])
+    assert num_refused > TARGETS[target].num_cases / 3  # or the damage is none
+
+
+def test_there_are_at_least_two_thousand_cases() -> None:
+    assert sum(target.num_cases for target in TARGETS.values()) >= 2000
