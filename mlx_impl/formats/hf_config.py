@@ -113,6 +113,7 @@ def read_rope(raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
 def read_window(raw: dict[str, Any]) -> Any:
     """The sliding window of all layers, None for none; a model with layers of both kinds is refused."""
     window, kinds = stated_window(raw), raw.get("layer_types")
+    require_number("num_hidden_layers", raw["num_hidden_layers"], int)
     is_qwen = raw["model_type"].startswith("qwen")
     if kinds is None:
         first = given(raw, "max_window_layers", QWEN_FIRST_WINDOW) if is_qwen else 0

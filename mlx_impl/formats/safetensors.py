@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..files import read_json_object
+from ..files import one_line, read_json_object
 
 INDEX = "model.safetensors.index.json"
 # Constants that old checkpoints store, which follow from the configuration.
@@ -52,7 +52,9 @@ def indexed(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     names: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: weight_map must name safetensors files of this folder, got {file!r}")
+            raise ValueError(
+                f"{path}: weight_map must name safetensors files of this folder, got {file!r:.100} for {name}"
+            )
         names.setdefault(file, set()).add(name)
     for file in sorted(names):
         yield folder / file, names[file]
@@ -80,6 +82,8 @@ def load(file: Path) -> dict[str, mx.array]:
         assert isinstance(weights, dict)
         mx.eval(weights)  # MLX: loading is lazy too; a truncated file shows only here
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file}: not a readable safetensors file: {reason}") from None
+        raise ValueError(f"{file}: not a readable safetensors file: {one_line(error)}") from None
+    for name in weights:
+        if not name.isprintable():
+            raise ValueError(f"{file}: the names of tensors must be printable, got {name!r}")
     return weights

@@ -1,1 +1,1 @@
-"""Mutated copies of valid files: each loads or is refused in one sentence; run by tests/units/test_fuzz.py."""
+"""Damaged copies of valid files, and what reads them; run by tests/units/test_fuzz.py."""

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz TARGET FOLDER [CASE]`: every case of a target, or one; what went wrong, a line a case.
+"""`python -m tests.fuzz TARGET FOLDER [CASE]`: every case of a target, or one; a line for what went wrong.
 
 The number of each case is written before it is tried, so that a crash has a name. Address space is capped: a
 file of some kilobytes that asks for gigabytes must be refused before they are allocated.

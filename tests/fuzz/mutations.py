@@ -276,6 +276,15 @@ def not_finite(data: bytes, rng: random.Random) -> bytes:
     )
 
 
+def mutate_progress(data: bytes, rng: random.Random) -> bytes:
+    """The JSON in the metadata of a training state."""
+    text, body = split_safetensors(data)
+    header = json.loads(text)
+    metadata = header["__metadata__"]
+    metadata["progress"] = mutate_json(metadata["progress"].encode(), rng).decode("utf-8", "replace")
+    return with_header(header, body)
+
+
 SAFETENSORS = (*BYTES, *(mutate_length, mutate_header, mutate_entry, mutate_entry, rename_tensor, not_finite))
 JSON: tuple[Mutation, ...] = (*BYTES, *(mutate_json,) * 14)
 LINES: tuple[Mutation, ...] = (*BYTES, *(mutate_line,) * 10)

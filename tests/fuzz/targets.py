@@ -1,4 +1,4 @@
-"""The files that are damaged, and what reads each: valid ones are written once, without `mlx_impl` where it reads."""
+"""The files that are damaged, how a valid one is written, and what reads it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.state import Progress, load_state, save_state, snapshot
 from mlx_impl.tokenizer import ChatTokenizer, encode_all, tokenizer_from_folder
-from tests.fuzz.mutations import JSON, LINES, SAFETENSORS, Mutation
+from tests.fuzz.mutations import JSON, LINES, SAFETENSORS, Mutation, mutate_progress
 from tests.tiny_folder import LINEARS, conversation_line, write_folder
 
+STATE = (*SAFETENSORS, *(mutate_progress,) * 6)
 LORA = LoRAConfig(rank=2, alpha=3.0, target_modules=("q_proj", "down_proj"))
 IDENTITY: dict[str, Any] = {"the model's weights": "0" * 64, "rank": 2}
 
@@ -137,7 +138,7 @@ TARGETS: dict[str, Target] = {
     "config": Target(write_model, "config.json", JSON, load_model, 250),
     "adapter": Target(write_adapter, "adapter_model.safetensors", SAFETENSORS, read_adapter, 200),
     "adapter_config": Target(write_adapter, "adapter_config.json", JSON, read_adapter, 200),
-    "state": Target(write_state, "training_state.safetensors", SAFETENSORS, read_state, 200),
+    "state": Target(write_state, "training_state.safetensors", STATE, read_state, 250),
     "tokenizer": Target(write_data, "tokenizer.json", JSON, read_tokenizer, 200),
     "tokenizer_config": Target(write_data, "tokenizer_config.json", JSON, read_tokenizer, 200),
     "data": Target(write_data, "train.jsonl", LINES, read_data, 250),

@@ -131,11 +131,15 @@ def dense_weights(folder: Path) -> Arrays:
         module = name.removesuffix(".weight")
         if f"{module}.scales" in tensors:
             own = packing.get(module) or packing
-            parts = (np.array(tensors[f"{module}.{p}"].astype(mx.float32)) for p in ("scales", "biases"))
-            weights[name] = unpacked(np.array(tensors[name]), *parts, own["bits"])
+            scales, biases = (as_float32(tensors[f"{module}.{part}"]) for part in ("scales", "biases"))
+            weights[name] = unpacked(np.array(tensors[name]), scales, biases, own["bits"])
         else:
-            weights[name] = np.array(tensors[name].astype(mx.float32)).astype(np.float64)
+            weights[name] = as_float32(tensors[name]).astype(np.float64)
     return weights
+
+
+def as_float32(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32))
 
 
 def quantized_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -180,10 +184,10 @@ def test_mlx_lms_own_logits_agree(tmp_path: Path, name: str) -> None:
     theirs, _ = mlx_lm.utils.load_model(folder)
     tokens_BT, weights = batch_of(folder).inputs_BT, dense_weights(folder)
     twins = [FolderTwin(folder, PLAIN, dtype=d, weights=weights) for d in (torch.float32, torch.float64)]
-    refs = [twin.logits_without_adapter(tokens_BT) for twin in twins]
+    ref32, ref64 = (twin.logits_without_adapter(tokens_BT) for twin in twins)
     for whose, model in {"mlx-lm": theirs, "mlx_impl": load(folder)}.items():
         logits = np.array(model(mx.array(tokens_BT)))
-        verdict = compare(whose, logits, *refs, longest_sum(folder, batch_of(folder)))
+        verdict = compare(whose, logits, ref32, ref64, longest_sum(folder, batch_of(folder)))
         assert verdict.used <= 1, verdict.report
 
 
