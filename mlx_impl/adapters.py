@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .checkpoint import LoadedModel, load_model, require_shapes
 from .config import LoRAConfig
-from .files import read_json_object, whole_file
+from .files import one_line, read_json_object, whole_file
 from .formats.safetensors import read_file
 from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
@@ -85,7 +85,11 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
     config = read_adapter_config(folder / "adapter_config.json", len(model.model.layers))
     path = folder / "adapter_model.safetensors"
     expected: dict[str, tuple[int, ...]] = {}
-    for target in select_targets(model, config):
+    try:
+        targets = select_targets(model, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'adapter_config.json'}: {one_line(error)}") from None
+    for target in targets:
         expected[peft_key(f"{target.name}.lora_a")] = (target.rank, target.num_in)
         expected[peft_key(f"{target.name}.lora_b")] = (target.num_out, target.rank)
         if config.use_dora:

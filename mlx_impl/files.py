@@ -53,7 +53,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: must be JSON: {error}") from None
+        raise ValueError(f"{path}: must be JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(value).__name__}")
     return value

@@ -50,7 +50,7 @@ def pack(model: nn.Module, packings: dict[str, Packing]) -> None:
             packed.append((name, modules[name].to_quantized(packing.group_size, packing.bits)))
         except (KeyError, AttributeError):
             raise ValueError(f"only linears and embeddings can be quantized, and {name} is none") from None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError for a number that no machine word holds
             raise ValueError(f"{name} cannot have weights of {packing}: {first_line(error)}") from None
     model.update_modules(tree_unflatten(packed))
 

@@ -51,13 +51,19 @@ def indexed(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         raise ValueError(f"{path}: weight_map must be an object from tensors to files")
     names: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+        if not is_file_name(file):
             raise ValueError(
                 f"{path}: weight_map must name safetensors files of this folder, got {file!r:.100} for {name}"
             )
         names.setdefault(file, set()).add(name)
     for file in sorted(names):
         yield folder / file, names[file]
+
+
+def is_file_name(value: object) -> bool:
+    """Of this folder, and no other."""
+    is_name = isinstance(value, str) and value.isprintable() and value == Path(value).name
+    return is_name and str(value).endswith(".safetensors")
 
 
 def read_file(file: Path) -> dict[str, mx.array]:
