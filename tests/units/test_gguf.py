@@ -69,20 +69,24 @@ def test_without_a_key_length_the_head_dimension_is_the_width_over_the_heads(tmp
 def llama3_factors(spec: ModelConfig, factor: float, original: int = 8192) -> np.ndarray:
     """Llama 3.1's published rule: 1 below original / 4, `factor` above original, blended between."""
     factors = []
-    for k in range(0, spec.head_dim, 2):
-        wavelength = 2 * math.pi * spec.rope_theta ** (k / spec.head_dim)
-        smooth = (original / wavelength - 1) / 3
+    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    for wavelength in (
+        np.float32(2 * math.pi) * np.float32(spec.rope_theta) ** exponents
+    ):  # as llama.cpp's script
+        smooth = (np.float32(original) / wavelength - 1) / 3
         blended = 1 / ((1 - smooth) / factor + smooth)
         factors.append(1.0 if wavelength < original / 4 else factor if wavelength > original else blended)
     return np.array(factors, np.float32)
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_the_stored_factors_of_llama_3_are_recognized(tmp_path: Path, factor: float) -> None:
-    factors_P = llama3_factors(LONG, factor)
+def test_the_stored_factors_of_llama_3_are_recognized(tmp_path: Path, factor: float, head_dim: int) -> None:
+    spec = replace(LONG, head_dim=head_dim)
+    factors_P = llama3_factors(spec, factor)
     assert len(set(factors_P.tolist())) >= 3
-    path = write_family(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": factors_P}, spec=LONG)
-    assert read_gguf(path)[0] == replace(LONG, rope_scaling=RopeScaling("llama3", factor, 1.0, 4.0, 8192))
+    path = write_family(tmp_path / "tiny.gguf", tensors={"rope_freqs.weight": factors_P}, spec=spec)
+    assert read_gguf(path)[0] == replace(spec, rope_scaling=RopeScaling("llama3", factor, 1.0, 4.0, 8192))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_the_stored_factors_of_llama_3_are_recognized(tmp_path: Path, factor: fl
         (llama3_factors(LONG, 8.0, original=4096), "rope_freqs.weight must follow Llama 3.1's rule"),
         (np.linspace(1, 8, 8, dtype=np.float32), "rope_freqs.weight must follow Llama 3.1's rule"),
         (
-            llama3_factors(LONG, 8.0) * np.linspace(1.001, 1, 8, dtype=np.float32),
+            llama3_factors(LONG, 8.0) * np.linspace(1.0001, 1, 8, dtype=np.float32),
             "must follow Llama 3.1's rule",
         ),
         (np.ones(7, np.float32), r"rope_freqs.weight must have 8 values, got the shape \(7,\)"),
