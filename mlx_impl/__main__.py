@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     is_result_only = args.json or args.command != "train"  # standard output is for the result
-    sentence = load_optimized_blas(args.blas).sentence
-    print(sentence, file=sys.stderr if is_result_only else sys.stdout, flush=True)
+    if "blas" in args:  # a command that multiplies matrices
+        sentence = load_optimized_blas(args.blas).sentence
+        print(sentence, file=sys.stderr if is_result_only else sys.stdout, flush=True)
     COMMANDS[args.command].run(args)
     print(end="", flush=True)
 

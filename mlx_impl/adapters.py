@@ -1,80 +1,69 @@
-"""Adapters out and in, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters in and out, in PEFT's format or mlx-lm's; which of the two, a folder's files say.
 
-Source: PEFT's `save_pretrained` and `utils/save_and_load.py`. Its keys are `base_model.model.` + the module's
-name + `.lora_A.weight` of shape (R, I) and `.lora_B.weight` of shape (O, R), both the transpose of ours, and
-with DoRA `.lora_magnitude_vector` of shape (O,). The scale is not stored; alpha and rank are. A tensor that
-is missing or has no place is an error here, where PEFT warns and leaves an adapter that does nothing.
+A tensor that is missing or has no place is an error here, where PEFT warns and leaves an adapter that does
+nothing, and mlx-lm does not look for what is missing.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import mlx.core as mx
 
 from .checkpoint import LoadedModel, load_model, require_shapes
 from .config import LoRAConfig
-from .files import one_line, read_json_object, whole_file
-from .formats.safetensors import read_file
+from .files import one_line, whole_folder
+from .formats import mlx_lm, peft
+from .formats.adapter_conversion import to_mlx_lm, to_peft
+from .formats.factors import CONFIG, AdapterFile, block_of
 from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
+from .quantized import LINEARS
 from .targets import select_targets
 
-PREFIX = "base_model.model."
-SUFFIXES = {
-    "lora_a": ".lora_A.weight",
-    "lora_b": ".lora_B.weight",
-    "magnitude": ".lora_magnitude_vector",
-}
-
-# Keys that change nothing in the mathematics, or are read below; any other must be off.
-KNOWN_KEYS = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern"),
-    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("qalora_group_size", "megatron_core"),  # have a value even where they are not used
-}
-OFF: tuple[object, ...] = (None, False, "none", {}, [])
-INITIAL_LAWS = (None, True, False, "gaussian")  # the other laws change the base model's weights
+FORMATS: dict[str, ModuleType] = {"peft": peft, "mlx-lm": mlx_lm}
 
 
-def save_adapter(model: CausalLM, config: LoRAConfig, folder: Path, base_name: str) -> None:
-    """Write both files, each whole or not at all."""
-    tensors = {peft_key(name): array.T for name, array in lora_parameters(model).items()}
-    with whole_file(folder / "adapter_model.safetensors") as path:
-        mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
-    record = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        **selection(model, config),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-    }
-    with whole_file(folder / "adapter_config.json") as path:
-        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def format_of(folder: Path) -> str:
+    """The format's name; ValueError where a folder holds adapters of both or of none."""
+    found = [name for name, form in FORMATS.items() if (folder / form.FILE).is_file()]
+    if len(found) != 1:
+        files = f"PEFT's {peft.FILE} or mlx-lm's {mlx_lm.FILE}"
+        raise ValueError(f"{folder}: must hold {files}, and holds {'both' if found else 'neither'}")
+    return found[0]
 
 
-def selection(model: CausalLM, config: LoRAConfig) -> dict[str, Any]:
-    """PEFT's two keys; an expression for some layers only, which PEFT refuses, becomes the list of names."""
-    targets, num_blocks = config.target_modules, len(model.model.layers)
-    is_whole = config.num_layers in (-1, num_blocks)
-    layers = None if is_whole else list(range(num_blocks - config.num_layers, num_blocks))
-    if not isinstance(targets, str):
-        return {"target_modules": sorted(set(targets)), "layers_to_transform": layers}
-    names = targets if is_whole else sorted(lora_layers(model))
-    return {"target_modules": names, "layers_to_transform": None}
+def save_adapter(
+    model: CausalLM, config: LoRAConfig, folder: Path, base_name: str, form: str = "peft"
+) -> None:
+    """Write both files, each whole or not at all.
+
+    Raises ValueError where the folder holds an adapter in the other format, whose record this would replace.
+    """
+    require_format(folder, form)
+    adapter = to_file(model, config, base_name)
+    FORMATS[form].write(folder, to_mlx_lm(adapter) if form == "mlx-lm" else adapter)
+
+
+def require_format(folder: Path, form: str = "peft") -> None:
+    for name, other in FORMATS.items():
+        if name != form and (folder / other.FILE).exists():
+            raise ValueError(
+                f"{folder}: holds an adapter in {name}'s format, {other.FILE}: take another folder"
+            )
+
+
+def to_file(model: CausalLM, config: LoRAConfig, base_name: str) -> AdapterFile:
+    """PEFT refuses an expression beside a list of layers: for some layers only it becomes the names."""
+    num_blocks, targets = len(model.model.layers), config.target_modules
+    layers = None
+    if config.num_layers not in (-1, num_blocks):
+        layers = list(range(num_blocks - config.num_layers, num_blocks))
+    record = peft.to_record(config, layers, base_name)
+    if layers is not None and isinstance(targets, str):
+        record |= {"target_modules": sorted(lora_layers(model)), "layers_to_transform": None}
+    return AdapterFile(record, lora_parameters(model))
 
 
 def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
@@ -82,81 +71,85 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
 
     Raises ValueError in one sentence, the model untouched, when tensors and configuration do not fit it.
     """
-    config = read_adapter_config(folder / "adapter_config.json", len(model.model.layers))
-    path = folder / "adapter_model.safetensors"
+    form = FORMATS[format_of(folder)]
+    adapter = form.read(folder)
+    require_same_model(model, adapter, folder)
+    try:
+        if form is mlx_lm:
+            require_selected(model, adapter)
+            adapter = to_peft(adapter)
+        config = peft.to_config(adapter.record, len(model.model.layers))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     expected: dict[str, tuple[int, ...]] = {}
     try:
         targets = select_targets(model, config)
     except ValueError as error:
-        raise ValueError(f"{folder / 'adapter_config.json'}: {one_line(error)}") from None
+        raise ValueError(f"{folder / CONFIG}: {one_line(error)}") from None
     for target in targets:
-        expected[peft_key(f"{target.name}.lora_a")] = (target.rank, target.num_in)
-        expected[peft_key(f"{target.name}.lora_b")] = (target.num_out, target.rank)
+        expected[f"{target.name}.lora_a"] = (target.num_in, target.rank)
+        expected[f"{target.name}.lora_b"] = (target.rank, target.num_out)
         if config.use_dora:
-            expected[peft_key(f"{target.name}.magnitude")] = (target.num_out,)
-    tensors = read_file(path)
-    require_shapes(tensors, expected, path)
+            expected[f"{target.name}.magnitude"] = (target.num_out,)
+    require_fit(adapter, expected, form, folder)
     add_lora(model, config)
-    ours = {peft_key(name): name for name in lora_parameters(model)}
-    model.load_weights([(ours[key], array.T) for key, array in tensors.items()], strict=False)
+    ours = [(name, mx.contiguous(array).astype(mx.float32)) for name, array in adapter.tensors.items()]
+    model.load_weights(ours, strict=False)
     mx.eval(model.parameters())
     return config
 
 
-def peft_key(name: str) -> str:
-    """model.layers.0.self_attn.q_proj.lora_a -> base_model.model.(the same).lora_A.weight"""
-    module, _, factor = name.rpartition(".")
-    return PREFIX + module + SUFFIXES[factor]
+def require_selected(model: CausalLM, adapter: AdapterFile) -> None:
+    """ValueError unless the linears with factors are those that mlx-lm would wrap in this model."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEARS)]
+    wanted = mlx_lm.selected(adapter.record, linears, len(model.model.layers))
+    given = {name.rpartition(".")[0] for name in adapter.tensors}
+    for linear in sorted(wanted - given):
+        raise ValueError(f"the tensor {linear}.lora_a is missing from {mlx_lm.FILE}")
+    for linear in sorted(given - wanted):
+        raise ValueError(f"num_layers and keys do not name {linear}, of which there are tensors")
 
 
-def read_adapter_config(path: Path, num_blocks: int) -> LoRAConfig:
-    raw = read_json_object(path)
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be LORA, got {raw.get('peft_type')!r}")
-    for key in sorted(raw.keys() - KNOWN_KEYS):
-        if raw[key] not in (INITIAL_LAWS if key == "init_lora_weights" else OFF):
-            raise ValueError(f"{path}: {key} is not supported and must be off, got {raw[key]!r}")
-    try:
-        return LoRAConfig(
-            rank=raw["r"],
-            alpha=raw["lora_alpha"],
-            dropout=raw.get("lora_dropout", 0.0),
-            target_modules=read_targets(raw.get("target_modules")),
-            num_layers=read_layers(raw.get("layers_to_transform"), num_blocks),
-            use_rslora=raw.get("use_rslora") or False,
-            use_dora=raw.get("use_dora") or False,
-            rank_pattern=read_pattern(raw, "rank_pattern"),
-            alpha_pattern=read_pattern(raw, "alpha_pattern"),
+def require_same_model(model: CausalLM, adapter: AdapterFile, folder: Path) -> None:
+    """ValueError for an adapter of blocks that this model does not have."""
+    places = [block_of(name) for name in adapter.tensors]
+    last, num_blocks = max((place[0] for place in places if place), default=0), len(model.model.layers)
+    if last >= num_blocks:
+        raise ValueError(
+            f"{folder}: the adapter is for another model: it has factors for layer {last}, "
+            f"and the layers of this one are 0 to {num_blocks - 1}"
         )
+
+
+def require_fit(
+    adapter: AdapterFile, expected: dict[str, tuple[int, ...]], form: ModuleType, folder: Path
+) -> None:
+    """As `require_shapes`, in the names and the orientation of the file."""
+    turn = -1 if form is peft else 1
+    require_shapes(
+        {form.file_name(name): array.T if turn < 0 else array for name, array in adapter.tensors.items()},
+        {form.file_name(name): shape[::turn] for name, shape in expected.items()},
+        folder / form.FILE,
+    )
+
+
+def convert_adapter(folder: Path, target: Path, to: str) -> str:
+    """Write a folder with the same adapter in the other format; the name of the format that it was in.
+
+    Raises ValueError in one sentence, nothing written, for what cannot be converted and brought back.
+    """
+    source = format_of(folder)
+    if source == to:
+        raise ValueError(f"{folder}: the adapter is in {to}'s format already")
+    try:
+        converted = (to_mlx_lm if to == "mlx-lm" else to_peft)(FORMATS[source].read(folder))
     except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
+        raise ValueError(f"{folder / CONFIG}: the key {error} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def read_targets(value: Any) -> tuple[str, ...] | str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
-        raise ValueError(f"target_modules must be a list of names or a regular expression, got {value!r}")
-    return tuple(value)
-
-
-def read_layers(value: Any, num_blocks: int) -> int:
-    """How many of the last layers the list names: all for None."""
-    if value is None:
-        return -1
-    for num_layers in range(1, num_blocks + 1):
-        if value == list(range(num_blocks - num_layers, num_blocks)):
-            return num_layers
-    raise ValueError(f"layers_to_transform must be the last of {num_blocks} layers, got {value!r}")
-
-
-def read_pattern(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be an object, got {value!r}")
-    return value
+        raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
+    with whole_folder(target) as part:
+        FORMATS[to].write(part, converted)
+    return source
 
 
 def load_with_adapter(

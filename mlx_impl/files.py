@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ LONGEST_REASON = 300  # characters
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; the file gets its own name when the block ends well."""
+    """A temporary name beside `path` to write to; the file gets its own name when the block ends well.
+
+    OSError, of a full disk for example, names `path`.
+    """
     part = path.with_name(f"{path.stem}.part{path.suffix}")
     try:
         yield part
@@ -23,8 +27,41 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(part, path)
         if os.name == "posix":
             synchronize(path.parent)  # the new name too
+    except OSError as error:
+        raise named(error, path) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; it gets the name `path` when the block ends well.
+
+    Raises ValueError where there is something of that name that is no empty folder. OSError, of a full disk
+    for example, names a file in `path`.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: must be a new or an empty folder")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{path.absolute().name}.part", dir=path.absolute().parent))
+    try:
+        part.chmod(0o755)  # mkdtemp makes it for its owner only
+        yield part
+        if path.exists():
+            path.rmdir()
+        os.replace(part, path)
+        if os.name == "posix":
+            synchronize(path.absolute().parent)
+    except OSError as error:
+        name = Path(error.filename or part)
+        raise named(error, path / name.relative_to(part) if name.is_relative_to(part) else path) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The same error of a file with this name, not of the temporary one."""
+    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
 def synchronize(path: Path) -> None:

@@ -42,13 +42,11 @@ def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
     targets = []
     for name in chosen:
         num_out, num_in = shape_OI(linears[name])
-        rank = of_pattern(name, config.rank_pattern, config.rank)
-        alpha = of_pattern(name, config.alpha_pattern, config.alpha)
+        rank, scale = rank_and_scale(name, config)
         if rank > min(num_out, num_in):
             raise ValueError(
                 f"rank must be at most {min(num_out, num_in)}, the smaller side of {name}, got {rank}"
             )
-        scale = alpha / rank**0.5 if config.use_rslora else alpha / rank
         targets.append(Target(name, num_in, num_out, rank, scale))
     return targets
 
@@ -74,6 +72,13 @@ def is_target(name: str, config: LoRAConfig) -> bool:
     if isinstance(targets, str):
         return compiled(targets).fullmatch(name) is not None
     return any(ends_with(name, target) for target in targets)
+
+
+def rank_and_scale(name: str, config: LoRAConfig) -> tuple[int, float]:
+    """alpha / rank, or with rsLoRA alpha / sqrt(rank), of the linear's own rank and alpha."""
+    rank = of_pattern(name, config.rank_pattern, config.rank)
+    alpha = of_pattern(name, config.alpha_pattern, config.alpha)
+    return rank, alpha / rank**0.5 if config.use_rslora else alpha / rank
 
 
 def of_pattern(name: str, patterns: dict[str, Number], default: Number) -> Number:

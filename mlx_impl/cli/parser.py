@@ -6,10 +6,15 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import evaluate, generate, train
+from . import convert, evaluate, generate, train
 from .settings import closest, with_config
 
-COMMANDS: dict[str, ModuleType] = {"train": train, "evaluate": evaluate, "generate": generate}
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "evaluate": evaluate,
+    "generate": generate,
+    "convert": convert,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

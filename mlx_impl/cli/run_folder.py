@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import mlx.core as mx
 
 from .. import __version__ as mlx_impl_version
-from ..adapters import save_adapter
+from ..adapters import require_format, save_adapter
 from ..data import Example
 from ..files import make_run_folder, read_json_object, whole_file
 from ..train import StepRecord
@@ -48,6 +48,7 @@ class RunFolder:
     def begin(self) -> None:
         """Make the folder, or clear it of what a finished run left, but not of its last adapter."""
         make_run_folder(self.path)
+        require_format(self.path)
         for name in OF_A_RUN:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "best", ignore_errors=True)

@@ -81,15 +81,25 @@ def read_file(file: Path) -> dict[str, mx.array]:
 
 
 def load(file: Path) -> dict[str, mx.array]:
+    return load_with_metadata(file)[0]
+
+
+def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Everything as it is stored; ValueError for what is no safetensors file."""
     if not file.is_file():
         raise ValueError(f"{file}: must be a safetensors file, and there is none of this name")
     try:
-        weights = mx.load(str(file), format="safetensors")
-        assert isinstance(weights, dict)
+        weights, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(weights)  # MLX: loading is lazy too; a truncated file shows only here
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{file}: not a readable safetensors file: {one_line(error)}") from None
     for name in weights:
         if not name.isprintable():
             raise ValueError(f"{file}: the names of tensors must be printable, got {name!r}")
-    return weights
+    return weights, metadata
+
+
+def save(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Through a file of Python's: OSError then says what is wrong with the disk, where MLX's own does not."""
+    with open(file, "wb") as opened:
+        mx.save_safetensors(opened, tensors, metadata=metadata)
