@@ -1,0 +1,216 @@
+"""Adapter files: real PEFT and real mlx-lm load what is written here, and what they write is loaded here.
+
+The oracle is PEFT in float64 on transformers' model; the tolerance is derived from PEFT's own error in
+float32 (tests/derived.py). Every B is random, and every matrix but q_proj's is not square.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.tuner.utils
+import mlx_lm.utils
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from mlx.utils import tree_flatten
+
+from mlx_impl.adapters import convert_adapter, load_adapter, save_adapter
+from mlx_impl.checkpoint import load_model
+from mlx_impl.config import LoRAConfig
+from mlx_impl.lora import add_lora, lora_parameters
+from tests.derived import compare
+from tests.peers.twin import peft_config
+from tests.tiny_folder import TOKENS as VOCABULARY
+from tests.tiny_folder import write_folder
+
+TOKENS = np.random.default_rng(3).integers(3, len(VOCABULARY), (3, 7))
+LONGEST_SUM = 64  # the widest linear
+CONFIGS = {
+    "lora": LoRAConfig(rank=3, alpha=7.0),
+    "rslora": LoRAConfig(rank=3, alpha=7.0, use_rslora=True),
+    "dora": LoRAConfig(rank=3, alpha=7.0, use_dora=True),
+    "patterns": LoRAConfig(
+        rank=3, alpha=7.0, rank_pattern={"q_proj": 2, r"0\.mlp\.\w+": 5}, alpha_pattern={"v_proj": 3.0}
+    ),
+    "patterns-dora-rslora": LoRAConfig(
+        rank=3, alpha=7.0, use_dora=True, use_rslora=True, rank_pattern={"up_proj": 5}
+    ),
+    "last-layer": LoRAConfig(rank=2, alpha=5.0, target_modules=("v_proj", "down_proj"), num_layers=1),
+    "expression": LoRAConfig(rank=2, alpha=5.0, target_modules=r".*\.0\..*[kv]_proj"),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("base"))
+
+
+def random_tensors(tensors: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Magnitudes are lengths, so positive."""
+    rng = np.random.default_rng(5)
+    drawn = {n: rng.standard_normal(a.shape).astype("f") for n, a in sorted(tensors.items())}
+    return {n: np.abs(a) + 0.5 if a.ndim == 1 else 0.3 * a for n, a in drawn.items()}
+
+
+def write_ours(base: Path, config: LoRAConfig, folder: Path, form: str) -> Path:
+    model = load_model(base).model
+    add_lora(model, config)
+    arrays = random_tensors(lora_parameters(model))
+    model.load_weights([(n, mx.array(a)) for n, a in arrays.items()], strict=False)
+    folder.mkdir()
+    save_adapter(model, config, folder, str(base), form)
+    return folder
+
+
+def write_pefts(base: Path, config: LoRAConfig, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(hugging_face(base, torch.float32), peft_config(config, 2))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, array in random_tensors(trained).items():
+        trained[name].data = torch.tensor(array)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def write_mlx_lms(base: Path, folder: Path, num_layers: int, kind: str = "lora", **settings: Any) -> Path:
+    """As its trainer does: what is trainable, and the record."""
+    model, _ = mlx_lm.utils.load_model(base)
+    model.freeze()
+    settings = {"rank": 3, "scale": 2.3, "dropout": 0.0, **settings}
+    mlx_lm.tuner.utils.linear_to_lora_layers(model, num_layers, settings, use_dora=kind == "dora")
+    arrays = random_tensors(dict(tree_flatten(model.trainable_parameters())))
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {n: mx.array(a) for n, a in arrays.items()})
+    record = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": settings, "seed": 0}
+    (folder / "adapter_config.json").write_text(json.dumps(record))
+    return folder
+
+
+def hugging_face(base: Path, dtype: torch.dtype) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype).eval()
+
+
+def pefts_logits(base: Path, folder: Path, dtype: torch.dtype) -> np.ndarray:
+    model = peft.PeftModel.from_pretrained(hugging_face(base, dtype), str(folder)).to(dtype).eval()
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def mlx_lms_logits(base: Path, folder: Path) -> np.ndarray:
+    model, _ = mlx_lm.utils.load_model(base)
+    model = mlx_lm.tuner.utils.load_adapters(model, str(folder))
+    model.eval()
+    return np.array(model(mx.array(TOKENS)))
+
+
+def our_logits(base: Path, folder: Path) -> np.ndarray:
+    model = load_model(base).model
+    load_adapter(model, folder)
+    return np.array(model.eval()(mx.array(TOKENS)))
+
+
+def assert_pefts(ours: np.ndarray, base: Path, folder: Path) -> None:
+    """`ours` are the logits that PEFT computes with the adapter in this folder."""
+    ref32, ref64 = (pefts_logits(base, folder, dtype) for dtype in (torch.float32, torch.float64))
+    plain = hugging_face(base, torch.float64)(torch.tensor(TOKENS)).logits.detach().numpy()
+    assert np.linalg.norm(plain - ref64) > 0.1 * np.linalg.norm(ref64), "the adapter does next to nothing"
+    verdict = compare("logits", ours, ref32, ref64, LONGEST_SUM)
+    assert verdict.used <= 1, verdict.report
+
+
+@every_config
+def test_peft_loads_what_is_written_here_and_has_its_logits(
+    base: Path, tmp_path: Path, config: LoRAConfig, recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = write_ours(base, config, tmp_path / "adapter", "peft")
+    assert_pefts(our_logits(base, folder), base, folder)
+
+
+@every_config
+def test_what_peft_writes_is_loaded_here_and_has_its_logits(
+    base: Path, tmp_path: Path, config: LoRAConfig
+) -> None:
+    folder = write_pefts(base, config, tmp_path / "adapter")
+    assert_pefts(our_logits(base, folder), base, folder)
+
+
+@every_config
+def test_mlx_lm_loads_what_is_converted_for_it_and_has_pefts_logits(
+    base: Path, tmp_path: Path, config: LoRAConfig
+) -> None:
+    folder = write_pefts(base, config, tmp_path / "adapter")
+    convert_adapter(folder, tmp_path / "mlx", "mlx-lm")
+    assert_pefts(mlx_lms_logits(base, tmp_path / "mlx"), base, folder)
+    assert_pefts(our_logits(base, tmp_path / "mlx"), base, folder)
+
+
+@every_config
+def test_what_peft_writes_comes_back_from_mlx_lms_format_to_the_bit(
+    base: Path, tmp_path: Path, config: LoRAConfig
+) -> None:
+    folder = write_pefts(base, config, tmp_path / "adapter")
+    convert_adapter(folder, tmp_path / "mlx", "mlx-lm")
+    convert_adapter(tmp_path / "mlx", tmp_path / "back", "peft")
+    assert_same_files(folder, tmp_path / "back", "adapter_model.safetensors")
+
+
+NATIVE = {
+    "every-linear": (-1, {}),
+    "the-last-layer": (1, {}),
+    "more-layers-than-there-are": (16, {"scale": 20.0}),
+    "keys": (1, {"keys": ["self_attn.v_proj", "mlp.down_proj"], "rank": 5, "scale": 1.1}),
+    "whole-names": (1, {"keys": ["mlp.up_proj", "model.layers.0.self_attn.k_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(("num_layers", "settings"), NATIVE.values(), ids=NATIVE)
+def test_what_mlx_lm_writes_is_loaded_here_and_by_peft_and_comes_back_to_the_bit(
+    base: Path, tmp_path: Path, num_layers: int, settings: dict[str, Any], kind: str
+) -> None:
+    folder = write_mlx_lms(base, tmp_path / "adapter", num_layers, kind, **settings)
+    convert_adapter(folder, tmp_path / "peft", "peft")
+    assert_pefts(mlx_lms_logits(base, folder), base, tmp_path / "peft")
+    assert_pefts(our_logits(base, folder), base, tmp_path / "peft")
+    assert_pefts(our_logits(base, tmp_path / "peft"), base, tmp_path / "peft")
+    convert_adapter(tmp_path / "peft", tmp_path / "back", "mlx-lm")
+    assert_same_files(folder, tmp_path / "back", "adapters.safetensors")
+
+
+def assert_same_files(one: Path, other: Path, tensors: str) -> None:
+    records = [json.loads((folder / "adapter_config.json").read_text()) for folder in (one, other)]
+    assert records[0] == records[1]
+    arrays = [mx.load(str(folder / tensors)) for folder in (one, other)]
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, array in arrays[0].items():
+        assert array.dtype == arrays[1][name].dtype
+        assert np.array(array).tobytes() == np.array(arrays[1][name]).tobytes(), name
+
+
+def test_where_a_tensor_is_missing_peft_warns_and_mlx_lm_is_silent_and_here_it_is_an_error(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = write_ours(base, CONFIGS["lora"], tmp_path / "adapter", "peft")
+    convert_adapter(folder, tmp_path / "mlx", "mlx-lm")
+    for path in (folder / "adapter_model.safetensors", tmp_path / "mlx" / "adapters.safetensors"):
+        tensors = dict(mx.load(str(path)))
+        mx.eval(tensors)
+        name = next(
+            name for name in tensors if "1.mlp.up_proj.lora_B" in name or "1.mlp.up_proj.lora_b" in name
+        )
+        del tensors[name]
+        mx.save_safetensors(str(path), tensors)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        pefts_logits(base, folder, torch.float32)
+    mlx_lms_logits(base, tmp_path / "mlx")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.lora_B\.weight is missing"):
+        load_adapter(load_model(base).model, folder)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.lora_b is missing"):
+        load_adapter(load_model(base).model, tmp_path / "mlx")
