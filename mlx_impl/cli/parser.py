@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         help_text = module.HELP
         command = commands.add_parser(
-            name, help=help_text, description=help_text.capitalize() + ".", allow_abbrev=False
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", allow_abbrev=False
         )
         module.add_flags(command)
     return parser
