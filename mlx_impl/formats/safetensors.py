@@ -24,7 +24,7 @@ def read_folder(folder: Path) -> dict[str, mx.array]:
     for file, promised in shards(folder):
         tensors = read_file(file)
         for name in sorted(promised - tensors.keys()):
-            raise ValueError(f"{file}: the tensor {name}, which {INDEX} says is here, is missing")
+            raise ValueError(f"{file}: the tensor {one_line(name)}, which {INDEX} says is here, is missing")
         for name in sorted(weights.keys() & tensors.keys()):
             raise ValueError(f"{file}: the tensor {name} is in another file of the folder too")
         weights |= tensors

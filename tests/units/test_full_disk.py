@@ -1,0 +1,126 @@
+"""A full disk while saving: one sentence that names the file, old files as they were, nothing half-written.
+
+`/dev/full` refuses every byte as a full disk does. A file is written under a temporary name and then renamed;
+a link of that temporary name to `/dev/full` makes that one file impossible to write, by the real code.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl.__main__ import main
+from mlx_impl.adapters import save_adapter
+from mlx_impl.cli.curve import save_loss_curve
+from mlx_impl.cli.run_folder import RunFolder
+from mlx_impl.config import LoRAConfig
+from mlx_impl.formats.hf_config import read_config
+from mlx_impl.lora import add_lora
+from mlx_impl.model import CausalLM
+from mlx_impl.state import Progress, save_state
+from mlx_impl.train import StepRecord
+from tests.tiny_folder import write_data, write_folder
+
+FULL = Path("/dev/full")
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+LORA = LoRAConfig(rank=2, target_modules=("q_proj",))
+RECORD = StepRecord(1, 2.5, 0.5, 1e-3, 5, 20, 0.1, 1000)
+TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", "1", "--blas", "off"]
+
+
+def fill_the_disk(file: Path) -> None:
+    """For this file alone."""
+    file.with_name(f"{file.stem}.part{file.suffix}").symlink_to(FULL)
+
+
+def adapted(folder: Path) -> CausalLM:
+    model = CausalLM(read_config(write_folder(folder)))
+    add_lora(model, LORA)
+    return model
+
+
+WRITERS: dict[str, Callable[[Path, Path], object]] = {  # of the file in a folder, from a model's folder
+    "adapter_model.safetensors": lambda folder, model: save_adapter(adapted(model), LORA, folder, "base"),
+    "adapter_config.json": lambda folder, model: save_adapter(adapted(model), LORA, folder, "base"),
+    "training_state.safetensors": lambda folder, _: save_state(
+        folder / "training_state.safetensors", {"a": mx.zeros((1000,))}, Progress(1, [], {})
+    ),
+    "metrics.jsonl": lambda folder, _: RunFolder(folder).open_metrics([RECORD]),
+    "report.json": lambda folder, _: RunFolder(folder).write_json("report.json", {"iters": 3}),
+    "before.json": lambda folder, _: RunFolder(folder).save_before(1.0, {}),
+    "config.yaml": lambda folder, _: RunFolder(folder).save_config({"iters": 3}),
+    "loss.png": lambda folder, _: save_loss_curve([RECORD], [], folder / "loss.png"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_old_file_stays_and_no_part_of_the_new_one(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("old")
+    fill_the_disk(folder / name)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        WRITERS[name](folder, tmp_path / "model")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder / name))
+    assert (folder / name).read_text() == "old"
+    assert not list(folder.glob("*.part*"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model, data = (tmp_path_factory.mktemp(name) for name in ("model", "data"))
+    return ["--model", str(write_folder(model)), "--data", str(write_data(data)), *TINY_RUN]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "metrics.jsonl"])
+def test_train_ends_with_one_sentence(
+    name: str, inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever file it is that cannot be written; of the metrics says the last test."""
+    file = tmp_path / "run" / name
+    file.parent.mkdir()
+    fill_the_disk(file)
+    assert main(["train", *inputs, "--adapter-path", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.endswith(f"error: {file}: No space left on device\n")
+    assert not list(tmp_path.rglob("*.part*"))
+    assert not file.exists()
+
+
+def test_a_run_whose_disk_was_full_goes_on_when_there_is_room(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second save fails; the first is whole, and from it the run ends as one that never stopped."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    saved = 0
+    save = RunFolder.save
+
+    def second_fails(self: RunFolder, *arguments: object) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 2:
+            fill_the_disk(self.state)
+        save(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunFolder, "save", second_fails)
+    assert main(["train", *inputs, "--adapter-path", str(folder)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert main(["train", *inputs, "--resume", str(folder)]) == 0
+    assert main(["train", *inputs, "--adapter-path", str(whole)]) == 0
+    adapters = [(place / "adapter_model.safetensors").read_bytes() for place in (folder, whole)]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_disk_that_fills_while_metrics_grow_ends_with_one_sentence(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are appended to, a line a step, and so not written under another name."""
+    monkeypatch.setattr(RunFolder, "open_metrics", lambda self, kept: FULL.open("w"))
+    assert main(["train", *inputs, "--adapter-path", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert error.endswith("No space left on device")
