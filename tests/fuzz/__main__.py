@@ -58,12 +58,13 @@ def main(target: str, folder: Path, only: int | None = None) -> None:
 
 def complaint_about(sentence: str, folder: Path) -> str:
     """What is wrong with a refusal; nothing where it is one printable line that names the file."""
+    length = len(sentence.replace(str(folder), ""))
     if not sentence.startswith(str(folder)):
         return f"does not begin with the file: {sentence[:200]!r}"
     if not sentence.isprintable():
         return f"is not one printable line: {sentence[:200]!r}"
-    if len(sentence) > LINE_LENGTH:
-        return f"is a line of {len(sentence)} characters: {sentence[:200]!r}"
+    if length > LINE_LENGTH:
+        return f"is a line of {length} characters: {sentence[:200]!r}"
     return ""
 
 

@@ -23,7 +23,7 @@ from tests.derived import assert_within_rounding
 from tests.peers.cases import Arrays
 from tests.peers.families import FolderTwin, random_factors
 
-NEVER = -1  # an end-of-turn token that never comes
+NEVER = ()  # no token ends an answer
 
 
 def batch_of(folder: Path, token_counts: tuple[int, ...] = (14, 6, 11), seed: int = 3) -> Batch:
