@@ -40,8 +40,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises ValueError where there is something of that name that is no empty folder. OSError, of a full disk
     for example, names a file in `path`.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path}: must be a new or an empty folder")
+    require_new_folder(path)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{path.absolute().name}.part", dir=path.absolute().parent))
     try:
@@ -57,6 +56,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise named(error, path / name.relative_to(part) if name.is_relative_to(part) else path) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def require_new_folder(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: must be a new or an empty folder")
 
 
 def named(error: OSError, path: Path) -> OSError:

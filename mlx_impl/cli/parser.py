@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import convert, evaluate, generate, train
+from . import convert, evaluate, fuse, generate, train
 from .settings import closest, with_config
 
 COMMANDS: dict[str, ModuleType] = {
@@ -14,6 +14,7 @@ COMMANDS: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "generate": generate,
     "convert": convert,
+    "fuse": fuse,
 }
 
 

@@ -99,6 +99,11 @@ def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]
     return weights, metadata
 
 
+def types(file: Path) -> dict[str, mx.Dtype]:
+    """Of the tensors of a file that can be read, which are not."""
+    return {name: array.dtype for name, array in mx.load(str(file), format="safetensors").items()}
+
+
 def save(file: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
     """Through a file of Python's: OSError then says what is wrong with the disk, where MLX's own does not."""
     with open(file, "wb") as opened:

@@ -23,11 +23,13 @@ from mlx.utils import tree_flatten
 from mlx_impl.adapters import convert_adapter, load_adapter, save_adapter
 from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
+from mlx_impl.fusing import fuse
 from mlx_impl.lora import add_lora, lora_parameters
-from tests.derived import compare
+from tests.derived import UNIT_ROUNDOFF, compare, within
 from tests.peers.twin import peft_config
 from tests.tiny_folder import TOKENS as VOCABULARY
-from tests.tiny_folder import write_folder
+from tests.tiny_folder import write_folder, write_gguf
+from tests.units.test_quantized import quantize_folder
 
 TOKENS = np.random.default_rng(3).integers(3, len(VOCABULARY), (3, 7))
 LONGEST_SUM = 64  # the widest linear
@@ -214,3 +216,51 @@ def test_where_a_tensor_is_missing_peft_warns_and_mlx_lm_is_silent_and_here_it_i
         load_adapter(load_model(base).model, folder)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.lora_b is missing"):
         load_adapter(load_model(base).model, tmp_path / "mlx")
+
+
+def fused_logits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """transformers' and mlx-lm's."""
+    with torch.no_grad():
+        theirs = hugging_face(folder, torch.float32)(torch.tensor(TOKENS)).logits.numpy()
+    return theirs, np.array(mlx_lm.utils.load_model(folder)[0](mx.array(TOKENS)))
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "patterns"])
+@pytest.mark.parametrize("source", ["folder", "gguf"])
+def test_a_fused_folder_loads_in_transformers_and_mlx_lm_and_has_pefts_logits(
+    base: Path, tmp_path: Path, name: str, source: str
+) -> None:
+    adapter = write_pefts(base, CONFIGS[name], tmp_path / "adapter")
+    path = base if source == "folder" else write_gguf(tmp_path / "tiny.gguf")
+    survival = fuse(load_model(path), adapter, tmp_path / "fused", dequantize=False)
+    assert survival.error < 1e-5
+    for logits in fused_logits(tmp_path / "fused"):
+        assert_pefts(logits, base, adapter)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "fused"))
+    ours = load_model(path).tokenizer
+    messages = [{"role": "user", "content": "yes, Zoë"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert list(prompt) == ours.encode_prompt(messages)
+    assert mlx_lm.utils.load(str(tmp_path / "fused"))[1].eos_token_ids == {ours.eos_id}
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_model_fused_into_a_quantized_base_loads_in_mlx_lm_and_has_our_logits(
+    tmp_path: Path, dequantize: bool
+) -> None:
+    """Dequantized it has the logits of base and adapter, to half precision's rounding; transformers loads it."""
+    base = quantize_folder(tmp_path / "base", {"proj": 4, "embed_tokens": 4})
+    adapter = write_mlx_lms(base, tmp_path / "adapter", -1)
+    fuse(load_model(base), adapter, tmp_path / "fused", dequantize)
+    model, config = mlx_lm.utils.load_model(tmp_path / "fused")
+    assert ("quantization" in config) is not dequantize
+    model.set_dtype(mx.float32)  # it would compute in the scales' float16
+    ours = np.array(load_model(tmp_path / "fused").model(mx.array(TOKENS)))
+    verdict = within("logits", np.array(model(mx.array(TOKENS))), ours, 0.0, LONGEST_SUM)
+    assert verdict.used <= 1, verdict.report
+    if dequantize:
+        unfused = within("logits", ours, our_logits(base, adapter), 0.0, LONGEST_SUM)
+        assert unfused.used <= 2.0**-11 / UNIT_ROUNDOFF, unfused.report  # the weights are float16
+        theirs = hugging_face(tmp_path / "fused", torch.float32)(torch.tensor(TOKENS)).logits
+        verdict = within("logits", theirs.detach().numpy(), ours, 0.0, LONGEST_SUM)
+        assert verdict.used <= 1, verdict.report

@@ -21,11 +21,11 @@ ORDER = [  # a module may import those before it
     "streaming", "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.mlx_quantization", "formats.hf_config",
     "formats.safetensors", "formats.hub",
-    "formats.factors", "formats.peft", "formats.mlx_lm", "formats.adapter_conversion",
-    "checkpoint", "adapters",
+    "formats.hf_folder", "formats.factors", "formats.peft", "formats.mlx_lm", "formats.adapter_conversion",
+    "checkpoint", "adapters", "fusing",
     "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
     "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings",
-    "cli.train", "cli.evaluate", "cli.generate", "cli.convert", "cli.parser",
+    "cli.train", "cli.evaluate", "cli.generate", "cli.convert", "cli.fuse", "cli.parser",
     "blas", "__main__",
 ]
 # fmt: on

@@ -1,0 +1,173 @@
+"""A Hugging Face folder of the model with the adapter in its weights, in the types and bits of the base.
+
+W' = W + dW is formed in float32 and rounded to what the base's file has: a type of float, or, in an
+MLX-quantized base, whole numbers of a few bits. How much of dW is left is measured: with dW' what the written
+weight differs from W by, `survived` is <dW', dW> / |dW|^2, and `error` |dW' - dW| / |dW|. A weight that lies
+on a grid falls back on it when the update is smaller than half a step.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .adapters import load_adapter
+from .checkpoint import LoadedModel
+from .files import read_json_object, require_new_folder, whole_folder
+from .formats.gguf_file import read_container
+from .formats.hf_config import read_config
+from .formats.hf_folder import copy_side_files, to_json, write_json, write_tokenizer, write_weights
+from .formats.safetensors import load, shards, types
+from .lora import FACTORS, lora_layers
+from .model import CausalLM
+from .quantized import dense_weight_OI
+
+LITTLE = 0.5  # an error of more than this share of the update leaves little of it
+QUANTIZATION = ("quantization", "quantization_config")
+PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+@dataclass
+class Survival:
+    """Sums over the fused weights, in float32."""
+
+    got_times_wanted: float = 0.0
+    wanted_squared: float = 0.0
+    lost_squared: float = 0.0
+
+    def add(self, base_OI: mx.array, written_OI: mx.array, delta_OI: mx.array) -> None:
+        got_OI = written_OI.astype(mx.float32) - base_OI
+        self.got_times_wanted += (got_OI * delta_OI).sum().item()
+        self.wanted_squared += mx.square(delta_OI).sum().item()
+        self.lost_squared += mx.square(got_OI - delta_OI).sum().item()
+
+    @property
+    def survived(self) -> float:
+        return self.got_times_wanted / self.wanted_squared if self.wanted_squared else 1.0
+
+    @property
+    def error(self) -> float:
+        return float((self.lost_squared / self.wanted_squared) ** 0.5) if self.wanted_squared else 0.0
+
+
+def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> Survival:
+    """Write the folder, whole or not at all; what is left of the update.
+
+    Quantized weights stay quantized as they were, or become plain ones in the type of their scales.
+    Raises ValueError when the folder is not new or empty, or the adapter is not this model's.
+    """
+    require_new_folder(folder)
+    load_adapter(loaded.model, adapter)
+    fusion = Fusion(loaded, dequantize)
+    has_packed = any(isinstance(module, PACKED) for _, module in loaded.model.named_modules())
+    with whole_folder(folder) as part:
+        if loaded.path.is_dir():
+            write_description(loaded.path, part, dequantize)
+        else:
+            write_gguf_description(loaded, part)
+        write_weights(part, fusion.tensors(), "mlx" if has_packed and not dequantize else "pt")
+        if read_config(part) != loaded.model.config:
+            raise ValueError(f"{loaded.path}: this configuration cannot be written as a config.json")
+    return fusion.survival
+
+
+def write_description(source: Path, folder: Path, dequantize: bool) -> None:
+    """The base's own files, but for what no longer holds."""
+    copy_side_files(source, folder)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    config = read_json_object(source / "config.json")
+    if dequantize and any(config.pop(key, None) for key in QUANTIZATION):
+        write_json(folder / "config.json", {k: v for k, v in config.items() if k not in QUANTIZATION})
+
+
+def write_gguf_description(loaded: LoadedModel, folder: Path) -> None:
+    """Made of what the GGUF file says; the weights, whose blocks are dequantized, are float32."""
+    metadata, _ = read_container(loaded.path)
+    context: Any = metadata.get(f"{metadata['general.architecture']}.context_length")
+    write_json(folder / "config.json", to_json(loaded.model.config, loaded.tokenizer, "float32", context))
+    write_tokenizer(folder, loaded.tokenizer, metadata["tokenizer.chat_template"])
+
+
+class Fusion:
+    """The tensors of the base's files under their names, with the update in those of adapted linears."""
+
+    def __init__(self, loaded: LoadedModel, dequantize: bool) -> None:
+        self.loaded, self.dequantize, self.survival = loaded, dequantize, Survival()
+        self.types = stored_types(loaded)
+        self.bases = dict(loaded.model.named_modules())
+        self.layers = lora_layers(loaded.model)
+        self.bases |= {name: layer.linear for name, layer in self.layers.items()}
+        self.packed: dict[str, mx.array] = {}  # tensors of which only one has been asked for
+
+    def tensors(self) -> Iterator[tuple[str, mx.array]]:
+        for stored in stored_tensors(self.loaded):
+            for name, array in stored.items():
+                fused = self.fused(name, array)
+                if fused is not None:
+                    yield name, fused
+
+    def fused(self, name: str, array: mx.array) -> mx.array | None:
+        """What is written for a tensor of the base: itself where nothing changes, None for nothing."""
+        linear, _, kind = name.rpartition(".")
+        is_packed = isinstance(self.bases.get(linear), PACKED)
+        if kind == "bias" or (linear not in self.layers and not (is_packed and self.dequantize)):
+            return array
+        if not is_packed:
+            return self.plain(linear, array.dtype)
+        if self.dequantize:
+            return self.plain(linear, self.types[f"{linear}.scales"]) if kind == "weight" else None
+        if name not in self.packed:
+            self.packed |= self.quantized(linear, self.types[f"{linear}.scales"])
+        return self.packed.pop(name)
+
+    def plain(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """W + dW in this type; W alone where there is no adapter."""
+        base_OI = dense_weight_OI(self.bases[name]).astype(mx.float32)
+        if name not in self.layers:
+            return base_OI.astype(dtype)
+        delta_OI = self.layers[name].delta_OI()
+        fused_OI = finite(name, (base_OI + delta_OI).astype(dtype))
+        self.survival.add(base_OI, fused_OI, delta_OI)
+        return fused_OI
+
+    def quantized(self, name: str, dtype: mx.Dtype) -> dict[str, mx.array]:
+        """W + dW in the base's groups and bits, with scales of this type."""
+        base, delta_OI = self.bases[name], self.layers[name].delta_OI()
+        base_OI, how = dense_weight_OI(base), (base.group_size, base.bits)
+        q, scales, biases = mx.quantize(finite(name, (base_OI + delta_OI).astype(dtype)), *how)
+        written_OI = mx.dequantize(q, scales.astype(mx.float32), biases.astype(mx.float32), *how)
+        self.survival.add(base_OI, written_OI, delta_OI)
+        return {f"{name}.weight": q, f"{name}.scales": scales, f"{name}.biases": biases}
+
+
+def stored_tensors(loaded: LoadedModel) -> Iterator[dict[str, mx.array]]:
+    """A file at a time, as it is stored; those of a GGUF file dequantized."""
+    if loaded.path.is_dir():
+        yield from (load(file) for file, _ in shards(loaded.path))
+    else:
+        yield base_tensors(loaded.model)
+
+
+def stored_types(loaded: LoadedModel) -> dict[str, mx.Dtype]:
+    if not loaded.path.is_dir():
+        return {}
+    return {name: kind for file, _ in shards(loaded.path) for name, kind in types(file).items()}
+
+
+def base_tensors(model: CausalLM) -> dict[str, mx.array]:
+    """The weights under the names that they have without an adapter."""
+    base = [(n, a) for n, a in tree_flatten(model.parameters()) if n.rpartition(".")[2] not in FACTORS]
+    return {name.replace(".linear.", "."): array for name, array in base}
+
+
+def finite(name: str, weight_OI: mx.array) -> mx.array:
+    if not mx.isfinite(weight_OI).all():
+        raise ValueError(f"a fused weight must be finite, and that of {name} is not in {weight_OI.dtype}")
+    return weight_OI
