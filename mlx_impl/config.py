@@ -107,12 +107,17 @@ class LoRAConfig:
                 require_number(f"{name}[{pattern!r}]", value, kind)
 
 
+BATCHINGS = ("plain", "grouped", "packed")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, how fast and on what. One iteration is one optimizer update."""
 
     iters: int
     batch_size: int = 4
+    batching: str = "plain"  # or "grouped" by length, or "packed": several examples a row
+    max_seq_length: int = 2048  # tokens of a packed row
     grad_accumulation_steps: int = 1  # batches an update
     learning_rate: float = 3e-4  # the highest of the schedule
     lr_schedule: str = "constant"  # or "linear" or "cosine": down to 0 at the end
@@ -128,6 +133,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         zero = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed")
         require_numbers(self, may_be_zero=zero)
+        require_choice("batching", self.batching, BATCHINGS)
         require_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         require_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         if self.warmup_steps > self.iters:

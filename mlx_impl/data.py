@@ -1,4 +1,4 @@
-"""Conversations -> tokens with their targets marked -> padded batches. NumPy only.
+"""Examples, tokens with their targets marked -> padded batches. NumPy only.
 
 Each token carries its own mark "this one is a target" from the tokenizer to the loss, so padding, prompt and
 answer cannot be confused. Differs from reference/: the reference is handed these arrays.
@@ -6,28 +6,16 @@ answer cannot be confused. Differs from reference/: the reference is handed thes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from .batching import Row, rows_of, window_rows
 from .config import TrainConfig
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-
 SHAPE_STEP = 8  # sizes of batches are multiples of it, so that a compiled step meets few shapes
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One line of a data file."""
-
-    messages: tuple[Message, ...]
-    answer: str | None  # what a right reply must contain, where the file says so
-    where: str  # "file:line", for error messages
 
 
 @dataclass(frozen=True)
@@ -50,49 +38,6 @@ class Batch(NamedTuple):
 Window = list[Batch]  # the batches of one optimizer update
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """A JSON Lines file of {"messages": [...]}; ValueError names the file and the line."""
-    if not path.is_file():
-        raise ValueError(f"{path}: a data file must be a file, and there is none of this name")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: must be UTF-8 text: {error.reason}") from None
-    rows = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise ValueError(f"{path}: needs at least one example, got an empty file")
-    return [parse_conversation(line, where) for where, line in rows]
-
-
-def parse_conversation(line: str, where: str) -> Conversation:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a line of JSON: {error}") from None
-    if not isinstance(row, dict) or "messages" not in row:
-        raise ValueError(f'{where}: a line must be an object with the key "messages"')
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise ValueError(f'{where}: "messages" must be a list of objects with the texts "role" and "content"')
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f'{where}: "messages" must end with the reply of role "assistant" to an earlier message'
-        )
-    answer = row.get("answer")
-    if answer is not None and not (isinstance(answer, str) and any(map(str.isalnum, answer))):
-        raise ValueError(f'{where}: "answer" must be a text with a letter or a digit, got {answer!r}')
-    return Conversation(tuple(messages), answer, where)
-
-
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(is_text(value.get(key)) for key in ("role", "content"))
-
-
-def is_text(value: object) -> bool:
-    """A string that is Unicode; JSON can spell half a surrogate pair, which no tokenizer reads."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
     longest = max(1, *(len(example.tokens) - 1 for example in examples))
@@ -104,6 +49,34 @@ def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batc
         is_target[row, : len(example.tokens)] = example.is_target
     num_tokens = sum(len(example.tokens) - 1 for example in examples)
     return Batch(tokens[:, :-1], tokens[:, 1:], is_target[:, 1:], num_tokens, tuple(numbers))
+
+
+def make_plain_batch(examples: Sequence[Example], rows: Sequence[Row]) -> Batch:
+    numbers = [number for row in rows for number in row]
+    return make_batch([examples[i] for i in numbers], numbers)
+
+
+def make_packed_batch(examples: Sequence[Example], rows: Sequence[Row]) -> Batch:
+    """Rows of several examples one after another, each cut off from the next.
+
+    An example of n tokens has n - 1 inputs, and its last target is its own last token: no target crosses.
+    """
+    width = rounded_up(max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows)))
+    inputs_BT, targets_BT = np.zeros((2, len(rows), width), dtype=np.int32)
+    mask_BT = np.zeros((len(rows), width), dtype=bool)
+    segment_BT = np.full((len(rows), width), -1, dtype=np.int32)
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(examples[i] for i in row):
+            here = slice(start, start := start + num_inputs(example))
+            inputs_BT[b, here], targets_BT[b, here] = example.tokens[:-1], example.tokens[1:]
+            mask_BT[b, here], segment_BT[b, here] = example.is_target[1:], segment
+    numbers = tuple(number for row in rows for number in row)
+    return Batch(inputs_BT, targets_BT, mask_BT, int((segment_BT >= 0).sum()), numbers, segment_BT)
+
+
+def num_inputs(example: Example) -> int:
+    return max(0, len(example.tokens) - 1)
 
 
 def rounded_up(size: int) -> int:
@@ -118,30 +91,19 @@ def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
 
 
-def window_numbers(step: int, num_examples: int, config: TrainConfig) -> list[list[int]]:
-    """The example numbers of each batch of update `step`, counted from 0: a function of the step alone.
-
-    Every epoch takes each example once, in an order of its own. The last batch of an epoch is smaller where
-    the division leaves a remainder, and the last window has fewer batches; nothing is dropped.
-    """
-    size = config.batch_size * config.grad_accumulation_steps
-    epoch, index = divmod(step, -(-num_examples // size))
-    order = np.random.default_rng([config.data_seed, epoch]).permutation(num_examples)
-    chosen = order[index * size : (index + 1) * size].tolist()
-    return [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
-
-
 def training_windows(
     examples: Sequence[Example], config: TrainConfig, first_step: int = 0
 ) -> Iterator[Window]:
-    """The windows of the updates from `first_step` to the last."""
+    """The windows of the updates from `first_step` to the last; `batching` says which examples they have."""
     if not examples:
         raise ValueError("training needs at least one example, got none")
+    lengths = [num_inputs(example) for example in examples]
+    rows = rows_of(lengths, config)
+    make = make_packed_batch if config.batching == "packed" else make_plain_batch
     for step in range(first_step, config.iters):
-        batches = window_numbers(step, len(examples), config)
-        window = [make_batch([examples[i] for i in numbers], numbers) for numbers in batches]
+        window = [make(examples, batch) for batch in window_rows(step, rows, lengths, config)]
         if not any(batch.mask_BT.any() for batch in window):
-            numbers = ", ".join(str(i + 1) for batch in batches for i in batch)
+            numbers = ", ".join(str(i + 1) for batch in window for i in batch.numbers)
             raise ValueError(f"an update needs at least one target, and the examples {numbers} have none")
         yield window
 

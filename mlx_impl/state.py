@@ -1,7 +1,7 @@
 """The training state, out and in: what a run needs to go on to the bit as if it had never stopped.
 
 That is the adapter, the optimizer and the number of updates done: which examples come next
-(`data.window_numbers`) and what is drawn at random (`train.begin_update`) follow from that number and the
+(`batching.window_rows`) and what is drawn at random (`train.begin_update`) follow from that number and the
 seeds. Beside them stands what they belong to, so that a run is not continued with another model, other data
 or another configuration. One file, replaced whole or not at all.
 """

@@ -1,137 +1,96 @@
 """Text to token numbers and back, and conversations through the model's own chat template.
 
-Sources: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019) and its template conventions (jinja2
-in a sandbox, `add_generation_prompt`).
+Source: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from .data import Conversation, Example, Message
-from .files import read_json_object
+from .rows import Message
+from .template import ChatTemplate
 
-
-def refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def compile_template(template: str) -> jinja2.Template:
-    try:
-        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template cannot be read: {error}") from None
+PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
 class ChatTokenizer:
-    """A tokenizer, a chat template and the token that ends a turn."""
+    """A tokenizer, a chat template where the model has one, and the tokens that end an answer."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, eos_token: str, bos_token: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | Mapping[str, str] | None,
+        eos_token: str,
+        bos_token: str,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
         eos_id = tokenizer.token_to_id(eos_token)
         if eos_id is None:
             raise ValueError(f"the end-of-turn token {eos_token!r} must be in the vocabulary")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # What puts BOS before a text. It also moves offsets, off spaces, so it acts in encode_text only.
+        self.post_processor, tokenizer.post_processor = tokenizer.post_processor, None
         self.tokenizer, self.eos_id = tokenizer, eos_id
-        self.template = compile_template(template)
-        self.special_texts = {"eos_token": eos_token, "bos_token": bos_token}
-        if self.encode(eos_token + "a") != [eos_id, *self.encode("a")]:
-            raise ValueError("a tokenizer that puts a space before a text is not supported")
+        self.bos_id: int | None = tokenizer.token_to_id(bos_token)
+        special_texts = {"eos_token": eos_token, "bos_token": bos_token}
+        self.template = None if template is None else ChatTemplate(template, special_texts)
+        self.stop_ids = frozenset({eos_id, *eos_ids, *self.end_of_turn()})
 
     @property
     def vocab_size(self) -> int:
         return int(self.tokenizer.get_vocab_size())
 
+    def end_of_turn(self) -> list[int]:
+        """The first special token that the template puts after a reply, if it does."""
+        try:
+            text = self.render(PROBE, add_generation_prompt=False)
+        except ValueError:  # no template, or one that wants other messages
+            return []
+        said = text.rfind(PROBE[-1]["content"])
+        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        tokens, starts = self.encode_with_starts(text)
+        return [t for t, start in zip(tokens, starts, strict=True) if start > said >= 0 and t in special][:1]
+
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens, and the number of the character at which each starts."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids), [start for start, _ in encoding.offsets]
+
+    def encode_text(self, text: str) -> list[int]:
+        """A text that is no conversation: BOS where the tokenizer puts one, EOS; each once."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        plain, tokens = list(encoding.ids), list(encoding.ids)
+        if self.post_processor is not None:
+            tokens = list(self.post_processor.process(encoding, None, True).ids)
+        if plain[:1] == [self.bos_id] and tokens[:2] == [self.bos_id] * 2:
+            tokens = tokens[1:]
+        if plain[-1:] == [self.eos_id] and tokens[-2:] == [self.eos_id] * 2:
+            tokens = tokens[:-1]
+        return tokens if tokens[-1:] == [self.eos_id] else [*tokens, self.eos_id]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
         """The text that the model reads; ValueError when the template refuses the messages."""
-        try:
-            return self.template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                raise_exception=refuse,
-                **self.special_texts,
-            )
-        except Exception as error:  # a template is a program: whatever it does wrong
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        if self.template is None:
+            raise ValueError("the model must have a chat template for messages, and has none")
+        return self.template.render(messages, add_generation_prompt, tools)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The tokens after which the model is to answer."""
-        return self.encode(self.render(messages, add_generation_prompt=True))
-
-    def encode_conversation(self, conversation: Conversation, mask_prompt: bool) -> Example:
-        """The tokens up to the one that ends the last reply; the targets are that reply, or everything.
-
-        Prompt and reply are tokenized apart, as they are when the model generates.
-        """
-        *question, _ = messages = conversation.messages
-        try:
-            prompt = self.render(question, add_generation_prompt=True)
-            whole = self.render(messages, add_generation_prompt=False)
-        except ValueError as error:
-            raise ValueError(f"{conversation.where}: {error}") from None
-        if not whole.startswith(prompt):
-            raise ValueError(
-                f"{conversation.where}: the chat template must render the conversation as the prompt "
-                f"followed by the reply"
-            )
-        prompt_tokens, reply_tokens = self.encode(prompt), self.encode(whole[len(prompt) :])
-        if self.eos_id not in reply_tokens:
-            raise ValueError(
-                f"{conversation.where}: the chat template must end a reply with "
-                f"{self.special_texts['eos_token']!r}"
-            )
-        end = reply_tokens.index(self.eos_id) + 1
-        marks = [not mask_prompt] * len(prompt_tokens) + [True] * end
-        return Example(tuple(prompt_tokens + reply_tokens[:end]), tuple(marks))
-
-
-def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
-    """`tokenizer.json` and `tokenizer_config.json` (or `chat_template.jinja`) of a Hugging Face folder."""
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{folder / 'tokenizer.json'}: not a readable tokenizer: {error}") from None
-    path = folder / "tokenizer_config.json"
-    config = read_json_object(path)
-    separate = folder / "chat_template.jinja"
-    template = separate.read_text("utf-8") if separate.is_file() else config.get("chat_template")
-    if not isinstance(template, str):
-        raise ValueError(f'{path}: must hold a "chat_template", or {separate.name} stand beside it')
-    return ChatTokenizer(
-        tokenizer, template, token_text(config.get("eos_token")), token_text(config.get("bos_token"))
-    )
-
-
-def token_text(value: Any) -> str:
-    """A special token as `tokenizer_config.json` has it: a text, an object with "content", or null."""
-    return str(value["content"] if isinstance(value, dict) else value or "")
-
-
-def encode_all(
-    tokenizer: ChatTokenizer,
-    conversations: Sequence[Conversation],
-    mask_prompt: bool,
-    max_tokens: int,
-) -> list[Example]:
-    """Every conversation as an example of at most `max_tokens`; one left without a target is an error."""
-    examples = []
-    for conversation in conversations:
-        whole = tokenizer.encode_conversation(conversation, mask_prompt)
-        cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
-        if not any(cut.is_target[1:]):
-            raise ValueError(
-                f"{conversation.where}: no target is left within the maximum of {max_tokens} tokens; "
-                f"the example has {len(whole.tokens)}"
-            )
-        examples.append(cut)
-    return examples
+        return self.encode(self.render(messages, add_generation_prompt=True, tools=tools))

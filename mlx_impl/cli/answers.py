@@ -6,9 +6,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data import Conversation
 from ..generate import generate_all
 from ..model import CausalLM
+from ..rows import Conversation
 from ..tokenizer import ChatTokenizer
 
 MAX_TOKENS = 24  # of an answer
@@ -35,10 +35,10 @@ def fold(text: str) -> str:
 def ask(model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[Answer]:
     """The model's greedy answers to all conversations that say what a right answer contains."""
     judged = [c for c in conversations if c.answer is not None]
-    prompts = [tokenizer.encode_prompt(c.messages[:-1]) for c in judged]
-    replies = generate_all(model, prompts, MAX_TOKENS, {tokenizer.eos_id})
+    prompts = [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in judged]
+    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids)
     return [
-        Answer(c.messages[-2]["content"], c.answer or "", tokenizer.decode(reply).strip())
+        Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
         for c, reply in zip(judged, replies, strict=True)
     ]
 

@@ -7,7 +7,7 @@ import json
 import math
 
 from . import flags
-from .flags import add_json_flag, folder, require_at_least
+from .flags import add_json_flag, folder, require_at_least, targets
 
 HELP = "the loss over the test file"
 MAX_NATS = 700.0  # of which exp is still a float
@@ -23,8 +23,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..adapters import load_with_adapter
-    from ..data import evaluation_batches, read_conversations
-    from ..tokenizer import encode_all
+    from ..data import evaluation_batches
+    from ..examples import encode_file
+    from ..rows import read_conversations
     from ..train import evaluate
     from .console import counted, make_console, working
 
@@ -34,7 +35,10 @@ def run(args: argparse.Namespace) -> None:
     console = make_console(stderr=True)
     with working("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
-    examples = encode_all(loaded.tokenizer, conversations, args.mask_prompt, args.max_seq_length)
+    encoded = encode_file(loaded.tokenizer, conversations, targets(args), args.max_seq_length)
+    for remark in encoded.remarks("test"):
+        console.print(remark)
+    examples = encoded.examples
     batches = evaluation_batches(examples, args.batch_size)
     num_batches = -(-len(examples) // args.batch_size)
     shown = counted(batches, num_batches, "evaluating", console)

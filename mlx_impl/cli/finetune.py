@@ -93,6 +93,8 @@ def print_summary(prepared: Prepared, console: Console) -> None:
     console.print(
         f"data:      {data}: {len(prepared.train)} training and {len(prepared.valid)} validation examples"
     )
+    for remark in prepared.remarks:
+        console.print(f"           {remark}")
     console.print(f"device:    {mx.default_device()}")
     micro = training.grad_accumulation_steps
     batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig
+from ..turns import TARGETS
 
 # mlx_impl/cli/flags.py -> the project's root, where the sources lie beside their fixtures
 GEOGRAPHY = Path(__file__).resolve().parents[2] / "fixtures" / "geography"
@@ -56,14 +57,22 @@ def add_model_flags(group: Any) -> None:
 
 def add_data_flags(group: Any) -> None:
     folder(group, "--data", "a folder with {train,valid,test}.jsonl (default: the geography questions)")
-    switch(
-        group,
-        "--mask-prompt",
-        True,
-        "train on the last reply only, not on what comes before it (default: yes)",
+    trained = group.add_mutually_exclusive_group()
+    trained.add_argument(
+        "--targets",
+        choices=TARGETS,
+        help="train on the last reply, on every reply, or on every token (default: completion)",
     )
+    switch(trained, "--mask-prompt", None, "the same as --targets completion; --no-mask-prompt: as all")
     number(group, "--max-seq-length", 2048, "cut longer examples to so many tokens")
     number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples a batch")
+
+
+def targets(args: argparse.Namespace) -> str:
+    """What is trained, from either spelling."""
+    if args.targets is None:
+        return "all" if args.mask_prompt is False else "completion"
+    return str(args.targets)
 
 
 def data_folder(path: Path | None) -> Path:

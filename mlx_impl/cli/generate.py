@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = loaded.tokenizer
     prompt_tokens = tokenizer.encode_prompt(said)
     mx.random.seed(args.seed)
-    answer = generate(loaded.model, prompt_tokens, args.max_tokens, {tokenizer.eos_id}, sampling)
+    answer = generate(loaded.model, prompt_tokens, args.max_tokens, tokenizer.stop_ids, sampling)
     if not args.json:
         show(pieces(answer, tokenizer.decode))
         return
@@ -78,7 +78,7 @@ def read_prompt() -> str:
 
 
 def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
-    from ..data import is_text
+    from ..rows import is_text
 
     said = {"system": system, "user": prompt}
     for role, flag in (("system", "--system"), ("user", "--prompt")):

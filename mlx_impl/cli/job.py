@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import load_adapter
+from ..batching import updates_an_epoch
 from ..checkpoint import LoadedModel, load_model
 from ..config import LoRAConfig, TrainConfig
-from ..data import Conversation, Example, read_conversations
+from ..data import Example, num_inputs
+from ..examples import encode_file
+from ..rows import Conversation, read_conversations
 from ..state import digest_of_examples
-from ..tokenizer import encode_all
 from ..trainer import LoRATrainer
 from .run_folder import RunFolder
 
@@ -33,7 +35,7 @@ class Job:
     training: dict[str, Any]  # the fields of TrainConfig but iters
     iters: int | None  # None: as many as the epochs take
     epochs: int
-    mask_prompt: bool
+    targets: str  # what is trained: completion, assistant or all
     max_seq_length: int
     steps_per_eval: int
     save_every: int
@@ -54,6 +56,7 @@ class Prepared:
     train: list[Example]
     valid: list[Example]
     questions: dict[str, list[Conversation]]  # by the names of QUESTION_FILES
+    remarks: list[str]  # what was cut, and what was left out
 
     @property
     def base_name(self) -> str:
@@ -69,12 +72,14 @@ def prepare(job: Job) -> Prepared:
     train, valid, questions = read_data(job)
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
-    training = train_config(job, len(train))
+    train_config(job, [job.max_seq_length] * len(train))  # its numbers, before a model is loaded
     loaded = load_model(job.model, job.dequantize)
-    examples, valid_examples = (
-        encode_all(loaded.tokenizer, conversations, job.mask_prompt, job.max_seq_length)
+    encoded, valid_encoded = (
+        encode_file(loaded.tokenizer, conversations, job.targets, job.max_seq_length)
         for conversations in (train, valid)
     )
+    examples, valid_examples = encoded.examples, valid_encoded.examples
+    training = train_config(job, [num_inputs(example) for example in examples])
     lora = job.lora
     if job.init_adapter is not None:
         lora = load_adapter(loaded.model, job.init_adapter)
@@ -82,7 +87,7 @@ def prepare(job: Job) -> Prepared:
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
     trainer.belongs_to = {
         "the validation data": digest_of_examples(valid_examples),
-        "the questions": {name: [c.messages[-2]["content"] for c in cs] for name, cs in questions.items()},
+        "the questions": {name: [c.question for c in cs] for name, cs in questions.items()},
         "steps_per_eval": job.steps_per_eval,
         "patience": job.patience,
     }
@@ -90,7 +95,8 @@ def prepare(job: Job) -> Prepared:
         if folder.report.exists():
             raise ValueError(f"{folder.path}: the run to resume must be unfinished, and has its report")
         trainer.resume(folder.state, examples)
-    return Prepared(job, loaded, folder, trainer, examples, valid_examples, questions)
+    remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
+    return Prepared(job, loaded, folder, trainer, examples, valid_examples, questions, remarks)
 
 
 def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[str, list[Conversation]]]:
@@ -106,10 +112,11 @@ def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[st
     return train, optional("valid.jsonl"), {name: asked for name, asked in judged.items() if asked}
 
 
-def train_config(job: Job, num_examples: int) -> TrainConfig:
+def train_config(job: Job, lengths: list[int]) -> TrainConfig:
+    """As many updates as were asked for, or as the epochs take with examples of these lengths."""
     if job.iters is not None:
         return TrainConfig(iters=job.iters, **job.training)
     if job.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {job.epochs}")
-    examples_a_step = job.training["batch_size"] * job.training["grad_accumulation_steps"]
-    return TrainConfig(iters=job.epochs * -(-num_examples // examples_a_step), **job.training)
+    an_epoch = updates_an_epoch(lengths, TrainConfig(iters=1, **{**job.training, "warmup_steps": 0}))
+    return TrainConfig(iters=job.epochs * an_epoch, **job.training)

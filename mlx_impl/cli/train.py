@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import BATCHINGS, TrainConfig
 from . import flags
 from .flags import TRAIN_DEFAULTS, add_json_flag, folder, number, require_at_least, switch
 from .lora_flags import add_lora_flags, lora_config
@@ -41,6 +41,12 @@ def add_step_flags(group: Any) -> None:
         "--iters", type=int, metavar="N", help="optimizer updates (default: as many as the epochs take)"
     )
     number(length, "--epochs", DEFAULT_EPOCHS, "passes over the training file")
+    group.add_argument(
+        "--batching",
+        choices=BATCHINGS,
+        default=defaults.batching,
+        help="against padding: examples of like length together, or several a row (default: %(default)s)",
+    )
     number(group, "--grad-accumulation-steps", defaults.grad_accumulation_steps, "batches an update")
     number(group, "--learning-rate", defaults.learning_rate, "at its highest")
     group.add_argument(
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         training=settings,
         iters=args.iters,
         epochs=args.epochs,
-        mask_prompt=args.mask_prompt,
+        targets=flags.targets(args),
         max_seq_length=args.max_seq_length,
         steps_per_eval=args.steps_per_eval,
         save_every=args.save_every,

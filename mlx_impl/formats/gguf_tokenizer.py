@@ -38,7 +38,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], path: Path) -> ChatTokenizer:
         vocabulary = read_vocabulary(metadata)
         return ChatTokenizer(
             pipeline(metadata, vocabulary),
-            template=metadata["tokenizer.chat_template"],
+            template=metadata.get("tokenizer.chat_template"),
             eos_token=vocabulary.eos or "",
             bos_token=vocabulary.bos or "",
         )

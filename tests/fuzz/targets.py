@@ -13,13 +13,15 @@ import mlx.core as mx
 from mlx_impl.adapters import load_adapter, save_adapter
 from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig, TrainConfig
-from mlx_impl.data import read_conversations
+from mlx_impl.examples import encode_all
 from mlx_impl.formats.hf_config import read_config
+from mlx_impl.formats.hf_tokenizer import tokenizer_from_folder
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer
+from mlx_impl.rows import read_conversations
 from mlx_impl.state import Progress, load_state, save_state, snapshot
-from mlx_impl.tokenizer import ChatTokenizer, encode_all, tokenizer_from_folder
+from mlx_impl.tokenizer import ChatTokenizer
 from tests.fuzz.mutations import JSON, LINES, SAFETENSORS, Mutation, mutate_progress
 from tests.tiny_folder import LINEARS, conversation_line, write_folder
 
@@ -117,7 +119,7 @@ def read_state(folder: Path) -> None:
 
 def converse(tokenizer: ChatTokenizer, folder: Path) -> None:
     conversations = read_conversations(folder / "train.jsonl")
-    encode_all(tokenizer, conversations, mask_prompt=True, max_tokens=64)
+    encode_all(tokenizer, conversations, targets="completion", max_tokens=64)
 
 
 def read_data(folder: Path) -> None:

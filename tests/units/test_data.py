@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mlx_impl.checkpoint import load_model
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import (
-    Conversation,
     Example,
     evaluation_batches,
     make_batch,
-    read_conversations,
     require_tokens,
     target_positions,
     training_windows,
 )
-from mlx_impl.tokenizer import ChatTokenizer, encode_all
-from tests.tiny_folder import conversation_line, write_folder
+from mlx_impl.examples import encode
+from mlx_impl.rows import Conversation
+from mlx_impl.tokenizer import ChatTokenizer
+from tests.tiny_folder import write_folder
 
 EXAMPLES = [Example((n,) * (n + 2), (False,) + (True,) * (n + 1)) for n in range(1, 8)]
 
@@ -110,86 +109,30 @@ def test_evaluation_sees_every_target_once_at_any_batch_size() -> None:
 
 def test_the_targets_are_the_reply_up_to_the_end_of_turn_token(tokenizer: ChatTokenizer) -> None:
     """The newline that the template prints after it is none, nor is anything of the prompt."""
-    example = tokenizer.encode_conversation(chat("Hi?", "Yes."), mask_prompt=True)
+    example = encode(tokenizer, chat("Hi?", "Yes."), "completion")
     targets = [t for t, is_target in zip(example.tokens, example.is_target, strict=True) if is_target]
     assert targets == tokenizer.encode("Yes.<|im_end|>")
     assert example.tokens[-1] == tokenizer.eos_id
 
 
 def test_without_masking_every_token_is_a_target(tokenizer: ChatTokenizer) -> None:
-    masked = tokenizer.encode_conversation(chat("Hi?", "Yes."), mask_prompt=True)
-    whole = tokenizer.encode_conversation(chat("Hi?", "Yes."), mask_prompt=False)
+    masked = encode(tokenizer, chat("Hi?", "Yes."), "completion")
+    whole = encode(tokenizer, chat("Hi?", "Yes."), "all")
     assert whole.tokens == masked.tokens
     assert all(whole.is_target)
 
 
 def test_of_several_turns_the_last_reply_is_the_target(tokenizer: ChatTokenizer) -> None:
-    example = tokenizer.encode_conversation(chat("a", "b", "c", "d"), mask_prompt=True)
+    example = encode(tokenizer, chat("a", "b", "c", "d"), "completion")
     assert sum(example.is_target) == len(tokenizer.encode("d<|im_end|>"))
 
 
 def test_the_prompt_of_training_is_the_prompt_of_generation(tokenizer: ChatTokenizer) -> None:
     conversation = chat("Hi?", "Yes.")
-    example = tokenizer.encode_conversation(conversation, mask_prompt=True)
+    example = encode(tokenizer, conversation, "completion")
     prompt = tokenizer.encode_prompt(conversation.messages[:-1])
     assert list(example.tokens[: len(prompt)]) == prompt
     assert not any(example.is_target[: len(prompt)])
-
-
-def test_a_prompt_that_leaves_no_room_for_a_target_is_an_error(tokenizer: ChatTokenizer) -> None:
-    long = [chat("x" * 50, "Yes.")]
-    with pytest.raises(ValueError, match=r"data\.jsonl:1: no target is left within the maximum of 20"):
-        encode_all(tokenizer, long, mask_prompt=True, max_tokens=20)
-    (cut,) = encode_all(tokenizer, long, mask_prompt=False, max_tokens=20)
-    assert len(cut.tokens) == 20
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not a line of JSON"),
-        ("[1]", 'must be an object with the key "messages"'),
-        ('{"text": "a"}', 'must be an object with the key "messages"'),
-        ('{"messages": "a"}', "must be a list of objects"),
-        ('{"messages": [{"role": "user"}]}', 'the texts "role" and "content"'),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "must end with the reply"),
-        (conversation_line("a", "b", answer=3), '"answer" must be a text with a letter or a digit, got 3'),
-        (conversation_line("a", "b", answer="!"), "got '!'"),
-        (conversation_line("a", "\ud800"), "must be a list of objects"),
-        ('{"messages": ' + "1" * 5000 + "}", "not a line of JSON"),
-        ("[" * 100_000, "not a line of JSON"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text(conversation_line("a", "b") + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=message) as caught:
-        read_conversations(path)
-    assert str(caught.value).startswith(f"{path}:3: ")
-
-
-def test_an_empty_or_missing_or_binary_file_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    with pytest.raises(ValueError, match="there is none of this name"):
-        read_conversations(path)
-    path.write_text("\n  \n")
-    with pytest.raises(ValueError, match="needs at least one example"):
-        read_conversations(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="must be UTF-8"):
-        read_conversations(path)
-
-
-def test_a_line_separator_inside_a_text_does_not_end_a_line(tmp_path: Path) -> None:
-    """JSON allows U+2028 in a string; only a newline ends a line of JSON Lines."""
-    path = tmp_path / "train.jsonl"
-    path.write_text(
-        '{"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]}\n',
-        encoding="utf-8",
-    )
-    (conversation,) = read_conversations(path)
-    assert conversation.messages[0]["content"] == "a\u2028b"
-    assert isinstance(make_batch(EXAMPLES).inputs_BT, np.ndarray)
 
 
 def test_an_update_without_a_target_is_refused_and_its_examples_named() -> None:

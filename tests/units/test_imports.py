@@ -16,10 +16,10 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "ops", "view", "recompute", "model", "quantized", "targets", "lora", "loss", "data",
-    "tokenizer", "optim", "state", "guard", "train", "trainer", "merging", "sampling", "generate",
+    "config", "files", "ops", "view", "recompute", "model", "quantized", "targets", "lora", "loss",
+    "rows", "batching", "data", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train", "trainer", "merging", "sampling", "generate",
     "streaming", "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
-    "formats.gguf_tokenizer", "formats.hf_keys", "formats.mlx_quantization", "formats.hf_config",
+    "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization", "formats.hf_config",
     "formats.safetensors", "formats.hub",
     "formats.hf_folder", "formats.factors", "formats.peft", "formats.mlx_lm", "formats.adapter_conversion",
     "checkpoint", "adapters", "fusing",

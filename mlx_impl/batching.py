@@ -1,0 +1,77 @@
+"""Which examples share a row, a batch and an update: a pure function of the update's number.
+
+plain: a batch is `batch_size` examples of the epoch's random order. grouped: of like length, to save padding:
+within every POOL batches of that order the examples are sorted by length, then the batches are shuffled.
+packed: a batch is `batch_size` rows, each of several examples that together are at most `max_seq_length`
+(best-fit decreasing; Krell et al. 2021, "Efficient Sequence Packing", section 4), the same in every epoch.
+
+Every epoch takes each example once, in an order of its own. The last batch is smaller where the division
+leaves a remainder, and the last update has fewer batches; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+
+from .config import TrainConfig
+
+Row = tuple[int, ...]  # numbers of the examples in a row of a batch, from 0; one, unless packed
+POOL = 50  # batches within which "grouped" sorts
+
+
+def rows_of(lengths: Sequence[int], config: TrainConfig) -> list[Row]:
+    """The rows of an epoch; `lengths` are those of the examples, in inputs."""
+    if config.batching != "packed":
+        return [(number,) for number in range(len(lengths))]
+    return pack(lengths, config.max_seq_length, config.data_seed)
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[Row]:
+    """Each example, the longest first, into the fullest row that has room; one too long is alone."""
+    shuffled = np.random.default_rng(seed).permutation(len(lengths)).tolist()  # neighbours of one length vary
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (room, row), sorted
+    for number in sorted(shuffled, key=lambda number: -lengths[number]):
+        found = bisect_left(space, (lengths[number], -1))
+        if found == len(space):
+            rows.append([])
+            room, row = max(capacity, lengths[number]), len(rows) - 1
+        else:
+            room, row = space.pop(found)
+        rows[row].append(number)
+        insort(space, (room - lengths[number], row))
+    return [tuple(row) for row in rows]
+
+
+def updates_an_epoch(lengths: Sequence[int], config: TrainConfig) -> int:
+    return -(-len(rows_of(lengths, config)) // (config.batch_size * config.grad_accumulation_steps))
+
+
+def window_rows(
+    step: int, rows: Sequence[Row], lengths: Sequence[int], config: TrainConfig
+) -> list[list[Row]]:
+    """The rows of each batch of update `step`, counted from 0."""
+    size = config.batch_size * config.grad_accumulation_steps
+    epoch, index = divmod(step, -(-len(rows) // size))
+    random = np.random.default_rng([config.data_seed, epoch])
+    batches = in_batches(random.permutation(len(rows)).tolist(), config.batch_size)
+    if config.batching == "grouped":
+        batches = grouped(batches, lengths, random)
+    first = index * config.grad_accumulation_steps
+    return [[rows[i] for i in batch] for batch in batches[first : first + config.grad_accumulation_steps]]
+
+
+def in_batches(numbers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+
+
+def grouped(batches: list[list[int]], lengths: Sequence[int], random: np.random.Generator) -> list[list[int]]:
+    """The same examples, within every POOL batches sorted by length; then the batches in random order."""
+    size, sorted_batches = len(batches[0]), []
+    for start in range(0, len(batches), POOL):
+        pool = [number for batch in batches[start : start + POOL] for number in batch]
+        sorted_batches += in_batches(sorted(pool, key=lambda number: lengths[number]), size)
+    return [sorted_batches[i] for i in random.permutation(len(sorted_batches))]

@@ -1,0 +1,73 @@
+"""Where a reply stands in a rendered conversation, for any chat template, in characters.
+
+A reply begins where the model is asked to go on: after the rendering of what comes before it with the
+generation prompt, where that is how the whole begins. It is not for a template that adds or strips thinking,
+trims, or opens a turn otherwise when it asks; there the conversation is rendered again with another reply,
+and what differs is the reply.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from .rows import Message
+
+Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_prompt
+
+TARGETS = ("completion", "assistant", "all")  # the last reply, every reply, every token
+PROBES = string.ascii_letters + string.digits + "".join(map(chr, range(0xE000, 0xE100)))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A reply in the rendered text."""
+
+    start: int
+    end: int  # of what was said; the end-of-turn token comes at or after it
+    limit: int  # where the next message begins
+
+
+def find_turns(render: Render, whole: str, messages: Sequence[Message], every: bool) -> list[Turn]:
+    """The last reply, or every one; `whole` is the rendering. ValueError for one that does not show in it."""
+    last = len(messages) - 1
+    chosen = [i for i, m in enumerate(messages) if i == last or (every and m["role"] == "assistant")]
+    return [find_turn(render, whole, messages, i) for i in chosen]
+
+
+def find_turn(render: Render, whole: str, messages: Sequence[Message], i: int) -> Turn:
+    start, said = prompt_length(render, whole, messages[:i]), changing_part(render, whole, messages, i)
+    if said is None:
+        raise ValueError(f"the chat template must show message {i + 1}, the reply, and does not")
+    after = changing_part(render, whole, messages, i + 1) if i + 1 < len(messages) else None
+    limit = after[0] if after else len(whole)
+    return Turn(said[0] if start is None else start, said[1], limit)
+
+
+def prompt_length(render: Render, whole: str, before: Sequence[Message]) -> int | None:
+    """The number of characters after which the model is to reply, where `whole` begins with them."""
+    try:
+        prompt = render(before, True)
+    except ValueError:  # such as a template that needs a message of the user
+        return None
+    return len(prompt) if whole.startswith(prompt) else None
+
+
+def changing_part(render: Render, whole: str, messages: Sequence[Message], i: int) -> tuple[int, int] | None:
+    """Start and end of what message i is in the rendering; None where nothing depends on it.
+
+    The other message is one letter that stands nowhere, so that it differs at both ends.
+    """
+    probe = next(c for c in PROBES if c not in whole)
+    for kept in ({"role": messages[i]["role"]}, messages[i]):  # without the tool calls, or with them
+        try:
+            other = render([*messages[:i], {**kept, "content": probe}, *messages[i + 1 :]], False)
+        except ValueError:
+            continue
+        if probe in other:
+            start = len(commonprefix([whole, other]))
+            same_after = len(commonprefix([whole[start:][::-1], other[start:][::-1]]))
+            return start, len(whole) - same_after
+    return None

@@ -1,0 +1,97 @@
+"""Chat templates: what they are offered, and that whatever they do ends in a text or in one sentence."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from mlx_impl.template import ChatTemplate
+
+MESSAGES = [{"role": "user", "content": "a<b"}, {"role": "assistant", "content": "é"}]
+TOOLS = [{"name": "now", "parameters": {"z": 1, "a": "<"}}]
+
+
+def rendered(source: str, **special: str) -> str:
+    return ChatTemplate(source, special).render(MESSAGES, False, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ bos_token }}{{ eos_token }}{{ pad_token }}", "<s></s>"),
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "a<b"}'),
+        ("{{ messages[1].content | tojson }}", '"é"'),
+        ("{{ tools[0].parameters | tojson(indent=1) }}", '{\n "z": 1,\n "a": "<"\n}'),
+        ("{% for m in messages %}{% break %}{% endfor %}x", "x"),
+        ("{% for m in messages %}{{ loop.index0 }}{{ loop.last }}{% endfor %}", "0False1True"),
+        ("{% for m in messages %}{{ loop.length }}{{ loop.revindex }}{% endfor %}", "2221"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}", "a<b"),
+        ("{% for m in nothing %}{% else %}none{% endfor %}", "none"),
+        ("{% for k, v in messages[0].items() %}{{ k }} {% endfor %}", "role content "),
+        ("{% for m in messages %}{{ (loop.previtem or {}).role }}{% endfor %}", "user"),
+        ("{% set x = 1 %}{% generation %}{{ x }}{{ messages[1].content }}{% endgeneration %}!", "1é!"),
+        (
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "2",
+        ),
+        ("  {% if true %}\nx{% endif %}", "x"),
+        ("{{ 2 * 3 }}{{ '=' * 3 }}", "6==="),
+        ("{{ add_generation_prompt }}", "False"),
+    ],
+)
+def test_a_template_is_offered_what_transformers_offers(source: str, text: str) -> None:
+    assert rendered(source, bos_token="<s>", eos_token="</s>") == text
+
+
+def test_the_day_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what was trained on yesterday can be rendered again."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert rendered("{{ strftime_now('%d %b %Y') }}") == "02 Jan 1970"
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert rendered("{{ strftime_now('%Y') }}") >= "2025"
+
+
+def test_of_several_templates_that_for_tools_serves_tools() -> None:
+    template = ChatTemplate({"default": "plain", "tool_use": "tools"}, {})
+    assert template.render(MESSAGES, False) == template.render(MESSAGES, False, []) == "plain"
+    assert template.render(MESSAGES, False, TOOLS) == "tools"
+    with pytest.raises(ValueError, match='named "default", got'):
+        ChatTemplate({"rag": "x"}, {}).render(MESSAGES, False)
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{% for %}", "{{ a | nothing }}", "{% generation %}", "(" * 9 + "{{" + "(" * 9999]
+)
+def test_a_template_that_cannot_be_read_is_one_sentence(source: str) -> None:
+    with pytest.raises(ValueError, match=r"^the chat template cannot be read: [^\n]+$"):
+        ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ raise_exception('no\nsystem') }}", "no system"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely"),
+        ("{% for i in range(1000000) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "1000000 steps"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "1000000 st",
+        ),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", "takes a power"),
+        ("{{ 'x' * 10000000000 }}", "a product beyond"),
+        ("{{ nothing * 2 }}", "undefined"),
+        ("{{ messages.foo.bar }}", "undefined|no attribute"),
+    ],
+)
+def test_whatever_a_template_does_wrong_is_one_sentence_soon(source: str, reason: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(
+        ValueError, match=rf"^the chat template refuses the messages: [^\n]*({reason})[^\n]*$"
+    ):
+        rendered(source)
+    assert time.perf_counter() - start < 10
