@@ -1,8 +1,8 @@
 """Chat templates: messages -> the text that the model reads, rendered in a sandbox.
 
-Source: the conventions of Hugging Face's `apply_chat_template`: what a template is given (`messages`, `tools`,
-`add_generation_prompt`, special tokens, `raise_exception`, `strftime_now`), `tojson` without HTML escapes,
-loop controls, the tag `generation`, several templates by name. A template is somebody else's program: it
+Source: the conventions of Hugging Face's `apply_chat_template`: what a template is given (`messages`,
+`tools`, `add_generation_prompt`, special tokens, `raise_exception`, `strftime_now`), `tojson` without HTML
+escapes, loop controls, the tag `generation`, several templates by name. A template is somebody else's program: it
 reaches nothing outside, and its steps are counted, so that it ends.
 """
 
@@ -29,7 +29,7 @@ MAX_PRODUCT = 2**24  # what `*` may come to, also as the length of a text
 class GenerationTag(Extension):
     """{% generation %} ... {% endgeneration %}, which marks a reply, is what stands in it."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         tag = next(parser.stream)

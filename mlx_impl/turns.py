@@ -11,7 +11,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 
 from .rows import Message
 
@@ -67,7 +67,12 @@ def changing_part(render: Render, whole: str, messages: Sequence[Message], i: in
         except ValueError:
             continue
         if probe in other:
-            start = len(commonprefix([whole, other]))
-            same_after = len(commonprefix([whole[start:][::-1], other[start:][::-1]]))
+            start = same_before(whole, other)
+            same_after = same_before(whole[start:][::-1], other[start:][::-1])
             return start, len(whole) - same_after
     return None
+
+
+def same_before(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -57,19 +57,20 @@ def add_model_flags(group: Any) -> None:
 
 def add_data_flags(group: Any) -> None:
     folder(group, "--data", "a folder with {train,valid,test}.jsonl (default: the geography questions)")
-    trained = group.add_mutually_exclusive_group()
-    trained.add_argument(
+    group.add_argument(
         "--targets",
         choices=TARGETS,
         help="train on the last reply, on every reply, or on every token (default: completion)",
     )
-    switch(trained, "--mask-prompt", None, "the same as --targets completion; --no-mask-prompt: as all")
+    switch(group, "--mask-prompt", None, "--targets completion; --no-mask-prompt: all (default: yes)")
     number(group, "--max-seq-length", 2048, "cut longer examples to so many tokens")
     number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples a batch")
 
 
 def targets(args: argparse.Namespace) -> str:
     """What is trained, from either spelling."""
+    if args.targets is not None and args.mask_prompt is not None:
+        raise ValueError("--mask-prompt is another spelling of --targets: give one of them")
     if args.targets is None:
         return "all" if args.mask_prompt is False else "completion"
     return str(args.targets)

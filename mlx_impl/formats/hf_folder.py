@@ -124,7 +124,7 @@ def rope_record(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, tokenizer: ChatTokenizer, template: str) -> None:
-    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(folder / "tokenizer.json")
     special = {key: text or None for key, text in tokenizer.special_texts.items()}
     record = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": template}
     write_json(folder / "tokenizer_config.json", {**record, "clean_up_tokenization_spaces": False})

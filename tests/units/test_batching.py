@@ -30,7 +30,7 @@ EXAMPLES = [
 PACKED = [(0, 1, 4), (5, 3), (2,)]  # rows of 8 + 2 + 1, 6 + 4 and 11 inputs
 
 
-def config(batching: str, **more: int) -> TrainConfig:
+def config(batching: str, **more: Any) -> TrainConfig:
     return TrainConfig(**{"iters": 1, "batch_size": 3, "max_seq_length": 50, **more}, batching=batching)
 
 
@@ -127,6 +127,7 @@ def test_the_logits_of_a_packed_example_are_its_own(name: str) -> None:
     alone = [
         oracle(Dialect(), t)(case.spec, copies(case.weights), case.lora, copies(case.factors)) for t in DTYPES
     ]
+    assert packed.segment_BT is not None
     for b, row in enumerate(PACKED):
         for segment, number in enumerate(row):
             tokens_BT = np.array([EXAMPLES[number].tokens[:-1]])

@@ -143,7 +143,7 @@ def test_epochs_count_passes_over_the_data(
         (["--target-modules", ""], "got none"),
         (["--num-layers", "3"], "num_layers must be at most the model's 2, got 3"),
         (["--num-layers", "0"], "num_layers must be -1 (all) or at least 1, got 0"),
-        (["--max-seq-length", "9"], "no target is left within the maximum of 9 tokens"),
+        (["--max-seq-length", "9"], "no example has a target within the maximum of 9 tokens"),
         (["--max-seq-length", "0"], "--max-seq-length must be at least 1, got 0"),
         (["--iters", "0"], "iters must be at least 1, got 0"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
@@ -168,7 +168,7 @@ def test_epochs_count_passes_over_the_data(
         (["--init-adapter", "x", "--use-dora"], "--use-dora comes with the adapter of --init-adapter"),
         (["--resume", "x"], "--adapter-path is that of --resume: give one of them"),
         (["--alpha", "0"], "alpha must be finite and positive, got 0.0"),
-        (["--init-adapter", "nowhere"], "nowhere/adapter_config.json: No such file or directory"),
+        (["--init-adapter", "nowhere"], "nowhere: must hold PEFT's adapter_model.safetensors or"),
         (["--init-adapter", "x", "--rank", "4"], "--rank comes with the adapter of --init-adapter"),
         (
             ["--adapter-path", "/dev/null/x"],

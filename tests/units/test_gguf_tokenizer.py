@@ -239,7 +239,6 @@ def test_special_tokens_around_a_text_are_those_of_the_file(
         ({"ggml.tokens": ["a"] * 61}, "the token 'a' stands 61 times in tokenizer.ggml.tokens"),
         ({"ggml.eos_token_id": 61}, "eos_token_id must be the number of one of 61 tokens, got 61"),
         ({"ggml.eos_token_id": None}, "the end-of-turn token '' must be in the vocabulary"),
-        ({"chat_template": None}, "the key 'tokenizer.chat_template' is missing"),
         ({"ggml.model": "llama"}, "the key 'tokenizer.ggml.scores' is missing"),
         ({"ggml.model": "llama", "ggml.scores": [0.0]}, "scores must be an array of 61 numbers"),
         ({"ggml.model": "llama", "ggml.precompiled_charsmap": [1]}, "precompiled_charsmap is not supported"),

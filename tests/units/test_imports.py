@@ -16,16 +16,17 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "ops", "view", "recompute", "model", "quantized", "targets", "lora", "loss",
-    "rows", "batching", "data", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train", "trainer", "merging", "sampling", "generate",
-    "streaming", "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
-    "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization", "formats.hf_config",
-    "formats.safetensors", "formats.hub",
-    "formats.hf_folder", "formats.factors", "formats.peft", "formats.mlx_lm", "formats.adapter_conversion",
+    "config", "files", "ops", "view", "recompute", "model", "quantized", "targets", "lora", "loss", "rows",
+    "batching", "data", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train",
+    "trainer", "merging", "sampling", "generate", "streaming",
+    "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
+    "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
+    "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
+    "formats.peft", "formats.mlx_lm", "formats.adapter_conversion",
     "checkpoint", "adapters", "fusing",
     "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
-    "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings",
-    "cli.train", "cli.evaluate", "cli.generate", "cli.convert", "cli.fuse", "cli.parser",
+    "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings", "cli.train",
+    "cli.evaluate", "cli.generate", "cli.convert", "cli.fuse", "cli.parser",
     "blas", "__main__",
 ]
 # fmt: on

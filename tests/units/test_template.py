@@ -32,7 +32,7 @@ def rendered(source: str, **special: str) -> str:
         ("{% for m in messages %}{{ (loop.previtem or {}).role }}{% endfor %}", "user"),
         ("{% set x = 1 %}{% generation %}{{ x }}{{ messages[1].content }}{% endgeneration %}!", "1é!"),
         (
-            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = s.n + 1 %}{% endfor %}{{ s.n }}",
             "2",
         ),
         ("  {% if true %}\nx{% endif %}", "x"),
