@@ -2,8 +2,8 @@
 
 Source: the conventions of Hugging Face's `apply_chat_template`: what a template is given (`messages`,
 `tools`, `add_generation_prompt`, special tokens, `raise_exception`, `strftime_now`), `tojson` without HTML
-escapes, loop controls, the tag `generation`, several templates by name. A template is somebody else's program: it
-reaches nothing outside, and its steps are counted, so that it ends.
+escapes, loop controls, the tag `generation`, several templates by name. A template is somebody else's
+program: it reaches nothing outside, and its steps are counted, so that it ends.
 """
 
 from __future__ import annotations
