@@ -20,6 +20,7 @@ from . import peft
 from .factors import AdapterFile, Tensors, block_of, by_linear, same
 
 Scales = dict[str, float]
+STRANGE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError)  # a kept record can be anything
 
 
 def to_mlx_lm(adapter: AdapterFile) -> AdapterFile:
@@ -39,7 +40,7 @@ def to_peft(adapter: AdapterFile) -> AdapterFile:
     if adapter.other is not None:
         try:
             original = unfold(adapter)
-        except (ValueError, KeyError, TypeError):  # the record is anything
+        except STRANGE:
             return to_peft_plainly(adapter)
         if is_original(original, adapter, fold):
             return original
@@ -49,7 +50,7 @@ def to_peft(adapter: AdapterFile) -> AdapterFile:
 def is_original(original: AdapterFile, converted: AdapterFile, convert: Any) -> bool:
     try:
         return same(convert(original), converted)
-    except (ValueError, KeyError, TypeError):
+    except STRANGE:
         return False
 
 
@@ -105,8 +106,8 @@ def scaled(factors: Tensors, ratio: float) -> Tensors:
     if ratio == 1:
         return dict(factors)
     product_RO = to_float64(factors["lora_b"]) * ratio
-    hi_RO = product_RO.astype(np.float32)
-    lo_RO = (product_RO - hi_RO).astype(np.float32)
+    hi_RO = to_float32(product_RO)
+    lo_RO = to_float32(product_RO - hi_RO)
     if not np.isfinite(hi_RO).all():
         raise ValueError("a factor B is too large for the scale of the other linears")
     a_IR, both = factors["lora_a"], lo_RO.any()
@@ -154,6 +155,7 @@ def first_block(linears: dict[str, Tensors]) -> int:
 def unfold(adapter: AdapterFile) -> AdapterFile:
     """The adapter of PEFT's that `fold` made this one of."""
     record, scale = adapter.other or {}, adapter.record["lora_parameters"]["scale"]
+    peft.require_supported(record)
     config = peft.to_config(record, None)
     tensors: Tensors = {}
     for linear, factors in by_linear(adapter.tensors).items():
@@ -171,7 +173,7 @@ def unscaled(factors: Tensors, rank: int, ratio: float) -> mx.array:
     hi_RO, lo_RO = to_float64(b_RO[:rank]), to_float64(b_RO[rank : 2 * rank])
     lo_RO = np.pad(lo_RO, ((0, rank - len(lo_RO)), (0, 0)))
     product_RO = np.where(lo_RO == 0, hi_RO, hi_RO + lo_RO)  # -0 + 0 would lose the sign
-    return mx.array((product_RO / ratio).astype(np.float32)).astype(dtype)
+    return mx.array(to_float32(product_RO / ratio)).astype(dtype)
 
 
 def to_peft_plainly(adapter: AdapterFile) -> AdapterFile:
@@ -206,6 +208,11 @@ def alpha_for(scale: float, rank: int) -> float:
     if np.float32(best / rank) != np.float32(scale):
         raise ValueError(f"the scale {scale} is alpha / {rank} for no alpha")
     return best
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return array.astype(np.float32)
 
 
 def to_float64(array: mx.array) -> np.ndarray:

@@ -27,9 +27,7 @@ SIDE_FILES = (
 )
 
 
-def write_weights(
-    folder: Path, tensors: Iterable[tuple[str, mx.array]], form: str, most_bytes: int | None = None
-) -> None:
+def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]], form: str) -> None:
     """As they come; `form` is "mlx" for what only MLX reads, else "pt"."""
     files: list[dict[str, mx.array]] = []
     weight_map: dict[str, int] = {}
@@ -37,7 +35,7 @@ def write_weights(
     total = 0
     for name, array in tensors:
         size = sum(held.nbytes for held in shard.values())
-        if shard and size + array.nbytes > (most_bytes or MOST_BYTES):
+        if shard and size + array.nbytes > MOST_BYTES:
             write_part(folder, len(files), shard, form)
             files.append({})
             shard = {}

@@ -59,11 +59,21 @@ def write(folder: Path, adapter: AdapterFile) -> None:
 def read(folder: Path) -> AdapterFile:
     """Raises ValueError in one sentence for a file that is damaged or none of these."""
     record = read_json_object(folder / CONFIG)
-    require_supported(record, folder / CONFIG)
+    try:
+        require_supported(record)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     tensors, metadata = read_tensors(folder / FILE)
-    other = json.loads(metadata[OTHER]) if OTHER in metadata else None
     named = {our_name(name, folder / FILE): array.T for name, array in tensors.items()}
-    return AdapterFile(record, named, other)
+    return AdapterFile(record, named, read_other(metadata))
+
+
+def read_other(metadata: dict[str, str]) -> dict[str, Any] | None:
+    try:
+        other = json.loads(metadata.get(OTHER, "null"))
+    except (ValueError, RecursionError):
+        return None
+    return other if isinstance(other, dict) else None
 
 
 def to_record(config: LoRAConfig, layers: list[int] | None, base_name: str | None) -> dict[str, Any]:
@@ -89,12 +99,12 @@ def to_record(config: LoRAConfig, layers: list[int] | None, base_name: str | Non
     }
 
 
-def require_supported(record: dict[str, Any], path: Path) -> None:
+def require_supported(record: dict[str, Any]) -> None:
     if record.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be LORA, got {record.get('peft_type')!r}")
+        raise ValueError(f"peft_type must be LORA, got {record.get('peft_type')!r}")
     for key in sorted(record.keys() - KNOWN_KEYS):
         if record[key] not in (INITIAL_LAWS if key == "init_lora_weights" else OFF):
-            raise ValueError(f"{path}: {key} is not supported and must be off, got {record[key]!r}")
+            raise ValueError(f"{key} is not supported and must be off, got {record[key]!r}")
 
 
 def to_config(record: dict[str, Any], num_blocks: int | None) -> LoRAConfig:
