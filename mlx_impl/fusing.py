@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +21,8 @@ from .adapters import load_adapter
 from .checkpoint import LoadedModel
 from .files import read_json_object, require_new_folder, whole_folder
 from .formats.gguf_file import read_container
+from .formats.gguf_tokenizer import pipeline
+from .formats.gguf_vocabulary import read_vocabulary
 from .formats.hf_config import read_config
 from .formats.hf_folder import copy_side_files, to_json, write_json, write_tokenizer, write_weights
 from .formats.safetensors import load, shards, types
@@ -90,9 +91,21 @@ def write_description(source: Path, folder: Path, dequantize: bool) -> None:
 def write_gguf_description(loaded: LoadedModel, folder: Path) -> None:
     """Made of what the GGUF file says; the weights, whose blocks are dequantized, are float32."""
     metadata, _ = read_container(loaded.path)
-    context: Any = metadata.get(f"{metadata['general.architecture']}.context_length")
-    write_json(folder / "config.json", to_json(loaded.model.config, loaded.tokenizer, "float32", context))
-    write_tokenizer(folder, loaded.tokenizer, metadata["tokenizer.chat_template"])
+    vocabulary = read_vocabulary(metadata)
+    stops = sorted(loaded.tokenizer.stop_ids)
+    more = {
+        "max_position_embeddings": metadata.get(f"{metadata['general.architecture']}.context_length"),
+        "bos_token_id": loaded.tokenizer.bos_id,
+        "eos_token_id": stops if len(stops) > 1 else loaded.tokenizer.eos_id,
+    }
+    write_json(folder / "config.json", to_json(loaded.model.config, "float32", more))
+    settings = {
+        "bos_token": vocabulary.bos,
+        "eos_token": vocabulary.eos,
+        "unk_token": vocabulary.unknown,
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }
+    write_tokenizer(folder, pipeline(metadata, vocabulary), settings)
 
 
 class Fusion:

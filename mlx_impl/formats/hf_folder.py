@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from tokenizers import Tokenizer
 
 from ..config import ModelConfig
-from ..tokenizer import ChatTokenizer
 from .safetensors import INDEX, save
 
 MOST_BYTES = 5 * 10**9  # of a file; a larger tensor has a file of its own
@@ -72,8 +72,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def to_json(config: ModelConfig, tokenizer: ChatTokenizer, dtype: str, context: int | None) -> dict[str, Any]:
-    """The `config.json` of a model that came without one."""
+def to_json(config: ModelConfig, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a model that came without one; `more` is what the model does not compute with."""
     family = family_of(config)
     record: dict[str, Any] = {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
@@ -90,11 +90,8 @@ def to_json(config: ModelConfig, tokenizer: ChatTokenizer, dtype: str, context: 
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
-        "bos_token_id": tokenizer.tokenizer.token_to_id(tokenizer.special_texts["bos_token"]),
-        "eos_token_id": tokenizer.eos_id,
+        **{key: value for key, value in more.items() if value is not None},
     }
-    if context is not None:
-        record["max_position_embeddings"] = context
     if config.rope_scaling is not None:
         record["rope_scaling"] = rope_record(config)
     if family == "mistral" or config.sliding_window is not None:
@@ -121,8 +118,9 @@ def rope_record(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": scaling.rope_type, **{name: getattr(scaling, name) for name in names}}
 
 
-def write_tokenizer(folder: Path, tokenizer: ChatTokenizer, template: str) -> None:
-    tokenizer.save(folder / "tokenizer.json")
-    special = {key: text or None for key, text in tokenizer.special_texts.items()}
-    record = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": template}
-    write_json(folder / "tokenizer_config.json", {**record, "clean_up_tokenization_spaces": False})
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """`settings` are special tokens and the template, those that there are."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    record = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    given = {key: value for key, value in settings.items() if value is not None}
+    write_json(folder / "tokenizer_config.json", record | given)

@@ -6,7 +6,7 @@ file holds which tensor. Nothing can notice a flipped bit in a weight, but every
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,8 +21,10 @@ DERIVED = ".rotary_emb.inv_freq"
 def read_folder(folder: Path) -> dict[str, mx.array]:
     """All tensors of a folder, floats in float32; ValueError in one sentence for what is damaged."""
     weights: dict[str, mx.array] = {}
-    for file, promised in shards(folder):
-        tensors = read_file(file)
+    files = list(shards(folder))
+    everything = set().union(*(promised for _, promised in files))
+    for file, promised in files:
+        tensors = read_file(file, everything)
         for name in sorted(promised - tensors.keys()):
             raise ValueError(f"{file}: the tensor {one_line(name)}, which {INDEX} says is here, is missing")
         for name in sorted(weights.keys() & tensors.keys()):
@@ -66,11 +68,12 @@ def is_file_name(value: object) -> bool:
     return is_name and str(value).endswith(".safetensors")
 
 
-def read_file(file: Path) -> dict[str, mx.array]:
-    """The tensors of a file; floats in float32, packed weights (beside their scales) as they are."""
+def read_file(file: Path, elsewhere: Collection[str] = ()) -> dict[str, mx.array]:
+    """The tensors of a file; floats in float32, packed weights (with scales, perhaps elsewhere) as stored."""
     weights = load(file)
     for name, array in weights.items():
-        is_packed = array.dtype == mx.uint32 and f"{name.removesuffix('.weight')}.scales" in weights
+        scales = f"{name.removesuffix('.weight')}.scales"
+        is_packed = array.dtype == mx.uint32 and (scales in weights or scales in elsewhere)
         if not is_packed and not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"{file}: the tensor {name!r} must be of floats, got {array.dtype}")
         if not is_packed:

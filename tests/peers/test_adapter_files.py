@@ -248,7 +248,7 @@ def test_a_fused_folder_loads_in_transformers_and_mlx_lm_and_has_pefts_logits(
 def test_a_model_fused_into_a_quantized_base_loads_in_mlx_lm_and_has_our_logits(
     tmp_path: Path, dequantize: bool
 ) -> None:
-    """Dequantized it has base and adapter's logits, to half precision's rounding, in transformers too."""
+    """Dequantized it has the logits of base and adapter, to half precision's rounding; so in transformers."""
     base = quantize_folder(tmp_path / "base", {"proj": 4, "embed_tokens": 4})
     adapter = write_mlx_lms(base, tmp_path / "adapter", -1)
     fuse(load_model(base), adapter, tmp_path / "fused", dequantize)
