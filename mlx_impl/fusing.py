@@ -3,7 +3,7 @@
 W' = W + dW is formed in float32 and rounded to what the base's file has: a type of float, or, in an
 MLX-quantized base, whole numbers of a few bits. How much of dW is left is measured: with dW' what the written
 weight differs from W by, `survived` is <dW', dW> / |dW|^2, and `error` |dW' - dW| / |dW|. A weight that lies
-on a grid falls back on it when the update is smaller than half a step.
+on a grid falls back on it when the update is smaller than half a step: of a small update nothing is left.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .formats.safetensors import load, shards, types
 from .lora import FACTORS, lora_layers
 from .model import CausalLM
 from .quantized import dense_weight_OI
+from .requantize import requantize
 
 LITTLE = 0.5  # an error of more than this share of the update leaves little of it
 QUANTIZATION = ("quantization", "quantization_config")
@@ -154,7 +155,8 @@ class Fusion:
         """W + dW in the base's groups and bits, with scales of this type."""
         base, delta_OI = self.bases[name], self.layers[name].delta_OI()
         base_OI, how = dense_weight_OI(base), (base.group_size, base.bits)
-        q, scales, biases = mx.quantize(finite(name, (base_OI + delta_OI).astype(dtype)), *how)
+        finite(name, (base_OI + delta_OI).astype(dtype))
+        q, scales, biases = requantize(base_OI + delta_OI, base, dtype)
         written_OI = mx.dequantize(q, scales.astype(mx.float32), biases.astype(mx.float32), *how)
         self.survival.add(base_OI, written_OI, delta_OI)
         return {f"{name}.weight": q, f"{name}.scales": scales, f"{name}.biases": biases}

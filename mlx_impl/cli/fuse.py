@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     }
     if survival.error > LITTLE:
         print(
-            f"warning: little of the update survived: rounding changes the weights by {survival.error:.0%} "
-            f"of it; fuse with --dequantize, or keep the adapter beside the model",
+            f"warning: little of the update survived: the weights, rounded, miss it by {survival.error:.0%} of "
+            f"its size; fuse with --dequantize, or keep the adapter beside the model",
             file=sys.stderr,
         )
     sentence = (
