@@ -92,6 +92,11 @@ def write_adapter(folder: Path) -> None:
     save_adapter(adapted_model(folder), LORA, folder, "base")
 
 
+def write_mlx_lm_adapter(folder: Path) -> None:
+    write_folder(folder)
+    save_adapter(adapted_model(folder), LORA, folder, "base", "mlx-lm")
+
+
 def trained(folder: Path) -> dict[str, mx.array]:
     model, optimizer = adapted_model(folder), LoRAOptimizer(TrainConfig(iters=1))
     optimizer.init(model.trainable_parameters())
@@ -140,6 +145,8 @@ TARGETS: dict[str, Target] = {
     "config": Target(write_model, "config.json", JSON, load_model, 250),
     "adapter": Target(write_adapter, "adapter_model.safetensors", SAFETENSORS, read_adapter, 200),
     "adapter_config": Target(write_adapter, "adapter_config.json", JSON, read_adapter, 200),
+    "mlx_lm_adapter": Target(write_mlx_lm_adapter, "adapters.safetensors", SAFETENSORS, read_adapter, 120),
+    "mlx_lm_adapter_config": Target(write_mlx_lm_adapter, "adapter_config.json", JSON, read_adapter, 150),
     "state": Target(write_state, "training_state.safetensors", STATE, read_state, 250),
     "tokenizer": Target(write_data, "tokenizer.json", JSON, read_tokenizer, 200),
     "tokenizer_config": Target(write_data, "tokenizer_config.json", JSON, read_tokenizer, 200),
