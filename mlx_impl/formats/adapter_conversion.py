@@ -160,6 +160,8 @@ def unfold(adapter: AdapterFile) -> AdapterFile:
     tensors: Tensors = {}
     for linear, factors in by_linear(adapter.tensors).items():
         rank, own_scale = rank_and_scale(linear, config)
+        if rank > factors["lora_a"].shape[1]:
+            raise ValueError(f"the rank of {linear} must be at most that of its tensors, got {rank}")
         factors["lora_b"] = unscaled(factors, rank, own_scale / scale)
         factors["lora_a"] = factors["lora_a"][:, :rank]
         tensors |= {f"{linear}.{factor}": array for factor, array in factors.items()}

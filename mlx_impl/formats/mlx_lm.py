@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import require_choice, require_number
-from ..files import read_json_object
+from ..files import one_line, read_json_object
 from .factors import CONFIG, AdapterFile, block_of, by_linear, read_tensors, write_files
 
 FILE = "adapters.safetensors"
@@ -103,5 +103,6 @@ def selected(record: dict[str, Any], linears: Iterable[str], num_blocks: int) ->
         if (is_last and (keys is None or path in keys)) or (keys is not None and linear in keys):
             chosen.add(linear)
     if unmatched:
-        raise ValueError(f"keys must be linears of this model's blocks, and {min(unmatched)} is none")
+        name = one_line(min(unmatched))
+        raise ValueError(f"keys must be linears of this model's blocks, and {name} is none")
     return chosen
