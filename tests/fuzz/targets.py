@@ -22,8 +22,8 @@ from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.rows import read_conversations
 from mlx_impl.state import Progress, load_state, save_state, snapshot
 from mlx_impl.tokenizer import ChatTokenizer
-from tests.fuzz.mutations import JSON, LINES, SAFETENSORS, Mutation, mutate_progress
-from tests.tiny_folder import LINEARS, conversation_line, write_folder
+from tests.fuzz.mutations import BYTES, JSON, LINES, SAFETENSORS, Mutation, mutate_progress
+from tests.tiny_folder import LINEARS, TEMPLATE, conversation_line, write_folder
 
 STATE = (*SAFETENSORS, *(mutate_progress,) * 6)
 LORA = LoRAConfig(rank=2, alpha=3.0, target_modules=("q_proj", "down_proj"))
@@ -112,6 +112,12 @@ def write_data(folder: Path) -> None:
     write_folder(folder)
     lines = [conversation_line("x" * n, f"{n} yes", answer="yes") for n in range(1, 5)]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "top_p": 0.9}))
+
+
+def write_template(folder: Path) -> None:
+    write_data(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def read_adapter(folder: Path) -> None:
@@ -124,7 +130,7 @@ def read_state(folder: Path) -> None:
 
 def converse(tokenizer: ChatTokenizer, folder: Path) -> None:
     conversations = read_conversations(folder / "train.jsonl")
-    encode_all(tokenizer, conversations, targets="completion", max_tokens=64)
+    encode_all(tokenizer, conversations, targets="assistant", max_tokens=64)
 
 
 def read_data(folder: Path) -> None:
@@ -150,5 +156,7 @@ TARGETS: dict[str, Target] = {
     "state": Target(write_state, "training_state.safetensors", STATE, read_state, 250),
     "tokenizer": Target(write_data, "tokenizer.json", JSON, read_tokenizer, 200),
     "tokenizer_config": Target(write_data, "tokenizer_config.json", JSON, read_tokenizer, 200),
+    "chat_template": Target(write_template, "chat_template.jinja", BYTES, read_tokenizer, 150),
+    "generation_config": Target(write_data, "generation_config.json", JSON, read_tokenizer, 80),
     "data": Target(write_data, "train.jsonl", LINES, read_data, 250),
 }
