@@ -15,7 +15,10 @@ from .config_file import read_config
 from .lora_flags import LORA_FLAGS
 
 NO_SETTINGS = ("help", "config")
-RIVALS = ("adapter_path", "resume")  # beside the parser's own groups of flags that exclude each other
+RIVALS = (
+    ("adapter_path", "resume"),
+    ("targets", "mask_prompt"),
+)  # beside the parser's own groups of flags that exclude each other
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
 ONE_RUN_ONLY = ("command", "config", "resume", "json")  # no part of what a run can be repeated with
 BRIEFLY = reprlib.Repr()
@@ -31,7 +34,7 @@ def with_config(command: argparse.ArgumentParser, path: Path, given: dict[str, A
     """The file's settings, but those that the command line gives, or gives a rival of; then the given."""
     settings = settings_of(command, path)
     groups = [
-        RIVALS,
+        *RIVALS,
         *([a.dest for a in group._group_actions] for group in command._mutually_exclusive_groups),
     ]
     for group in groups:

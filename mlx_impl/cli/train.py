@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data_seed is None:
         settings["data_seed"] = args.seed
     lora, run_folder = lora_config(args), args.resume or args.adapter_path or Path("adapters")
+    named = {"adapter_path": run_folder, "data_seed": settings["data_seed"]}
+    named |= {"targets": flags.targets(args), "mask_prompt": None}  # of two spellings the one that says all
     job = Job(
         model=args.model,
         dequantize=args.dequantize,
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         patience=args.patience,
         num_questions=args.num_questions,
         compiled=args.compile,
-        settings=resolved(args, lora, adapter_path=run_folder, data_seed=settings["data_seed"]),
+        settings=resolved(args, lora, **named),
     )
     report = finetune(job, make_console(stderr=args.json))
     if args.json:

@@ -70,6 +70,7 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ("iters: 7", ["--epochs", "2"], {"iters": None, "epochs": 2}),
         ("epochs: 7", ["--iters", "2"], {"iters": 2}),
         ("target_modules: q_proj", ["--target-regex", "x"], {"target_modules": None, "target_regex": "x"}),
+        ("targets: all", ["--mask-prompt"], {"targets": None, "mask_prompt": True}),
         ("adapter_path: a", ["--resume", "b"], {"adapter_path": None, "resume": Path("b")}),
     ],
 )
@@ -212,6 +213,7 @@ def test_the_configuration_that_a_run_leaves_is_resolved(common: list[str], tmp_
     assert (
         settings["batch_size"] == 4 and settings["data_seed"] == 9 and settings["rank"] == LoRAConfig().rank
     )
+    assert settings["targets"] == "completion" and "mask_prompt" not in settings
     assert "epochs" not in settings and "resume" not in settings and "config" not in settings
     args = train_with(tmp_path, (tmp_path / "run" / "config.yaml").read_text())
     assert lora_config(args) == LoRAConfig()
