@@ -15,10 +15,8 @@ from .config_file import read_config
 from .lora_flags import LORA_FLAGS
 
 NO_SETTINGS = ("help", "config")
-RIVALS = (
-    ("adapter_path", "resume"),
-    ("targets", "mask_prompt"),
-)  # beside the parser's own groups of flags that exclude each other
+# Beside the parser's own groups of flags that exclude each other.
+RIVALS = (("adapter_path", "resume"), ("targets", "mask_prompt"))
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
 ONE_RUN_ONLY = ("command", "config", "resume", "json")  # no part of what a run can be repeated with
 BRIEFLY = reprlib.Repr()
