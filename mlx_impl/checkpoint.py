@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from . import quantized
 from .config import ModelConfig
-from .formats.gguf import read_gguf
+from .formats.gguf import read_gguf, read_metadata
 from .formats.gguf_tokenizer import tokenizer_from_gguf
 from .formats.hf_config import read_config
 from .formats.hf_tokenizer import tokenizer_from_folder
@@ -70,6 +70,16 @@ def load_model(model: str | Path | None, dequantize: bool = False) -> LoadedMode
         quantized.dequantize(built)
         mx.eval(built.parameters())
     return LoadedModel(path.name, built, tokenizer, path)
+
+
+def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
+    """The tokenizer alone of what `load_model` would load; no weight is read."""
+    path = default_model_path() if model is None else find_model(model)
+    if path.suffix == ".gguf" and path.is_file():
+        return tokenizer_from_gguf(read_metadata(path), path)
+    if path.is_dir():
+        return tokenizer_from_folder(path)
+    raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
 
 
 def default_model_path() -> Path:

@@ -86,6 +86,10 @@ class ChatTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def decode_all(self, tokens: Sequence[int]) -> str:
+        """With the special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
     def render(
         self,
         messages: Sequence[Message],

@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import convert, evaluate, fuse, generate, train
+from . import convert, evaluate, fuse, generate, inspect, train
 from .settings import closest, with_config
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "inspect": inspect,
     "convert": convert,
     "fuse": fuse,
 }

@@ -56,6 +56,16 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
     return config, weights, metadata
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What stands before the weights, of which none is read."""
+    try:
+        return read_container(path)[0]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
+
+
 def require_tensors(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
     """ValueError that names the first tensor that is missing, has no place, or has another shape."""
     last = f"blk.{config.num_hidden_layers - 1}.attn_norm.weight"

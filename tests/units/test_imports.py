@@ -26,7 +26,7 @@ ORDER = [  # a module may import those before it
     "checkpoint", "adapters", "fusing",
     "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
     "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings", "cli.train",
-    "cli.evaluate", "cli.generate", "cli.convert", "cli.fuse", "cli.parser",
+    "cli.evaluate", "cli.generate", "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
     "blas", "__main__",
 ]
 # fmt: on

@@ -1,0 +1,87 @@
+"""`inspect`: targets can be seen with and without colour, and the figures are those of the file."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlx_impl.__main__ import main
+from mlx_impl.cli.inspect import histogram, show
+from tests.tiny_folder import conversation_line, write_folder, write_gguf
+
+PROMPT = (
+    1 + len("user\n") + 1 + 1 + 1 + len("assistant\n")
+)  # <|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n
+
+
+def write_lines(folder: Path, *lines: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    lines = [conversation_line("ab", "c"), conversation_line("x" * 90, "y"), json.dumps({"text": "z" * 30})]
+    data = write_lines(tmp_path / "data", *lines)
+    model = write_folder(tmp_path / "model")
+    (model / "model.safetensors").unlink()  # no weights are read
+    return ["inspect", "--model", str(model), "--data", str(data), "--blas", "off", "--max-seq-length", "60"]
+
+
+def test_targets_stand_in_brackets_where_there_is_no_colour(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n[[c<|im_end|>]]\n" in shown
+    assert "train: 2 examples" in shown
+    assert "1 of 3 train examples left out, without a target within 60 tokens: " in shown
+    assert "train.jsonl:2" in shown
+
+
+def test_the_figures_are_those_of_the_file(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: 2 + 1 characters between the template's tokens; 30 and EOS, the first no target."""
+    assert main([*arguments, "--json", "--batch-size", "1", "--num-examples", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (file,) = result["files"].values()
+    chat = PROMPT + 2 + 1 + 1
+    assert (file["num_examples"], file["num_tokens"], file["num_targets"]) == (2, chat + 31, 2 + 30)
+    assert sum(row["count"] for row in result["lengths"]) == 2
+    inputs, widths = chat - 1 + 30, 24 + 32
+    assert result["padding"]["plain"] == result["padding"]["grouped"] == pytest.approx(1 - inputs / widths)
+    assert result["padding"]["packed"] == pytest.approx(1 - inputs / 56)
+    assert result["examples"] == [
+        [["<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n", False], ["c<|im_end|>", True]]
+    ]
+
+
+def test_targets_are_coloured_on_a_terminal() -> None:
+    result = {
+        "files": {},
+        "lengths": [{"first": 1, "last": 2, "count": 1}],
+        "padding": {},
+        "examples": [[("a", False), ("b\x1b[2J", True)]],
+    }
+    out = io.StringIO()
+    show(result, Path("d"), Console(file=out, force_terminal=True, color_system="standard", markup=False))
+    assert "\x1b[32mb" in out.getvalue() and "[[" not in out.getvalue()
+    assert "\x1b[2J" not in out.getvalue()  # what the data would do to the terminal
+
+
+def test_a_gguf_files_tokenizer_serves_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(tmp_path / "data", conversation_line("a", "b"))
+    path = write_gguf(tmp_path / "tiny.gguf")
+    assert main(["inspect", "--model", str(path), "--data", str(data), "--blas", "off"]) == 0
+    assert "[[b<|im_end|>]]" in capsys.readouterr().out
+
+
+def test_every_length_is_in_one_bin() -> None:
+    lengths = [1, 7, 20, 20, 101]
+    bins = histogram(lengths)
+    assert [sum(b["first"] <= n <= b["last"] for b in bins) for n in lengths] == [1] * 5
+    assert sum(b["count"] for b in bins) == 5
