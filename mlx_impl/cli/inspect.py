@@ -78,10 +78,11 @@ def describe(file: Encoded) -> dict[str, Any]:
 
 def histogram(lengths: list[int]) -> list[dict[str, int]]:
     """How many examples have from `first` to `last` tokens, in at most BINS steps of one width."""
-    width = -(-max(lengths) // BINS)
+    least = min(lengths) - 1
+    width = -(-(max(lengths) - least) // BINS)
     return [
         {"first": i + 1, "last": i + width, "count": sum(i < length <= i + width for length in lengths)}
-        for i in range(0, max(lengths), width)
+        for i in range(least, max(lengths), width)
     ]
 
 

@@ -123,6 +123,31 @@ def test_train_continues_from_an_adapter(
     assert record["r"] == 2
 
 
+@pytest.mark.parametrize(("batching", "updates"), [("plain", 6), ("grouped", 6), ("packed", 4)])
+def test_every_way_of_batching_takes_the_epochs_it_is_given(
+    model: str, tmp_path: Path, batching: str, updates: int
+) -> None:
+    """Of 25, 27, ... 43, 46 inputs, the first six make three rows of 60: eight rows, two a batch."""
+    arguments = ["train", "--model", model, "--data", str(write_data(tmp_path / "data", num_examples=11))]
+    arguments += ["--batching", batching, "--batch-size", "2", "--max-seq-length", "60", "--epochs", "2"]
+    assert main([*arguments, "--adapter-path", str(tmp_path / "run"), "--blas", "off"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["iters"] == 2 * updates
+
+
+def test_what_is_cut_and_left_out_is_said(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts have 20, 22, ... tokens, replies five and the end of the turn."""
+    arguments = ["train", "--model", model, "--data", str(write_data(tmp_path / "data", num_examples=11))]
+    arguments += ["--iters", "1", "--max-seq-length", "38", "--adapter-path", str(tmp_path / "run")]
+    assert main([*arguments, "--blas", "off"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 11 training examples were cut to 38 tokens" in shown
+    assert "2 of 11 validation examples left out, without a target within 38 tokens" in shown
+    assert "valid.jsonl:10" in shown
+
+
 def test_epochs_count_passes_over_the_data(
     model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +168,7 @@ def test_epochs_count_passes_over_the_data(
         (["--target-modules", ""], "got none"),
         (["--num-layers", "3"], "num_layers must be at most the model's 2, got 3"),
         (["--num-layers", "0"], "num_layers must be -1 (all) or at least 1, got 0"),
+        (["--targets", "all", "--mask-prompt"], "--mask-prompt is another spelling of --targets"),
         (["--max-seq-length", "9"], "no example has a target within the maximum of 9 tokens"),
         (["--max-seq-length", "0"], "--max-seq-length must be at least 1, got 0"),
         (["--iters", "0"], "iters must be at least 1, got 0"),
