@@ -1,0 +1,47 @@
+"""Chat templates as transformers renders them, tokens too: the same text, the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from mlx_impl.tokenizer import ChatTokenizer
+from tests.units.test_examples import CASES, TOOLS, byte_level
+
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": " a<b "},
+    {"role": "assistant", "content": "é\n"},
+    {"role": "user", "content": "c"},
+]
+CALLS = [
+    MESSAGES[0],
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "now"}]},
+    {"role": "tool", "content": "noon"},
+]
+DEFINITIONS = [{"type": "function", "function": {"name": "né<", "parameters": {"z": 1, "a": []}}}]
+INDENTED = (
+    "{{ tools | tojson(indent=2) }}{% for m in messages %}"
+    "{% generation %}{{ loop.length }}{% endgeneration %}"
+)
+TEMPLATES = {**{name: template for name, (template, _) in CASES.items()}, "tools": TOOLS}
+TEMPLATES["indented"] = INDENTED + "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_rendering_is_that_of_transformers(template: str, add_generation_prompt: bool) -> None:
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
+    ours = ChatTokenizer(byte_level(), template, "</s>", "<s>")
+    for messages, tools in [(MESSAGES, None), *([(CALLS, DEFINITIONS)] if "tools" in template else [])]:
+        expected = theirs.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+        text = ours.render(messages, add_generation_prompt, tools)
+        assert text == expected
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
