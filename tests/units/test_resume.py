@@ -218,3 +218,17 @@ def test_early_stopping_needs_validation_data(
     (data / "valid.jsonl").unlink()
     assert main(["train", "--model", model, "--data", str(data), "--blas", "off", "--patience", "1"]) == 2
     assert f"--patience needs validation data, and {data} has no valid.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batching", ["grouped", "packed"])
+def test_a_run_in_other_batches_goes_on_to_the_bit(
+    model: str, data: Path, tmp_path: Path, batching: str
+) -> None:
+    command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--batching", batching]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main([*command, "--max-seq-length", "64", "--adapter-path", str(whole)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(5, patch, killed=False)
+        assert main([*command, "--max-seq-length", "64", "--adapter-path", str(part)]) == INTERRUPTED
+    assert main([*command, "--max-seq-length", "64", "--resume", str(part)]) == 0
+    assert_same_run(part, whole)
