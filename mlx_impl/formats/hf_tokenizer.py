@@ -21,7 +21,9 @@ def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{folder / 'tokenizer.json'}: not a readable tokenizer: {one_line(error)}") from None
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: not a readable tokenizer: {one_line(error)}"
+        ) from None
     path = folder / "tokenizer_config.json"
     config = read_json_object(path)
     templates, eos_ids = read_templates(folder, config), read_eos_ids(folder)
