@@ -228,7 +228,7 @@ def test_a_run_in_other_batches_goes_on_to_the_bit(
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main([*command, "--max-seq-length", "64", "--adapter-path", str(whole)]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(5, patch, killed=False)
+        stop_after(2, patch, killed=False)
         assert main([*command, "--max-seq-length", "64", "--adapter-path", str(part)]) == INTERRUPTED
     assert main([*command, "--max-seq-length", "64", "--resume", str(part)]) == 0
     assert_same_run(part, whole)
