@@ -43,6 +43,7 @@ class Survival:
     got_times_wanted: float = 0.0
     wanted_squared: float = 0.0
     lost_squared: float = 0.0
+    is_quantized: bool = False  # whether the fused weights are
 
     def add(self, base_OI: mx.array, written_OI: mx.array, delta_OI: mx.array) -> None:
         got_OI = written_OI.astype(mx.float32) - base_OI
@@ -69,12 +70,13 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     load_adapter(loaded.model, adapter)
     fusion = Fusion(loaded, dequantize)
     has_packed = any(isinstance(module, PACKED) for _, module in loaded.model.named_modules())
+    fusion.survival.is_quantized = has_packed and not dequantize
     with whole_folder(folder) as part:
         if loaded.path.is_dir():
             write_description(loaded.path, part, dequantize)
         else:
             write_gguf_description(loaded, part)
-        write_weights(part, fusion.tensors(), "mlx" if has_packed and not dequantize else "pt")
+        write_weights(part, fusion.tensors(), "mlx" if fusion.survival.is_quantized else "pt")
         if read_config(part) != loaded.model.config:
             raise ValueError(f"{loaded.path}: this configuration cannot be written as a config.json")
     return fusion.survival

@@ -1,8 +1,8 @@
 """A weight into whole numbers of a few bits again: group by group in the base's grid, or in a new one.
 
-A quantized W lies on its grid scale * q + bias. On that grid W + dW, rounded, is no farther from W + dW than W
-is; a grid fitted to W + dW can be finer, and can move every weight of the group by more than dW does. So each
-group takes the grid on which its squared error is smaller. (mlx-lm always takes a new one.)
+A quantized W lies on its grid scale * q + bias. On that grid W + dW, rounded, is no farther from W + dW than
+W is; a grid fitted to W + dW can be finer, and can move every weight of the group by more than dW does. So
+each group takes the grid on which its squared error is smaller. (mlx-lm always takes a new one.)
 """
 
 from __future__ import annotations

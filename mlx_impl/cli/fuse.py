@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> None:
         "error": survival.error,
     }
     if survival.error > LITTLE:
+        advice = "fuse with --dequantize, or" if survival.is_quantized else "to have it whole,"
         print(
-            f"warning: little of the update survived: the weights, rounded, miss it by {survival.error:.0%} of "
-            f"its size; fuse with --dequantize, or keep the adapter beside the model",
+            f"warning: little of the update survived: the weights, rounded, miss it by {survival.error:.0%} "
+            f"of its size; {advice} keep the adapter beside the model",
             file=sys.stderr,
         )
     sentence = (

@@ -20,7 +20,7 @@ from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
 from mlx_impl.formats.adapter_conversion import alpha_for
 from mlx_impl.lora import add_lora, lora_parameters
-from tests.tiny_folder import write_folder
+from tests.tiny_folder import write_data, write_folder
 
 # Two blocks; every linear has another shape, so that none fits in another's place.
 SHAPES = {"self_attn.k_proj": (16, 32), "mlp.up_proj": (64, 32), "mlp.down_proj": (32, 64)}
@@ -382,3 +382,28 @@ def test_the_command_converts_and_says_what_it_did(
     assert f"{target}: must be a new or an empty folder" in capsys.readouterr().err
     assert main([*arguments[:-1], "peft"]) == 2
     assert "the adapter is in peft's format already" in capsys.readouterr().err
+
+
+def test_a_run_is_not_begun_where_it_would_write_over_mlx_lms_adapter(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_mlx_lm(tmp_path / "mlx")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    arguments = ["--model", str(base), "--data", str(write_data(tmp_path / "data")), "--iters", "1"]
+    assert main(["train", *arguments, "--adapter-path", str(source), "--blas", "off"]) == 2
+    assert "holds an adapter in mlx-lm's format" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_training_goes_on_from_mlx_lms_adapter(base: Path, tmp_path: Path) -> None:
+    source = write_mlx_lm(tmp_path / "mlx", keys=sorted(SHAPES))
+    arguments = ["--model", str(base), "--data", str(write_data(tmp_path / "data")), "--iters", "1"]
+    arguments += ["--init-adapter", str(source), "--adapter-path", str(tmp_path / "run"), "--blas", "off"]
+    assert main(["train", *arguments]) == 0
+    record, tensors = stored_adapter(tmp_path / "run")
+    assert (record["r"], len(tensors)) == (3, 12)
+
+
+def stored_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    record = json.loads((folder / "adapter_config.json").read_text())
+    return record, dict(mx.load(str(folder / "adapter_model.safetensors")))

@@ -263,3 +263,15 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "x").read_text() == "x"
     with pytest.raises(ValueError, match="must be a new or an empty folder"), whole_folder(tmp_path / "a"):
         pass
+
+
+def test_where_half_precision_swallows_an_update_the_advice_is_not_to_dequantize(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", mx.bfloat16)
+    adapter = write_adapter(base, tmp_path / "adapter", 1e-5)
+    arguments = ["--adapter-path", str(adapter), "--save-path", str(tmp_path / "fused")]
+    assert main(["fuse", "--model", str(base), *arguments, "--blas", "off"]) == 0
+    warning = capsys.readouterr().err
+    assert "to have it whole, keep the adapter beside the model" in warning
+    assert "--dequantize" not in warning

@@ -45,7 +45,8 @@ def test_no_group_is_farther_from_the_update_than_the_base_or_a_new_grid_is(bits
     linear, weight = quantized(bits)
     wanted = weight + size * mx.random.normal(weight.shape)
     written = unpacked(*requantize(wanted, linear, mx.float32), bits)
-    anew = unpacked(*mx.quantize(wanted, 32, bits), bits)
+    words, scales, biases = mx.quantize(wanted, 32, bits)
+    anew = unpacked(words, scales, biases, bits)
     errors = [group_errors(candidate, wanted) for candidate in (written, weight, anew)]
     assert (errors[0] <= np.minimum(errors[1], errors[2]) * (1 + 1e-6)).all()
 
