@@ -21,7 +21,6 @@ from .adapters import load_adapter
 from .checkpoint import LoadedModel
 from .files import read_json_object, require_new_folder, whole_folder
 from .formats.gguf_file import read_container
-from .formats.gguf_tokenizer import pipeline
 from .formats.gguf_vocabulary import read_vocabulary
 from .formats.hf_config import read_config
 from .formats.hf_folder import copy_side_files, to_json, write_json, write_tokenizer, write_weights
@@ -108,7 +107,7 @@ def write_gguf_description(loaded: LoadedModel, folder: Path) -> None:
         "unk_token": vocabulary.unknown,
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
-    write_tokenizer(folder, pipeline(metadata, vocabulary), settings)
+    write_tokenizer(folder, loaded.tokenizer, settings)
 
 
 class Fusion:

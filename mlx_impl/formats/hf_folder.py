@@ -118,9 +118,9 @@ def rope_record(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": scaling.rope_type, **{name: getattr(scaling, name) for name in names}}
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+def write_tokenizer(folder: Path, tokenizer: ChatTokenizer, settings: dict[str, Any]) -> None:
     """`settings` are special tokens and the template, those that there are."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(folder / "tokenizer.json")
     record = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     given = {key: value for key, value in settings.items() if value is not None}
     write_json(folder / "tokenizer_config.json", record | given)

@@ -22,7 +22,7 @@ ORDER = [  # a module may import those before it
     "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
-    "formats.peft", "formats.mlx_lm", "formats.adapter_conversion",
+    "formats.peft", "formats.mlx_lm", "formats.scale_folding", "formats.adapter_conversion",
     "checkpoint", "adapters", "fusing",
     "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
     "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings", "cli.train",
