@@ -6,6 +6,7 @@ Source: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -54,6 +55,13 @@ class ChatTokenizer:
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         tokens, starts = self.encode_with_starts(text)
         return [t for t, start in zip(tokens, starts, strict=True) if start > said >= 0 and t in special][:1]
+
+    def save(self, path: Path) -> None:
+        """As a `tokenizer.json`, with what puts BOS before a text."""
+        whole = Tokenizer.from_str(self.tokenizer.to_str())
+        if self.post_processor is not None:
+            whole.post_processor = self.post_processor
+        whole.save(str(path))
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tokenizers import Tokenizer
 
 from ..config import ModelConfig
+from ..tokenizer import ChatTokenizer
 from .safetensors import INDEX, save
 
 MOST_BYTES = 5 * 10**9  # of a file; a larger tensor has a file of its own
