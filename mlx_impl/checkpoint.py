@@ -20,7 +20,7 @@ from .formats.gguf import read_gguf, read_metadata
 from .formats.gguf_tokenizer import tokenizer_from_gguf
 from .formats.hf_config import read_config
 from .formats.hf_tokenizer import tokenizer_from_folder
-from .formats.hub import find_model
+from .formats.hub import TEXTS, WEIGHTS_AND_TEXTS, find_model
 from .formats.mlx_quantization import read_packings
 from .formats.safetensors import read_folder
 from .model import CausalLM
@@ -48,38 +48,41 @@ def load_model(model: str | Path | None, dequantize: bool = False) -> LoadedMode
     MLX-quantized weights stay so unless they are to be dequantized; those of a GGUF file always are.
     Raises ValueError in one sentence when there is none, or none that can be used.
     """
-    path = default_model_path() if model is None else find_model(model)
-    if path.suffix == ".gguf" and path.is_file():
+    path = locate(model, WEIGHTS_AND_TEXTS)
+    if path.is_file():
         config, arrays, metadata = read_gguf(path)
         weights = {name: mx.array(arrays.pop(name)) for name in list(arrays)}  # one copy at a time
         tokenizer = tokenizer_from_gguf(metadata, path)
         packings: dict[str, Packing] = {}
-    elif path.is_dir():
+    else:
         config, weights = read_config(path), read_folder(path)
         packings = read_packings(path, {n.removesuffix(".scales") for n in weights if n.endswith(".scales")})
         tokenizer = tokenizer_from_folder(path)
-    else:
-        raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer must have at most the model's {config.vocab_size} tokens, "
-            f"got {tokenizer.vocab_size}"
+            f"{path}: the tokenizer must have at most the model's {config.vocab_size} tokens, numbered "
+            f"from 0, got the number {tokenizer.vocab_size - 1}"
         )
     built = build_model(config, weights, packings, path)
     if dequantize:
         quantized.dequantize(built)
         mx.eval(built.parameters())
-    return LoadedModel(path.name, built, tokenizer, path)
+    is_from_hub = model is not None and path != Path(model)
+    return LoadedModel(str(model) if is_from_hub else path.name, built, tokenizer, path)
 
 
 def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
     """The tokenizer alone of what `load_model` would load; no weight is read."""
-    path = default_model_path() if model is None else find_model(model)
-    if path.suffix == ".gguf" and path.is_file():
-        return tokenizer_from_gguf(read_metadata(path), path)
-    if path.is_dir():
-        return tokenizer_from_folder(path)
-    raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
+    path = locate(model, TEXTS)
+    return tokenizer_from_gguf(read_metadata(path), path) if path.is_file() else tokenizer_from_folder(path)
+
+
+def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:
+    """A folder or a .gguf file, with at least these files where it comes from the hub."""
+    path = default_model_path() if model is None else find_model(model, files)
+    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
+        raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
+    return path
 
 
 def default_model_path() -> Path:

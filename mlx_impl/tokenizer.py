@@ -43,7 +43,8 @@ class ChatTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.tokenizer.get_vocab_size())
+        """One more than the highest number of a token: numbers may have gaps."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def end_of_turn(self) -> list[int]:
         """The first special token that the template puts after a reply, if it does."""

@@ -41,12 +41,17 @@ def add_json_flag(group: Any) -> None:
     )
 
 
-def add_model_flags(group: Any) -> None:
+def add_model_flag(group: Any) -> None:
     group.add_argument(
         "--model",
         metavar="PATH",
         help="a Hugging Face folder, a .gguf file or a name on the hub (default: SmolLM2-135M-Instruct)",
     )
+
+
+def add_model_flags(group: Any) -> None:
+    """The model, and how it is computed with."""
+    add_model_flag(group)
     switch(group, "--dequantize", False, "unpack MLX-quantized weights: faster on a CPU (default: no)")
     group.add_argument(
         "--blas",

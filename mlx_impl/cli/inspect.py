@@ -28,7 +28,7 @@ Part = tuple[str, bool]  # a text, and whether it is a target
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    flags.add_model_flags(command.add_argument_group("model"))
+    flags.add_model_flag(command.add_argument_group("model"))
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("inspection")
     number(group, "--num-examples", 3, "of the training file to show")

@@ -82,6 +82,7 @@ def prepare(job: Job) -> Prepared:
     training = train_config(job, [num_inputs(example) for example in examples])
     lora = job.lora
     if job.init_adapter is not None:
+        folder.require_elsewhere(job.init_adapter)
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)

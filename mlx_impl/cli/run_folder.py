@@ -45,6 +45,12 @@ class RunFolder:
                 f"or take another folder, or remove {self.state.name}"
             )
 
+    def require_elsewhere(self, adapter: Path) -> None:
+        """ValueError for an adapter that `begin` would remove."""
+        best = self.path / "best"
+        if adapter.resolve() == best.resolve():
+            raise ValueError(f"{adapter}: is removed when a run begins in {self.path}: take another folder")
+
     def begin(self) -> None:
         """Make the folder, or clear it of what a finished run left, but not of its last adapter."""
         make_run_folder(self.path)

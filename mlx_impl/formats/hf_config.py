@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import ModelConfig, RopeScaling, require_choice, require_number
 from ..files import read_json_object
-from .hf_keys import OFF, REQUIRED_VALUES, require_known
+from .hf_keys import REQUIRED_VALUES, is_off, require_known
 from .mlx_quantization import require_supported
 
 # What transformers takes where the key is absent.
@@ -102,7 +102,7 @@ def read_rope(raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
     kind = rope.pop("rope_type", kind)
     require_choice("rope_type", kind, tuple(ROPE_KEYS))
     for key in sorted(rope.keys() ^ ROPE_KEYS[kind]):
-        if key not in ROPE_KEYS[kind] and (rope[key] in OFF or REQUIRED_VALUES.get(key) == rope[key]):
+        if key not in ROPE_KEYS[kind] and (is_off(rope[key]) or REQUIRED_VALUES.get(key) == rope[key]):
             continue
         raise ValueError(f"the rope_type {kind} has the keys {sorted(ROPE_KEYS[kind])}, got {sorted(rope)}")
     if kind == "default":

@@ -44,14 +44,19 @@ HARMLESS = {
 OFF: tuple[object, ...] = (None, False, {}, [], "none")
 
 
+def is_off(value: object) -> bool:
+    """Whether it turns off what it is the value of. No number does: a factor of 0 is not an absent one."""
+    return any(type(value) is type(off) and value == off for off in OFF)
+
+
 def require_known(raw: dict[str, Any]) -> None:
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
     for key in sorted(raw.keys() - READ - HARMLESS):
-        allowed = (REQUIRED_VALUES[key], None) if key in REQUIRED_VALUES else OFF
         if key == "attention_bias" and family == "qwen2":
             continue  # what it would say, of q, k and v, is so in this family anyway
-        if raw[key] not in allowed:
-            wanted = f"must be {allowed[0]!r}" if key in REQUIRED_VALUES else "is not supported"
-            raise ValueError(f"{key} {wanted}, got {raw[key]!r}")
+        if key in REQUIRED_VALUES and raw[key] not in (REQUIRED_VALUES[key], None):
+            raise ValueError(f"{key} must be {REQUIRED_VALUES[key]!r}, got {raw[key]!r}")
+        if key not in REQUIRED_VALUES and not is_off(raw[key]):
+            raise ValueError(f"{key} is not supported, got {raw[key]!r}")

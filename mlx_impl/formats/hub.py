@@ -10,18 +10,20 @@ import re
 from pathlib import Path
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILES = ["*.json", "*.jinja", "*.safetensors"]  # no pickles, no code
+TEXTS = ("*.json", "*.jinja")
+WEIGHTS_AND_TEXTS = (*TEXTS, "*.safetensors")  # no pickles, no code
+AGAIN = "consolidated*"  # Mistral's repositories hold the weights a second time
 
 
-def find_model(name: str | Path) -> Path:
-    """The folder or file of that name here, else the hub's; ValueError when there is neither."""
+def find_model(name: str | Path, files: tuple[str, ...] = WEIGHTS_AND_TEXTS) -> Path:
+    """The folder or file of that name here, else these files of the hub's; ValueError without either."""
     path = Path(name)
     if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(str(name)):
         return path
-    return from_hub(str(name))
+    return from_hub(str(name), files)
 
 
-def from_hub(name: str) -> Path:
+def from_hub(name: str, files: tuple[str, ...]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -30,7 +32,7 @@ def from_hub(name: str) -> Path:
             f"huggingface_hub: pip install 'mlx-lora-reference[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=AGAIN))
     except Exception as error:  # of the network, the server, the cache, each its own
         reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
         raise ValueError(f"{name} is no folder or file here, nor to be had from the hub: {reason}") from None

@@ -16,6 +16,7 @@ from typing import Any
 from ..config import LoRAConfig
 from ..files import read_json_object
 from .factors import CONFIG, AdapterFile, read_tensors, write_files
+from .hf_keys import is_off
 
 FILE = "adapter_model.safetensors"
 OTHER = "mlx_lm_adapter_config"  # in the header
@@ -33,7 +34,6 @@ KNOWN_KEYS = {
     *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
     *("qalora_group_size", "megatron_core"),  # have a value even where they are not used
 }
-OFF: tuple[object, ...] = (None, False, "none", {}, [])
 INITIAL_LAWS = (None, True, False, "gaussian")  # the other laws change the base model's weights
 
 
@@ -103,7 +103,8 @@ def require_supported(record: dict[str, Any]) -> None:
     if record.get("peft_type") != "LORA":
         raise ValueError(f"peft_type must be LORA, got {record.get('peft_type')!r}")
     for key in sorted(record.keys() - KNOWN_KEYS):
-        if record[key] not in (INITIAL_LAWS if key == "init_lora_weights" else OFF):
+        is_known_law = key == "init_lora_weights" and record[key] in INITIAL_LAWS
+        if not is_known_law and not is_off(record[key]):
             raise ValueError(f"{key} is not supported and must be off, got {record[key]!r}")
 
 

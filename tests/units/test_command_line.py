@@ -194,6 +194,10 @@ def test_epochs_count_passes_over_the_data(
         (["--init-adapter", "x", "--use-dora"], "--use-dora comes with the adapter of --init-adapter"),
         (["--resume", "x"], "--adapter-path is that of --resume: give one of them"),
         (["--alpha", "0"], "alpha must be finite and positive, got 0.0"),
+        (
+            ["--init-adapter", "runs/best", "--adapter-path", "runs"],
+            "runs/best: is removed when a",
+        ),
         (["--init-adapter", "nowhere"], "nowhere: must hold PEFT's adapter_model.safetensors or"),
         (["--init-adapter", "x", "--rank", "4"], "--rank comes with the adapter of --init-adapter"),
         (

@@ -458,6 +458,7 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
         (QWEN3_06B, {"num_experts": 128}, "num_experts.*128"),
         (MISTRAL_7B_01, {"num_local_experts": 8}, "num_local_experts"),
         (LLAMA_2_7B, {"logit_scale": 0.0625}, "logit_scale.*0.0625"),
+        (LLAMA_2_7B, {"logit_scale": 0}, "logit_scale.*0"),  # no number is as good as an absent one
         (LLAMA_2_7B, {"residual_multiplier": 0.22}, "residual_multiplier"),
         (LLAMA_2_7B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (LLAMA_2_7B, {"use_qk_norm": True}, "use_qk_norm"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlx_impl.checkpoint import load_model
+from mlx_impl.checkpoint import load_model, load_tokenizer
 from mlx_impl.formats.hub import find_model
 from tests.tiny_folder import write_folder
 
@@ -35,6 +36,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_name_is_found_in_the_cache_without_a_network(cache: Path) -> None:
     assert find_model(NAME) == cache / "models--someone--tiny" / "snapshots" / COMMIT
     assert load_model(NAME).model.config.hidden_size == 32
+
+
+def test_a_model_of_the_hub_has_its_name_there(cache: Path) -> None:
+    """Not the commit's, which is the folder's."""
+    assert load_model(NAME).name == NAME
+
+
+def test_the_tokenizer_alone_asks_for_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **more: asked.update(more) or tmp_path)
+    write_folder(tmp_path)
+    load_tokenizer(NAME)
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
 
 
 def test_a_name_that_is_not_there_is_one_sentence(cache: Path) -> None:

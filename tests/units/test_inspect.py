@@ -30,7 +30,7 @@ def arguments(tmp_path: Path) -> list[str]:
     data = write_lines(tmp_path / "data", *lines)
     model = write_folder(tmp_path / "model")
     (model / "model.safetensors").unlink()  # no weights are read
-    return ["inspect", "--model", str(model), "--data", str(data), "--blas", "off", "--max-seq-length", "60"]
+    return ["inspect", "--model", str(model), "--data", str(data), "--max-seq-length", "60"]
 
 
 def test_targets_stand_in_brackets_where_there_is_no_colour(
@@ -76,7 +76,7 @@ def test_targets_are_coloured_on_a_terminal() -> None:
 def test_a_gguf_files_tokenizer_serves_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "data", conversation_line("a", "b"))
     path = write_gguf(tmp_path / "tiny.gguf")
-    assert main(["inspect", "--model", str(path), "--data", str(data), "--blas", "off"]) == 0
+    assert main(["inspect", "--model", str(path), "--data", str(data)]) == 0
     assert "[[b<|im_end|>]]" in capsys.readouterr().out
 
 

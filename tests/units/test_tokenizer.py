@@ -136,5 +136,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens(["<one>", "<more>"])
     tokenizer.save(str(path))
-    with pytest.raises(ValueError, match="must have at most the model's 260 tokens, got 262"):
+    with pytest.raises(ValueError, match=r"must have at most the model's 260 tokens, .* 261$"):
+        load_model(tmp_path)
+
+
+def test_a_token_whose_number_is_beyond_the_model_is_refused_though_there_are_few(tmp_path: Path) -> None:
+    """As many tokens as the model has, but one numbered 5,000,000: reading its embedding ends the process."""
+    path = write_folder(tmp_path) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"]["q"] = 5_000_000
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"at most the model's 260 tokens, .* got the number 5000000$"):
         load_model(tmp_path)
