@@ -1,7 +1,7 @@
 """Conversations and texts -> examples: tokens, and of each whether the model is trained to predict it.
 
-The whole conversation is tokenized once, as the model reads it, and a token is a target when it starts within
-a reply or is the token that ends its turn. Differs from reference/, which is handed the tokens.
+The whole conversation is tokenized once, as the model reads it, and a token is a target when some of it
+stands in a reply or it is the token that ends its turn. Differs from reference/, which is handed the tokens.
 """
 
 from __future__ import annotations
@@ -88,13 +88,17 @@ def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -
 
 
 def mark(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], everything: bool) -> Example:
-    """The tokens to the end of the last turn. Where no end-of-turn token stands there, EOS does."""
-    tokens, starts = tokenizer.encode_with_starts(whole)
+    """The tokens to the end of the last turn. Where no end-of-turn token stands there, EOS does.
+
+    A reply's first word may take along the space that the prompt ends with, so it is the end of a token that
+    counts; a token without characters counts where it stands.
+    """
+    tokens, starts, ends = tokenizer.encode_with_offsets(whole)
     is_target = [everything] * len(tokens)
     for turn in turns:
         end = end_of(turn, tokens, starts, tokenizer.stop_ids)
         for t in range(end):
-            is_target[t] |= starts[t] >= turn.start
+            is_target[t] |= ends[t] > turn.start or starts[t] >= turn.start
     is_ended = end > 0 and tokens[end - 1] in tokenizer.stop_ids
     eos = [] if is_ended else [tokenizer.eos_id]
     return Example((*tokens[:end], *eos), (*is_target[:end], *(True for _ in eos)))

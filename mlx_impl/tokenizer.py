@@ -54,7 +54,7 @@ class ChatTokenizer:
             return []
         said = text.rfind(PROBE[-1]["content"])
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        tokens, starts = self.encode_with_starts(text)
+        tokens, starts, _ = self.encode_with_offsets(text)
         return [t for t, start in zip(tokens, starts, strict=True) if start > said >= 0 and t in special][:1]
 
     def save(self, path: Path) -> None:
@@ -67,10 +67,14 @@ class ChatTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens, and the number of the character at which each starts."""
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """The tokens, and the numbers of the characters at which each starts and before which it ends."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return list(encoding.ids), [start for start, _ in encoding.offsets]
+        return (
+            list(encoding.ids),
+            [start for start, _ in encoding.offsets],
+            [end for _, end in encoding.offsets],
+        )
 
     def encode_text(self, text: str) -> list[int]:
         """A text that is no conversation: BOS where the tokenizer puts one, EOS; each once."""

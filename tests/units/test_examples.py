@@ -66,6 +66,10 @@ OPENS_THINKING = QWEN_3.replace("assistant\n' }}{% endif %}", "assistant\n<think
     "and loop.last", "and false"
 )
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+VICUNA = (  # the generation prompt ends in the space that the first word of the reply takes along
+    "{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else ' ') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 ENDS_LAST = NO_END + "{{ eos_token if messages[-1].role == 'assistant' }}"
 TOOLS = (
     "{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
@@ -146,6 +150,7 @@ CASES = {
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>»\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n«d<|im_end|>»",
     ),
+    "vicuna": (VICUNA, "user: a assistant: «b</s>»user: c assistant: «d</s>»"),
     "no token ends a turn": (NO_END, "user: a\n«assistant: b»\nuser: c\n«assistant: d</s>»"),
     "a token ends the last turn": (ENDS_LAST, "user: a\n«assistant: b»\nuser: c\n«assistant: d\n</s>»"),
 }
@@ -226,6 +231,13 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_is_served() -> None:
     assert example.tokens.count(id_of("<s>") or -1) == 2
     prompt = tokenizer.encode_prompt(chat("a", "b").messages[:1])
     assert list(example.tokens[: len(prompt)]) == prompt
+
+
+def test_a_word_that_takes_the_prompts_last_space_along_is_trained() -> None:
+    tokenizer = ChatTokenizer(sentence_piece(), VICUNA, "</s>", "<s>")
+    example = encode(tokenizer, chat("a", "b", "c", "dd"), "assistant")
+    trained = [t for t, is_target in zip(example.tokens, example.is_target, strict=True) if is_target]
+    assert [tokenizer.tokenizer.id_to_token(t) for t in trained] == ["▁b", "</s>", "▁d", "d", "</s>"]
 
 
 @pytest.mark.parametrize("targets", ["completion", "assistant", "all"])
