@@ -18,7 +18,7 @@ from .rows import Message
 Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_prompt
 
 TARGETS = ("completion", "assistant", "all")  # the last reply, every reply, every token
-PROBES = string.ascii_letters + string.digits + "".join(map(chr, range(0xE000, 0xE100)))
+PROBES = string.ascii_letters + string.digits + "".join(map(chr, range(0xE000, 0xF900)))  # of private use
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def changing_part(render: Render, whole: str, messages: Sequence[Message], i: in
 
     The other message is one letter that stands nowhere, so that it differs at both ends.
     """
-    probe = next(c for c in PROBES if c not in whole)
+    probe = next((c for c in PROBES if c not in whole), None)
+    if probe is None:
+        raise ValueError("a conversation must leave out one of U+E000-F8FF, a letter or a digit, and has all")
     for kept in ({"role": messages[i]["role"]}, messages[i]):  # without the tool calls, or with them
         try:
             other = render([*messages[:i], {**kept, "content": probe}, *messages[i + 1 :]], False)

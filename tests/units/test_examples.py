@@ -5,6 +5,7 @@ The expected targets are written by hand in the rendered text, between « and »
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -215,6 +216,14 @@ def test_system_and_tool_messages_are_never_targets_and_calls_are() -> None:
 def test_an_odd_reply_is_trained_to_its_end(reply: str) -> None:
     text = marked(tokenizer_for(CHATML), chat("a", reply), "completion")
     assert text == f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«{reply}<|im_end|>»"
+
+
+def test_a_text_with_every_probe_is_refused_and_named() -> None:
+    taken = string.ascii_letters + string.digits + "".join(map(chr, range(0xE000, 0xF8FF)))
+    row = chat("a", taken)
+    assert "\uf8ff" not in marked(tokenizer_for(CHATML), row, "completion")
+    with pytest.raises(ValueError, match=r"^data\.jsonl:1: a conversation must leave out one of U"):
+        encode(tokenizer_for(CHATML), chat("a", taken + "\uf8ff"), "completion")
 
 
 def test_a_reply_that_the_template_trims_is_found() -> None:
