@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -106,9 +107,7 @@ def build_model(
 ) -> CausalLM:
     require_sizes(config, weights, path)
     model = CausalLM(config)
-    if config.tie_word_embeddings:  # some files store the embedding twice
-        weights = {name: array for name, array in weights.items() if not name.startswith("lm_head.")}
-        packings = {name: packing for name, packing in packings.items() if name != "lm_head"}
+    weights, packings = without_stored_head(weights, config), without_stored_head(packings, config)
     try:
         quantized.pack(model, packings)
     except ValueError as error:
@@ -118,6 +117,13 @@ def build_model(
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
     return model
+
+
+def without_stored_head(named: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What the model uses: some files of tied models store the embedding a second time, as lm_head."""
+    if not config.tie_word_embeddings:
+        return named
+    return {name: value for name, value in named.items() if name.partition(".")[0] != "lm_head"}
 
 
 def require_sizes(config: ModelConfig, weights: dict[str, mx.array], path: Path) -> None:

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .adapters import load_adapter
-from .checkpoint import LoadedModel
+from .checkpoint import LoadedModel, without_stored_head
 from .files import read_json_object, require_new_folder, whole_folder
 from .formats.gguf_file import read_container
 from .formats.gguf_vocabulary import read_vocabulary
@@ -123,7 +123,7 @@ class Fusion:
 
     def tensors(self) -> Iterator[tuple[str, mx.array]]:
         for stored in stored_tensors(self.loaded):
-            for name, array in stored.items():
+            for name, array in without_stored_head(stored, self.loaded.model.config).items():
                 fused = self.fused(name, array)
                 if fused is not None:
                     yield name, fused

@@ -162,6 +162,18 @@ def test_dequantized_the_update_survives_and_nothing_is_quantized(tmp_path: Path
     assert "quantization" not in (tmp_path / "fused" / "config.json").read_text()
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_the_head_that_a_tied_base_stores_besides_is_left_out(tmp_path: Path, dequantize: bool) -> None:
+    base = quantize_folder(tmp_path / "base", {**FOUR_BITS, "lm_head": 4})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    adapter = write_adapter(base, tmp_path / "adapter")
+    fuse(load_model(base), adapter, tmp_path / "fused", dequantize)
+    heads = [{n for n in stored(folder) if "lm_head" in n} for folder in (base, tmp_path / "fused")]
+    assert len(heads[0]) == 3 and not heads[1]
+    assert load_model(tmp_path / "fused").model(TOKENS).shape == (2, 4, config["vocab_size"])
+
+
 def test_a_gguf_base_becomes_a_folder_in_float32_with_its_tokenizer(tmp_path: Path) -> None:
     base = write_gguf(tmp_path / "tiny.gguf")
     adapter = write_adapter(base, tmp_path / "adapter")
