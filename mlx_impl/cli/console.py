@@ -17,9 +17,16 @@ from rich.text import Text
 Item = TypeVar("Item")
 
 
+class PipedConsole(Console):
+    """A console whose reader may leave: rich would end the program with 1, `__main__` knows better."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def make_console(stderr: bool) -> Console:
     """Of standard output or standard error; lines are left as long as they are."""
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    return PipedConsole(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
 
 
 def working(text: str, console: Console) -> AbstractContextManager[object]:

@@ -55,6 +55,23 @@ def train(common: list[str], folder: Path, *flags: str) -> list[str]:
     return ["train", *common, "--adapter-path", str(folder), "--rank", "2", "--iters", "12", *flags]
 
 
+@pytest.mark.parametrize("command", ["inspect", "train"])
+def test_a_reader_who_has_enough_ends_it_as_sigpipe_would(
+    common: list[str], tmp_path: Path, command: str
+) -> None:
+    """`| head` closes its end of the pipe."""
+    arguments = train(common, tmp_path / "run") if command == "train" else [command, *common]
+    whole = [sys.executable, "-m", "mlx_impl", *arguments]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        if command == "train":
+            assert process.stdout.readline()  # of the BLAS, which the console does not print
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
+    assert b"rror" not in error and b"Broken" not in error
+
+
 def test_a_terminal_has_a_bar_and_colours(common: list[str], tmp_path: Path) -> None:
     written = on_a_terminal(train(common, tmp_path / "run"))
     assert "12/12" in written and movements(written) > {"m", "K"}
