@@ -67,8 +67,8 @@ def parse_conversation(line: str, where: str) -> Conversation:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not a line of JSON: {error}") from None
     try:
-        if "\\u" in line:
-            require_unicode(row)
+        if "\\u" in line and not is_text(json.dumps(row, ensure_ascii=False)):  # JSON can spell half a pair
+            raise ValueError("texts must be Unicode, and one has half a surrogate pair")
         return conversation_of(row, where)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -127,14 +127,12 @@ def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
     return tuple(tools) or None
 
 
-def require_unicode(row: Any) -> None:
-    """JSON can spell half a surrogate pair, which no tokenizer reads."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("texts must be Unicode, and one has half a surrogate pair") from None
-
-
 def is_text(value: object) -> bool:
-    """A string that is Unicode."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    """A string that is Unicode, without half a surrogate pair, which no tokenizer reads."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from .rows import Message
 
@@ -76,5 +75,12 @@ def changing_part(render: Render, whole: str, messages: Sequence[Message], i: in
 
 
 def same_before(one: str, other: str) -> int:
-    """How many characters both texts begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    """How many characters both texts begin with, by bisection: the first `least` are the same in both."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least

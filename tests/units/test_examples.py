@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from mlx_impl.examples import encode, encode_all, encode_file
 from mlx_impl.rows import Conversation
 from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.turns import same_before
 
 SPECIAL = [
     "<s>",
@@ -216,6 +217,12 @@ def test_system_and_tool_messages_are_never_targets_and_calls_are() -> None:
 def test_an_odd_reply_is_trained_to_its_end(reply: str) -> None:
     text = marked(tokenizer_for(CHATML), chat("a", reply), "completion")
     assert text == f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«{reply}<|im_end|>»"
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("one", "other"), [("", ""), ("x", ""), ("", "y"), ("x", "y"), ("xa", "ya")])
+def test_two_texts_begin_with_what_they_share(length: int, one: str, other: str) -> None:
+    assert same_before("ab" * length + one, "ab" * length + other) == 2 * length
 
 
 def test_a_text_with_every_probe_is_refused_and_named() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_impl.rows import MAX_LINE_BYTES, Conversation, read_conversations
+from mlx_impl.rows import MAX_LINE_BYTES, Conversation, is_text, read_conversations
 from tests.tiny_folder import conversation_line
 
 USER = {"role": "user", "content": "Hi?"}
@@ -114,3 +114,8 @@ def test_a_line_separator_inside_a_text_does_not_end_a_line(tmp_path: Path) -> N
     path.write_text('\ufeff{"text": "a\u2028b"}\r\n', encoding="utf-8", newline="")
     (conversation,) = read_conversations(path)
     assert conversation.text == "a\u2028b"
+
+
+def test_a_text_is_a_string_of_whole_characters() -> None:
+    assert all(map(is_text, ["", "a", "é😀", "\ud7ff\ue000"]))
+    assert not any(map(is_text, ["a\ud800", "\udfffa", "\ud83d\ude00", None, b"a"]))
