@@ -2,7 +2,8 @@
 
 A quantized W lies on its grid scale * q + bias. On that grid W + dW, rounded, is no farther from W + dW than
 W is; a grid fitted to W + dW can be finer, and can move every weight of the group by more than dW does. So
-each group takes the grid on which its squared error is smaller. (mlx-lm always takes a new one.)
+each group takes the grid on which its squared error is smaller. (mlx-lm always takes a new one.) Letters
+of its own: C groups a row, of L weights each.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ Parts = tuple[mx.array, mx.array, mx.array]  # numbers, packed or not; scales, b
 
 def requantize(weight_OI: mx.array, base: nn.QuantizedLinear, dtype: mx.Dtype) -> Parts:
     """In the base's groups and bits, with scales and biases of this type."""
-    groups_OGS = weight_OI.reshape(weight_OI.shape[0], -1, base.group_size)
+    groups_OCL = weight_OI.reshape(weight_OI.shape[0], -1, base.group_size)
     _, new_scales, new_biases = mx.quantize(weight_OI.astype(dtype), base.group_size, base.bits)
-    old = on_grid(groups_OGS, base.scales, base.biases, base.bits)
-    new = on_grid(groups_OGS, new_scales, new_biases, base.bits)
-    is_old_OG1 = squared_errors(groups_OGS, *old) <= squared_errors(groups_OGS, *new)
-    q, scales, biases = (mx.where(is_old_OG1, a, b) for a, b in zip(old, new, strict=True))
+    old = on_grid(groups_OCL, base.scales, base.biases, base.bits)
+    new = on_grid(groups_OCL, new_scales, new_biases, base.bits)
+    is_old_OC1 = squared_errors(groups_OCL, *old) <= squared_errors(groups_OCL, *new)
+    q, scales, biases = (mx.where(is_old_OC1, a, b) for a, b in zip(old, new, strict=True))
     words = pack(q.reshape(weight_OI.shape), base.bits)
     return words, scales[..., 0].astype(dtype), biases[..., 0].astype(dtype)
 
 
-def on_grid(groups_OGS: mx.array, scales_OG: mx.array, biases_OG: mx.array, bits: int) -> Parts:
+def on_grid(groups_OCL: mx.array, scales_OC: mx.array, biases_OC: mx.array, bits: int) -> Parts:
     """The q in 0 .. 2**bits - 1 for which scale * q + bias is nearest, 0 where the scale is; and the grid."""
-    scale_OG1, bias_OG1 = (part.astype(mx.float32)[..., None] for part in (scales_OG, biases_OG))
-    divisor_OG1 = mx.where(scale_OG1 == 0, mx.inf, scale_OG1)
-    q_OGS = mx.clip(mx.round((groups_OGS - bias_OG1) / divisor_OG1), 0, 2**bits - 1)
-    return q_OGS, scale_OG1, bias_OG1
+    scale_OC1, bias_OC1 = (part.astype(mx.float32)[..., None] for part in (scales_OC, biases_OC))
+    divisor_OC1 = mx.where(scale_OC1 == 0, mx.inf, scale_OC1)
+    q_OCL = mx.clip(mx.round((groups_OCL - bias_OC1) / divisor_OC1), 0, 2**bits - 1)
+    return q_OCL, scale_OC1, bias_OC1
 
 
 def squared_errors(
-    groups_OGS: mx.array, q_OGS: mx.array, scale_OG1: mx.array, bias_OG1: mx.array
+    groups_OCL: mx.array, q_OCL: mx.array, scale_OC1: mx.array, bias_OC1: mx.array
 ) -> mx.array:
-    return mx.square(scale_OG1 * q_OGS + bias_OG1 - groups_OGS).sum(axis=-1, keepdims=True)
+    return mx.square(scale_OC1 * q_OCL + bias_OC1 - groups_OCL).sum(axis=-1, keepdims=True)
 
 
 def pack(q_OI: mx.array, bits: int) -> mx.array:
