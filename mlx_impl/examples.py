@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from .config import require_choice
 from .data import Example
-from .rows import Conversation
+from .rows import Conversation, Message
 from .tokenizer import ChatTokenizer
 from .turns import TARGETS, Turn, find_turns
 
@@ -81,10 +82,31 @@ def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -
     render = partial(tokenizer.render, tools=conversation.tools)
     try:
         whole = render(conversation.messages, False)
+        require_tools_shown(tokenizer, whole, conversation)
         turns = find_turns(render, whole, conversation.messages, every=targets == "assistant")
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from None
     return mark(tokenizer, whole, turns, everything=targets == "all")
+
+
+def require_tools_shown(tokenizer: ChatTokenizer, whole: str, conversation: Conversation) -> None:
+    """ValueError where the text is the same without the tools, or without the calls of a message."""
+    messages, tools = conversation.messages, conversation.tools
+    without: dict[str, tuple[Sequence[Message], Sequence[dict[str, Any]] | None]] = {}
+    if tools:
+        without['"tools"'] = messages, None
+    for i, message in enumerate(messages):
+        if message.get("tool_calls"):
+            silent = {key: value for key, value in message.items() if key != "tool_calls"}
+            others = [*messages[:i], silent, *messages[i + 1 :]]
+            without[f'the "tool_calls" of message {i + 1}'] = others, tools
+    for name, (said, described) in without.items():
+        try:
+            other = tokenizer.render(said, False, tools=described)
+        except ValueError:  # such as a template that needs a call before what a tool says
+            continue
+        if other == whole:
+            raise ValueError(f"the chat template must show {name}, and does not")
 
 
 def mark(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], everything: bool) -> Example:

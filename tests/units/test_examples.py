@@ -213,6 +213,43 @@ def test_system_and_tool_messages_are_never_targets_and_calls_are() -> None:
     )
 
 
+SHOWS_NO_TOOLS = TOOLS.replace("{{ tools | tojson }}", "")
+CALLS_IN_SILENCE = CHATML.replace("m.content", "m.content | string")  # null is shown as None
+SHOWS_SILENT_CALLS = TOOLS.replace("m.tool_calls or []", "([] if m.content else m.tool_calls or [])")
+
+
+@pytest.mark.parametrize(
+    ("template", "hidden"),
+    [
+        (SHOWS_NO_TOOLS, '"tools"'),
+        (CALLS_IN_SILENCE, '"tools"'),
+        (TOOLS.replace("m.tool_calls", "none"), 'the "tool_calls" of message 2'),
+        (
+            TOOLS.replace("m.content or ''", "m.content | string").replace("m.tool_calls", "none"),
+            "of message 2",
+        ),
+        (SHOWS_SILENT_CALLS, 'the "tool_calls" of message 4'),
+    ],
+)
+@pytest.mark.parametrize("targets", ["completion", "assistant", "all"])
+def test_tools_and_calls_that_the_template_hides_are_an_error(
+    template: str, hidden: str, targets: str
+) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "now"}]}
+    answer, user = {"role": "tool", "content": "noon"}, {"role": "user", "content": "a"}
+    messages: tuple[dict[str, Any], ...] = (user, call, answer, {**call, "content": "b"}, answer, {**call})
+    conversation = Conversation(messages, None, "data.jsonl:7", tools=({"name": "now"},))
+    with pytest.raises(ValueError, match=r"^data\.jsonl:7: the chat template must show .*" + hidden):
+        encode(tokenizer_for(template), conversation, targets)
+
+
+def test_a_template_that_shows_calls_serves_them_without_tools() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "now"}]}
+    conversation = Conversation(({"role": "user", "content": "a"}, call), None, "data.jsonl:1")
+    text = marked(tokenizer_for(SHOWS_NO_TOOLS), conversation, "completion")
+    assert text.endswith("assistant\n«call now<|im_end|>»")
+
+
 @pytest.mark.parametrize("reply", ["", " b ", "\n", "a", "assistant", "é😀", "b<|im_end|>c"])
 def test_an_odd_reply_is_trained_to_its_end(reply: str) -> None:
     text = marked(tokenizer_for(CHATML), chat("a", reply), "completion")
