@@ -17,7 +17,8 @@ from .rows import Message
 Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_prompt
 
 TARGETS = ("completion", "assistant", "all")  # the last reply, every reply, every token
-PROBES = string.ascii_letters + string.digits + "".join(map(chr, range(0xE000, 0xF900)))  # of private use
+# Private use first: a template has no such character of its own, which would count as a second reply.
+PROBES = "".join(map(chr, range(0xE000, 0xF900))) + string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def prompt_length(render: Render, whole: str, before: Sequence[Message]) -> int 
 def changing_part(render: Render, whole: str, messages: Sequence[Message], i: int) -> tuple[int, int] | None:
     """Start and end of what message i is in the rendering; None where nothing depends on it.
 
-    The other message is one letter that stands nowhere, so that it differs at both ends.
+    The other message is one character that stands nowhere, so that it differs at both ends. ValueError for a
+    template that repeats it: between the two may stand what others said.
     """
     probe = next((c for c in PROBES if c not in whole), None)
     if probe is None:
@@ -67,7 +69,9 @@ def changing_part(render: Render, whole: str, messages: Sequence[Message], i: in
             other = render([*messages[:i], {**kept, "content": probe}, *messages[i + 1 :]], False)
         except ValueError:
             continue
-        if probe in other:
+        if (times := other.count(probe)) > 1:
+            raise ValueError(f"the chat template must show message {i + 1} once, and shows it {times} times")
+        if times == 1:
             start = same_before(whole, other)
             same_after = same_before(whole[start:][::-1], other[start:][::-1])
             return start, len(whole) - same_after

@@ -250,6 +250,18 @@ def test_a_template_that_shows_calls_serves_them_without_tools() -> None:
     assert text.endswith("assistant\n«call now<|im_end|>»")
 
 
+REPEATS = CHATML.replace("{% for", "{{ 'last: ' + messages[-1].content + '\n' }}{% for", 1)
+
+
+@pytest.mark.parametrize("targets", ["completion", "assistant", "all"])
+def test_a_template_that_repeats_a_reply_is_an_error(targets: str) -> None:
+    """What lies between the two, the user's words, would be of the reply."""
+    with pytest.raises(
+        ValueError, match=r"^data\.jsonl:1: .* must show message 4 once, and shows it 2 times"
+    ):
+        encode(tokenizer_for(REPEATS), chat("a", "b", "c", "d"), targets)
+
+
 @pytest.mark.parametrize("reply", ["", " b ", "\n", "a", "assistant", "é😀", "b<|im_end|>c"])
 def test_an_odd_reply_is_trained_to_its_end(reply: str) -> None:
     text = marked(tokenizer_for(CHATML), chat("a", reply), "completion")
