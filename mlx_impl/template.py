@@ -3,7 +3,8 @@
 Source: the conventions of Hugging Face's `apply_chat_template`: what a template is given (`messages`,
 `tools`, `add_generation_prompt`, special tokens, `raise_exception`, `strftime_now`), `tojson` without HTML
 escapes, loop controls, the tag `generation`, several templates by name. A template is somebody else's
-program: it reaches nothing outside, and its steps are counted, so that it ends.
+program: it reaches nothing outside, and its steps are counted, so that it ends; how
+long what it makes may be, and what of it is not bounded, says template_limits.py.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .rows import Message, is_text
+from .template_limits import FILTERS, bounded, bounded_method, concatenated, operate
 
 MAX_STEPS = 1_000_000  # rounds of loops and calls of one rendering, about a second
-MAX_PRODUCT = 2**24  # what `*` may come to, also as the length of a text
 
 
 class GenerationTag(Extension):
@@ -40,20 +41,26 @@ class GenerationTag(Extension):
 class CountedSandbox(ImmutableSandboxedEnvironment):
     """A sandbox that stops a program after a number of steps: nested loops and macros end too."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    concat = staticmethod(concatenated)
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-        )
+        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.steps = 0
-        self.filters |= {"tojson": to_json, "counted": self.counted}
+        self.filters |= {"tojson": to_json}
+        self.filters |= {name: bounded(length, self.filters[name]) for name, length in FILTERS.items()}
+        self.filters |= {"counted": self.counted, "concatenated": concatenated}
+        del self.globals["lipsum"]
         self.globals |= {"raise_exception": refuse, "strftime_now": now().strftime}
 
     def compile_counted(self, source: str) -> jinja2.Template:
         tree = self.parse(source)
         for loop in tree.find_all(nodes.For):
             loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        for concat in tree.find_all(nodes.Concat):
+            parts = nodes.List(concat.nodes, lineno=concat.lineno)
+            concat.nodes = [nodes.Filter(parts, "concatenated", [], [], None, None, lineno=concat.lineno)]
         return self.from_string(tree)
 
     def spend(self) -> None:
@@ -66,15 +73,12 @@ class CountedSandbox(ImmutableSandboxedEnvironment):
             self.spend()
             yield item
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.spend()
-        return super().call(*args, **kwargs)
+        return super().call(context, bounded_method(function), *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        a, b = (len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right))
-        if operator == "**" or a * b > MAX_PRODUCT:
-            raise jinja2.TemplateError(f"it takes a power, or a product beyond {MAX_PRODUCT}")
-        return left * right
+        return operate(operator, left, right)
 
 
 class ChatTemplate:

@@ -91,3 +91,51 @@ def test_whatever_a_template_does_wrong_is_one_sentence_soon(source: str, reason
         ValueError, match=rf"^the chat template refuses the messages: [^\n]*({reason})[^\n]*$"
     ):
         rendered(source)
+
+
+DOUBLING = "{% set s = namespace(x='ab') %}{% for i in range(40) %}{% set s.x = WHAT %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' | center(3000000000) | length }}",
+        "{{ 'a'.ljust(3000000000) | length }}",
+        "{{ 'a\nb' | indent(3000000000) | length }}",
+        "{{ [1] | batch(3000000000, 0) | list | length }}",
+        "{{ ('%3000000000d' % 1) | length }}",
+        "{{ ('%*d' % (3000000000, 1)) | length }}",
+        "{{ '%.3000000000f' | format(1) | length }}",
+        "{{ '{:>3000000000}'.format(1) | length }}",
+        "{{ '{:{}}'.format(1, 3000000000) | length }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999) | length }}",
+        "{{ (['a' * 9999] * 9999) | join | length }}",
+        "{{ ''.join(['a' * 9999] * 9999) | length }}",
+        "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
+        "{% for i in range(99999) %}" + "text " * 999 + "{% endfor %}",
+        "{% macro f() %}{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}{% endmacro %}{{ f() }}",
+        DOUBLING.replace("WHAT", "s.x + s.x"),
+        DOUBLING.replace("WHAT", "s.x ~ s.x"),
+        DOUBLING.replace("WHAT", "[s.x] + [s.x]").replace("'ab'", "[1]").replace("[s.x]", "s.x"),
+    ],
+)
+def test_what_a_template_makes_is_bounded(source: str) -> None:
+    with pytest.raises(ValueError, match=r"it makes something longer than 16777216$"):
+        rendered(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 'a' | center(3) }}{{ 'a'.rjust(2) }}{{ 7.25 | round(1) }}", " a  a7.2"),
+        ("{{ '%s is %02d' % ('a', 1700000000) }}{{ '%5.1f' | format(2) }}", "a is 1700000000  2.0"),
+        ("{{ '{{{}}}: {:>3}'.format(1700000000, 'b') }}", "{1700000000}:   b"),
+        ("{{ 'a' ~ 1 ~ ('b' ~ none) }}{{ nothing ~ 'c' }}{{ [1] + [2] }}{{ nothing }}", "a1bNonec[1, 2]"),
+        ("{{ messages | map(attribute='role') | join(', ') }}", "user, assistant"),
+        ("{{ 'a-b'.replace('-', '+') | replace('+', '/') }}{{ 'a\nb' | indent(1) }}", "a/ba\n b"),
+        ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(f(7 % 4)) }}", "<<3>>"),
+        ("{% macro f(context, function) %}{{ function }}{% endmacro %}{{ f(context=1, function=2) }}", "2"),
+    ],
+)
+def test_what_is_not_long_is_as_jinja_makes_it(source: str, text: str) -> None:
+    assert rendered(source) == text
