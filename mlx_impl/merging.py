@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 
 from .lora import LoRALinear, lora_layers
 from .model import CausalLM
-from .quantized import dense_weight_OI
+from .quantized import dense_weight_OI, with_weight
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Merged:
     """What `merge` took out of the model, and what the rounding did to it."""
 
     layers: dict[str, LoRALinear]
-    plain: dict[str, nn.Linear]  # what stands in their place
+    plain: dict[str, nn.Module]  # what stands in their place
     rounding: float  # |(W' - W) - dW| / |dW|, Frobenius norms over all layers
 
 
@@ -34,7 +34,7 @@ def merge(model: CausalLM) -> Merged:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("a model must carry an adapter to be merged, got one without")
-    plain: dict[str, nn.Linear] = {}
+    plain: dict[str, nn.Module] = {}
     lost, whole = mx.array(0.0), mx.array(0.0)
     for name, layer in layers.items():
         weight_OI = dense_weight_OI(layer.linear).astype(mx.float32)
@@ -45,6 +45,7 @@ def merge(model: CausalLM) -> Merged:
         lost += mx.square(merged_OI.astype(mx.float32) - weight_OI - delta_OI).sum()
         whole += mx.square(delta_OI).sum()
         plain[name] = with_weight(layer.linear, merged_OI)
+        plain[name].freeze()
     model.update_modules(tree_unflatten(list(plain.items())))
     return Merged(layers, plain, (lost / whole).item() ** 0.5 if whole.item() else 0.0)
 
@@ -57,13 +58,3 @@ def unmerge(model: CausalLM, merged: Merged) -> None:
             raise ValueError(f"only the model that was merged can be unmerged, and {name} is another")
     model.update_modules(tree_unflatten(list(merged.layers.items())))
     model.train(model.training)  # they may have missed a change of mode
-
-
-def with_weight(linear: nn.Linear, weight_OI: mx.array) -> nn.Linear:
-    """A frozen linear with this weight and the other's bias."""
-    new = nn.Linear(1, 1, bias="bias" in linear)
-    new.weight = weight_OI
-    if "bias" in linear:
-        new.bias = linear.bias
-    new.freeze()
-    return new

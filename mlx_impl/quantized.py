@@ -14,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from .files import one_line
+
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
@@ -51,7 +53,7 @@ def pack(model: nn.Module, packings: dict[str, Packing]) -> None:
         except (KeyError, AttributeError):
             raise ValueError(f"only linears and embeddings can be quantized, and {name} is none") from None
         except (ValueError, TypeError) as error:  # TypeError for a number that no machine word holds
-            raise ValueError(f"{name} cannot have weights of {packing}: {first_line(error)}") from None
+            raise ValueError(f"{name} cannot have weights of {packing}: {one_line(error)}") from None
     model.update_modules(tree_unflatten(packed))
 
 
@@ -60,14 +62,17 @@ def dequantize(model: nn.Module) -> None:
     plain = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            weight = dense_weight_OI(module)
-            new = nn.Embedding(1, 1) if isinstance(module, nn.QuantizedEmbedding) else nn.Linear(1, 1, False)
-            new.weight = weight
-            if "bias" in module:
-                new.bias = module.bias
-            plain.append((name, new))
+            plain.append((name, with_weight(module, dense_weight_OI(module))))
     model.update_modules(tree_unflatten(plain))
 
 
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def with_weight(module: nn.Module, weight_OI: mx.array) -> nn.Linear | nn.Embedding:
+    """A plain linear or embedding with this weight in full, and the bias that the module has."""
+    if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+        new: nn.Linear | nn.Embedding = nn.Embedding(1, 1)
+    else:
+        new = nn.Linear(1, 1, bias=False)
+    new.weight = weight_OI
+    if "bias" in module:
+        new.bias = module.bias
+    return new

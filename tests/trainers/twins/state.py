@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_impl.lora import lora_layers
-from mlx_impl.merging import Merged, merge, with_weight
+from mlx_impl.merging import Merged, merge
+from mlx_impl.quantized import with_weight
 from mlx_impl.state import restore, snapshot
 from mlx_impl.train import begin_update
 from tests.trainers.mlx_impl import MlxTrainer
