@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import LoRAConfig
 from .model import CausalLM
+from .projection import LowRank
 from .quantized import dense_weight_OI, shape_OI
 from .recompute import random_key
 from .targets import select_targets
@@ -37,7 +38,10 @@ class Dropout(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
+    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O).
+
+    This says what is computed; `projection.py` computes the same for linears that share an input, faster.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -50,8 +54,18 @@ class LoRALinear(nn.Module):
         self.scale = scale
 
     def __call__(self, x_BTI: mx.array) -> mx.array:
-        update_BTO = (self.dropout(x_BTI) @ self.lora_a) @ self.lora_b
-        return self.linear(x_BTI) + self.scale * update_BTO
+        return self.linear(x_BTI) + self.scale * self.update_BTO(x_BTI)
+
+    def update_BTO(self, x_BTI: mx.array) -> mx.array:
+        """The factors are float32, and rounded to the type that the model computes in."""
+        a_IR, b_RO = self.lora_a.astype(x_BTI.dtype), self.lora_b.astype(x_BTI.dtype)
+        return (self.dropout(x_BTI) @ a_IR) @ b_RO
+
+    def low_rank(self) -> LowRank | None:
+        """What `project` computes with; None where only `__call__` will do: dropout, packed weights."""
+        if (self.training and self.dropout.p > 0) or not type(self.linear) is nn.Linear:
+            return None
+        return LowRank(self.linear.weight, self.linear.get("bias"), self.lora_a, self.lora_b, self.scale)
 
     def delta_OI(self) -> mx.array:
         """What the adapter adds to the base weight."""
@@ -66,10 +80,12 @@ class DoRALinear(LoRALinear):
         self.magnitude = mx.linalg.norm(dense_weight_OI(linear), axis=1)
 
     def __call__(self, x_BTI: mx.array) -> mx.array:
-        update_BTO = (self.dropout(x_BTI) @ self.lora_a) @ self.lora_b
-        direction_BTO = x_BTI @ dense_weight_OI(self.linear).T + self.scale * update_BTO
+        direction_BTO = x_BTI @ dense_weight_OI(self.linear).T + self.scale * self.update_BTO(x_BTI)
         y_BTO = self.magnitude / self.length_O() * direction_BTO
         return y_BTO + self.linear.bias if "bias" in self.linear else y_BTO
+
+    def low_rank(self) -> None:
+        return None
 
     def length_O(self) -> mx.array:
         return mx.stop_gradient(mx.linalg.norm(dense_weight_OI(self.linear) + super().delta_OI(), axis=1))

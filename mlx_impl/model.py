@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from . import ops
 from .config import ModelConfig
+from .projection import project
 from .recompute import recomputed
 from .view import View, view_of
 
@@ -90,16 +91,17 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
         B, T, _ = x_BTD.shape
-        q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
-        k_BGSK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
-        v_BGSK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+        q_BHTK, k_BGSK, v_BGSK = (
+            y_BTO.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+            for y_BTO in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.qk_norm:
             q_BHTK, k_BGSK = self.q_norm(q_BHTK), self.k_norm(k_BGSK)
         q_BHTK, k_BGSK = view.turn(q_BHTK, self.frequency_P), view.turn(k_BGSK, self.frequency_P)
         if cache:
             k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
         mix_BHTK = view.attend(q_BHTK, k_BGSK, v_BGSK)
-        return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
+        return project(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1), self.o_proj)[0]
 
 
 class FeedForward(nn.Module):
@@ -113,7 +115,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=False)
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
-        return self.down_proj(ops.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate_BTF, up_BTF = project(x_BTD, self.gate_proj, self.up_proj)
+        return project(ops.gated(gate_BTF, up_BTF), self.down_proj)[0]
 
 
 class Block(nn.Module):

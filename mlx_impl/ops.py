@@ -46,13 +46,32 @@ def masked_attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_
     return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask=mask_B1TS)
 
 
+def exp(x: mx.array) -> mx.array:
+    """e^x. On a CPU `mx.power(e, x)` is as exact as `mx.exp` and nearly three times as fast."""
+    return mx.exp(x) if mx.default_device() == mx.gpu else mx.power(mx.array(math.e, x.dtype), x)
+
+
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x) = x / (1 + e^-x).
 
-    On a CPU `mx.power(e, x)` is as exact as `mx.exp` and nearly three times as fast. The exponent is capped
-    before float32 overflows, because the gradient of x / infinity is not a number.
+    The exponent is capped before float32 overflows, because the gradient of x / infinity is not a number.
     """
-    return x / (1 + mx.power(math.e, mx.minimum(-x, MAX_EXPONENT)))
+    return x / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
+
+
+@mx.custom_function
+def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    """silu(gate) * up, of which only gate and up are kept for the gradient."""
+    return silu(gate_BTF) * up_BTF
+
+
+@gated.vjp
+def _gated_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    """d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate)."""
+    gate_BTF, up_BTF = primals
+    s_BTF = 1 / (1 + exp(mx.minimum(-gate_BTF, MAX_EXPONENT)))
+    gated_s_BTF = gate_BTF * s_BTF
+    return d_BTF * up_BTF * (s_BTF + gated_s_BTF * (1 - s_BTF)), d_BTF * gated_s_BTF
 
 
 def logsumexp(x_NV: mx.array) -> mx.array:

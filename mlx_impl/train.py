@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 from .config import TrainConfig
 from .data import Batch, Window, target_positions
 from .guard import FiniteGuard
-from .loss import next_token_nats
+from .loss import head_nats
 from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
 
@@ -53,7 +53,7 @@ def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     """The sum of nats over the targets, which is differentiated, and their number."""
     inputs_BT, positions_N, targets_N, mask_N, *segments = arrays  # segments where rows are packed
     x_ND = model.model(inputs_BT, None, *segments).flatten(0, 1)[positions_N]  # the head only at targets
-    return next_token_nats(model.head(x_ND), targets_N, mask_N)
+    return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
 
 
 def begin_update(optimizer: LoRAOptimizer, step: int, config: TrainConfig) -> None:
