@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
 
     def low_rank(self) -> LowRank | None:
         """What `project` computes with; None where only `__call__` will do: dropout, packed weights."""
-        if (self.training and self.dropout.p > 0) or not type(self.linear) is nn.Linear:
+        if (self.training and self.dropout.p > 0) or type(self.linear) is not nn.Linear:
             return None
         return LowRank(self.linear.weight, self.linear.get("bias"), self.lora_a, self.lora_b, self.scale)
 

@@ -14,8 +14,9 @@ import math
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .config import TrainConfig
 
@@ -39,7 +40,10 @@ class AdamW(mlx.optimizers.AdamW):
 
 
 class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
-    """One optimizer for A and one for the other factors, which LoRA+ lets learn `ratio` times as fast."""
+    """One optimizer for A and one for the other factors, which LoRA+ lets learn `ratio` times as fast.
+
+    Factors of a kind are one vector to it, named by its kind, and so are their moments.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         kind = {"adamw": AdamW, "sgd": mlx.optimizers.SGD}[config.optimizer]
@@ -47,9 +51,38 @@ class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
         super().__init__(both, [lambda name, _: name.endswith("lora_a")])
         self.ratio = config.loraplus_lr_ratio
 
+    def init(self, parameters: Any) -> None:
+        super().init(as_vectors(parameters))
+
+    def update(self, model: nn.Module, gradients: Any) -> dict[str, mx.array]:
+        """Step, put the new factors into the model, and return them as vectors."""
+        factors = model.trainable_parameters()
+        vectors = self.apply_gradients(as_vectors(gradients), as_vectors(factors))
+        model.update(as_factors(vectors, factors))
+        return vectors
+
     def set_learning_rate(self, learning_rate: float) -> None:
         slow, fast = self.optimizers
         slow.learning_rate, fast.learning_rate = learning_rate, self.ratio * learning_rate
+
+
+def as_vectors(factors: Any) -> dict[str, mx.array]:
+    """All A as one vector, all B as another: a step is a few operations, not a few on each of hundreds."""
+    arrays: dict[str, list[mx.array]] = {}
+    for name, array in tree_flatten(factors):
+        arrays.setdefault(name.rpartition(".")[2], []).append(array.flatten())
+    return {kind: mx.concatenate(of_kind) for kind, of_kind in arrays.items()}
+
+
+def as_factors(vectors: dict[str, mx.array], like: Any) -> Any:
+    """The vectors cut up again, as views: the inverse of `as_vectors(like)`."""
+    cut, start = [], dict.fromkeys(vectors, 0)
+    for name, array in tree_flatten(like):
+        kind = name.rpartition(".")[2]
+        end = start[kind] + array.size
+        cut.append((name, vectors[kind][start[kind] : end].reshape(array.shape)))
+        start[kind] = end
+    return tree_unflatten(cut)
 
 
 def learning_rate_of(step: int, config: TrainConfig) -> float:

@@ -16,14 +16,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from .config import TrainConfig
 from .data import Batch, Window, target_positions
 from .guard import FiniteGuard
 from .loss import head_nats
 from .model import CausalLM, in_evaluation
-from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
+from .optim import LoRAOptimizer, as_vectors, clip_gradients, learning_rate_of
 
 Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N and, of packed rows, segment_BT
 Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)
@@ -56,6 +56,11 @@ def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
 
 
+def in_vectors(sums: Sums) -> Sums:
+    """The gradients of all A as one vector, of all B as another."""
+    return sums[0], as_vectors(sums[1])
+
+
 def begin_update(optimizer: LoRAOptimizer, step: int, config: TrainConfig) -> None:
     """Learning rate and random numbers of an update follow from its number alone, as its examples do."""
     optimizer.set_learning_rate(learning_rate_of(step, config))
@@ -79,8 +84,8 @@ def apply_mean(
     (nats, num_targets), grads = sums
     mean_grads = tree_map(lambda grad: grad / num_targets, grads)  # once, over everything
     clipped, norm = clip_gradients(mean_grads, max_grad_norm)
-    optimizer.update(model, clipped)
-    numbers = [nats, norm, *(array for _, array in tree_flatten(model.trainable_parameters()))]
+    updated = optimizer.update(model, clipped)
+    numbers = [nats, norm, *updated.values()]
     return norm, mx.stack([mx.isfinite(array).all() for array in numbers]).all()
 
 
@@ -105,7 +110,7 @@ def train(
     loss_and_grads = nn.value_and_grad(model, batch_loss)  # of what freeze() left trainable
     state = [model.state, optimizer.state, mx.random.state]  # all that a step reads and writes
     prepare: Callable = partial(mx.compile, inputs=state, outputs=state) if compiled else lambda f: f
-    sum_gradients = prepare(lambda arrays: loss_and_grads(model, arrays))
+    sum_gradients = prepare(lambda arrays: in_vectors(loss_and_grads(model, arrays)))
     update = prepare(lambda sums: apply_mean(model, optimizer, config.max_grad_norm, sums))
     for step, window in enumerate(windows, guard.updates_done):
         begin_update(optimizer, step, config)

@@ -152,9 +152,12 @@ class MlxTrainer:
         return progress.step
 
     def optimizer_names(self, training: TrainConfig) -> set[str]:
+        """Every parameter of a kind whose moments, one vector for all of a kind, the optimizer holds."""
         self.begin(training)
         states = [tree_flatten(optimizer.state) for optimizer in self.optimizer.optimizers]
-        return {name.rpartition(".")[0] for state in states for name, _ in state} - {""}
+        kinds = {name.rpartition(".")[0] for state in states for name, _ in state} - {""}
+        parameters = [name for name, _ in tree_flatten(self.model.parameters())]
+        return {name for name in parameters if name.rpartition(".")[2] in kinds}
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
         self.begin(training)
