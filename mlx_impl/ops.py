@@ -68,7 +68,7 @@ def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
 @gated.vjp
 def _gated_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate)."""
-    gate_BTF, up_BTF = primals
+    gate_BTF, up_BTF = mx.depends(list(primals), [d_BTF])  # or the compiler keeps s from the forward pass
     s_BTF = 1 / (1 + exp(mx.minimum(-gate_BTF, MAX_EXPONENT)))
     gated_s_BTF = gate_BTF * s_BTF
     return d_BTF * up_BTF * (s_BTF + gated_s_BTF * (1 - s_BTF)), d_BTF * gated_s_BTF

@@ -82,7 +82,8 @@ def low_rank_products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
             part.scale * (h_NR[:, ends[j] : ends[j + 1]].T @ dys_NO[j]).astype(factors[num + j].dtype)
             for j, part in enumerate(parts)
         ]
-        return dx_NI, *das, *dbs
+        # The factors' gradients first: MLX would else keep x and every dy until the end of the backward pass.
+        return *mx.depends([dx_NI], [*das, *dbs]), *das, *dbs
 
     factors = [part.a_IR for part in parts] + [part.b_RO for part in parts]
     return list(products(x_NI, *factors))[:num]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 _keys: list[mx.array] = []  # what the block being computed draws its randomness from
 
@@ -28,8 +29,21 @@ def recomputed(block: nn.Module, x_BTD: mx.array, *others: object) -> mx.array:
             _keys.pop()
             block.update(parameters)
 
+    names, arrays = zip(*tree_flatten(parameters), strict=True) if parameters else ((), ())
+
+    def again(*inputs: mx.array) -> mx.array:
+        return run(tree_unflatten(list(zip(names, inputs[2:], strict=True))), *inputs[:2])
+
+    forget = mx.custom_function(again)
+
+    @forget.vjp
+    def recompute(inputs: tuple, d_BTD: mx.array, _: mx.array) -> list[mx.array]:
+        """Not before the gradient has come this far: MLX would else compute every block again at once."""
+        dkey, dx_BTD, *d_arrays = mx.vjp(again, mx.depends(list(inputs), [d_BTD]), [d_BTD])[1]
+        return [dkey, *mx.depends([dx_BTD], d_arrays), *d_arrays]
+
     key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-    return mx.checkpoint(run)(parameters, key, x_BTD)
+    return forget(key, x_BTD, *arrays)
 
 
 def random_key() -> mx.array | None:
