@@ -28,7 +28,7 @@ class FiniteGuard:
 
     def __init__(self, model: CausalLM, optimizer: LoRAOptimizer, updates_done: int) -> None:
         self.model, self.optimizer, self.updates_done = model, optimizer, updates_done
-        self.now = snapshot(model, optimizer)
+        self.now = snapshot(optimizer)
         self.sound = (updates_done, self.now)
 
     def check(self, window: Window, loss_nats: float, norm: float, is_finite: bool) -> None:
@@ -41,7 +41,7 @@ class FiniteGuard:
             what = "updated adapter" if was_sound else "gradient" if math.isfinite(loss_nats) else "loss"
             numbers = ", ".join(str(number + 1) for batch in window for number in batch.numbers)
             self.go_back(f"the {what} is not finite at step {step}, on the examples {numbers or 'given'}")
-        self.updates_done, self.now = step, snapshot(self.model, self.optimizer)
+        self.updates_done, self.now = step, snapshot(self.optimizer)
 
     def confirm(self, loss_nats: float) -> None:
         """After a loss that was computed between two updates; NotFinite as above."""

@@ -67,11 +67,21 @@ def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
 
 @gated.vjp
 def _gated_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    """d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate)."""
-    gate_BTF, up_BTF = mx.depends(list(primals), [d_BTF])  # or the compiler keeps s from the forward pass
-    s_BTF = 1 / (1 + exp(mx.minimum(-gate_BTF, MAX_EXPONENT)))
-    gated_s_BTF = gate_BTF * s_BTF
-    return d_BTF * up_BTF * (s_BTF + gated_s_BTF * (1 - s_BTF)), d_BTF * gated_s_BTF
+    """d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate).
+
+    MLX: a compiler keeps what two results share. Neither the forward pass nor the other gradient is to keep
+    s, which costs less to make again than to write down; `depends` makes gate another one each time.
+    """
+    gate_BTF, up_BTF = mx.depends(list(primals), [d_BTF])
+    s_BTF = sigmoid(gate_BTF)
+    d_gate_BTF = d_BTF * up_BTF * s_BTF * (1 + gate_BTF * (1 - s_BTF))
+    (gate_BTF,) = mx.depends([gate_BTF], [d_gate_BTF])
+    return d_gate_BTF, d_BTF * gate_BTF * sigmoid(gate_BTF)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^-x), the exponent capped as in `silu`."""
+    return 1 / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
 
 
 def logsumexp(x_NV: mx.array) -> mx.array:

@@ -42,7 +42,8 @@ class AdamW(mlx.optimizers.AdamW):
 class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
     """One optimizer for A and one for the other factors, which LoRA+ lets learn `ratio` times as fast.
 
-    Factors of a kind are one vector to it, named by its kind, and so are their moments.
+    To it the factors of a kind are one vector, and so are their moments; the model sees them as views. Its
+    state holds both, so it is all that an update changes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -50,16 +51,30 @@ class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
         both = [kind(config.learning_rate, weight_decay=config.weight_decay) for _ in range(2)]
         super().__init__(both, [lambda name, _: name.endswith("lora_a")])
         self.ratio = config.loraplus_lr_ratio
+        self.factors: dict[str, mx.array] = {}
 
     def init(self, parameters: Any) -> None:
-        super().init(as_vectors(parameters))
+        self.factors = as_vectors(parameters)
+        super().init(self.factors)
 
-    def update(self, model: nn.Module, gradients: Any) -> dict[str, mx.array]:
-        """Step, put the new factors into the model, and return them as vectors."""
-        factors = model.trainable_parameters()
-        vectors = self.apply_gradients(as_vectors(gradients), as_vectors(factors))
-        model.update(as_factors(vectors, factors))
-        return vectors
+    def update(self, model: nn.Module, gradients: Any) -> None:
+        """Step, and hand the model its new factors."""
+        # In place: a compiled step was told of this dictionary, not of one that takes its place.
+        self.factors.update(self.apply_gradients(as_vectors(gradients), self.factors))
+        self.hand_over(model)
+
+    def hand_over(self, model: nn.Module) -> None:
+        model.update(as_factors(self.factors, model.trainable_parameters()))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"factors": self.factors, "optimizers": [optimizer.state for optimizer in self.optimizers]}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.factors = state["factors"]
+        for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.state = its_state
 
     def set_learning_rate(self, learning_rate: float) -> None:
         slow, fast = self.optimizers

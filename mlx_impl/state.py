@@ -38,16 +38,15 @@ class Progress:
     identity: dict[str, Any]
 
 
-def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> dict[str, mx.array]:
+def snapshot(optimizer: LoRAOptimizer) -> dict[str, mx.array]:
     """Every array that an update changes, by name. MLX never changes an array, so references are a copy."""
-    return dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state}))
+    return dict(tree_flatten(optimizer.state))
 
 
 def restore(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.array]) -> None:
     """Put a snapshot back."""
-    tree = tree_unflatten(list(arrays.items()))
-    model.update(tree["model"])
-    optimizer.state = tree["optimizer"]
+    optimizer.state = tree_unflatten(list(arrays.items()))
+    optimizer.hand_over(model)
 
 
 def identify(

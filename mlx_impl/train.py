@@ -84,8 +84,8 @@ def apply_mean(
     (nats, num_targets), grads = sums
     mean_grads = tree_map(lambda grad: grad / num_targets, grads)  # once, over everything
     clipped, norm = clip_gradients(mean_grads, max_grad_norm)
-    updated = optimizer.update(model, clipped)
-    numbers = [nats, norm, *updated.values()]
+    optimizer.update(model, clipped)
+    numbers = [nats, norm, *optimizer.factors.values()]
     return norm, mx.stack([mx.isfinite(array).all() for array in numbers]).all()
 
 

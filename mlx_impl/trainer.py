@@ -104,12 +104,12 @@ class LoRATrainer:
         self.require_adapter()
         self.confirm(examples[: self.training.batch_size])
         progress = Progress(self.step, self.validation, self.identity(examples))
-        save_state(path, snapshot(self.model, self.optimizer), progress)
+        save_state(path, snapshot(self.optimizer), progress)
 
     def resume(self, path: Path, examples: Sequence[Example]) -> None:
         """Go on where the saved run was: `fit` then does what it would have done, to the bit."""
         self.require_adapter()
-        expected = snapshot(self.model, self.optimizer)
+        expected = snapshot(self.optimizer)
         arrays, progress = load_state(path, self.identity(examples), expected)
         restore(self.model, self.optimizer, arrays)
         self.guard = FiniteGuard(self.model, self.optimizer, progress.step)

@@ -100,7 +100,7 @@ def write_mlx_lm_adapter(folder: Path) -> None:
 def trained(folder: Path) -> dict[str, mx.array]:
     model, optimizer = adapted_model(folder), LoRAOptimizer(TrainConfig(iters=1))
     optimizer.init(model.trainable_parameters())
-    return snapshot(model, optimizer)
+    return snapshot(optimizer)
 
 
 def write_state(folder: Path) -> None:

@@ -147,7 +147,7 @@ class MlxTrainer:
         self.optimizer.init(self.model.trainable_parameters())
         if self.saved is None:
             return 0
-        arrays, progress = load_state(self.saved, {}, snapshot(self.model, self.optimizer))
+        arrays, progress = load_state(self.saved, {}, snapshot(self.optimizer))
         restore(self.model, self.optimizer, arrays)
         return progress.step
 
@@ -191,7 +191,7 @@ class MlxTrainer:
         }
 
     def save(self, folder: Path) -> None:
-        arrays = snapshot(self.model, self.optimizer)
+        arrays = snapshot(self.optimizer)
         save_state(folder / "state.safetensors", arrays, Progress(self.records[-1].step, [], {}))
 
     def load(self, folder: Path) -> None:

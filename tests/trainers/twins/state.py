@@ -23,14 +23,14 @@ def restored(keep: Callable[[str], bool]) -> Patches:
     """Of a saved state only some arrays are taken."""
 
     def broken(model: Any, optimizer: Any, arrays: dict) -> None:
-        now = snapshot(model, optimizer)
+        now = snapshot(optimizer)
         restore(model, optimizer, {name: arrays[name] if keep(name) else now[name] for name in now})
 
     return {"tests.trainers.mlx_impl.restore": broken}
 
 
-def snapshot_in_half(model: Any, optimizer: Any) -> dict[str, mx.array]:
-    arrays = snapshot(model, optimizer)
+def snapshot_in_half(optimizer: Any) -> dict[str, mx.array]:
+    arrays = snapshot(optimizer)
     return {n: a.astype(mx.bfloat16).astype(a.dtype) if "lora_" in n else a for n, a in arrays.items()}
 
 
