@@ -29,10 +29,13 @@ GREEDY = Sampling()
 
 
 def next_tokens(logits_BV: mx.array, sampling: Sampling) -> mx.array:
-    """argmax at temperature 0, else a draw from softmax(logits / temperature), cut to its nucleus."""
+    """argmax at temperature 0, else a draw from softmax(logits / temperature), cut to its nucleus.
+
+    In float32: a running sum of small probabilities stands still in bfloat16, and the nucleus is everything.
+    """
     if sampling.temperature == 0:
         return mx.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV / sampling.temperature
+    logits_BV = logits_BV.astype(mx.float32) / sampling.temperature
     if sampling.top_p < 1:
         logits_BV = cut_to_nucleus(logits_BV, sampling.top_p)
     return mx.random.categorical(logits_BV)

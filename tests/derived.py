@@ -5,6 +5,7 @@
 `ref32` is the same reference run in float32: its error is what the precision costs here, measured. Where
 that happens to be tiny, the second term stands in: u = 2**-24 is float32's unit roundoff, k the length of
 the longest sum, sqrt(k) * u what independent rounding errors add up to. The factor 8 is the only choice.
+In bfloat16 u is 2**-8, and nothing is measured: the second term alone is what a result is held to.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 FACTOR = 8.0
 UNIT_ROUNDOFF = 2.0**-24
+BFLOAT16_ROUNDOFF = 2.0**-8
 EXACT = 1e-12  # the project's promise for float64: relative, in the Frobenius norm
 
 
@@ -58,6 +60,12 @@ def within_exact(name: str, ours: np.ndarray, ref64: np.ndarray) -> Verdict:
     """float64 held to float64."""
     tolerance = EXACT * float(np.linalg.norm(ref64))
     return judged(name, ours, ref64, tolerance, f"{EXACT:g} x |expected|, the promise for float64")
+
+
+def within_bfloat16(name: str, ours: np.ndarray, ref64: np.ndarray, longest_sum: int) -> Verdict:
+    """What was computed in bfloat16, from numbers that bfloat16 holds, held to float64."""
+    tolerance = FACTOR * np.sqrt(longest_sum) * BFLOAT16_ROUNDOFF * float(np.linalg.norm(ref64))
+    return judged(name, ours, ref64, tolerance, f"{FACTOR:g} x sqrt(k) 2**-8 |expected| (k {longest_sum})")
 
 
 def judged(name: str, ours: np.ndarray, expected: np.ndarray, tolerance: float, derivation: str) -> Verdict:

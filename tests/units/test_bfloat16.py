@@ -1,0 +1,244 @@
+"""In bfloat16 a model is bfloat16 throughout, what trains is float32, and its gradients are PyTorch's.
+
+One float32 constant on the way (a mask, an angle, a scale, a magnitude) would make all that follows float32,
+right and twice as dear: so every module's output is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+from mlx_impl import ops
+from mlx_impl.config import TrainConfig
+from mlx_impl.data import Batch, make_batch, make_packed_batch
+from mlx_impl.generate import empty_caches, generate_all
+from mlx_impl.lora import DoRALinear, Dropout, LoRALinear, lora_parameters
+from mlx_impl.loss import next_token_nats
+from mlx_impl.merging import merge
+from mlx_impl.model import Attention, Block, CausalLM, Decoder, FeedForward, RMSNorm
+from mlx_impl.optim import LoRAOptimizer
+from mlx_impl.sampling import Sampling, next_tokens
+from mlx_impl.train import batch_loss, to_arrays, train
+from tests.derived import Divergence, compare, require, require_same_names, within_bfloat16
+from tests.ladder.cases import ARCHITECTURES, BIASED_DORA, Case, copies, named_case, random_rows
+from tests.ladder.protocol import Arrays, Dialect
+from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.reference import oracle
+from tests.units.test_batching import EXAMPLES, PACKED
+
+KINDS = (Decoder, Block, Attention, FeedForward, RMSNorm, LoRALinear, DoRALinear, Dropout, nn.Linear)
+CASES = [*ARCHITECTURES, "rslora", "dora", BIASED_DORA]
+REFERENCE = oracle(Dialect(), torch.float64)
+
+
+def rounded(case: Case) -> Case:
+    """With base weights that bfloat16 holds, so that only the computation differs from the reference's."""
+    weights = {
+        n: np.array(mx.array(w).astype(mx.bfloat16).astype(mx.float32)) for n, w in case.weights.items()
+    }
+    return replace(case, weights=weights)
+
+
+def in_bfloat16(case: Case) -> CausalLM:
+    """The case's model and adapter: the base in bfloat16, the factors in float32."""
+    model = MlxTrainer(case.spec, copies(case.weights), case.lora, copies(case.factors)).model
+    frozen = dict(tree_flatten(model.parameters())).keys() - lora_parameters(model).keys()
+    base = [(n, a.astype(mx.bfloat16)) for n, a in tree_flatten(model.parameters()) if n in frozen]
+    model.load_weights(base, strict=False)
+    return model
+
+
+def numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32))
+
+
+def bfloat16_case(name: str) -> Case:
+    return rounded(named_case(name))
+
+
+def hold(what: str, ours: Arrays, ref64: Arrays, longest_sum: int) -> None:
+    require_same_names(what, ours, ref64)
+    verdicts = [within_bfloat16(n, ours[n], ref64[n], longest_sum) for n in ref64]
+    worst = require(what, verdicts)
+    print(f"{what}: worst of {len(ref64)}: {worst.name} used {worst.used:.0%} of its tolerance")
+
+
+@pytest.fixture
+def computed_in(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, mx.Dtype]]:
+    """What the modules gave while the test ran: their kinds and the types of their outputs."""
+    seen: set[tuple[str, mx.Dtype]] = set()
+    for kind in KINDS:
+
+        def call(self: nn.Module, *inputs: Any, real: Callable = kind.__call__) -> mx.array:
+            output: mx.array = real(self, *inputs)
+            seen.add((type(self).__name__, output.dtype))
+            return output
+
+        monkeypatch.setattr(kind, "__call__", call)
+    return seen
+
+
+def gradients(model: CausalLM, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
+    """The mean loss and its gradients, in the mode that the model is in."""
+    (nats, num_targets), grads = nn.value_and_grad(model, batch_loss)(model, to_arrays(batch))
+    return nats / num_targets, {name: grad / num_targets for name, grad in tree_flatten(grads)}
+
+
+def train_one(model: CausalLM, case: Case) -> None:
+    gradients(model.train(), case.batch)
+
+
+def recompute(model: CausalLM, case: Case) -> None:
+    model.model.grad_checkpoint = True
+    gradients(model.train(), case.batch)
+
+
+def train_packed(model: CausalLM, case: Case) -> None:
+    gradients(model.train(), make_packed_batch(EXAMPLES, PACKED))
+
+
+def decode(model: CausalLM, case: Case) -> None:
+    generate_all(model, random_rows(case.spec.vocab_size, (5, 2, 7)), 6, stop_ids=())
+
+
+def decode_merged(model: CausalLM, case: Case) -> None:
+    merge(model)
+    decode(model, case)
+
+
+@pytest.mark.parametrize("act", [train_one, recompute, train_packed, decode, decode_merged])
+@pytest.mark.parametrize("name", CASES)
+def test_every_hidden_state_is_bfloat16(
+    name: str, act: Callable[[CausalLM, Case], None], computed_in: set[tuple[str, mx.Dtype]]
+) -> None:
+    case = bfloat16_case(name).with_dropout(0.2)
+    model = in_bfloat16(case)
+    act(model, case)
+    assert {"Decoder", "Block", "Attention", "FeedForward", "RMSNorm"} <= {kind for kind, _ in computed_in}
+    assert {dtype for _, dtype in computed_in} == {mx.bfloat16}
+    assert model(mx.array([[1, 2]])).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("path", ["input_layernorm", "self_attn.k_proj.linear", "mlp.down_proj.linear"])
+def test_one_float32_weight_is_noticed(path: str, computed_in: set[tuple[str, mx.Dtype]]) -> None:
+    """The red twin: what it touches, and all that follows, is float32."""
+    case = bfloat16_case("untied")
+    model = in_bfloat16(case)
+    module = dict(model.named_modules())[f"model.layers.1.{path}"]
+    module.weight = module.weight.astype(mx.float32)
+    train_one(model, case)
+    assert ("Block", mx.float32) in computed_in
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients_equal_the_reference_in_float64(name: str, recomputed: bool) -> None:
+    case = bfloat16_case(name)
+    model, exact = in_bfloat16(case).train(), case.build(REFERENCE)
+    model.model.grad_checkpoint = recomputed
+    loss, grads = gradients(model, case.batch)
+    nats, num_targets = exact.loss(case.batch)
+    ref64 = {"loss": np.array(nats / num_targets), **exact.gradients(case.batch)}
+    hold(name, {"loss": numpy(loss), **{n: numpy(g) for n, g in grads.items()}}, ref64, case.longest_sum)
+
+
+@pytest.mark.parametrize("name", ["untied", "sliding window", "qk norm", "dora"])
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_examples_unpacked(name: str) -> None:
+    case, packed, plain = bfloat16_case(name), make_packed_batch(EXAMPLES, PACKED), make_batch(EXAMPLES)
+    loss, grads = gradients(in_bfloat16(case), packed)
+    exact = case.build(REFERENCE)
+    nats, num_targets = exact.loss(plain)
+    ref64 = {"loss": np.array(nats / num_targets), **exact.gradients(plain)}
+    hold(name, {"loss": numpy(loss), **{n: numpy(g) for n, g in grads.items()}}, ref64, packed.inputs_BT.size)
+
+
+def test_examples_that_see_one_another_are_noticed() -> None:
+    """The red twin: bfloat16's tolerance is not so wide that a leaking mask would pass."""
+    case, plain = bfloat16_case("untied"), make_batch(EXAMPLES)
+    leaking = make_packed_batch(EXAMPLES, PACKED)._replace(segment_BT=None)
+    _, grads = gradients(in_bfloat16(case), leaking)
+    ref64 = case.build(REFERENCE).gradients(plain)
+    with pytest.raises(Divergence, match="out of tolerance"):
+        hold("leaking", {n: numpy(g) for n, g in grads.items()}, ref64, leaking.inputs_BT.size)
+
+
+def test_the_nats_of_bfloat16_logits_are_exact_to_float32() -> None:
+    """A log-sum-exp over many logits, and a sum over many targets, in bfloat16 would not be."""
+    rng = np.random.default_rng(5)
+    logits_NV, targets_N = (
+        mx.array(rng.standard_normal((300, 500)) * 3).astype(mx.bfloat16),
+        rng.integers(0, 500, 300),
+    )
+    nats, _ = next_token_nats(logits_NV, mx.array(targets_N), mx.ones(300, mx.bool_))
+    exact_NV, chosen = numpy(logits_NV).astype(np.float64), (np.arange(300), targets_N)
+    expected = np.sum(np.log(np.exp(exact_NV).sum(axis=1)) - exact_NV[chosen])
+    assert nats.dtype == mx.float32
+    verdict = compare("nats", np.array(nats), np.array(expected, np.float32), np.array(expected), 500)
+    assert verdict.used <= 1, verdict.report
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["untied", "dora"])
+def test_what_trains_is_float32_and_so_are_its_gradients_and_moments(name: str, optimizer: str) -> None:
+    case = bfloat16_case(name)
+    model = in_bfloat16(case)
+    training = TrainConfig(iters=2, optimizer=optimizer, max_grad_norm=1.0)
+    trained = LoRAOptimizer(training)
+    records = list(train(model, trained, [[case.batch]] * 2, training, compiled=False))
+    loss, grads = gradients(model, case.batch)
+    moments = [a for name, a in tree_flatten(trained.state) if name.rpartition(".")[2] in ("m", "v")]
+    num_moments = {"adamw": 2, "sgd": 1}[optimizer]
+    assert len(moments) == num_moments * len(grads) and len(records) == 2
+    for array in (loss, *lora_parameters(model).values(), *grads.values(), *moments):
+        assert array.dtype == mx.float32
+
+
+@pytest.mark.parametrize("name", ["untied", "dora", BIASED_DORA])
+def test_merged_logits_are_those_of_the_adapter(name: str) -> None:
+    case = bfloat16_case(name)
+    model, tokens_BT = in_bfloat16(case), case.batch.inputs_BT
+    merge(model)
+    ours = numpy(model(mx.array(tokens_BT)))
+    hold(name, {"logits": ours}, {"logits": case.build(REFERENCE).logits(tokens_BT)}, case.longest_sum)
+
+
+@pytest.mark.parametrize("name", ["untied", "qk norm", "sliding window"])
+def test_the_cache_holds_bfloat16_and_its_logits_are_those_of_the_whole_text(name: str) -> None:
+    case = bfloat16_case(name)
+    model, tokens_BT = in_bfloat16(case).eval(), case.batch.inputs_BT
+    caches = empty_caches(model)
+    steps = [model.head(model.model(mx.array(tokens_BT[:, [t]]), caches)) for t in range(tokens_BT.shape[1])]
+    ours = numpy(mx.concatenate(steps, axis=1))
+    kept = [array for cache in caches for array in (cache.k_BGSK, cache.v_BGSK) if array is not None]
+    assert [array.dtype for array in kept] == [mx.bfloat16] * 2 * case.spec.num_hidden_layers
+    hold(name, {"logits": ours}, {"logits": case.build(REFERENCE).logits(tokens_BT)}, case.longest_sum)
+
+
+@pytest.mark.parametrize(
+    "turn", [ops.rope, lambda x, f, first: ops.rope_at(x, f, mx.arange(first, first + 4)[None])]
+)
+def test_a_late_token_is_turned_by_its_own_angle(turn: Callable[..., mx.array]) -> None:
+    """Position 1001 is no number of bfloat16, whose whole numbers end at 256."""
+    frequency_P, first = (1.0, 0.3, 0.01), 1000
+    x_BHTK = mx.random.normal((1, 2, 4, 6), key=mx.random.key(1)).astype(mx.bfloat16)
+    angle_TP = np.arange(first, first + 4)[:, None] * np.array(frequency_P)
+    left, right = np.split(numpy(x_BHTK).astype(np.float64), 2, axis=-1)
+    cos, sin = np.cos(angle_TP), np.sin(angle_TP)
+    expected = np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    hold("rope", {"x": numpy(turn(x_BHTK, frequency_P, first))}, {"x": expected}, 2)
+
+
+def test_the_nucleus_of_bfloat16_logits_is_no_larger() -> None:
+    """A running sum in bfloat16 stands still at 1/4 where each of 1024 tokens adds 1/1024."""
+    logits_BV = mx.zeros((20_000, 1024), mx.bfloat16)
+    drawn = next_tokens(logits_BV, Sampling(1.0, 0.5)).tolist()
+    assert 500 < len(set(drawn)) <= 513
