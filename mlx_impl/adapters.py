@@ -153,10 +153,10 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
 
 
 def load_with_adapter(
-    model: str | Path | None, adapter: Path | None, dequantize: bool = False
+    model: str | Path | None, adapter: Path | None, dequantize: bool = False, dtype: str = "float32"
 ) -> LoadedModel:
     """The model, with the adapter if there is one."""
-    loaded = load_model(model, dequantize)
+    loaded = load_model(model, dequantize, dtype)
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     return loaded

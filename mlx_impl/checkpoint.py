@@ -25,6 +25,7 @@ from .formats.hub import TEXTS, WEIGHTS_AND_TEXTS, find_model
 from .formats.mlx_quantization import read_packings
 from .formats.safetensors import read_folder
 from .model import CausalLM
+from .precision import rounded, to_dtype
 from .quantized import Packing
 from .tokenizer import ChatTokenizer
 
@@ -43,20 +44,24 @@ class LoadedModel:
     path: Path  # of the folder or the file
 
 
-def load_model(model: str | Path | None, dequantize: bool = False) -> LoadedModel:
-    """The model at a path or of a hub name, or SmolLM2-135M-Instruct for None; floats in float32.
+def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = "float32") -> LoadedModel:
+    """The model at a path or of a hub name, or SmolLM2-135M-Instruct for None; floats in float32 or bfloat16.
 
-    MLX-quantized weights stay so unless they are to be dequantized; those of a GGUF file always are.
+    MLX-quantized weights stay so unless they are to be dequantized; those of a GGUF file always are. Their
+    scales are floats too: what they unpack, and with it all that follows, has their type.
     Raises ValueError in one sentence when there is none, or none that can be used.
     """
-    path = locate(model, WEIGHTS_AND_TEXTS)
+    kind, path = to_dtype(dtype), locate(model, WEIGHTS_AND_TEXTS)
     if path.is_file():
         config, arrays, metadata = read_gguf(path)
-        weights = {name: mx.array(arrays.pop(name)) for name in list(arrays)}  # one copy at a time
+        weights = {  # one copy at a time
+            name: rounded(f"{path}: the tensor {name}", mx.array(arrays.pop(name)), kind)
+            for name in list(arrays)
+        }
         tokenizer = tokenizer_from_gguf(metadata, path)
         packings: dict[str, Packing] = {}
     else:
-        config, weights = read_config(path), read_folder(path)
+        config, weights = read_config(path), read_folder(path, kind)
         packings = read_packings(path, {n.removesuffix(".scales") for n in weights if n.endswith(".scales")})
         tokenizer = tokenizer_from_folder(path)
     if tokenizer.vocab_size > config.vocab_size:

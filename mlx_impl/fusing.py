@@ -27,6 +27,7 @@ from .formats.hf_folder import copy_side_files, to_json, write_json, write_token
 from .formats.safetensors import load, shards, types
 from .lora import FACTORS, lora_layers
 from .model import CausalLM
+from .precision import dtype_of
 from .quantized import dense_weight_OI
 from .requantize import requantize
 
@@ -63,9 +64,12 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     """Write the folder, whole or not at all; what is left of the update.
 
     Quantized weights stay quantized as they were, or become plain ones in the type of their scales.
-    Raises ValueError when the folder is not new or empty, or the adapter is not this model's.
+    Raises ValueError when the folder is not new or empty, the adapter is not this model's, or the model is
+    not in float32, without digits that its file has.
     """
     require_new_folder(folder)
+    if dtype_of(loaded.model) != "float32":
+        raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(loaded.model)}")
     load_adapter(loaded.model, adapter)
     fusion = Fusion(loaded, dequantize)
     has_packed = any(isinstance(module, PACKED) for _, module in loaded.model.named_modules())

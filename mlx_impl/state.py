@@ -19,11 +19,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .config import LoRAConfig, ModelConfig, TrainConfig, require_number
+from .config import LoRAConfig, TrainConfig, require_number
 from .data import Example
 from .files import one_line, whole_file, with_printable_keys
 from .model import CausalLM
 from .optim import LoRAOptimizer
+from .precision import dtype_of
 
 FORMAT = "mlx-lora-training-state"
 Validation = list[tuple[int, float]]  # (updates done, nats per target)
@@ -50,12 +51,13 @@ def restore(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.arra
 
 
 def identify(
-    base_digest: str, model: ModelConfig, examples: Sequence[Example], lora: LoRAConfig, training: TrainConfig
+    model: CausalLM, base_digest: str, examples: Sequence[Example], lora: LoRAConfig, training: TrainConfig
 ) -> dict[str, Any]:
     """What a state belongs to: digests of the frozen weights and of the examples, and every setting."""
     return {
+        "dtype": dtype_of(model),  # before the weights, which differ where it does
         "the model's weights": base_digest,
-        **{f"the model's {name}": value for name, value in asdict(model).items()},
+        **{f"the model's {name}": value for name, value in asdict(model.config).items()},
         "the training data": digest_of_examples(examples),
         **asdict(lora),
         **asdict(training),

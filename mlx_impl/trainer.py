@@ -121,8 +121,7 @@ class LoRATrainer:
 
     def identity(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What a saved run belongs to, by names that a refusal can use."""
-        config = self.model.config
-        parts = identify(self.base_digest, config, examples, self.lora, self.training)
+        parts = identify(self.model, self.base_digest, examples, self.lora, self.training)
         return {**parts, "compiling": self.compiled, **self.belongs_to}
 
     @cached_property

@@ -14,7 +14,9 @@ MAX_NATS = 700.0  # of which exp is still a float
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    flags.add_model_flags(command.add_argument_group("model"))
+    model = command.add_argument_group("model")
+    flags.add_model_flags(model)
+    flags.add_dtype_flag(model)
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("evaluation")
     folder(group, "--adapter-path", "with this adapter (default: none)")
@@ -25,16 +27,18 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters import load_with_adapter
     from ..data import evaluation_batches
     from ..examples import encode_file
+    from ..precision import to_dtype
     from ..rows import read_conversations
     from ..train import evaluate
     from .console import counted, make_console, working
 
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
+    to_dtype(args.dtype)
     conversations = read_conversations(flags.data_folder(args.data) / "test.jsonl")
     console = make_console(stderr=True)
     with working("reading the model", console):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
     encoded = encode_file(loaded.tokenizer, conversations, targets(args), args.max_seq_length)
     for remark in encoded.remarks("test"):
         console.print(remark)

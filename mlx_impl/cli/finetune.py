@@ -95,7 +95,7 @@ def print_summary(prepared: Prepared, console: Console) -> None:
     )
     for remark in prepared.remarks:
         console.print(f"           {remark}")
-    console.print(f"device:    {mx.default_device()}")
+    console.print(f"device:    {mx.default_device()}, computing in {prepared.job.dtype}")
     micro = training.grad_accumulation_steps
     batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)
     console.print(f"training:  {training.iters} steps of {batches} examples")

@@ -50,13 +50,23 @@ def add_model_flag(group: Any) -> None:
 
 
 def add_model_flags(group: Any) -> None:
-    """The model, and how it is computed with."""
+    """The model, and how it is read and multiplied."""
     add_model_flag(group)
     switch(group, "--dequantize", False, "unpack MLX-quantized weights: faster on a CPU (default: no)")
     group.add_argument(
         "--blas",
         metavar="auto|off|PATH",
         help="Linux CPU: the library to multiply matrices with (default: $MLX_IMPL_BLAS, or auto)",
+    )
+
+
+def add_dtype_flag(group: Any) -> None:
+    """Without choices, so that float16 is refused with the reason."""
+    group.add_argument(
+        "--dtype",
+        metavar="float32|bfloat16",
+        default="float32",
+        help="the model's own type; bfloat16, for GPUs, takes half the memory (default: %(default)s)",
     )
 
 

@@ -16,7 +16,9 @@ FROM_STANDARD_INPUT = "-"
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    flags.add_model_flags(command.add_argument_group("model"))
+    model = command.add_argument_group("model")
+    flags.add_model_flags(model)
+    flags.add_dtype_flag(model)
     group = command.add_argument_group("generation")
     folder(group, "--adapter-path", "with this adapter (default: none)")
     group.add_argument(
@@ -37,17 +39,19 @@ def run(args: argparse.Namespace) -> None:
 
     from ..adapters import load_with_adapter
     from ..generate import generate
+    from ..precision import to_dtype
     from ..sampling import Sampling
     from ..streaming import pieces
     from .console import make_console, working
 
     require_at_least(1, "max_tokens", args.max_tokens)
     require_seed("seed", args.seed)
+    to_dtype(args.dtype)
     sampling = Sampling(args.temperature, args.top_p)
     prompt = read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt
     said = messages(args.system, prompt)
     with working("reading the model", make_console(stderr=True)):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize)
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
     tokenizer = loaded.tokenizer
     prompt_tokens = tokenizer.encode_prompt(said)
     mx.random.seed(args.seed)

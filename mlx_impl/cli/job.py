@@ -12,6 +12,7 @@ from ..checkpoint import LoadedModel, load_model
 from ..config import LoRAConfig, TrainConfig
 from ..data import Example, num_inputs
 from ..examples import encode_file
+from ..precision import to_dtype
 from ..rows import Conversation, read_conversations
 from ..state import digest_of_examples
 from ..trainer import LoRATrainer
@@ -27,6 +28,7 @@ class Job:
 
     model: str | None
     dequantize: bool
+    dtype: str  # that the model computes in
     data: Path
     folder: Path  # where adapter, metrics and report go
     resume: bool  # go on with the run in that folder
@@ -66,6 +68,7 @@ class Prepared:
 
 def prepare(job: Job) -> Prepared:
     """Read everything and check it, the cheap things first."""
+    to_dtype(job.dtype)
     folder = RunFolder(job.folder)
     if not job.resume:
         folder.require_no_unfinished_run()
@@ -73,7 +76,7 @@ def prepare(job: Job) -> Prepared:
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
     train_config(job, [job.max_seq_length] * len(train))  # its numbers, before a model is loaded
-    loaded = load_model(job.model, job.dequantize)
+    loaded = load_model(job.model, job.dequantize, job.dtype)
     encoded, valid_encoded = (
         encode_file(loaded.tokenizer, conversations, job.targets, job.max_seq_length)
         for conversations in (train, valid)

@@ -27,7 +27,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         help="read settings from a .yaml or .toml file, keys named as the flags; the command line wins "
         "(default: none)",
     )
-    flags.add_model_flags(command.add_argument_group("model"))
+    model = command.add_argument_group("model")
+    flags.add_model_flags(model)
+    flags.add_dtype_flag(model)
     flags.add_data_flags(command.add_argument_group("data"))
     add_lora_flags(command.add_argument_group("adapter"))
     add_step_flags(command.add_argument_group("training"))
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
     job = Job(
         model=args.model,
         dequantize=args.dequantize,
+        dtype=args.dtype,
         data=flags.data_folder(args.data),
         folder=run_folder,
         resume=args.resume is not None,

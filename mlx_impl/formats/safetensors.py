@@ -12,19 +12,20 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..files import one_line, read_json_object
+from ..precision import rounded
 
 INDEX = "model.safetensors.index.json"
 # Constants that old checkpoints store, which follow from the configuration.
 DERIVED = ".rotary_emb.inv_freq"
 
 
-def read_folder(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a folder, floats in float32; ValueError in one sentence for what is damaged."""
+def read_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    """All tensors of a folder, floats in this type; ValueError in one sentence for what is damaged."""
     weights: dict[str, mx.array] = {}
     files = list(shards(folder))
     everything = set().union(*(promised for _, promised in files))
     for file, promised in files:
-        tensors = read_file(file, everything)
+        tensors = read_file(file, everything, dtype)
         for name in sorted(promised - tensors.keys()):
             raise ValueError(f"{file}: the tensor {one_line(name)}, which {INDEX} says is here, is missing")
         for name in sorted(weights.keys() & tensors.keys()):
@@ -68,8 +69,13 @@ def is_file_name(value: object) -> bool:
     return is_name and str(value).endswith(".safetensors")
 
 
-def read_file(file: Path, elsewhere: Collection[str] = ()) -> dict[str, mx.array]:
-    """The tensors of a file; floats in float32, packed weights (with scales, perhaps elsewhere) as stored."""
+def read_file(
+    file: Path, elsewhere: Collection[str] = (), dtype: mx.Dtype = mx.float32
+) -> dict[str, mx.array]:
+    """The tensors of a file, floats in this type.
+
+    Packed weights, which have scales, here or elsewhere, are as stored.
+    """
     weights = load(file)
     for name, array in weights.items():
         scales = f"{name.removesuffix('.weight')}.scales"
@@ -77,9 +83,7 @@ def read_file(file: Path, elsewhere: Collection[str] = ()) -> dict[str, mx.array
         if not is_packed and not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"{file}: the tensor {name!r} must be of floats, got {array.dtype}")
         if not is_packed:
-            weights[name] = array.astype(mx.float32)
-            if not mx.isfinite(weights[name]).all():
-                raise ValueError(f"{file}: the tensor {name!r} must be finite, and is not everywhere")
+            weights[name] = rounded(f"{file}: the tensor {name!r}", array, dtype)
     return weights
 
 

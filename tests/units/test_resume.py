@@ -154,6 +154,11 @@ def test_a_new_run_leaves_no_best_adapter_of_a_finished_one(
             "learning_rate must be as in the run to resume: it was 0.0003, got 0.1",
         ),
         (["--seed", "4"], "", "seed must be as in the run to resume: it was 0, got 4"),
+        (
+            ["--dtype", "bfloat16"],
+            "",
+            "dtype must be as in the run to resume: it was float32, got bfloat16",
+        ),
         (["--steps-per-eval", "2"], "", "steps_per_eval must be as in the run to resume: it was 3, got 2"),
         (["--no-mask-prompt"], "", "the training data must be as in the run to resume"),
         (["--num-questions", "0"], "", "the questions must be as in the run to resume"),
@@ -220,11 +225,15 @@ def test_early_stopping_needs_validation_data(
     assert f"--patience needs validation data, and {data} has no valid.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batching", ["grouped", "packed"])
-def test_a_run_in_other_batches_goes_on_to_the_bit(
-    model: str, data: Path, tmp_path: Path, batching: str
+@pytest.mark.parametrize(
+    "flags",
+    [["--batching", "grouped"], ["--batching", "packed"], ["--dtype", "bfloat16"]],
+    ids=lambda f: f[1],
+)
+def test_a_run_in_other_batches_or_another_type_goes_on_to_the_bit(
+    model: str, data: Path, tmp_path: Path, flags: list[str]
 ) -> None:
-    command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--batching", batching]
+    command = ["train", "--model", model, "--data", str(data), *SETTINGS, *flags]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main([*command, "--max-seq-length", "64", "--adapter-path", str(whole)]) == 0
     with pytest.MonkeyPatch.context() as patch:
