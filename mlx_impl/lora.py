@@ -77,11 +77,11 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
-        self.magnitude = mx.linalg.norm(dense_weight_OI(linear), axis=1)
+        self.magnitude = mx.linalg.norm(dense_weight_OI(linear).astype(mx.float32), axis=1)
 
     def __call__(self, x_BTI: mx.array) -> mx.array:
         direction_BTO = x_BTI @ dense_weight_OI(self.linear).T + self.scale * self.update_BTO(x_BTI)
-        y_BTO = self.magnitude / self.length_O() * direction_BTO
+        y_BTO = (self.magnitude / self.length_O()).astype(x_BTI.dtype) * direction_BTO
         return y_BTO + self.linear.bias if "bias" in self.linear else y_BTO
 
     def low_rank(self) -> None:
