@@ -59,13 +59,13 @@ def silu(x: mx.array) -> mx.array:
     return x / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
 
 
-@mx.custom_function
+@mx.custom_function  # type: ignore[untyped-decorator]
 def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     """silu(gate) * up, of which only gate and up are kept for the gradient."""
     return silu(gate_BTF) * up_BTF
 
 
-@gated.vjp
+@gated.vjp  # type: ignore[untyped-decorator]
 def _gated_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate).
 
