@@ -85,7 +85,7 @@ def rounded_up(size: int) -> int:
 
 def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """positions_N in the flattened batch that have a target, the targets_N, and mask_N: False is filling."""
-    positions_N = np.flatnonzero(batch.mask_BT)
+    positions_N = np.flatnonzero(batch.mask_BT).astype(np.int32)
     filling = rounded_up(max(1, len(positions_N))) - len(positions_N)
     padded_N = np.pad(positions_N, (0, filling))
     return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)

@@ -59,10 +59,10 @@ def chunk_nats(
 ) -> tuple[mx.array, mx.array]:
     """The sum of nats, and its gradient by x_CD."""
     logits_CV = widened(head(x_CD))
-    log_total_C = ops.logsumexp(logits_CV)
-    chosen_C = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1).squeeze(-1)
-    softmax_CV = ops.exp(logits_CV - log_total_C[:, None])
-    is_target_CV = mx.arange(logits_CV.shape[1]) == targets_C[:, None]
+    log_total_C, softmax_CV = ops.logsumexp_and_softmax(logits_CV)
+    C, V = logits_CV.shape
+    chosen_C = logits_CV.flatten()[mx.arange(C) * V + targets_C]
+    is_target_CV = mx.arange(V) == targets_C[:, None]
     d_logits_CV = mx.where(mask_C[:, None], softmax_CV - is_target_CV, 0).astype(x_CD.dtype)
     _, (gradient_CD,) = mx.vjp(head, [x_CD], [d_logits_CV])  # which needs no second product with the head
     return mx.where(mask_C, log_total_C - chosen_C, 0).sum(), gradient_CD

@@ -59,19 +59,37 @@ def silu(x: mx.array) -> mx.array:
     return x / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
 def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
-    """silu(gate) * up, of which only gate and up are kept for the gradient."""
-    return silu(gate_BTF) * up_BTF
+    """silu(gate) * up; its gradient is d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate).
 
-
-@gated.vjp  # type: ignore[untyped-decorator]
-def _gated_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    """d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate).
-
-    MLX: a compiler keeps what two results share. Neither the forward pass nor the other gradient is to keep
-    s, which costs less to make again than to write down; `depends` makes gate another one each time.
+    An exponential is dear on a CPU, which keeps s for the gradient, and cheap on a GPU, which makes it again.
     """
+    if mx.default_device() == mx.gpu:
+        return _gated_forgetting(gate_BTF, up_BTF)
+    return _gated_keeping(gate_BTF, up_BTF)[0]
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def _gated_keeping(gate_BTF: mx.array, up_BTF: mx.array) -> tuple[mx.array, mx.array]:
+    s_BTF = sigmoid(gate_BTF)
+    return gate_BTF * s_BTF * up_BTF, s_BTF
+
+
+@_gated_keeping.vjp  # type: ignore[untyped-decorator]
+def _gradient_with_s(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+    (gate_BTF, up_BTF), d_BTF, s_BTF = primals, cotangents[0], outputs[1]
+    d_s_BTF = d_BTF * s_BTF
+    return d_s_BTF * up_BTF * (1 + gate_BTF * (1 - s_BTF)), d_s_BTF * gate_BTF
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def _gated_forgetting(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    return gate_BTF * sigmoid(gate_BTF) * up_BTF
+
+
+@_gated_forgetting.vjp  # type: ignore[untyped-decorator]
+def _gradient_without_s(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    """MLX: a compiler keeps what two results share, so `depends` makes gate another one each time."""
     gate_BTF, up_BTF = mx.depends(list(primals), [d_BTF])
     s_BTF = sigmoid(gate_BTF)
     d_gate_BTF = d_BTF * up_BTF * s_BTF * (1 + gate_BTF * (1 - s_BTF))
@@ -87,3 +105,14 @@ def sigmoid(x: mx.array) -> mx.array:
 def logsumexp(x_NV: mx.array) -> mx.array:
     """log(sum(exp(x))) over the last axis."""
     return mx.logsumexp(x_NV, axis=-1)
+
+
+def logsumexp_and_softmax(x_NV: mx.array) -> tuple[mx.array, mx.array]:
+    """Both over the last axis; on a CPU from the same exponentials."""
+    if mx.default_device() == mx.gpu:
+        total_N = mx.logsumexp(x_NV, axis=-1)
+        return total_N, mx.exp(x_NV - total_N[:, None])
+    top_N1 = x_NV.max(axis=-1, keepdims=True)
+    e_NV = exp(x_NV - top_N1)
+    sum_N1 = e_NV.sum(axis=-1, keepdims=True)
+    return (mx.log(sum_N1) + top_N1).squeeze(-1), e_NV / sum_N1

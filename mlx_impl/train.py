@@ -86,7 +86,7 @@ def apply_mean(
     clipped, norm = clip_gradients(mean_grads, max_grad_norm)
     optimizer.update(model, clipped)
     numbers = [nats, norm, *optimizer.factors.values()]
-    return norm, mx.stack([mx.isfinite(array).all() for array in numbers]).all()
+    return norm, mx.stack([(x - x).sum() for x in numbers]).sum() == 0  # infinity less infinity is no number
 
 
 def train(

@@ -20,6 +20,7 @@ from .guard import FiniteGuard, NotFinite
 from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
 from .optim import LoRAOptimizer
+from .pace import paced
 from .state import Progress, Validation, digest_of_base, identify, load_state, restore, save_state, snapshot
 from .train import StepRecord, evaluate, train
 
@@ -62,6 +63,7 @@ class LoRATrainer:
         self.require_adapter()
         require_tokens(examples, self.model.config.vocab_size)
         windows = training_windows(examples, self.training, self.step)
+        windows = paced(windows, self.model, self.training.grad_checkpoint)
         try:
             yield from train(self.model, self.optimizer, windows, self.training, self.compiled, self.guard)
         except NotFinite:
