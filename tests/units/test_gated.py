@@ -17,6 +17,8 @@ from tests.derived import compare, require, within_bfloat16, within_exact
 from tests.ladder.cases import random_array
 from tests.ladder.protocol import Arrays
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 Gate = Callable[[mx.array, mx.array], mx.array]
 FORMS: dict[str, Gate] = {
     "the one that runs": ops.gated,

@@ -24,6 +24,8 @@ from tests.ladder.protocol import Arrays
 from tests.trainers.exact_ops import in_place_of_production
 from tests.units.peak import peak_bytes
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 N, D, V = 13, 32, 61
 UPSTREAM = 2.5
 CHUNKS = (1, 4, 5, 13, 100)  # positions; 4 and 5 leave a last chunk that is not full

@@ -21,6 +21,8 @@ from tests.derived import Verdict, compare, require, require_same_names, within_
 from tests.ladder.cases import random_array
 from tests.ladder.protocol import Arrays
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 B, T, I = 2, 7, 32  # noqa: E741
 LONGEST_SUM = 32  # of the input's width, an output's, the batch's 14 positions, and the ranks
 

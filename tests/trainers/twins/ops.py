@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl import ops
-from tests.trainers.twins.twin import Patches, Twin
+from tests.trainers.twins.twin import Twin
 
 attention, rms_norm, rope, logsumexp = ops.attention, ops.rms_norm, ops.rope, ops.logsumexp
 
@@ -76,7 +76,7 @@ def rounded_logsumexp(x_NV: mx.array) -> mx.array:
     return logsumexp(x_NV.astype(mx.bfloat16)).astype(mx.float32)
 
 
-def and_softmax(broken: Callable[[mx.array], mx.array]) -> Patches:
+def and_softmax(broken: Callable[[mx.array], mx.array]) -> dict[str, Any]:
     """The same bug where both are made at once."""
 
     def both(x_NV: mx.array) -> tuple[mx.array, mx.array]:

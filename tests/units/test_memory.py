@@ -1,0 +1,162 @@
+"""What a step keeps for its backward pass, counted in bytes on the CPU: what was said, and nothing else.
+
+MLX runs an operation when its result is asked for, and frees an array when the last operation that reads it
+has run. The gradients of the factors are asked for last: unless told otherwise (`mx.depends`) MLX would keep
+every input and every output's gradient until then. What is told is taken back here, to see that it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_impl import ops, projection, recompute
+from mlx_impl.config import LoRAConfig
+from mlx_impl.lora import LoRALinear, add_lora
+from mlx_impl.model import CausalLM
+from mlx_impl.projection import project
+from mlx_impl.train import batch_loss
+from tests.ladder.cases import SPEC as NARROW
+from tests.ladder.cases import random_rows
+from tests.units.peak import peak_bytes
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+N, I, R = 512, 64, 2  # noqa: E741
+B, T = 8, 64
+BYTES = 4  # of a float32
+SPEC = replace(
+    NARROW, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
+MORE = 8  # layers beyond a few, whose own peak may lie elsewhere
+
+eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+class Chain(nn.Module):
+    """Adapted linears one after the other."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.layers = [LoRALinear(nn.Linear(I, I, bias=False), R, 2.0, 0.0) for _ in range(num_layers)]
+        for layer in self.layers:
+            layer.linear.freeze()
+
+    def __call__(self, x_NI: mx.array) -> mx.array:
+        for layer in self.layers:
+            (x_NI,) = project(x_NI, layer)
+        return x_NI.sum()
+
+
+def chain_bytes(num_layers: int, compiled: bool) -> int:
+    """The peak of loss and gradients."""
+    chain, x_NI = Chain(num_layers), mx.ones((N, I))
+    mx.eval(chain.parameters(), x_NI)
+    run = nn.value_and_grad(chain, lambda x_NI: chain(x_NI))
+    return peak_bytes(mx.compile(run, inputs=[chain.state], outputs=[chain.state]) if compiled else run, x_NI)
+
+
+def bytes_a_link(compiled: bool) -> float:
+    return (chain_bytes(4 + MORE, compiled) - chain_bytes(4, compiled)) / MORE
+
+
+def untold(monkeypatch: pytest.MonkeyPatch, module: Any, which: Callable[[list], bool]) -> None:
+    """mx.depends does nothing where this module calls it for such arrays."""
+
+    def depends(arrays: list, on: list) -> list:
+        return arrays if which(arrays) else mx.depends(arrays, on)
+
+    monkeypatch.setattr(module, "mx", SimpleNamespace(**{**vars(mx), "depends": depends}))
+
+
+# Its input, x A, and the gradients of its factors. MLX frees by tasks of ten operations: another array may be
+# held at the peak, which over all layers is an eighth of one a layer.
+LINK = BYTES * (N * I + N * R + 2 * I * R)
+AN_EIGHTH = BYTES * N * I / MORE
+
+
+@eager_and_compiled
+def test_a_linear_keeps_its_input_and_no_gradient_of_its_output(compiled: bool) -> None:
+    assert bytes_a_link(compiled) <= LINK + AN_EIGHTH
+
+
+@eager_and_compiled
+def test_the_factors_gradients_are_formed_before_that_of_the_input(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a linear keeps half as much again."""
+    untold(monkeypatch, projection, lambda arrays: True)
+    assert bytes_a_link(compiled) > 1.25 * LINK
+
+
+def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: bool) -> int:
+    """The peak of a model's loss and gradients, beyond its weights."""
+    model = CausalLM(replace(SPEC, num_hidden_layers=num_layers))
+    add_lora(model, lora)
+    model.train()
+    model.model.grad_checkpoint = checkpointed
+    tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
+    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_)]
+    mx.eval(model.parameters(), arrays)
+    run = nn.value_and_grad(model, lambda arrays: batch_loss(model, arrays))
+    state = [model.state, mx.random.state]
+    return peak_bytes(mx.compile(run, inputs=state, outputs=state) if compiled else run, arrays)
+
+
+def hidden_states_a_layer(lora: LoRAConfig, checkpointed: bool, compiled: bool) -> float:
+    """In units of B T D numbers."""
+    few, many = (step_bytes(num, lora, checkpointed, compiled) for num in (2, 2 + MORE))
+    return (many - few) / MORE / (BYTES * B * T * SPEC.hidden_size)
+
+
+PLAIN, DROPPING = LoRAConfig(rank=R), LoRAConfig(rank=R, dropout=0.1)
+
+
+@eager_and_compiled
+@pytest.mark.parametrize("lora", [PLAIN, DROPPING], ids=["plain", "dropout"])
+def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: bool) -> None:
+    """And not 17. The half is for a few arrays more at the peak, as above, and for the factors' gradients."""
+    assert 0.5 <= hidden_states_a_layer(lora, True, compiled) <= 1.5
+
+
+def test_a_block_is_not_recomputed_before_its_gradient_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a compiled step computes blocks ahead, and keeps what they keep."""
+    untold(monkeypatch, recompute, lambda arrays: len(arrays) > 1)  # a block's inputs
+    assert hidden_states_a_layer(PLAIN, True, compiled=True) > 2.5
+
+
+def test_a_blocks_factors_gradients_are_formed_before_that_of_its_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else they are formed at the end, where the linears do not see to it: dropout takes the plain road."""
+    untold(monkeypatch, recompute, lambda arrays: len(arrays) == 1)  # the gradient of a block's input
+    assert hidden_states_a_layer(DROPPING, True, compiled=False) > 2
+
+
+# Of each token: both residuals and both norms; q, the mix of values, and that in the order of tokens; k, v;
+# gate, its sigmoid, up, and their product; the weights of attention, which MLX composes on a CPU.
+LISTED = (
+    4 * SPEC.hidden_size
+    + 3 * SPEC.num_attention_heads * SPEC.head_dim
+    + 2 * SPEC.num_key_value_heads * SPEC.head_dim
+    + 4 * SPEC.intermediate_size
+    + SPEC.num_attention_heads * T
+) / SPEC.hidden_size
+
+
+@eager_and_compiled
+def test_a_layer_keeps_no_more_than_is_listed(compiled: bool) -> None:
+    assert hidden_states_a_layer(PLAIN, False, compiled) <= LISTED
+
+
+@eager_and_compiled
+def test_a_gate_without_its_own_gradient_keeps_more(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The red twin: automatic differentiation keeps every step on the way to silu(gate) * up."""
+    monkeypatch.setattr(ops, "gated", lambda gate, up: ops.silu(gate) * up)
+    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + 3
