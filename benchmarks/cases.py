@@ -1,15 +1,13 @@
 """What is trained: a model, its batches, and how. Every trainer is given the same arrays.
 
-The real case is SmolLM2-135M-Instruct on the geography questions, read by mlx_impl's own loader and tokenizer;
-the others have random weights and random tokens. In those a row is prompt first, targets last.
+The real case is SmolLM2-135M-Instruct on the geography questions, read by mlx_impl's own loader and
+tokenizer; the others have random weights and random tokens. In those a row is prompt first, targets last.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 

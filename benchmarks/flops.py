@@ -1,19 +1,42 @@
 """How much arithmetic a step needs, and what share of the machine's it gets.
 
-A matrix of P weights takes 2P FLOPs a position forward, and backward 2P for the gradient of its input and 2P
-for its own: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the utilisation (MFU). A frozen
-matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is PaLM's
+A matrix of P weights takes 2P FLOPs a position forward, and backward 2P for the gradient of its input and
+2P for its own: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the utilisation (MFU). A
+frozen matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is PaLM's
 12 L H K T a position, since its inputs do train. The head is needed only where there is a target. What an
 implementation does beyond that (padding in the head, recomputing) is no model FLOP, and counts as time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_impl.config import ModelConfig
+from mlx_impl.data import Window
 
 MATMUL_SIZES = {False: 1536, True: 8192}  # rows and columns of the square that measures the rate; on a GPU?
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one update is given, the mean over a case's updates."""
+
+    num_positions: int  # inputs, padding included
+    num_tokens: int  # inputs, padding left out
+    num_targets: int
+    num_pairs: int  # of a query and a key in one row: the sum of T^2 over rows
+
+
+def work_of(windows: Sequence[Window]) -> Work:
+    batches = [batch for window in windows for batch in window]
+    sums = (
+        sum(batch.inputs_BT.size for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(int(batch.mask_BT.sum()) for batch in batches),
+        sum(batch.inputs_BT.size * batch.inputs_BT.shape[1] for batch in batches),
+    )
+    return Work(*(round(total / len(windows)) for total in sums))
 
 
 @dataclass(frozen=True)
@@ -45,20 +68,16 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def step_flops(
-    config: ModelConfig, rank: int, num_positions: int, tokens_a_row: int, num_targets: int
-) -> StepFlops:
-    """`num_positions` are those of the batches as they are given, padding included."""
+def step_flops(config: ModelConfig, rank: int, work: Work) -> StepFlops:
     shapes = linear_shapes(config).values()
-    L = config.num_hidden_layers
-    base = L * sum(num_in * num_out for num_in, num_out in shapes)
-    factors = L * rank * sum(num_in + num_out for num_in, num_out in shapes)
-    attention = 12 * L * config.num_attention_heads * config.head_dim * tokens_a_row
+    base = sum(num_in * num_out for num_in, num_out in shapes)
+    factors = rank * sum(num_in + num_out for num_in, num_out in shapes)
+    L, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
     return StepFlops(
-        blocks=4 * base * num_positions,
-        factors=6 * factors * num_positions,
-        attention=attention * num_positions,
-        head=4 * config.hidden_size * config.vocab_size * num_targets,
+        blocks=4 * L * base * work.num_positions,
+        factors=6 * L * factors * work.num_positions,
+        attention=12 * L * width * work.num_pairs,
+        head=4 * config.hidden_size * config.vocab_size * work.num_targets,
     )
 
 

@@ -63,8 +63,8 @@ def ratio_of(a_seconds: Seconds, b_seconds: Seconds, seed: int = 0, resamples: i
     log_N = np.log(a_N / b_N)
     drawn_SN = np.random.default_rng(seed).integers(len(log_N), size=(resamples, len(log_N)))
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.median(log_N[drawn_SN], axis=1), [tail, 1 - tail])
-    return Ratio(*(float(np.exp(x)) for x in (np.median(log_N), low, high)), num_pairs=len(log_N))
+    low, high = np.exp(np.quantile(np.median(log_N[drawn_SN], axis=1), [tail, 1 - tail]))
+    return Ratio(float(np.exp(np.median(log_N))), float(low), float(high), len(log_N))
 
 
 def is_positive(seconds_N: np.ndarray) -> bool:

@@ -25,29 +25,10 @@ BLOCK = 1 << 20  # numbers drawn; larger arrays repeat them, because a billion w
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one update is given, in numbers that speeds are counted in."""
-
-    num_positions: int  # of inputs, padding included
-    num_tokens: int  # of inputs, padding left out
-    num_targets: int
-
-
-@dataclass(frozen=True)
 class Inputs:
     config: ModelConfig
     windows: list[Window]
     weights: dict[str, np.ndarray] = field(repr=False)
-
-    def work(self) -> Work:
-        """The mean over the windows."""
-        batches = [batch for window in self.windows for batch in window]
-        sums = (
-            sum(batch.inputs_BT.size for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            sum(int(batch.mask_BT.sum()) for batch in batches),
-        )
-        return Work(*(round(total / len(self.windows)) for total in sums))
 
 
 def read_inputs(case: Case) -> Inputs:

@@ -1,4 +1,4 @@
-"""Sides take turns, forwards and then backwards (ABBA, ABCCBA), so that what changes with time hits all alike.
+"""Sides take turns, forwards and then backwards (ABBA, ABCCBA), so that drift hits all alike.
 
 Round k's times of two sides are a pair. A side is a function that does one step, waits until it is done, and
 returns its seconds: `timed` makes one of a step in this process, `worker.Side.seconds` is one in another.

@@ -1,13 +1,18 @@
 """A contestant in a process of its own: its own BLAS, its own memory, its own first step.
 
 Two frameworks in one process would share the symbols of whichever BLAS came first, and each other's threads.
-The parent hands out turns, so only one of them works at a time.
+The parent hands out turns, and stops whose turn it is not (SIGSTOP): OpenMP's threads look out for work for
+200 ms after the last, and a side beside one that has just finished ran at half its speed.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,10 +22,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .cases import Case
-from .contestants import CONTESTANTS, build
+from .contestants import CONTESTANTS, Contestant, build, named_entry
+from .flops import StepFlops, Work, step_flops, work_of
 from .memory import Peak, measured_peak
 
 STARTING = multiprocessing.get_context("spawn")
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Hello:
     first_loss_nats: float
     blas: str
     is_gpu: bool
+    work: Work
+    flops: StepFlops
 
 
 def prepare(environment: dict[str, str]) -> str:
@@ -42,6 +51,8 @@ def prepare(environment: dict[str, str]) -> str:
 
 
 def serve(connection: Connection, name: str, case: Case, environment: dict[str, str]) -> None:
+    if sys.platform == "linux":  # one that is stopped would outlive a parent that is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         answer_to(connection, name, case, environment)
     except EOFError:  # the parent has gone
@@ -52,10 +63,10 @@ def serve(connection: Connection, name: str, case: Case, environment: dict[str, 
 
 def answer_to(connection: Connection, name: str, case: Case, environment: dict[str, str]) -> None:
     blas = prepare(environment)
-    contestant = build(name, case)
+    contestant, work, flops = on_its_arrays(name, case)
     start = time.perf_counter()
     loss_nats = contestant.step()
-    connection.send(Hello(time.perf_counter() - start, loss_nats, blas, is_gpu()))
+    connection.send(Hello(time.perf_counter() - start, loss_nats, blas, is_gpu(), work, flops))
     while (order := connection.recv()) is not None:
         if order == "step":
             start = time.perf_counter()
@@ -63,6 +74,14 @@ def answer_to(connection: Connection, name: str, case: Case, environment: dict[s
             connection.send(time.perf_counter() - start)
         else:
             connection.send(measured_peak(contestant.step, CONTESTANTS[name].memory, num_steps=order))
+
+
+def on_its_arrays(name: str, case: Case) -> tuple[Contestant, Work, StepFlops]:
+    from .inputs import read_inputs  # imports MLX
+
+    inputs = read_inputs(case)
+    work = work_of(inputs.windows)
+    return build(name, inputs, case), work, step_flops(inputs.config, case.rank, work)
 
 
 def is_gpu() -> bool:
@@ -75,14 +94,30 @@ class Side(AbstractContextManager["Side"]):
     """A contestant, from outside. Raises RuntimeError with its traceback where it fails."""
 
     def __init__(self, name: str, case: Case, environment: dict[str, str] | None = None) -> None:
-        self.name, self.title = name, CONTESTANTS[name].title
-        is_of_torch = CONTESTANTS[name].memory == "torch"  # which brings its own BLAS; MLX only reads the file
+        self.name = name
+        is_of_torch = (
+            named_entry(name).memory == "torch"
+        )  # which brings its own BLAS; MLX only reads the file
         environment = {**({"MLX_IMPL_BLAS": "off"} if is_of_torch else {}), **(environment or {})}
         self.connection, theirs = STARTING.Pipe()
-        self.process = STARTING.Process(target=serve, args=(theirs, name, case, environment), daemon=True)
+        self.process = STARTING.Process(target=serve, args=(theirs, name, case, environment))
         self.process.start()
+        atexit.register(self.process.kill)
         theirs.close()
         self.hello: Hello = self.answer()
+
+    def seconds(self) -> float:
+        """Of one step."""
+        return float(self.ask("step"))
+
+    def peak(self, num_steps: int) -> Peak:
+        peak: Peak = self.ask(num_steps)
+        return peak
+
+    def ask(self, order: object) -> Any:
+        self.signal(signal.SIGCONT)
+        self.connection.send(order)
+        return self.answer()
 
     def answer(self) -> Any:
         try:
@@ -92,27 +127,22 @@ class Side(AbstractContextManager["Side"]):
             raise RuntimeError(f"{self.name}: the process ended with {self.process.exitcode}") from None
         if isinstance(answer, Exception):
             raise answer
+        self.signal(signal.SIGSTOP)
         return answer
 
-    def seconds(self) -> float:
-        """Of one step."""
-        self.connection.send("step")
-        return float(self.answer())
-
-    def peak(self, num_steps: int) -> Peak:
-        self.connection.send(num_steps)
-        peak: Peak = self.answer()
-        return peak
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join()
+        atexit.unregister(self.process.kill)
         self.connection.close()
-        self.process.join(timeout=10)
-        if self.process.is_alive():
-            self.process.kill()
 
 
 def call(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """function(*arguments) in a process of its own that has an optimized BLAS; it must be at a module's top."""
+    """function(*arguments) in a process of its own that has an optimized BLAS; it stands at a module's top."""
     ours, theirs = STARTING.Pipe()
     process = STARTING.Process(target=run, args=(theirs, function, arguments, environment or {}), daemon=True)
     process.start()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from benchmarks.cases import Case
+    from benchmarks.inputs import Inputs
 
 
 class Contestant(Protocol):
@@ -49,14 +50,14 @@ CONTESTANTS = {
 }
 
 
-def build(name: str, case: Case) -> Contestant:
-    """The contestant on the case's arrays; ValueError for a name that is none."""
-    from benchmarks.inputs import read_inputs  # imports MLX
-
+def named_entry(name: str) -> Entry:
     if name not in CONTESTANTS:
         raise ValueError(f"a contestant must be one of {', '.join(CONTESTANTS)}, got {name!r}")
-    entry = CONTESTANTS[name]
-    module = importlib.import_module(f"{__name__}.{entry.module}")
-    contestant: Contestant = module.build(read_inputs(case), case, **entry.options)
-    return contestant
+    return CONTESTANTS[name]
 
+
+def build(name: str, inputs: Inputs, case: Case) -> Contestant:
+    entry = named_entry(name)
+    module = importlib.import_module(f"{__name__}.{entry.module}")
+    contestant: Contestant = module.build(inputs, case, **entry.options)
+    return contestant

@@ -22,7 +22,7 @@ from tests.peers.twin import IGNORED, hugging_face_model, peft_config
 class Peft:
     def __init__(self, inputs: Inputs, case: Case, compiled: bool = False) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = hugging_face_model(inputs.config)
+        model: Any = hugging_face_model(inputs.config)
         tensors = {name: torch.from_numpy(array) for name, array in inputs.weights.items()}
         model.load_state_dict(tensors, strict=not inputs.config.tie_word_embeddings)
         model.to(self.device, getattr(torch, case.dtype))

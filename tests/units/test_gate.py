@@ -13,7 +13,7 @@ TRIES = 50
 
 
 def noisy_pairs(slowdown: float, seed: int, num_pairs: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of two sides, as a busy machine gives them: a drift that both share, 3% of their own, outliers."""
+    """Seconds of two sides, as a busy machine gives them: a shared drift, 3% of their own, outliers."""
     random = np.random.default_rng(seed)
     shared = np.cumsum(random.normal(0, 0.02, num_pairs))
     own = random.normal(0, 0.03, (2, num_pairs)) + random.exponential(0.3, (2, num_pairs)) * (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from benchmarks.gate import ratio_of
 from benchmarks.interleave import abba, interleave, timed
@@ -15,7 +16,7 @@ def test_sides_take_turns_forwards_and_backwards() -> None:
         order.append(name)
         return float(len(order))
 
-    seconds = interleave({name: lambda name=name: side(name) for name in "abc"}, num_rounds=2)
+    seconds = interleave({name: partial(side, name) for name in "abc"}, num_rounds=2)
     assert "".join(order) == "abccba"
     assert seconds == {"a": [1.0, 6.0], "b": [2.0, 5.0], "c": [3.0, 4.0]}
 

@@ -79,7 +79,7 @@ def test_the_top_level_is_as_promised() -> None:
     ).stdout.split()
     visible = {name.split("/")[0] for name in tracked if not name.startswith(".")}
     assert visible == {
-        *("reference", "mlx_impl", "tests", "fixtures", "tox.ini", "README.md"),
+        *("reference", "mlx_impl", "tests", "benchmarks", "fixtures", "tox.ini", "README.md"),
         *("pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
     }
 
