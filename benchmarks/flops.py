@@ -2,8 +2,8 @@
 
 A matrix of P weights takes 2P FLOPs a position forward, and backward 2P for the gradient of its input and
 2P for its own: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the utilisation (MFU). A
-frozen matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is PaLM's
-12 L H K T a position, since its inputs do train. The head is needed only where there is a target. What an
+frozen matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is
+PaLM's 12 L H K T a position, since its inputs do train. The head is needed only at targets. What an
 implementation does beyond that (padding in the head, recomputing) is no model FLOP, and counts as time.
 """
 

@@ -3,7 +3,8 @@
 The statistic is the median over pairs of log(a / b), its interval the bootstrap's percentiles (Efron 1979,
 "Bootstrap Methods"). Absolute seconds are no part of it: what slows the machine slows both of a pair.
 Only the lower end of the interval can fail, and only above the committed ratio times SLACK, so noise widens
-the interval and fails nothing; a failure is measured once more, with more pairs, before it is believed.
+the interval and fails nothing. A failure is measured once more, with more pairs, before it is believed; so
+is what was too noisy to tell.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Ratio:
 
     def exceeds(self, at_most: float) -> bool:
         return self.low > at_most * SLACK
+
+    def may_exceed(self, at_most: float) -> bool:
+        return self.high > at_most * SLACK
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -72,8 +76,16 @@ def is_positive(seconds_N: np.ndarray) -> bool:
 
 
 def judge(measure: Measure, at_most: float, num_pairs: int) -> Verdict:
-    """The verdict on a / b; what fails is measured again, and judged on the new pairs alone."""
-    verdict = Verdict(ratio_of(*measure(num_pairs)), at_most)
-    if verdict.is_failure:
-        verdict = Verdict(ratio_of(*measure(RETRY * num_pairs)), at_most)
-    return verdict
+    """The verdict on a / b after one measurement, or two.
+
+    What fails is measured again, and judged on the new pairs alone. Where the limit lies within the interval
+    the pairs were too few to tell: they are judged with the new ones.
+    """
+    first = measure(num_pairs)
+    verdict = Verdict(ratio_of(*first), at_most)
+    if not verdict.ratio.may_exceed(at_most):
+        return verdict
+    second: Sequence[Seconds] | np.ndarray = measure(RETRY * num_pairs)
+    if not verdict.is_failure:
+        second = np.concatenate([first, second], axis=1)
+    return Verdict(ratio_of(*second), at_most)

@@ -142,7 +142,7 @@ class Side(AbstractContextManager["Side"]):
 
 
 def call(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """function(*arguments) in a process of its own that has an optimized BLAS; it stands at a module's top."""
+    """function(*arguments) in a process of its own with an optimized BLAS; it stands at a module's top."""
     ours, theirs = STARTING.Pipe()
     process = STARTING.Process(target=run, args=(theirs, function, arguments, environment or {}), daemon=True)
     process.start()

@@ -78,6 +78,18 @@ def test_a_failure_is_measured_again_with_more_pairs_and_the_second_word_is_the_
     assert asked == [20, 60] and not verdict.is_failure and verdict.ratio.num_pairs == 60
 
 
+def test_what_cannot_be_told_is_told_by_more_pairs() -> None:
+    """Seconds alternate between 0.9 and 1.3 times: of ten pairs the interval spans the limit."""
+    asked: list[int] = []
+
+    def measure(num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(num_pairs)
+        return (np.tile([0.9, 1.3], 5) if len(asked) == 1 else np.full(num_pairs, 1.3)), np.ones(num_pairs)
+
+    verdict = judge(measure, at_most=1.0, num_pairs=10)
+    assert asked == [10, 30] and verdict.ratio.num_pairs == 40 and verdict.is_failure
+
+
 def test_what_passes_is_not_measured_again() -> None:
     asked: list[int] = []
 
