@@ -13,7 +13,7 @@ from .contestants import named_entry
 from .flops import StepFlops, Work, matmul_rate, utilisation
 from .gate import Ratio, ratio_of
 from .interleave import interleave
-from .memory import Peak
+from .peak import Peak
 from .worker import Hello, Side
 
 RATE = "matmul"  # the contestant that measures what the machine can do

@@ -24,7 +24,7 @@ from typing import Any
 from .cases import Case
 from .contestants import CONTESTANTS, Contestant, build, named_entry
 from .flops import StepFlops, Work, step_flops, work_of
-from .memory import Peak, measured_peak
+from .peak import Peak, measured_peak
 
 STARTING = multiprocessing.get_context("spawn")
 PR_SET_PDEATHSIG = 1  # prctl(2)
