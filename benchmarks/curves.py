@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .cases import CASES, Case
 from .interleave import interleave
@@ -36,7 +37,8 @@ class Point:
 
 
 def varied(name: str, axis: str, field: str, values: Sequence[float]) -> Curve:
-    return Curve(name, axis, {value: replace(BASE, **{field: value}) for value in values})
+    changes: list[dict[str, Any]] = [{field: value} for value in values]
+    return Curve(name, axis, {x: replace(BASE, **c) for x, c in zip(values, changes, strict=True)})
 
 
 CURVES = {

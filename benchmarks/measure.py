@@ -93,5 +93,20 @@ def measure(case: Case, names: Sequence[str], num_steps: int) -> Run:
     return Run(case, hellos[RATE].work, hellos[RATE].flops, rate, load, results)
 
 
+def measure_as_installed(case: Case, num_steps: int = 2) -> Run:
+    """Ours beside mlx-lm where nobody has given MLX a BLAS: it takes its own; ours finds one. A few steps."""
+    load = os.getloadavg()[0]
+    own_blas = {"MLX_IMPL_BLAS": "off"}
+    with opened(["ours", RATE], case) as sides, opened(["mlx-lm"], case, own_blas) as slow:
+        both = {**sides, **slow}
+        sides["ours"].seconds()
+        seconds = interleave({name: side.seconds for name, side in both.items()}, num_steps)
+        peaks = {name: side.peak(1) for name, side in both.items()}
+        hellos = {name: side.hello for name, side in both.items()}
+    rate = matmul_rate(hellos[RATE].is_gpu, statistics.median(seconds[RATE]))
+    results = {n: result_of(n, hellos[n], seconds[n], peaks[n]) for n in ("ours", "mlx-lm")}
+    return Run(case, hellos[RATE].work, hellos[RATE].flops, rate, load, results)
+
+
 def result_of(name: str, hello: Hello, seconds: list[float], peak: Peak) -> Result:
     return Result(name, seconds, hello.first_step_seconds, hello.first_loss_nats, peak, hello.blas)

@@ -8,7 +8,7 @@ from statistics import median
 
 from .cases import Case
 from .interleave import timed
-from .memory import Budget, budget_of
+from .memory import Budget, Shapes, budget_of
 from .peak import Peak, measured_peak
 
 
@@ -18,6 +18,7 @@ class Held:
 
     measured: Peak
     seconds: list[float]
+    shapes: Shapes
     budget: Budget
 
     @property
@@ -32,11 +33,11 @@ def held_against_model(case: Case) -> Held:
     from .shapes import shapes_of
 
     inputs = read_inputs(case)
-    budget = budget_of(shapes_of(case, inputs))
+    shapes = shapes_of(case, inputs)
     side = Ours(inputs, case, compiled=False)
     inputs.weights.clear()
     seconds = [timed(side.step)() for _ in range(2)]  # after the second, guard.py holds two different states
-    return Held(measured_peak(side.step, "mlx", case.num_windows), seconds, budget)
+    return Held(measured_peak(side.step, "mlx", case.num_windows), seconds, shapes, budget_of(shapes))
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.cases import CASES, SMALL, TINY, Case
+from benchmarks.cases import TINY, Case
 from benchmarks.conftest import Record
 from benchmarks.memory_run import Milestone, held_against_model, long_run
+from benchmarks.memory_table import MODELLED
 from benchmarks.worker import call
 
 WITHIN = 0.05  # of the measured peak
 ASYNC_BYTES = 0.01  # MLX runs ahead of what it frees, a little more or less each time
 CACHE_LIMIT = 2**25 + 2**20  # MLX keeps at most 32 MiB of freed buffers on a CPU
-SMALL_CASE = CASES["small"]
-DEEP = replace(SMALL, num_hidden_layers=12, hidden_size=384, intermediate_size=1024)
-LARGE_HEAD = replace(SMALL, vocab_size=16384)
-
-MODELLED = {
-    "smollm2": replace(CASES["smollm2"], num_windows=1),
-    "small": SMALL_CASE,
-    "deep, rank 32": replace(SMALL_CASE, model=DEEP, tokens=256, rank=32),
-    "large head": replace(SMALL_CASE, model=LARGE_HEAD, tokens=64, target_share=1.0),
-    "few tokens, rank 64": replace(SMALL_CASE, tokens=8, batch_size=1, rank=64, target_share=1.0),
-}
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["kept", "checkpointed"])

@@ -81,7 +81,7 @@ def test_a_peak_is_at_most_the_committed_share_of_the_others(bar: Bar, record: R
 
 
 def test_all_sides_are_given_the_same_work(record: Record) -> None:
-    """Before any update the mean loss is the same; here no row has padding, whose target mlx-lm would count."""
+    """Before any update the mean loss is the same; no row has padding, which mlx-lm would count."""
     names = [n for n in ("ours", "mlx-lm", "peft", "pytorch") if CONTESTANTS[n].is_installed]
     with opened(names, CASES["small"]) as sides:
         losses = {name: side.hello.first_loss_nats for name, side in sides.items()}
