@@ -35,10 +35,10 @@ def head_nats(
     d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass, where the mask is.
     """
 
-    @mx.custom_function
+    @mx.custom_function  # type: ignore[untyped-decorator]
     def nats_and_gradient(x_ND: mx.array) -> tuple[mx.array, mx.array]:
         chunk = max(1, CHUNK_LOGITS // vocab_size)
-        nats, gradients = mx.array(0.0, widened(x_ND).dtype), []
+        nats, gradients = mx.array(0.0, widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
         for start in range(0, len(x_ND), chunk):
             here = slice(start, start + chunk)
             x_CD = mx.depends([x_ND[here]], [nats, *gradients[-1:]])[0]  # one chunk after the other
@@ -47,7 +47,7 @@ def head_nats(
             gradients.append(gradient_CD)
         return nats, mx.concatenate(gradients)
 
-    @nats_and_gradient.vjp
+    @nats_and_gradient.vjp  # type: ignore[untyped-decorator]
     def gradient(_: mx.array, cotangents: tuple, outputs: tuple) -> mx.array:
         return cotangents[0].astype(outputs[1].dtype) * outputs[1]
 

@@ -69,25 +69,25 @@ def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     return _gated_keeping(gate_BTF, up_BTF)[0]
 
 
-@mx.custom_function
+@mx.custom_function  # type: ignore[untyped-decorator]
 def _gated_keeping(gate_BTF: mx.array, up_BTF: mx.array) -> tuple[mx.array, mx.array]:
     s_BTF = sigmoid(gate_BTF)
     return gate_BTF * s_BTF * up_BTF, s_BTF
 
 
-@_gated_keeping.vjp
+@_gated_keeping.vjp  # type: ignore[untyped-decorator]
 def _gradient_with_s(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
     (gate_BTF, up_BTF), d_BTF, s_BTF = primals, cotangents[0], outputs[1]
     d_s_BTF = d_BTF * s_BTF
     return d_s_BTF * up_BTF * (1 + gate_BTF * (1 - s_BTF)), d_s_BTF * gate_BTF
 
 
-@mx.custom_function
+@mx.custom_function  # type: ignore[untyped-decorator]
 def _gated_forgetting(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     return gate_BTF * sigmoid(gate_BTF) * up_BTF
 
 
-@_gated_forgetting.vjp
+@_gated_forgetting.vjp  # type: ignore[untyped-decorator]
 def _gradient_without_s(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """MLX: a compiler keeps what two results share, so `depends` makes gate another one each time."""
     gate_BTF, up_BTF = mx.depends(list(primals), [d_BTF])

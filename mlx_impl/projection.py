@@ -50,14 +50,14 @@ def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
     num = len(parts)
     rows = [slice(*ends) for ends in pairwise(accumulate((p.a_IR.shape[1] for p in parts), initial=0))]
 
-    @mx.custom_function
+    @mx.custom_function  # type: ignore[untyped-decorator]
     def forward(x_NI: mx.array, *factors: mx.array) -> list[mx.array]:
         a_RI, bs_RO = rounded(parts, factors, x_NI.dtype)
         h_RN = a_RI @ x_NI.T
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(rows, bs_RO, strict=True)]
         return [*(with_base(low_NO, x_NI, part) for low_NO, part in zip(lows_NO, parts, strict=True)), h_RN]
 
-    @forward.vjp
+    @forward.vjp  # type: ignore[untyped-decorator]
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         x_NI, *factors = primals
         dys_NO, h_RN = cotangents[:num], outputs[num]  # h is an output so that it need not be made again

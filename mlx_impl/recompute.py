@@ -36,7 +36,7 @@ def recomputed(block: nn.Module, x_BTD: mx.array, *others: object) -> mx.array:
 
     forget = mx.custom_function(again)
 
-    @forget.vjp
+    @forget.vjp  # type: ignore[untyped-decorator]
     def recompute(inputs: tuple, d_BTD: mx.array, _: mx.array) -> list[mx.array]:
         """Not before the gradient has come this far: MLX would else compute every block again at once."""
         dkey, dx_BTD, *d_arrays = mx.vjp(again, mx.depends(list(inputs), [d_BTD]), [d_BTD])[1]

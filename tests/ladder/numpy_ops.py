@@ -100,6 +100,14 @@ def silu_pullback(x: np.ndarray, g: np.ndarray) -> np.ndarray:
     return g * s * (1 + x * (1 - s))
 
 
+def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return silu(gate) * up
+
+
+def gated_pullback(gate: np.ndarray, up: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return silu_pullback(gate, g * up), g * silu(gate)
+
+
 def logsumexp(x: np.ndarray) -> np.ndarray:
     highest = x.max(-1, keepdims=True)
     return (highest + np.log(np.exp(x - highest).sum(-1, keepdims=True)))[..., 0]

@@ -92,6 +92,13 @@ OPS = {
         (4 * normal(3, 500),),
         1,
     ),
+    "gated": Op(
+        lambda ops, gate, up: ops.gated(gate, up),
+        numpy_ops.gated,
+        numpy_ops.gated_pullback,
+        (4 * normal(3, 500), normal(3, 500)),
+        1,
+    ),
     "logsumexp": Op(
         lambda ops, x: ops.logsumexp(x),
         numpy_ops.logsumexp,
@@ -158,6 +165,16 @@ def test_the_gradient_of_silu_is_right_element_by_element(mx: Any, candidate: An
     expected = numpy_ops.silu_pullback(x.astype(np.float64), np.ones(x.shape))
     _, (gradient,) = mx.vjp(candidate.ops.silu, [mx.array(x)], [mx.ones(x.shape)])
     assert np.abs(np.array(gradient) - expected).max() <= FACTOR * 1.1 * UNIT_ROUNDOFF
+
+
+def test_the_gate_and_its_gradients_are_finite_everywhere(mx: Any, candidate: Any) -> None:
+    """Where e^-gate overflows float32 too; a gate far below zero lets nothing through, nor back."""
+    gate, up = mx.array([-1e30, -1000.0, -100.0, -88.8, -80.0, 0.0, 80.0, 1000.0, 1e30]), mx.full((9,), 2.0)
+    (value,), gradients = mx.vjp(candidate.ops.gated, [gate, up], [mx.ones(9)])
+    for array in (value, *gradients):
+        assert mx.isfinite(array).all()
+        assert mx.abs(array[1:5]).max() < 1e-30
+    assert np.array_equal(np.array(value[-2:]), np.array([2e3, 2e30], dtype=np.float32))
 
 
 def test_silu_and_its_gradient_are_finite_everywhere(mx: Any, candidate: Any) -> None:

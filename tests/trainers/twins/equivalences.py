@@ -14,7 +14,7 @@ from mlx_impl.optim import clip_gradients, learning_rate_of
 from mlx_impl.recompute import random_key
 from mlx_impl.train import add_up, batch_loss, to_arrays, train
 from tests.trainers.twins.loss import batches
-from tests.trainers.twins.twin import Patches, Twin, with_add_up
+from tests.trainers.twins.twin import Patches, Twin, lora_call, with_add_up
 
 compile_it, drop = mx.compile, Dropout.__call__
 
@@ -57,12 +57,12 @@ def compiled_with(*kept: int) -> Patches:
     return {"mlx.core.compile": broken}
 
 
-def recomputed_anew(block: Any, x_BTD: mx.array) -> mx.array:
+def recomputed_anew(block: Any, x_BTD: mx.array, *others: Any) -> mx.array:
     parameters = block.trainable_parameters()
 
     def run(trained: dict, x_BTD: mx.array) -> mx.array:
         block.update(trained)
-        y_BTD = block(x_BTD)
+        y_BTD = block(x_BTD, *others)
         block.update(parameters)
         return y_BTD
 
@@ -174,14 +174,18 @@ TWINS = [
         "recomputed-without-parameters",
         9,
         "The recomputed block's parameters are no inputs of it: with checkpointing on, they never train.",
-        {"mlx_impl.model.recomputed": lambda block, x: mx.checkpoint(lambda y: block(y))(x)},
+        {
+            "mlx_impl.model.recomputed": lambda block, x, *others: mx.checkpoint(lambda y: block(y, *others))(
+                x
+            )
+        },
         "transformers#25841",
     ),
     Twin(
         "dropout-on-the-base",
         9,
         "Dropout falls on the frozen layer's input too.",
-        {"mlx_impl.lora.LoRALinear.__call__": lora_of_dropped},
+        lora_call(lora_of_dropped),
     ),
     Twin(
         "dora-without-dropout",

@@ -107,7 +107,10 @@ TWINS = [
         "qkv-bias-lost",
         3,
         "The biases of queries, keys and values are loaded and never added.",
-        {"mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T},
+        {
+            "mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T,
+            "mlx_impl.projection.low_rank_of": lambda linear: None,
+        },
         cases=("qkv bias",),
     ),
     Twin(

@@ -24,6 +24,11 @@ def over_whole_chunks(x_NV: mx.array) -> mx.array:
     return logsumexp(x_NV[:, : V - V % CHUNK if V > CHUNK else V])
 
 
+def both_over_whole_chunks(x_NV: mx.array) -> tuple[mx.array, mx.array]:
+    total_N = over_whole_chunks(x_NV)
+    return total_N, mx.exp(x_NV - total_N[:, None])
+
+
 def one_position_late(cache: Any) -> int:
     return max(0, cache.k_BGSK.shape[2] - 1) if cache.k_BGSK is not None else 0
 
@@ -71,7 +76,10 @@ TWINS = [
         "last-chunk-of-the-vocabulary",
         13,
         "The cross-entropy goes over the vocabulary in chunks, and leaves out the last, which is not full.",
-        {"mlx_impl.ops.logsumexp": over_whole_chunks},
+        {
+            "mlx_impl.ops.logsumexp": over_whole_chunks,
+            "mlx_impl.ops.logsumexp_and_softmax": both_over_whole_chunks,
+        },
     ),
     Twin(
         "cache-one-position-late",

@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_impl.loss import next_token_nats
+from mlx_impl.loss import head_nats
 from mlx_impl.model import CausalLM, Decoder
 from mlx_impl.optim import LoRAOptimizer
 from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.twins.twin import Patches, Twin
+from tests.trainers.twins.twin import Patches, Twin, lora_call
 
 begin, decode, head, update = MlxTrainer.begin, Decoder.__call__, CausalLM.head, LoRAOptimizer.update
 stop = mx.stop_gradient
@@ -20,9 +20,7 @@ stop = mx.stop_gradient
 
 def lora(update_of: Callable[[Any, mx.array], mx.array]) -> Patches:
     """A LoRA layer whose update has the right value."""
-    return {
-        "mlx_impl.lora.LoRALinear.__call__": lambda self, x: self.linear(x) + self.scale * update_of(self, x)
-    }
+    return lora_call(lambda self, x: self.linear(x) + self.scale * update_of(self, x))
 
 
 def first_row_only(self: Any, tokens_BT: mx.array, caches: Any = None) -> mx.array:
@@ -47,11 +45,11 @@ def _(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
 def nats_of_gradient(factor: float) -> Patches:
     """The loss as it is, its gradient times a number."""
 
-    def broken(*arrays: mx.array) -> tuple[mx.array, mx.array]:
-        nats, num_targets = next_token_nats(*arrays)
+    def broken(*arguments: Any) -> tuple[mx.array, mx.array]:
+        nats, num_targets = head_nats(*arguments)
         return stop(nats) + factor * (nats - stop(nats)), num_targets
 
-    return {"mlx_impl.train.next_token_nats": broken}
+    return {"mlx_impl.train.head_nats": broken}
 
 
 def with_trained_length(self: Any) -> mx.array:
@@ -82,9 +80,10 @@ def update_and_decay_the_rest(self: Any, model: Any, gradients: Any) -> None:
 
 
 def update_without_a(self: Any, model: Any, gradients: Any) -> None:
-    before = dict(tree_flatten(model.trainable_parameters()))
+    before = self.factors["lora_a"]
     update(self, model, gradients)
-    model.update(tree_unflatten([(n, p) for n, p in before.items() if n.endswith("lora_a")]))
+    self.factors["lora_a"] = before
+    self.hand_over(model)
 
 
 TWINS = [
@@ -111,7 +110,7 @@ TWINS = [
         "base-without-gradient",
         5,
         "The frozen layer runs outside the graph, as under no_grad: what is below hears of it no more.",
-        {"mlx_impl.lora.LoRALinear.__call__": cut_base},
+        lora_call(cut_base),
     ),
     Twin(
         "forward-outside-the-graph",

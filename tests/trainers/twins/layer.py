@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from mlx_impl.lora import add_lora
 from mlx_impl.targets import Target, select_targets
 from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.twins.twin import Patches, Twin
+from tests.trainers.twins.twin import Patches, Twin, lora_call
 
 init_trainer = MlxTrainer.__init__
 
@@ -150,14 +150,14 @@ TWINS = [
         "adapter-not-in-the-path",
         2,
         "The adapter is loaded, listed and counted, and the forward pass never calls it.",
-        {"mlx_impl.lora.LoRALinear.__call__": lambda self, x: self.linear(x)},
+        lora_call(lambda self, x: self.linear(x)),
         "Soup#392",
     ),
     Twin(
         "factor-not-transposed",
         2,
         "A factor of the other convention is read without a transpose; the sizes agree, the function not.",
-        {"mlx_impl.lora.LoRALinear.__call__": with_unread_rows},
+        lora_call(with_unread_rows),
         "vmlx-swift#320",
     ),
     Twin(
@@ -185,7 +185,7 @@ TWINS = [
         "bias-lost-in-the-adapter",
         2,
         "An adapted layer multiplies by its base's weight and forgets its bias.",
-        {"mlx_impl.lora.LoRALinear.__call__": without_bias},
+        lora_call(without_bias),
         cases=("qkv bias",),
     ),
     Twin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from tests.trainers.twins.twin import Patches, Twin
 attention, rms_norm, rope, logsumexp = ops.attention, ops.rms_norm, ops.rope, ops.logsumexp
 
 
-def op(name: str, broken: Any) -> Patches:
+def op(name: str, broken: Any) -> dict[str, Any]:
     return {f"mlx_impl.ops.{name}": broken}
 
 
@@ -59,6 +60,24 @@ def by_first_cotangent(x_NV: mx.array) -> mx.array:
 @by_first_cotangent.vjp  # type: ignore[untyped-decorator]
 def _(x_NV: mx.array, cotangent_N: mx.array, _output: mx.array) -> mx.array:
     return cotangent_N[0] * mx.softmax(x_NV, axis=-1)
+
+
+def half_silu(x: mx.array) -> mx.array:
+    return x * mx.stop_gradient(mx.sigmoid(x))
+
+
+def rounded_logsumexp(x_NV: mx.array) -> mx.array:
+    return logsumexp(x_NV.astype(mx.bfloat16)).astype(mx.float32)
+
+
+def and_softmax(broken: Callable[[mx.array], mx.array]) -> Patches:
+    """The same bug where both are made at once."""
+
+    def both(x_NV: mx.array) -> tuple[mx.array, mx.array]:
+        total_N = broken(x_NV)
+        return total_N, mx.exp(x_NV - total_N[:, None])
+
+    return op("logsumexp_and_softmax", both)
 
 
 TWINS = [
@@ -117,13 +136,13 @@ TWINS = [
         "silu-is-gelu",
         1,
         "The gate's activation is its lookalike GELU, the default of many layer libraries.",
-        op("silu", nn.gelu),
+        op("silu", nn.gelu) | op("gated", lambda gate, up: nn.gelu(gate) * up),
     ),
     Twin(
         "silu-half-derivative",
         1,
         "A kernel's backward pass takes the sigmoid for a constant. Every loss is right, no gradient is.",
-        op("silu", lambda x: x * mx.stop_gradient(mx.sigmoid(x))),
+        op("silu", half_silu) | op("gated", lambda gate, up: half_silu(gate) * up),
     ),
     Twin(
         "logsumexp-first-cotangent",
@@ -137,13 +156,13 @@ TWINS = [
         "logsumexp-in-bfloat16",
         1,
         "The cross-entropy is computed in the model's bfloat16: losses come in steps of a hundredth.",
-        op("logsumexp", lambda x: logsumexp(x.astype(mx.bfloat16)).astype(mx.float32)),
+        op("logsumexp", rounded_logsumexp) | and_softmax(rounded_logsumexp),
         "Liger-Kernel#512",
     ),
     Twin(
         "logsumexp-without-shift",
         1,
         "exp without taking off the maximum: right for tame logits, infinite for one above 88.",
-        op("logsumexp", without_shift),
+        op("logsumexp", without_shift) | and_softmax(without_shift),
     ),
 ]

@@ -31,7 +31,9 @@ def restored(keep: Callable[[str], bool]) -> Patches:
 
 def snapshot_in_half(optimizer: Any) -> dict[str, mx.array]:
     arrays = snapshot(optimizer)
-    return {n: a.astype(mx.bfloat16).astype(a.dtype) if "lora_" in n else a for n, a in arrays.items()}
+    return {
+        n: a.astype(mx.bfloat16).astype(a.dtype) if n.startswith("factors") else a for n, a in arrays.items()
+    }
 
 
 def begin_at_zero(self: Any, training: Any) -> int:
@@ -123,14 +125,14 @@ TWINS = [
         "adapter-not-resumed",
         11,
         "The names in the file are not those of the model, and loading skips what it does not know.",
-        restored(lambda name: not name.startswith("model")),
+        restored(lambda name: not name.startswith("factors")),
         "peft#2699",
     ),
     Twin(
         "magnitude-not-resumed",
         11,
         "The state holds A and B, but not what DoRA trains beside them.",
-        restored(lambda name: not name.startswith("model") or not name.endswith("magnitude")),
+        restored(lambda name: name != "factors.magnitude"),
         cases=("dora",),
     ),
     Twin(

@@ -32,6 +32,14 @@ class Twin:
             yield
 
 
+def lora_call(broken: Callable[[Any, Any], Any]) -> Patches:
+    """Another `LoRALinear.__call__`, which is what runs once no linear is computed with its neighbours."""
+    return {
+        "mlx_impl.lora.LoRALinear.__call__": broken,
+        "mlx_impl.projection.low_rank_of": lambda linear: None,
+    }
+
+
 def with_add_up(make: Callable[[Any], Callable]) -> Patches:
     """Another sum over a window's batches, made anew for each run from its configuration."""
 
