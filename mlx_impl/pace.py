@@ -18,7 +18,6 @@ from .loss import CHUNK_LOGITS
 from .model import CausalLM
 
 STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
-MARGIN = 1.05
 
 
 def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Iterator[Window]:
@@ -30,7 +29,7 @@ def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Ite
     try:
         for window in windows:
             needed = max(step_bytes(model, batch, checkpointed) for batch in window)
-            mx.set_memory_limit(min(before, int(MARGIN * needed)))
+            mx.set_memory_limit(min(before, needed))
             yield window
     finally:
         mx.set_memory_limit(before)
