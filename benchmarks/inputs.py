@@ -11,12 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_impl.checkpoint import load_model, load_tokenizer, to_numpy
 from mlx_impl.config import ModelConfig
 from mlx_impl.data import Example, Window, make_batch, training_windows
-from mlx_impl.examples import encode_all
 from mlx_impl.model import CausalLM
-from mlx_impl.rows import read_conversations
 
 from .cases import GEOGRAPHY, Case
 
@@ -33,15 +30,20 @@ class Inputs:
 
 def read_inputs(case: Case) -> Inputs:
     if case.model is None:
-        loaded = load_model(None)
-        weights = to_numpy(loaded.model)
-        return Inputs(loaded.model.config, geography_windows(case), weights)
+        return geography(case)
     return Inputs(case.model, random_windows(case, case.model), random_weights(case.model))
 
 
-def geography_windows(case: Case) -> list[Window]:
-    examples = encode_all(load_tokenizer(None), read_conversations(GEOGRAPHY), "completion", 2048)
-    return list(training_windows(examples, dataclasses.replace(case.training, iters=case.num_windows)))
+def geography(case: Case) -> Inputs:
+    """The real model and questions. The loaders are imported here: random cases do without their packages."""
+    from mlx_impl.checkpoint import load_model, to_numpy
+    from mlx_impl.examples import encode_all
+    from mlx_impl.rows import read_conversations
+
+    loaded = load_model(None)
+    examples = encode_all(loaded.tokenizer, read_conversations(GEOGRAPHY), "completion", 2048)
+    training = dataclasses.replace(case.training, iters=case.num_windows)
+    return Inputs(loaded.model.config, list(training_windows(examples, training)), to_numpy(loaded.model))
 
 
 def random_windows(case: Case, config: ModelConfig) -> list[Window]:
