@@ -1,9 +1,9 @@
 """Where memory goes: the peak of a step from its shapes, term by term, to be held against what was measured.
 
     peak = base + trained + max(backward, update)
-    backward = what L blocks keep + the head + what the last block's backward pass works with
-    backward, checkpointed = L inputs + max(the head + one block, three blocks + the gradients so far)
-    update   = the new factors and moments beside the old ones, and the gradients
+    backward = what L blocks keep + max(the head, what one block's backward pass works with)
+    backward, checkpointed = L inputs + max(the head, one block made again and its backward pass)
+    update   = the new factors and moments beside the old ones, the gradients, and what the arithmetic needs
 
 The tables below are the model. They list what MLX keeps, and whoever changes what is kept edits a line:
 `python -m benchmarks memory` prints them with the bytes of a case. A tensor is kept when the gradient of
@@ -22,6 +22,7 @@ from mlx_impl.config import ModelConfig
 
 from .flops import linear_shapes
 
+CHUNK_LOGITS = 2**25  # that of mlx_impl/loss.py, which cannot be imported before a BLAS is chosen
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -31,7 +32,7 @@ class Kept:
 
     what: str
     axes: str  # D width, Q all queries, G all keys, H heads, S keys seen, F ffn, V vocabulary, R rank, 1
-    count: int
+    count: float
     why: str
 
 
@@ -44,13 +45,15 @@ BLOCK = (
     Kept("attention weights", "HS", 1, "softmax and mix; a fused kernel on a GPU keeps none"),
     Kept("mix of the values", "Q", 1, "the input of A in o"),
     Kept("gate and up", "F", 2, "each a side of a product"),
-    Kept("-gate, e^-gate, 1 + e^-gate, silu(gate)", "F", 4, "silu, written out in ops.py"),
+    Kept("sigmoid(gate)", "F", 1, "the gradient of silu; a GPU makes it again instead"),
     Kept("silu(gate) * up", "F", 1, "the input of A in down"),
     Kept("A x of the seven linears", "R", 7, "the gradient of B"),
 )
 HEAD = (  # of target positions, rounded up to a multiple of 8
     Kept("the last hidden state there", "D", 1, "what the head reads"),
-    Kept("logits, their softmax, the chosen ones' scatter", "V", 3, "logsumexp and its gradient"),
+    Kept("its gradient", "D", 1, "what the head's chunk gives"),
+    Kept("logits, their exponentials, softmax, gradient", "V", 4, "of one chunk: loss.py has at most 2**25"),
+    Kept("which logit is the target's", "V", 0.25, "a byte each"),
 )
 TRAINED = (  # copies of all factors
     Kept("factors, first and second moments", "T", 3, "the state"),
@@ -59,12 +62,12 @@ TRAINED = (  # copies of all factors
 UPDATE = (
     Kept("gradients", "T", 1, "of the whole update"),
     Kept("new factors and moments", "T", 3, "MLX changes no array, it makes new ones"),
+    Kept("terms of Adam's sums", "T", 7, "eager arithmetic on whole vectors"),
 )
 CHECKPOINTED_BLOCK = (Kept("x, before the block", "D", 1, "where recomputing starts"),)
-# One block's backward pass works with as much again as the block keeps. Where blocks are recomputed, three
-# are there at once: MLX runs ahead of what it frees. Both counts are from measurements, not from theory.
-WORKING_BLOCKS = 1
-RECOMPUTED_BLOCKS = 3
+# How many blocks' worth a backward pass works with at once, and Adam's 7 above, are measured, not derived.
+WORKING_BLOCKS = 1.3
+RECOMPUTED_BLOCKS = 1.9
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class Budget:
         return self.base + self.trained + max(self.blocks + self.working, self.update)
 
 
-def numbers(table: tuple[Kept, ...], sizes: dict[str, int]) -> int:
+def numbers(table: tuple[Kept, ...], sizes: dict[str, int]) -> float:
     return sum(kept.count * prod(sizes[axis] for axis in kept.axes) for kept in table)
 
 
@@ -137,13 +140,12 @@ def budget_of(shapes: Shapes) -> Budget:
     per_block = width * shapes.positions
     whole = per_block * numbers(BLOCK, sizes)
     kept = per_block * numbers(CHECKPOINTED_BLOCK, sizes) if shapes.checkpointed else whole
-    working = width * shapes.targets * numbers(HEAD, sizes) + WORKING_BLOCKS * whole
-    if shapes.checkpointed:
-        working = max(working, RECOMPUTED_BLOCKS * whole + 4 * shapes.trained_numbers)
+    head = width * min(shapes.targets, CHUNK_LOGITS // shapes.config.vocab_size) * numbers(HEAD, sizes)
+    backward = whole * (RECOMPUTED_BLOCKS if shapes.checkpointed else WORKING_BLOCKS)
     return Budget(
         base=width * shapes.base_numbers,
-        trained=4 * numbers(TRAINED, sizes),  # factors are float32 whatever the base is
-        blocks=shapes.config.num_hidden_layers * kept,
-        working=working,
-        update=4 * numbers(UPDATE, sizes),
+        trained=int(4 * numbers(TRAINED, sizes)),  # factors are float32 whatever the base is
+        blocks=int(shapes.config.num_hidden_layers * kept),
+        working=int(max(head, backward)),
+        update=int(4 * numbers(UPDATE, sizes)),
     )
