@@ -74,9 +74,73 @@ def head_at_targets() -> tuple[Step, Step]:
     return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
 
 
+def gate_and_up() -> tuple[Step, Step]:
+    """silu(gate) * up and both gradients, over a block of SmolLM2."""
+    import mlx.core as mx
+
+    from mlx_impl import ops
+
+    gate_BTF, up_BTF = mx.random.normal((2, 4, 64, 1536))
+
+    def gradients(gated: Callable[..., Any]) -> Callable[..., Any]:
+        return mx.value_and_grad(lambda gate, up: gated(gate, up).sum(), argnums=(0, 1))
+
+    def plain(gate_BTF: Any, up_BTF: Any) -> Any:
+        return ops.silu(gate_BTF) * up_BTF
+
+    return evaluated(gradients(ops.gated), gate_BTF, up_BTF), evaluated(gradients(plain), gate_BTF, up_BTF)
+
+
+def linears_of_one_input() -> tuple[Step, Step]:
+    """Queries, keys and values of SmolLM2's width, with the gradients of input and factors."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlx_impl.lora import LoRALinear
+    from mlx_impl.projection import project
+
+    x_BTD = mx.random.normal((4, 64, 576))
+    layers = [LoRALinear(nn.Linear(576, size, bias=False), 8, 2.0, 0.0) for size in (576, 192, 192)]
+    model = nn.Sequential(*layers)
+    model.apply_to_modules(
+        lambda _, module: module.freeze(recurse=False) if type(module) is nn.Linear else None
+    )
+
+    def gradients(outputs: Callable[..., Any]) -> Step:
+        function = nn.value_and_grad(model, lambda x_BTD: sum(y.sum() for y in outputs(x_BTD)))
+        return evaluated(function, x_BTD)
+
+    return gradients(lambda x: project(x, *layers)), gradients(lambda x: [layer(x) for layer in layers])
+
+
+def head_and_loss_in_one() -> tuple[Step, Step]:
+    """The loss of 64 targets over SmolLM2's vocabulary, and its gradient by the hidden state."""
+    import mlx.core as mx
+
+    from mlx_impl.loss import head_nats, next_token_nats
+
+    N, D, V = 64, 576, 49152
+    x_ND, head_VD = mx.random.normal((N, D)), mx.random.normal((V, D)) / math.sqrt(D)
+    targets_N, mask_N = mx.arange(N), mx.arange(N) >= 0
+
+    def head(x_ND: Any) -> Any:
+        return x_ND @ head_VD.T
+
+    def fast(x_ND: Any) -> Any:
+        return head_nats(head, V, x_ND, targets_N, mask_N)[0]
+
+    def plain(x_ND: Any) -> Any:
+        return next_token_nats(head(x_ND), targets_N, mask_N)[0]
+
+    return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
+
+
 PAIRS = {
     "silu": Pair(silu_on_a_cpu, at_most=1.0, why="a power of e is faster than exp on MLX's CPU"),
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
+    "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),
+    "projection": Pair(linears_of_one_input, at_most=1.0, why="sums formed by the matmuls, one A"),
+    "head-nats": Pair(head_and_loss_in_one, at_most=1.0, why="softmax and gradient of the same exponentials"),
 }
 
 
