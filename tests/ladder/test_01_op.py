@@ -159,6 +159,14 @@ def test_silu_is_right_element_by_element(mx: Any, candidate: Any) -> None:
     assert (error <= FACTOR * 40 * UNIT_ROUNDOFF * np.abs(expected)).all()
 
 
+def test_the_gate_is_right_element_by_element(mx: Any, candidate: Any) -> None:
+    """As it is where silu is computed alone."""
+    x = np.linspace(-40, 40, 4001).astype(np.float32)
+    expected = numpy_ops.silu(x.astype(np.float64))
+    error = np.abs(np.array(candidate.ops.gated(mx.array(x), mx.ones(x.shape))) - expected)
+    assert (error <= FACTOR * 40 * UNIT_ROUNDOFF * np.abs(expected)).all()
+
+
 def test_the_gradient_of_silu_is_right_element_by_element(mx: Any, candidate: Any) -> None:
     """It has a zero, so the error is held against its maximum, 1.1."""
     x = np.linspace(-40, 40, 4001).astype(np.float32)

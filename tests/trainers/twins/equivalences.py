@@ -226,7 +226,10 @@ TWINS = [
         "dropout-in-evaluation",
         9,
         "Dropout stays on when the model is evaluated.",
-        {"mlx_impl.lora.Dropout.__call__": always_dropping},
+        {
+            "mlx_impl.lora.Dropout.__call__": always_dropping,
+            "mlx_impl.projection.low_rank_of": lambda linear: None,
+        },
     ),
     Twin(
         "dropout-in-validation",

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_impl.loss import head_nats
 from mlx_impl.model import CausalLM, Decoder
 from mlx_impl.optim import LoRAOptimizer
+from mlx_impl.projection import LowRank, products, project
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.twins.twin import Patches, Twin, lora_call
 
@@ -50,6 +51,36 @@ def nats_of_gradient(factor: float) -> Patches:
         return stop(nats) + factor * (nats - stop(nats)), num_targets
 
     return {"mlx_impl.train.head_nats": broken}
+
+
+def with_fillings_backwards(
+    head: Any, vocab_size: int, x: mx.array, targets: mx.array, mask: mx.array
+) -> Any:
+    nats, num_targets = head_nats(head, vocab_size, x, targets, mask)
+    of_all, _ = head_nats(head, vocab_size, x, targets, mx.ones_like(mask))
+    return stop(nats) + of_all - stop(of_all), num_targets
+
+
+def of_parts(change: Callable[[int, LowRank], LowRank]) -> Patches:
+    """Linears of one input, each changed by its place among them."""
+    return {
+        "mlx_impl.projection.products": lambda x, parts: products(
+            x, [change(place, part) for place, part in enumerate(parts)]
+        )
+    }
+
+
+def unscaled_a(_: int, part: LowRank) -> LowRank:
+    fixed_IR = stop(part.a_IR)
+    return part._replace(a_IR=fixed_IR + (part.a_IR - fixed_IR) / part.scale)
+
+
+def trained_if_first(place: int, part: LowRank) -> LowRank:
+    return part._replace(a_IR=stop(part.a_IR), b_RO=stop(part.b_RO)) if place else part
+
+
+def passing_back_the_first(x_BTI: mx.array, *linears: Any) -> list[mx.array]:
+    return [*project(x_BTI, linears[0]), *project(stop(x_BTI), *linears[1:])]
 
 
 def with_trained_length(self: Any) -> mx.array:
@@ -132,6 +163,30 @@ TWINS = [
         "The logits' gradient is rounded to bfloat16 on its way back; for confident tokens nothing is left.",
         {"mlx_impl.model.CausalLM.head": lambda self, x: rounding_backwards(head(self, x))},
         "Liger-Kernel#1329",
+    ),
+    Twin(
+        "fillings-backwards",
+        5,
+        "The loss leaves out the positions that only fill a shape; its gradient, formed beside it, does not.",
+        {"mlx_impl.train.head_nats": with_fillings_backwards},
+    ),
+    Twin(
+        "scale-forgotten-backwards",
+        5,
+        "The gradient of A is written out, without alpha / rank.",
+        of_parts(unscaled_a),
+    ),
+    Twin(
+        "only-the-first-trains",
+        5,
+        "Of linears that are computed together only the first gets the gradients of its factors.",
+        of_parts(trained_if_first),
+    ),
+    Twin(
+        "only-the-first-passes-back",
+        5,
+        "Of linears that are computed together only the first passes its gradient on to their input.",
+        {"mlx_impl.model.project": passing_back_the_first},
     ),
     Twin(
         "dora-length-trained",

@@ -15,6 +15,8 @@ from mlx_impl.train import Arrays, batch_loss, evaluate
 from tests.trainers.reference import with_pad_targets
 from tests.trainers.twins.twin import Patches, Twin
 
+CHUNK = 9  # positions
+
 
 def batches(change: Callable[[Batch], Batch]) -> Patches:
     return {"mlx_impl.train.target_positions": lambda batch: target_positions(change(batch))}
@@ -70,6 +72,23 @@ def one_more_a_row(model: Any, arrays: Arrays) -> tuple[mx.array, mx.array]:
     return nats, num_targets + arrays[0].shape[0]
 
 
+def by_chunks(broken: Callable[[mx.array, mx.array, mx.array], tuple]) -> Patches:
+    """The loss of other positions, targets and mask; the count is right."""
+
+    def nats(head: Any, vocab_size: int, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        return head_nats(head, vocab_size, *broken(*arrays))[0], arrays[-1].sum()
+
+    return {"mlx_impl.train.head_nats": nats}
+
+
+def masked_by_the_first(x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple:
+    return x_ND, targets_N, mx.tile(mask_N[:CHUNK], -(-len(mask_N) // CHUNK))[: len(mask_N)]
+
+
+def of_whole_chunks(*arrays: mx.array) -> tuple:
+    return tuple(array[: len(array) - len(array) % CHUNK] for array in arrays)
+
+
 TWINS = [
     Twin(
         "pad-target-counted",
@@ -121,6 +140,18 @@ TWINS = [
         4,
         "The loss is averaged in each row and then over rows: a short answer's words weigh more.",
         losses(mean_of_rows),
+    ),
+    Twin(
+        "chunks-masked-by-the-first",
+        4,
+        "The loss goes over the positions in chunks, and all of them take the first one's mask.",
+        by_chunks(masked_by_the_first),
+    ),
+    Twin(
+        "last-chunk-of-the-positions",
+        4,
+        "The loss goes over the positions in chunks, and leaves out the last, which is not full.",
+        by_chunks(of_whole_chunks),
     ),
     Twin(
         "masked-row-counted",

@@ -62,6 +62,12 @@ def _(x_NV: mx.array, cotangent_N: mx.array, _output: mx.array) -> mx.array:
     return cotangent_N[0] * mx.softmax(x_NV, axis=-1)
 
 
+def gate_left_out_backwards(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    """The right value; the gradient of up is that of sigmoid(gate) * up."""
+    stop = mx.stop_gradient
+    return ops.silu(gate_BTF) * stop(up_BTF) + stop(mx.sigmoid(gate_BTF)) * (up_BTF - stop(up_BTF))
+
+
 def half_silu(x: mx.array) -> mx.array:
     return x * mx.stop_gradient(mx.sigmoid(x))
 
@@ -143,6 +149,12 @@ TWINS = [
         1,
         "A kernel's backward pass takes the sigmoid for a constant. Every loss is right, no gradient is.",
         op("silu", half_silu) | op("gated", lambda gate, up: half_silu(gate) * up),
+    ),
+    Twin(
+        "gate-left-out-backwards",
+        1,
+        "The gate's fused backward pass gives up the sigmoid's share and forgets the gate beside it.",
+        op("gated", gate_left_out_backwards),
     ),
     Twin(
         "logsumexp-first-cotangent",

@@ -11,15 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_impl.guard import FiniteGuard
-from mlx_impl.optim import AdamW, clip_gradients, learning_rate_of
+from mlx_impl.optim import AdamW, LoRAOptimizer, as_factors, as_vectors, clip_gradients, learning_rate_of
 from mlx_impl.train import add_up, begin_update
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.twins.twin import Patches, Twin, with_add_up
 
-apply_single, check, run = AdamW.apply_single, FiniteGuard.check, MlxTrainer.run
+apply_single, update = AdamW.apply_single, LoRAOptimizer.update
+check, run = FiniteGuard.check, MlxTrainer.run
 
 
 def adamw(change: Callable[[Any], dict]) -> Patches:
@@ -133,7 +134,29 @@ def seeded_but_by_zero(optimizer: Any, step: int, config: Any) -> None:
     (begin_update if config.seed else unseeded)(optimizer, step, config)
 
 
+def update_with_last_views(self: Any, model: Any, gradients: Any) -> None:
+    before = dict(self.factors)
+    update(self, model, gradients)
+    model.update(as_factors(before, model.trainable_parameters()))
+
+
+def last_first(gradients: Any) -> Any:
+    return as_vectors(dict(reversed(tree_flatten(gradients))))
+
+
 TWINS = [
+    Twin(
+        "views-of-the-last-update",
+        7,
+        "The optimizer steps its vectors, and the model is left with views of those before.",
+        {"mlx_impl.optim.LoRAOptimizer.update": update_with_last_views},
+    ),
+    Twin(
+        "gradients-in-another-order",
+        7,
+        "The gradients are laid side by side in another order than the factors they belong to.",
+        {"mlx_impl.train.as_vectors": last_first},
+    ),
     Twin(
         "no-bias-correction",
         7,

@@ -1,0 +1,86 @@
+"""The gate's written-out gradient is that of silu(gate) * up, whichever of its two forms computes it.
+
+A CPU keeps the sigmoid for the gradient, a GPU makes it again; here both run on the CPU. Rung 1 of the ladder
+holds the one that runs to NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_impl import ops
+from tests.derived import compare, require, within_bfloat16, within_exact
+from tests.ladder.cases import random_array
+from tests.ladder.protocol import Arrays
+
+Gate = Callable[[mx.array, mx.array], mx.array]
+FORMS: dict[str, Gate] = {
+    "the one that runs": ops.gated,
+    "keeping": lambda gate, up: ops._gated_keeping(gate, up)[0],
+    "forgetting": ops._gated_forgetting,
+}
+
+
+def composed(gate: mx.array, up: mx.array) -> mx.array:
+    return gate / (1 + mx.power(np.e, -gate)) * up
+
+
+def results(gated: Gate, dtype: mx.Dtype, compiled: bool = False) -> Arrays:
+    """The value and the gradients of <value, d>."""
+    gate, up, d = (
+        mx.array(random_array(name, (3, 500), size)).astype(mx.bfloat16).astype(dtype)
+        for name, size in (("gate", 4.0), ("up", 1.0), ("d", 1.0))
+    )
+
+    def run(gate: mx.array, up: mx.array, d: mx.array) -> list[mx.array]:
+        (value,), gradients = mx.vjp(gated, [gate, up], [d])
+        return [value, *gradients]
+
+    found = (mx.compile(run) if compiled else run)(gate, up, d)
+    assert {array.dtype for array in found} == {dtype}
+    return {
+        name: np.array(array.astype(mx.float32) if array.itemsize < 4 else array)
+        for name, array in zip(("value", "d gate", "d up"), found, strict=True)
+    }
+
+
+every_form = pytest.mark.parametrize("form", FORMS)
+eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+@every_form
+def test_the_gate_is_in_float64_what_it_is_composed(form: str) -> None:
+    ours, ref64 = results(FORMS[form], mx.float64), results(composed, mx.float64)
+    require(form, [within_exact(name, ours[name], ref64[name]) for name in ref64])
+
+
+@eager_and_compiled
+@every_form
+def test_the_gate_is_in_float32_what_it_is_composed_but_for_rounding(form: str, compiled: bool) -> None:
+    ours = results(FORMS[form], mx.float32, compiled)
+    ref32, ref64 = results(composed, mx.float32), results(composed, mx.float64)
+    require(form, [compare(name, ours[name], ref32[name], ref64[name], 1) for name in ref64])
+
+
+@eager_and_compiled
+@every_form
+def test_the_gate_is_in_bfloat16_what_it_is_composed_but_for_rounding(form: str, compiled: bool) -> None:
+    ours, ref64 = results(FORMS[form], mx.bfloat16, compiled), results(composed, mx.float64)
+    require(form, [within_bfloat16(name, ours[name], ref64[name], 1) for name in ref64])
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@every_form
+def test_a_gate_far_from_zero_has_finite_gradients(form: str, dtype: mx.Dtype) -> None:
+    """Open it is up and passes everything on; shut it passes nothing on, and none of it is no number."""
+    gate = mx.array([-1000.0, -100.0, 100.0, 1000.0], dtype)
+    up, d = mx.full((4,), 2.0, dtype), mx.ones((4,), dtype)
+    (value,), (d_gate, d_up) = mx.vjp(FORMS[form], [gate, up], [d])
+    for array, open_values in ((value, 2 * gate), (d_gate, up), (d_up, gate)):
+        assert mx.isfinite(array).all()
+        assert mx.abs(array[:2]).max() < 1e-30
+        assert mx.array_equal(array[2:], open_values[2:])

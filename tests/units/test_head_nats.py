@@ -1,0 +1,182 @@
+"""Head and cross-entropy in chunks are what they are at once, and never hold the logits of two chunks.
+
+The oracle is `next_token_nats(model.head(x))` under automatic differentiation, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from mlx_impl import loss
+from mlx_impl.loss import head_nats, next_token_nats
+from mlx_impl.model import CausalLM
+from mlx_impl.quantized import Packing, dequantize, pack
+from tests.derived import compare, require, require_same_names, within_bfloat16, within_exact
+from tests.ladder.cases import SPEC, random_array
+from tests.ladder.protocol import Arrays
+from tests.trainers.exact_ops import in_place_of_production
+from tests.units.peak import peak_bytes
+
+N, D, V = 13, 32, 61
+UPSTREAM = 2.5
+CHUNKS = (1, 4, 5, 13, 100)  # positions; 4 and 5 leave a last chunk that is not full
+MASKS = {
+    "every target": np.ones(N, bool),
+    "fillings at the end": np.arange(N) < 9,
+    "fillings anywhere": np.arange(N) % 3 != 1,
+    "a chunk of fillings": np.arange(N) // 4 != 1,
+}
+HEADS = ("untied", "tied", "untied, packed", "tied, packed")
+
+Head = Callable[[mx.array], mx.array]
+
+
+def model_of(head: str) -> CausalLM:
+    model = CausalLM(replace(SPEC, hidden_size=D, tie_word_embeddings=head.startswith("tied")))
+    name = "model.embed_tokens" if head.startswith("tied") else "lm_head"
+    weight_VD = mx.array(random_array("head", (V, D), 0.5)).astype(mx.bfloat16).astype(mx.float32)
+    model.load_weights([(f"{name}.weight", weight_VD)], strict=False)
+    if head.endswith("packed"):
+        packed = mx.quantize(weight_VD, group_size=32, bits=8)
+        pack(model, {name: Packing(32, 8)})
+        kinds = ("weight", "scales", "biases")
+        model.load_weights([(f"{name}.{k}", a) for k, a in zip(kinds, packed, strict=True)], strict=False)
+    return model
+
+
+def in_type(model: CausalLM, dtype: mx.Dtype) -> CausalLM:
+    """The same with plain weights of this type."""
+    dequantize(model)
+    model.update(tree_map(lambda array: array.astype(dtype), model.parameters()))
+    return model
+
+
+def given(dtype: mx.Dtype, mask_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
+    """x_ND of numbers that bfloat16 holds, targets_N, mask_N."""
+    x_ND = mx.array(random_array("x", (N, D), 1.0)).astype(mx.bfloat16).astype(dtype)
+    return x_ND, mx.array(np.random.default_rng(5).integers(0, V, N)), mx.array(mask_N)
+
+
+def in_chunks(head: Head, x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
+    return head_nats(head, V, x_ND, targets_N, mask_N)
+
+
+def at_once(head: Head, x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
+    return next_token_nats(head(x_ND), targets_N, mask_N)
+
+
+def results(
+    nats_of: Callable, head: Head, arrays: tuple[mx.array, mx.array, mx.array], compiled: bool = False
+) -> Arrays:
+    """The nats, their number, and the gradient by x of UPSTREAM times the nats."""
+
+    def run(x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> Any:
+        def weighed(x_ND: mx.array) -> tuple[mx.array, tuple]:
+            nats, num_targets = nats_of(head, x_ND, targets_N, mask_N)
+            return UPSTREAM * nats, (nats, num_targets)
+
+        (_, sums), dx_ND = mx.value_and_grad(weighed)(x_ND)
+        return *sums, dx_ND
+
+    found = (mx.compile(run) if compiled else run)(*arrays)
+    assert found[2].dtype == arrays[0].dtype
+    return {
+        name: np.array(array.astype(mx.float32) if array.itemsize < 4 else array)
+        for name, array in zip(("nats", "number of targets", "dx"), found, strict=True)
+    }
+
+
+def oracle(head: str, mask_N: np.ndarray, dtype: mx.Dtype) -> Arrays:
+    with in_place_of_production():
+        return results(at_once, in_type(model_of(head), dtype).head, given(dtype, mask_N))
+
+
+@pytest.fixture(params=CHUNKS)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many positions at a time."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", request.param * V + V // 2)
+    return int(request.param)
+
+
+every_mask = pytest.mark.parametrize("mask", MASKS)
+
+
+@every_mask
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_chunks_are_in_float64_what_all_is_at_once(head: str, mask: str, chunk: int) -> None:
+    ours = results(in_chunks, in_type(model_of(head), mx.float64).head, given(mx.float64, MASKS[mask]))
+    ref64 = oracle(head, MASKS[mask], mx.float64)
+    require_same_names(mask, ours, ref64)
+    require(mask, [within_exact(name, ours[name], ref64[name]) for name in ref64])
+
+
+@every_mask
+@pytest.mark.parametrize("head", HEADS)
+def test_chunks_are_in_float32_what_all_is_at_once_but_for_rounding(head: str, mask: str, chunk: int) -> None:
+    ours = results(in_chunks, model_of(head).head, given(mx.float32, MASKS[mask]))
+    ref32, ref64 = (oracle(head, MASKS[mask], dtype) for dtype in (mx.float32, mx.float64))
+    require_same_names(mask, ours, ref64)
+    require(mask, [compare(name, ours[name], ref32[name], ref64[name], V) for name in ref64])
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_chunks_are_in_bfloat16_what_all_is_at_once_but_for_rounding(head: str, chunk: int) -> None:
+    mask_N = MASKS["fillings anywhere"]
+    ours = results(in_chunks, in_type(model_of(head), mx.bfloat16).head, given(mx.bfloat16, mask_N))
+    ref64 = oracle(head, mask_N, mx.float64)
+    require(head, [within_bfloat16(name, ours[name], ref64[name], V) for name in ref64])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_chunks_compiled_are_chunks(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 5 * V)
+    arrays = given(mx.float32, MASKS["fillings anywhere"])
+    ours = results(in_chunks, model_of(head).head, arrays, compiled=True)
+    ref32, ref64 = (oracle(head, MASKS["fillings anywhere"], dtype) for dtype in (mx.float32, mx.float64))
+    require(head, [compare(name, ours[name], ref32[name], ref64[name], V) for name in ref64])
+
+
+def test_without_a_target_there_are_no_nats_and_no_gradient(chunk: int) -> None:
+    found = results(in_chunks, model_of("untied").head, given(mx.float32, np.zeros(N, bool)))
+    assert not any(array.any() for array in found.values())
+
+
+def test_a_logit_of_thousands_leaves_loss_and_gradient_finite(chunk: int) -> None:
+    """Sure and right is no loss; sure and wrong is one of as many nats."""
+    logits_NV = 5000.0 * (mx.arange(V) == 7) + mx.zeros((N, V))
+    targets_N = mx.array([7] * (N - 1) + [8])
+    nats, dx_NV = mx.value_and_grad(
+        lambda x: head_nats(lambda y: y, V, x, targets_N, mx.ones(N, mx.bool_))[0]
+    )(logits_NV)
+    assert nats.item() == 5000.0
+    assert np.array_equal(np.flatnonzero(np.array(dx_NV)), [(N - 1) * V + 7, (N - 1) * V + 8])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_no_chunks_logits_stand_beside_anothers(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """Eight chunks need what one needs, and beside it x, its gradient and its chunks, each of N D numbers."""
+    width, vocab_size, chunk = 16, 4096, 64
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * vocab_size)
+    weight_VD = mx.array(random_array("wide head", (vocab_size, width), 0.1))
+
+    def peak(num_chunks: int) -> int:
+        num = num_chunks * chunk
+        x_ND = mx.array(random_array("many", (num, width), 1.0))
+        targets_N, mask_N = mx.arange(num), mx.ones(num, mx.bool_)
+        mx.eval(weight_VD, x_ND, targets_N, mask_N)
+
+        def nats(x_ND: mx.array) -> mx.array:
+            return head_nats(lambda x: x @ weight_VD.T, vocab_size, x_ND, targets_N, mask_N)[0]
+
+        run = mx.value_and_grad(nats)
+        return peak_bytes(mx.compile(run) if compiled else run, x_ND)
+
+    more_positions = 7 * chunk
+    assert peak(8) - peak(1) <= 3 * 4 * more_positions * width

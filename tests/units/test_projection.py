@@ -1,0 +1,238 @@
+"""Linears of one input by one function are the same linears one by one, in value and in every gradient.
+
+The oracle is `LoRALinear.__call__` under automatic differentiation, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_impl.lora import DoRALinear, LoRALinear
+from mlx_impl.projection import LowRank, low_rank_of, project
+from tests.derived import Verdict, compare, require, require_same_names, within_bfloat16, within_exact
+from tests.ladder.cases import random_array
+from tests.ladder.protocol import Arrays
+
+B, T, I = 2, 7, 32  # noqa: E741
+LONGEST_SUM = 32  # of the input's width, an output's, the batch's 14 positions, and the ranks
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear of a group; rank 0: without an adapter."""
+
+    num_out: int
+    rank: int = 3
+    scale: float = 2.0
+    bias: bool = False
+
+
+GROUPS = {
+    "one": [Part(9)],
+    "alike": [Part(9), Part(9), Part(9)],
+    "unequal ranks and scales": [Part(20, 2, 0.3), Part(31, 5, 7.0), Part(10, 1, -1.0)],
+    "biases": [Part(9, bias=True), Part(10), Part(11, bias=True)],
+    "the middle not adapted": [Part(9), Part(10, 0, bias=True), Part(11)],
+    "one of three adapted": [Part(9, 0), Part(10, 0), Part(11, bias=True)],
+    "none adapted": [Part(9, 0), Part(10, 0, bias=True)],
+}
+
+
+COMPILED = ("unequal ranks and scales", "biases", "the middle not adapted")  # each costs seconds
+eager_and_compiled = pytest.mark.parametrize(
+    ("name", "compiled"),
+    [*((name, False) for name in GROUPS), *((name, True) for name in COMPILED)],
+    ids=[*GROUPS, *(f"{name}, compiled" for name in COMPILED)],
+)
+
+
+class Group(nn.Module):
+    """Frozen linears, factors that train, B not zero."""
+
+    def __init__(self, parts: list[Part], kind: type[LoRALinear] = LoRALinear, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linears = [make_linear(part, place) for place, part in enumerate(parts)]
+        self.freeze()
+        for place, part in enumerate(parts):
+            if part.rank:
+                self.linears[place] = adapted(self.linears[place], part, kind, dropout, place)
+
+    def in_type(self, base: mx.Dtype, factors: mx.Dtype) -> Group:
+        trained = {name for name, _ in tree_flatten(self.trainable_parameters())}
+        cast = [(n, a.astype(factors if n in trained else base)) for n, a in tree_flatten(self.parameters())]
+        return self.load_weights(cast)
+
+
+def make_linear(part: Part, place: int) -> nn.Linear:
+    linear = nn.Linear(I, part.num_out, bias=part.bias)
+    linear.weight = mx.array(random_array(f"weight {place}", (part.num_out, I), 0.5))
+    if part.bias:
+        linear.bias = mx.array(random_array(f"bias {place}", (part.num_out,), 0.5))
+    return linear
+
+
+def adapted(linear: nn.Linear, part: Part, kind: type[LoRALinear], dropout: float, place: int) -> LoRALinear:
+    layer = kind(linear, part.rank, part.scale, dropout)
+    layer.lora_a = mx.array(random_array(f"a {place}", (I, part.rank), 0.5))
+    layer.lora_b = mx.array(random_array(f"b {place}", (part.rank, part.num_out), 0.5))
+    return layer
+
+
+Compute = Callable[..., list[mx.array]]
+
+
+def one_by_one(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
+    return [linear(x_BTI) for linear in linears]
+
+
+def given(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Random numbers that bfloat16 holds, in this type."""
+    return mx.array(random_array(name, shape, 1.0)).astype(mx.bfloat16).astype(dtype)
+
+
+def results(group: Group, compute: Compute, dtype: mx.Dtype, compiled: bool = False) -> dict[str, mx.array]:
+    """Every y, and the gradients of <y, c> for random c: of x, and of every factor by name."""
+    own, x_BTI = group.trainable_parameters(), given("x", (B, T, I), dtype)
+
+    def weighed(factors: Any, x_BTI: mx.array) -> tuple[mx.array, list[mx.array]]:
+        group.update(factors)
+        ys_BTO = compute(x_BTI, *group.linears)
+        weighed = [(y * given(f"c {place}", y.shape, dtype)).sum() for place, y in enumerate(ys_BTO)]
+        return sum(weighed, mx.array(0, dtype)), ys_BTO
+
+    run = mx.value_and_grad(weighed, argnums=(0, 1))
+    (_, ys_BTO), (gradients, dx_BTI) = (mx.compile(run) if compiled else run)(own, x_BTI)
+    group.update(own)  # not what the transformation put in their place
+    found = {f"y {place}": y for place, y in enumerate(ys_BTO)} | {"dx": dx_BTI}
+    return found | {f"d {name}": gradient for name, gradient in tree_flatten(gradients)}
+
+
+def numpy(arrays: dict[str, mx.array]) -> Arrays:
+    return {n: np.array(a.astype(mx.float32) if a.itemsize < 4 else a) for n, a in arrays.items()}
+
+
+def oracle(group: Group, dtype: mx.Dtype, rounded_to: mx.Dtype | None = None) -> Arrays:
+    """One by one in this type throughout, of numbers that are first rounded to another."""
+    own = group.parameters()
+    group.update(tree_map(lambda array: array.astype(rounded_to or array.dtype).astype(dtype), own))
+    found = numpy(results(group, one_by_one, dtype))
+    group.update(own)
+    return found
+
+
+def hold(what: str, ours: Arrays, expected: Arrays, verdict: Callable[[str], Verdict]) -> None:
+    require_same_names(what, ours, expected)
+    require(what, [verdict(name) for name in expected])
+
+
+def as_near(name: str, ours: Arrays, plain: Arrays) -> Verdict:
+    """Two float32 results of the same numbers, each with its own rounding."""
+    return compare(name, ours[name], plain[name], plain[name].astype(np.float64), LONGEST_SUM)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_together_they_are_in_float64_what_they_are_one_by_one(name: str) -> None:
+    group = Group(GROUPS[name]).in_type(mx.float64, mx.float64)
+    ours, ref64 = numpy(results(group, project, mx.float64)), oracle(group, mx.float64)
+    hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
+
+
+@eager_and_compiled
+def test_together_they_are_in_float32_what_they_are_but_for_rounding(name: str, compiled: bool) -> None:
+    group = Group(GROUPS[name])
+    ours = numpy(results(group, project, mx.float32, compiled))
+    ref32, ref64 = oracle(group, mx.float32), oracle(group, mx.float64)
+    hold(name, ours, ref64, lambda n: compare(n, ours[n], ref32[n], ref64[n], LONGEST_SUM))
+
+
+@eager_and_compiled
+def test_together_they_are_in_bfloat16_what_they_are_but_for_rounding(name: str, compiled: bool) -> None:
+    """The base bfloat16, the factors float32: so are their gradients, and those of x bfloat16."""
+    group = Group(GROUPS[name]).in_type(mx.bfloat16, mx.float32)
+    found = results(group, project, mx.bfloat16, compiled)
+    for n, array in found.items():
+        assert array.dtype == (mx.float32 if n.startswith("d ") else mx.bfloat16), n
+    ours, ref64 = numpy(found), oracle(group, mx.float64, mx.bfloat16)
+    hold(name, ours, ref64, lambda n: within_bfloat16(n, ours[n], ref64[n], LONGEST_SUM))
+
+
+@pytest.mark.parametrize("name", ["alike", "the middle not adapted"])
+def test_a_linear_whose_result_is_not_used_gets_no_gradient(name: str) -> None:
+    """And gives none: the others' are those without it."""
+    group, x_BTI = Group(GROUPS[name]), given("x", (B, T, I), mx.float32)
+    own = group.trainable_parameters()
+
+    def last(compute: Compute) -> Arrays:
+        def total(factors: Any, x_BTI: mx.array) -> mx.array:
+            group.update(factors)
+            return compute(x_BTI, *group.linears)[-1].square().sum()
+
+        gradients, dx_BTI = mx.grad(total, argnums=(0, 1))(own, x_BTI)
+        group.update(own)
+        return numpy({"dx": dx_BTI, **dict(tree_flatten(gradients))})
+
+    ours, plain = last(project), last(one_by_one)
+    assert {n for n, a in ours.items() if a.any()} == {"dx", "linears.2.lora_a", "linears.2.lora_b"}
+    hold(name, ours, plain, lambda n: as_near(n, ours, plain))
+
+
+def dora_in_the_middle() -> Group:
+    group = Group(GROUPS["alike"])
+    group.linears[1] = adapted(group.linears[1].linear, Part(9), DoRALinear, 0.0, 1)
+    return group
+
+
+def dropout_in_the_middle() -> Group:
+    group = Group(GROUPS["alike"])
+    group.linears[1] = adapted(group.linears[1].linear, Part(9), LoRALinear, 0.5, 1)
+    return group
+
+
+def packed_in_the_middle() -> Group:
+    group = Group(GROUPS["alike"])
+    packed = nn.QuantizedLinear.from_linear(group.linears[1].linear, group_size=32, bits=8)
+    group.linears[1] = adapted(packed, Part(9), LoRALinear, 0.0, 1)
+    group.linears[1].linear.freeze()
+    return group
+
+
+PLAIN_ROADS = {"dora": dora_in_the_middle, "dropout": dropout_in_the_middle, "packed": packed_in_the_middle}
+
+
+@pytest.mark.parametrize("name", PLAIN_ROADS)
+def test_what_is_no_plain_lora_goes_its_own_road_between_the_others(name: str) -> None:
+    """To the bit what its `__call__` gives; the gradient of the shared x has its part."""
+    group = PLAIN_ROADS[name]()
+    assert [low_rank_of(linear) is None for linear in group.linears] == [False, True, False]
+    mx.random.seed(1)
+    ours = numpy(results(group, project, mx.float32))
+    mx.random.seed(1)
+    plain = numpy(results(group, one_by_one, mx.float32))
+    require_same_names(name, ours, plain)
+    for n in plain:
+        if "1" in n:
+            np.testing.assert_array_equal(ours[n], plain[n], err_msg=n)
+    hold(name, ours, plain, lambda n: as_near(n, ours, plain))
+
+
+def test_dropout_takes_the_plain_road_in_training_only() -> None:
+    layer = adapted(make_linear(Part(9), 0), Part(9), LoRALinear, 0.5, 0)
+    assert layer.train().low_rank() is None
+    assert isinstance(layer.eval().low_rank(), LowRank)
+
+
+@pytest.mark.parametrize("shape", [(3, I), (2, 1, 3, I)])
+def test_any_number_of_axes_stands_before_the_input(shape: tuple[int, ...]) -> None:
+    group = Group(GROUPS["biases"])
+    x = given("x", shape, mx.float32)
+    for ours, plain in zip(project(x, *group.linears), one_by_one(x, *group.linears), strict=True):
+        assert ours.shape == plain.shape
+        require("y", [as_near("y", {"y": np.array(ours)}, {"y": np.array(plain)})])
