@@ -65,7 +65,7 @@ def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
         dys_NO, h_RN = cotangents[:num], outputs[num]  # h is an output so that it need not be made again
         a_RI, bs_RO = rounded(parts, factors, x_NI.dtype)
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        da_RI = scale_of(parts) * (dh_RN @ x_NI)
+        da_RI = (scale_of(parts) * (dh_RN @ x_NI)).astype(x_NI.dtype)
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(rows, dys_NO, strict=True)]
         gradients = [*(da_RI[of_part].T for of_part in rows), *dbs_RO]
         # The factors' gradients first: MLX would else keep x and every dy until the end of the backward pass.

@@ -40,12 +40,11 @@ def test_a_product_of_axes_is_counted_a_position() -> None:
 
 
 def test_prompt_tokens_cost_the_head_nothing() -> None:
-    """Twice the tokens and the same targets: only the blocks grow."""
-    one, two = (budget_of(replace(SHAPES, rows=rows)) for rows in (4, 8))
+    """Twice the tokens and the same targets: only the blocks grow, where the head needs more than one."""
+    large = replace(SHAPES, config=replace(SMALL, vocab_size=2**17))
+    one, two = (budget_of(replace(large, rows=rows)) for rows in (4, 8))
     assert two.blocks == 2 * one.blocks
-    assert (
-        two.working - one.working == one.blocks // SMALL.num_hidden_layers
-    )  # of one block, none of the head
+    assert two.working == one.working > one.blocks // SMALL.num_hidden_layers
 
 
 def test_checkpointing_keeps_one_width_a_block() -> None:
