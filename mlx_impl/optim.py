@@ -82,11 +82,14 @@ class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
 
 
 def as_vectors(factors: Any) -> dict[str, mx.array]:
-    """All A as one vector, all B as another: a step is a few operations, not a few on each of hundreds."""
+    """All A as one vector, all B as another, in float32 at least.
+
+    So a step is a few operations, not a few on each of hundreds of arrays.
+    """
     arrays: dict[str, list[mx.array]] = {}
     for name, array in tree_flatten(factors):
         arrays.setdefault(name.rpartition(".")[2], []).append(array.flatten())
-    return {kind: mx.concatenate(of_kind) for kind, of_kind in arrays.items()}
+    return {kind: at_least_float32(mx.concatenate(of_kind)) for kind, of_kind in arrays.items()}
 
 
 def as_factors(vectors: dict[str, mx.array], like: Any) -> Any:

@@ -9,11 +9,13 @@ For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021
 Automatic differentiation of `LoRALinear.__call__`, which the tests compare with, gives the same numbers with
 more passes over memory. Here each sum is formed by the matmul that makes its last term (`mx.addmm`), the
 factors are rounded to the type of x and not x widened to theirs, and h and dh lie on their sides, so that the
-part of each linear is a piece of memory and needs no copy.
+part of each linear is a piece of memory and needs no copy. The factors' gradients come in the type of x, in
+which they were computed, and are widened once, all together (`optim.as_vectors`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple, cast
 
@@ -63,12 +65,9 @@ def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
         dys_NO, h_RN = cotangents[:num], outputs[num]  # h is an output so that it need not be made again
         a_RI, bs_RO = rounded(parts, factors, x_NI.dtype)
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        da_RI = dh_RN @ x_NI
-        das_IR = [
-            p.scale * da_RI[of_part].T.astype(p.a_IR.dtype) for p, of_part in zip(parts, rows, strict=True)
-        ]
+        da_RI = (scale_of(parts) * (dh_RN @ x_NI)).astype(x_NI.dtype)
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(rows, dys_NO, strict=True)]
-        gradients = [*das_IR, *(db_RO.astype(p.b_RO.dtype) for db_RO, p in zip(dbs_RO, parts, strict=True))]
+        gradients = [*(da_RI[of_part].T for of_part in rows), *dbs_RO]
         # The factors' gradients first: MLX would else keep x and every dy until the end of the backward pass.
         (dh_RN,) = mx.depends([dh_RN], gradients)
         dx_NI = dh_RN.T @ a_RI
@@ -80,10 +79,19 @@ def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
     return list(forward(x_NI, *factors))[:num]
 
 
-def rounded(parts: list[LowRank], factors: tuple | list, dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
+def rounded(
+    parts: list[LowRank], factors: Sequence[mx.array], dtype: mx.Dtype
+) -> tuple[mx.array, list[mx.array]]:
     """[s_1 A_1 ... s_n A_n]^T and each B_j, in the type of x."""
-    scaled = [part.scale * a_IR.T for part, a_IR in zip(parts, factors, strict=False)]
-    return mx.concatenate(scaled).astype(dtype), [b_RO.astype(dtype) for b_RO in factors[len(parts) :]]
+    a_RI = mx.concatenate([a_IR.T for a_IR in factors[: len(parts)]])
+    return (scale_of(parts) * a_RI).astype(dtype), [b_RO.astype(dtype) for b_RO in factors[len(parts) :]]
+
+
+def scale_of(parts: list[LowRank]) -> float | mx.array:
+    """The one scale, or of each row of [A_1 ... A_n]^T its own."""
+    if len({part.scale for part in parts}) == 1:
+        return parts[0].scale
+    return mx.array([[part.scale] for part in parts for _ in range(part.a_IR.shape[1])], parts[0].a_IR.dtype)
 
 
 def with_base(low_NO: mx.array, x_NI: mx.array, part: LowRank) -> mx.array:

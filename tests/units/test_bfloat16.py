@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl import ops
 from mlx_impl.config import TrainConfig
@@ -25,7 +25,7 @@ from mlx_impl.lora import DoRALinear, Dropout, LoRALinear, lora_parameters
 from mlx_impl.loss import head_nats
 from mlx_impl.merging import merge
 from mlx_impl.model import Attention, Block, CausalLM, Decoder, FeedForward, RMSNorm
-from mlx_impl.optim import LoRAOptimizer
+from mlx_impl.optim import LoRAOptimizer, as_vectors
 from mlx_impl.sampling import Sampling, next_tokens
 from mlx_impl.train import batch_loss, to_arrays, train
 from tests.derived import Divergence, compare, require, require_same_names, within_bfloat16
@@ -199,7 +199,8 @@ def test_what_trains_is_float32_and_so_are_its_gradients_and_moments(name: str, 
     num_moments = {"adamw": 2, "sgd": 1}[optimizer]
     num_trained = sum(grad.size for grad in grads.values())
     assert sum(moment.size for moment in moments) == num_moments * num_trained and len(records) == 2
-    for array in (loss, *lora_parameters(model).values(), *grads.values(), *moments):
+    gathered = as_vectors(tree_unflatten(list(grads.items())))  # what micro-batches add up and a step takes
+    for array in (loss, *lora_parameters(model).values(), *gathered.values(), *moments):
         assert array.dtype == mx.float32
 
 

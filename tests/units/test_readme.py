@@ -16,7 +16,7 @@ from tests.trainers.twins import TWINS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"] + [
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"] + [
     f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")
 ]
 CLAIMS = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+\.py)\) \|$", README, re.MULTILINE)
@@ -79,7 +79,7 @@ def test_the_top_level_is_as_promised() -> None:
     ).stdout.split()
     visible = {name.split("/")[0] for name in tracked if not name.startswith(".")}
     assert visible == {
-        *("reference", "mlx_impl", "tests", "fixtures", "tox.ini", "README.md"),
+        *("reference", "mlx_impl", "tests", "benchmarks", "fixtures", "tox.ini", "README.md"),
         *("pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"),
     }
 

@@ -168,13 +168,13 @@ TWINS = [
         "logsumexp-in-bfloat16",
         1,
         "The cross-entropy is computed in the model's bfloat16: losses come in steps of a hundredth.",
-        op("logsumexp", rounded_logsumexp) | and_softmax(rounded_logsumexp),
+        {**op("logsumexp", rounded_logsumexp), **and_softmax(rounded_logsumexp)},
         "Liger-Kernel#512",
     ),
     Twin(
         "logsumexp-without-shift",
         1,
         "exp without taking off the maximum: right for tame logits, infinite for one above 88.",
-        op("logsumexp", without_shift) | and_softmax(without_shift),
+        {**op("logsumexp", without_shift), **and_softmax(without_shift)},
     ),
 ]

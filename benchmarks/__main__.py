@@ -1,0 +1,99 @@
+"""`python -m benchmarks`: one table, us beside the others, from steps taken in turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+from .cases import CASES, Case, named_case
+from .contestants import named_entry
+from .curves import CURVES, draw, measure_curve, table_of
+from .measure import measure, measure_as_installed
+from .memory_run import Held, held_against_model
+from .memory_table import MODELLED, held_table, model_table
+from .readme import write_part
+from .table import HEADINGS, as_json, markdown, notes, print_table, rows
+from .worker import call
+
+ON_A_CPU = ("ours", "mlx-lm", "peft", "pytorch")
+ON_A_GPU = ("ours", "mlx-lm", "peft", "peft-compiled")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="table",
+        choices=("table", "curves", "memory"),
+        help="the table; or how seconds and bytes grow; or where memory goes. Default: table",
+    )
+    parser.add_argument("--case", default="smollm2", choices=CASES, help="of the table; default: smollm2")
+    parser.add_argument("--steps", type=int, default=20, help="warm steps of each side; default: 20")
+    parser.add_argument("--only", help="comma-separated sides, ours first; see contestants/__init__.py")
+    parser.add_argument(
+        "--as-installed", action="store_true", help="mlx-lm with the BLAS that MLX brings: minutes"
+    )
+    parser.add_argument("--json", action="store_true", help="the table as one object and nothing else")
+    parser.add_argument("--write", action="store_true", help="into README.md, pictures beside it")
+    return parser
+
+
+def contestants(case: Case, only: str | None) -> list[str]:
+    """Those that were asked for, or those of the device that are installed."""
+    names = only.split(",") if only else ON_A_GPU if case.needs_gpu else ON_A_CPU
+    return [name for name in names if named_entry(name).is_installed]
+
+
+def show_table(args: argparse.Namespace) -> None:
+    case = named_case(args.case)
+    if args.as_installed:
+        run = measure_as_installed(case)
+    else:
+        run = measure(case, contestants(case, args.only), args.steps)
+    if args.json:
+        print(json.dumps(as_json(run)))
+    else:
+        print_table(run)
+    if args.write:
+        part = "as-installed" if args.as_installed else "table"
+        write_part(part, markdown(HEADINGS, rows(run)) + "\n\n" + "; ".join(notes(run)) + ".")
+
+
+def show_curves(args: argparse.Namespace) -> None:
+    for curve in CURVES.values():
+        points = measure_curve(curve)
+        print(table_of(curve, points), flush=True)
+        if args.write:
+            draw(curve, points)
+            write_part(f"curve-{curve.name}", table_of(curve, points))
+
+
+def show_memory(args: argparse.Namespace) -> None:
+    held: dict[tuple[str, bool], Held] = {
+        (name, is_checkpointed): call(held_against_model, replace(case, checkpointed=is_checkpointed))
+        for name, case in MODELLED.items()
+        for is_checkpointed in (False, True)
+    }
+    first = held["smollm2", False]
+    parts = {"memory": model_table(first.shapes, first.budget), "memory-held": held_table(held)}
+    for name, body in parts.items():
+        print(body, end="\n\n")
+        if args.write:
+            write_part(name, body)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
+    try:
+        {"table": show_table, "curves": show_curves, "memory": show_memory}[args.what](args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Seconds that this machine took before: a second gate, which warns.
+
+One file a CPU, in a folder that git ignores, because seconds of one machine say nothing of another. A
+benchmark that the file does not know is added to it; what it knows stays until it is asked to be replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .gate import SLACK
+
+FOLDER = Path(__file__).resolve().parents[1] / ".benchmarks"
+
+
+def cpu_name() -> str:
+    """What the system calls its CPU."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def fingerprint() -> str:
+    """A folder's name for this CPU, its number of cores and its system."""
+    words = f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}"
+    readable = "-".join("".join(c if c.isalnum() else " " for c in words).split())
+    return f"{readable[:60]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+@dataclass
+class Baselines:
+    """Median seconds by the benchmark's name."""
+
+    path: Path
+    replaced: bool = False  # take this run's seconds in place of the known ones
+    seconds: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def compare(self, name: str, seconds: float) -> str | None:
+        """A sentence where it is slower than it was by more than SLACK, else None."""
+        known = self.seconds.get(name)
+        if known is None or self.replaced:
+            self.seconds[name] = seconds
+            return None
+        if seconds <= known * SLACK:
+            return None
+        return f"{name}: {seconds:.4g} s, {seconds / known:.2f} times the {known:.4g} s that it took before"
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.seconds, indent=2, sort_keys=True) + "\n")
+
+
+def baselines_here(replaced: bool) -> Baselines:
+    return Baselines(FOLDER / fingerprint() / "baseline.json", replaced)

@@ -1,0 +1,94 @@
+"""What is trained: a model, its batches, and how. Every trainer is given the same arrays.
+
+The real case is SmolLM2-135M-Instruct on the geography questions, read by mlx_impl's own loader and
+tokenizer; the others have random weights and random tokens. In those a row is prompt first, targets last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
+
+GEOGRAPHY = Path(__file__).resolve().parents[1] / "fixtures" / "geography" / "train.jsonl"
+
+TINYLLAMA = ModelConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+)
+SMALL = replace(
+    TINYLLAMA,
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+TINY = replace(
+    TINYLLAMA,
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: ModelConfig | None  # None: SmolLM2-135M-Instruct and the geography questions
+    batch_size: int = 4
+    tokens: int = 0  # inputs a row; of the geography questions as many as they have
+    target_share: float = 1.0  # of the positions of a row
+    rank: int = 8
+    dtype: str = "float32"  # of the base
+    checkpointed: bool = False
+    micro_batches: int = 1  # batches an update
+    num_windows: int = 1  # different updates, taken in turn
+    needs_gpu: bool = False
+
+    @property
+    def lora(self) -> LoRAConfig:
+        return LoRAConfig(rank=self.rank, alpha=2.0 * self.rank)
+
+    @property
+    def training(self) -> TrainConfig:
+        return TrainConfig(
+            iters=10**9,
+            batch_size=self.batch_size,
+            grad_accumulation_steps=self.micro_batches,
+            learning_rate=1e-4,
+            grad_checkpoint=self.checkpointed,
+        )
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("smollm2", None, num_windows=5),
+        Case("small", SMALL, tokens=128, target_share=0.25),
+        Case("tiny", TINY, tokens=32, target_share=0.5),
+        Case("tinyllama", TINYLLAMA, tokens=1024, dtype="bfloat16", needs_gpu=True),
+        Case("tinyllama-25", TINYLLAMA, tokens=1024, target_share=0.25, dtype="bfloat16", needs_gpu=True),
+        Case("tinyllama-ckpt", TINYLLAMA, tokens=1024, dtype="bfloat16", checkpointed=True, needs_gpu=True),
+    )
+}
+
+
+def named_case(name: str) -> Case:
+    if name not in CASES:
+        raise ValueError(f"a case must be one of {', '.join(CASES)}, got {name!r}")
+    return CASES[name]

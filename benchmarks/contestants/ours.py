@@ -1,0 +1,33 @@
+"""mlx_impl as a user has it: LoRATrainer's model and optimizer, and the loop of train.py itself."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import mlx.core as mx
+
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
+from mlx_impl.model import CausalLM
+from mlx_impl.train import train
+from mlx_impl.trainer import LoRATrainer
+
+
+class Ours:
+    def __init__(self, inputs: Inputs, case: Case, compiled: bool | None = None) -> None:
+        model = CausalLM(inputs.config)
+        model.load_weights([(name, mx.array(array)) for name, array in inputs.weights.items()])
+        model.set_dtype(getattr(mx, case.dtype))
+        mx.eval(model.parameters())
+        trainer = LoRATrainer(model, case.lora, case.training, compiled)
+        self.records = train(
+            model, trainer.optimizer, cycle(inputs.windows), case.training, trainer.compiled, trainer.guard
+        )
+
+    def step(self) -> float:
+        loss_nats = next(self.records).loss_nats
+        mx.synchronize()
+        return loss_nats
+
+
+build = Ours

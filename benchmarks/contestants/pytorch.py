@@ -1,0 +1,31 @@
+"""`reference/`, the plain PyTorch that mlx_impl is checked against; on a CPU."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
+from reference.lora import add_lora
+from reference.model import CausalLM, load_arrays
+from reference.train import make_optimizer, train_step
+from tests.peers.cases import to_tensors
+
+
+class Reference:
+    def __init__(self, inputs: Inputs, case: Case) -> None:
+        self.model = CausalLM(inputs.config)
+        load_arrays(self.model, inputs.weights)
+        self.model.to(getattr(torch, case.dtype))
+        add_lora(self.model, case.lora)
+        self.optimizer = make_optimizer(self.model, case.training)
+        self.windows = cycle([[to_tensors(batch) for batch in window] for window in inputs.windows])
+        self.model.train()
+
+    def step(self) -> float:
+        return train_step(self.model, self.optimizer, next(self.windows), max_grad_norm=0.0)[0]
+
+
+build = Reference

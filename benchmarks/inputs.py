@@ -1,0 +1,71 @@
+"""The arrays of a case: configuration, base weights, and the batches of its updates. NumPy out.
+
+Imports MLX to read the real model, so it belongs into a process that has chosen its BLAS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_impl.config import ModelConfig
+from mlx_impl.data import Example, Window, make_batch, training_windows
+from mlx_impl.model import CausalLM
+
+from .cases import GEOGRAPHY, Case
+
+WEIGHT_SCALE = 0.02  # standard deviation of random weights
+BLOCK = 1 << 20  # numbers drawn; larger arrays repeat them, because a billion would take long to draw
+
+
+@dataclass(frozen=True)
+class Inputs:
+    config: ModelConfig
+    windows: list[Window]
+    weights: dict[str, np.ndarray] = field(repr=False)
+
+
+def read_inputs(case: Case) -> Inputs:
+    if case.model is None:
+        return geography(case)
+    return Inputs(case.model, random_windows(case, case.model), random_weights(case.model))
+
+
+def geography(case: Case) -> Inputs:
+    """The real model and questions. The loaders are imported here: random cases do without their packages."""
+    from mlx_impl.checkpoint import load_model, to_numpy
+    from mlx_impl.examples import encode_all
+    from mlx_impl.rows import read_conversations
+
+    loaded = load_model(None)
+    examples = encode_all(loaded.tokenizer, read_conversations(GEOGRAPHY), "completion", 2048)
+    training = dataclasses.replace(case.training, iters=case.num_windows)
+    return Inputs(loaded.model.config, list(training_windows(examples, training)), to_numpy(loaded.model))
+
+
+def random_windows(case: Case, config: ModelConfig) -> list[Window]:
+    """Rows without padding, of which the last `target_share` are targets."""
+    random = np.random.default_rng(0)
+    num_targets = round(case.target_share * case.tokens)
+    is_target = (False,) * (case.tokens + 1 - num_targets) + (True,) * num_targets
+
+    def example() -> Example:
+        return Example(tuple(random.integers(1, config.vocab_size, case.tokens + 1).tolist()), is_target)
+
+    def window() -> Window:
+        return [make_batch([example() for _ in range(case.batch_size)]) for _ in range(case.micro_batches)]
+
+    return [window() for _ in range(case.num_windows)]
+
+
+def random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Normal numbers, norms one: a model whose numbers stay in range."""
+    block = WEIGHT_SCALE * np.random.default_rng(1).standard_normal(BLOCK, dtype=np.float32)
+    shapes = {name: array.shape for name, array in tree_flatten(CausalLM(config).parameters())}
+    return {
+        name: np.ones(shape, np.float32) if "norm" in name else np.resize(block, shape)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,166 @@
+"""Fast paths beside their plain twins: a registry. Whoever adds a fast path adds a line.
+
+A pair is two steps that compute the same; the fast one must not be slower than its committed share of the
+plain one. Both are built and timed in one process. That they agree is the tests' and the ladder's to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .gate import Verdict, judge
+from .interleave import abba, timed
+
+Step = Callable[[], object]
+NUM_PAIRS = 20
+
+
+@dataclass(frozen=True)
+class Pair:
+    build: Callable[[], tuple[Step, Step]]  # (fast, plain), each blocking until it is done
+    at_most: float  # seconds of the fast one over seconds of the plain one
+    why: str
+
+
+def evaluated(function: Callable[..., Any], *arguments: Any) -> Step:
+    """A step that computes function(*arguments) and waits for it."""
+    import mlx.core as mx
+
+    def step() -> None:
+        mx.eval(function(*arguments))
+        mx.synchronize()
+
+    return step
+
+
+def silu_on_a_cpu() -> tuple[Step, Step]:
+    """Value and gradient over the gates of a block of SmolLM2."""
+    import mlx.core as mx
+
+    from mlx_impl import ops
+
+    x_BTF = mx.random.normal((4, 64, 1536))
+
+    def gradient(silu: Callable[[Any], Any]) -> Callable[..., Any]:
+        return mx.value_and_grad(lambda x_BTF: silu(x_BTF).sum())
+
+    def plain(x_BTF: Any) -> Any:
+        return x_BTF / (1 + mx.exp(-x_BTF))
+
+    return evaluated(gradient(ops.silu), x_BTF), evaluated(gradient(plain), x_BTF)
+
+
+def head_at_targets() -> tuple[Step, Step]:
+    """Loss and its gradient by the hidden state, where a quarter of the positions are targets."""
+    import mlx.core as mx
+
+    from mlx_impl.loss import next_token_nats
+
+    N, D, V, every = 256, 256, 8192, 4
+    x_ND, head_DV = mx.random.normal((N, D)), mx.random.normal((D, V)) / math.sqrt(D)
+    targets_N, positions_M = mx.arange(N), mx.arange(0, N, every)
+    mask_N = targets_N % every == 0
+
+    def fast(x_ND: Any) -> Any:
+        logits_MV = x_ND[positions_M] @ head_DV
+        return next_token_nats(logits_MV, targets_N[positions_M], mask_N[positions_M])[0]
+
+    def plain(x_ND: Any) -> Any:
+        return next_token_nats(x_ND @ head_DV, targets_N, mask_N)[0]
+
+    return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
+
+
+def gate_and_up() -> tuple[Step, Step]:
+    """silu(gate) * up and both gradients, over a block of SmolLM2."""
+    import mlx.core as mx
+
+    from mlx_impl import ops
+
+    gate_BTF, up_BTF = mx.random.normal((2, 4, 64, 1536))
+
+    def gradients(gated: Callable[..., Any]) -> Callable[..., Any]:
+        return mx.value_and_grad(lambda gate, up: gated(gate, up).sum(), argnums=(0, 1))
+
+    def plain(gate_BTF: Any, up_BTF: Any) -> Any:
+        return ops.silu(gate_BTF) * up_BTF
+
+    return evaluated(gradients(ops.gated), gate_BTF, up_BTF), evaluated(gradients(plain), gate_BTF, up_BTF)
+
+
+def linears_of_one_input() -> tuple[Step, Step]:
+    """Queries, keys and values of SmolLM2's width, with the gradients of input and factors."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlx_impl.lora import LoRALinear
+    from mlx_impl.projection import project
+
+    x_BTD = mx.random.normal((4, 64, 576))
+    layers = [LoRALinear(nn.Linear(576, size, bias=False), 8, 2.0, 0.0) for size in (576, 192, 192)]
+    model = nn.Sequential(*layers)
+    model.apply_to_modules(
+        lambda _, module: module.freeze(recurse=False) if type(module) is nn.Linear else None
+    )
+
+    def gradients(outputs: Callable[..., Any]) -> Step:
+        function = nn.value_and_grad(model, lambda x_BTD: sum(y.sum() for y in outputs(x_BTD)))
+        return evaluated(function, x_BTD)
+
+    return gradients(lambda x: project(x, *layers)), gradients(lambda x: [layer(x) for layer in layers])
+
+
+def head_and_loss_in_one() -> tuple[Step, Step]:
+    """The loss of 64 targets over SmolLM2's vocabulary, and its gradient by the hidden state."""
+    import mlx.core as mx
+
+    from mlx_impl.loss import head_nats, next_token_nats
+
+    N, D, V = 64, 576, 49152
+    x_ND, head_VD = mx.random.normal((N, D)), mx.random.normal((V, D)) / math.sqrt(D)
+    targets_N, mask_N = mx.arange(N), mx.arange(N) >= 0
+
+    def head(x_ND: Any) -> Any:
+        return x_ND @ head_VD.T
+
+    def fast(x_ND: Any) -> Any:
+        return head_nats(head, V, x_ND, targets_N, mask_N)[0]
+
+    def plain(x_ND: Any) -> Any:
+        return next_token_nats(head(x_ND), targets_N, mask_N)[0]
+
+    return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
+
+
+PAIRS = {
+    "silu": Pair(silu_on_a_cpu, at_most=1.0, why="a power of e is faster than exp on MLX's CPU"),
+    "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
+    "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),
+    "projection": Pair(linears_of_one_input, at_most=1.0, why="sums formed by the matmuls, one A"),
+    "head-nats": Pair(head_and_loss_in_one, at_most=1.0, why="softmax and gradient of the same exponentials"),
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    verdict: Verdict
+    fast_seconds: list[float]
+
+
+def judge_pair(name: str) -> Judged:
+    """In this process, which must have its BLAS."""
+    pair = PAIRS[name]
+    fast_step, plain_step = (timed(step) for step in pair.build())
+    for _ in range(3):
+        fast_step(), plain_step()
+    fast_seconds: list[float] = []
+
+    def measure(num_pairs: int) -> tuple[list[float], list[float]]:
+        fast, plain = abba(fast_step, plain_step, num_pairs)
+        fast_seconds.extend(fast)
+        return fast, plain
+
+    return Judged(judge(measure, pair.at_most, NUM_PAIRS), fast_seconds)

@@ -1,0 +1,16 @@
+"""The shapes of a case that its memory follows from: those of its largest batch."""
+
+from __future__ import annotations
+
+from mlx_impl.data import target_positions
+
+from .cases import Case
+from .inputs import Inputs
+from .memory import Shapes
+
+
+def shapes_of(case: Case, inputs: Inputs) -> Shapes:
+    batch = max((b for window in inputs.windows for b in window), key=lambda b: b.inputs_BT.size)
+    rows, tokens = batch.inputs_BT.shape
+    num_targets = len(target_positions(batch)[0])
+    return Shapes(inputs.config, case.rank, rows, tokens, num_targets, case.dtype, case.checkpointed)

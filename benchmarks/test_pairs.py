@@ -1,0 +1,16 @@
+"""Each fast path against its plain twin."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.conftest import Record
+from benchmarks.pairs import PAIRS, judge_pair
+from benchmarks.worker import call
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_fast_path_is_faster_than_its_plain_twin(name: str, record: Record) -> None:
+    judged = call(judge_pair, name)
+    record(judged.fast_seconds, ratio=str(judged.verdict.ratio), at_most=judged.verdict.at_most)
+    assert not judged.verdict.is_failure, judged.verdict.sentence

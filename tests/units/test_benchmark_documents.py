@@ -1,0 +1,45 @@
+"""What the benchmarks write for a reader: tables between marks, and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.curves import CURVES, Point, draw, table_of
+from benchmarks.readme import README, replaced
+from benchmarks.table import markdown, shown_bytes, shown_seconds
+
+TEXT = "a\n<!-- t -->\nold\n<!-- end t -->\nb\n"
+
+
+def test_only_what_stands_between_the_marks_is_replaced() -> None:
+    assert replaced(TEXT, "t", "new\n") == TEXT.replace("old", "new")
+
+
+@pytest.mark.parametrize("text", ["", TEXT + TEXT, "<!-- end t -->\n<!-- t -->\n"])
+def test_marks_that_are_not_there_once_are_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="must have the marks"):
+        replaced(text, "t", "new")
+
+
+def test_the_readme_has_a_place_for_every_part() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in ("table", "memory", "memory-held", *(f"curve-{name}" for name in CURVES)):
+        assert replaced(text, name, "x").count("x") >= 1
+    assert all(f"(curves/{name}.png)" in text for name in CURVES)
+
+
+def test_a_curve_is_a_picture_and_a_table(tmp_path: Path) -> None:
+    points = [Point(1.0, 0.01, 10**6), Point(2.0, 0.02, 2 * 10**6)]
+    assert draw(CURVES["rank"], points, tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert "| 2 | 20 ms | 2.0 MB |" in table_of(CURVES["rank"], points)
+
+
+def test_numbers_have_units() -> None:
+    assert (shown_seconds(1.234), shown_seconds(0.0123)) == ("1.23 s", "12.3 ms")
+    assert (shown_bytes(2.5e9), shown_bytes(3.21e7)) == ("2.50 GB", "32.1 MB")
+
+
+def test_a_markdown_table_has_a_rule_below_its_headings() -> None:
+    assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

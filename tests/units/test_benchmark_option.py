@@ -1,0 +1,29 @@
+"""`pytest --benchmark` runs the benchmarks and nothing else; without it they are skipped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_says(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_with_the_option_the_benchmarks_alone_are_collected() -> None:
+    tests = [line for line in pytest_says("--benchmark", "--collect-only").splitlines() if "::" in line]
+    assert tests and all(test.startswith("benchmarks/") for test in tests)
+
+
+def test_without_it_they_are_skipped() -> None:
+    summary = pytest_says("benchmarks", "tests/units/test_interleave.py").splitlines()[-1]
+    assert "skipped" in summary and "3 passed" in summary and "failed" not in summary
+
+
+def test_the_option_refuses_to_share_the_cores_with_other_tests() -> None:
+    assert "leave -n out" in pytest_says("--benchmark", "-n", "2")

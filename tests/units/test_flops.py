@@ -1,0 +1,61 @@
+"""The arithmetic that a step needs, counted by hand and from the model's own arrays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from mlx.utils import tree_flatten
+
+from benchmarks.cases import SMALL, TINYLLAMA
+from benchmarks.flops import Work, linear_shapes, step_flops, utilisation
+from mlx_impl.config import BLOCK_LINEARS, LoRAConfig
+from mlx_impl.lora import add_lora, lora_layers
+from mlx_impl.model import CausalLM
+
+WORK = Work(num_positions=4096, num_tokens=4000, num_targets=1000, num_pairs=4 * 1024 * 1024)
+
+
+def test_the_shapes_are_those_of_the_models_linears() -> None:
+    model = CausalLM(SMALL)
+    add_lora(model, LoRAConfig(rank=8))
+    block = {
+        n.rpartition(".")[2]: m for n, m in lora_layers(model).items() if n.startswith("model.layers.0.")
+    }
+    assert tuple(linear_shapes(SMALL)) == BLOCK_LINEARS
+    for name, (num_in, num_out) in linear_shapes(SMALL).items():
+        assert block[name].linear.weight.shape == (num_out, num_in)
+        assert block[name].lora_a.shape == (num_in, 8) and block[name].lora_b.shape == (8, num_out)
+
+
+def test_frozen_weights_take_4_flops_a_weight_and_position_and_factors_6() -> None:
+    model = CausalLM(SMALL)
+    add_lora(model, LoRAConfig(rank=8))
+    trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    base = sum(layer.linear.weight.size for layer in lora_layers(model).values())
+    flops = step_flops(SMALL, 8, WORK)
+    assert flops.blocks == 4 * base * WORK.num_positions
+    assert flops.factors == 6 * trained * WORK.num_positions
+
+
+def test_the_head_is_counted_at_the_targets_alone() -> None:
+    assert step_flops(SMALL, 8, WORK).head == 4 * 256 * 4096 * 1000
+
+
+def test_attention_is_palms_twelve_per_layer_head_and_pair() -> None:
+    assert step_flops(SMALL, 8, WORK).attention == 12 * 4 * 4 * 64 * WORK.num_pairs
+
+
+def test_tinyllama_at_4_times_1024_is_the_known_17_teraflop() -> None:
+    """4 FLOP x 1.03e9 weights x 4096 tokens with the head, and attention beside it."""
+    work = replace(WORK, num_targets=4096)
+    flops = step_flops(TINYLLAMA, 8, work)
+    assert flops.blocks + flops.head == pytest.approx(16.9e12, rel=0.01)
+
+
+def test_a_part_that_does_not_occur_costs_nothing() -> None:
+    assert step_flops(SMALL, 8, replace(WORK, num_targets=0)).head == 0
+
+
+def test_utilisation_is_one_where_the_step_runs_at_the_measured_rate() -> None:
+    assert utilisation(flops=10**12, seconds=2.0, rate=5e11) == 1.0

@@ -1,0 +1,59 @@
+"""The model of a step's memory: its sizes are the model's own, and it says what may cost and what may not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from benchmarks.cases import SMALL
+from benchmarks.memory import BLOCK, HEAD, TRAINED, UPDATE, Kept, Shapes, budget_of, numbers
+from mlx_impl.config import LoRAConfig
+from mlx_impl.lora import add_lora, count_parameters
+from mlx_impl.model import CausalLM
+
+SHAPES = Shapes(SMALL, rank=8, rows=4, tokens=128, targets=128)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_base_and_trained_numbers_are_those_of_the_model(is_tied: bool) -> None:
+    config = replace(SMALL, tie_word_embeddings=is_tied)
+    model = CausalLM(config)
+    base = sum(array.size for _, array in tree_flatten(model.parameters()))
+    add_lora(model, LoRAConfig(rank=8))
+    shapes = replace(SHAPES, config=config)
+    assert (shapes.trained_numbers, shapes.base_numbers) == (count_parameters(model)[0], base)
+    assert budget_of(shapes).base == sum(a.nbytes for _, a in tree_flatten(model.parameters())) - 4 * (
+        shapes.trained_numbers
+    )
+
+
+@pytest.mark.parametrize("kept", [*BLOCK, *HEAD, *TRAINED, *UPDATE], ids=lambda kept: kept.what)
+def test_every_line_has_known_sizes_and_a_reason(kept: Kept) -> None:
+    assert numbers((kept,), SHAPES.sizes) > 0 and kept.why
+
+
+def test_a_product_of_axes_is_counted_a_position() -> None:
+    assert numbers((Kept("a", "HS", 2, ""), Kept("b", "1", 3, "")), SHAPES.sizes) == 2 * 4 * 128 + 3
+
+
+def test_prompt_tokens_cost_the_head_nothing() -> None:
+    """Twice the tokens and the same targets: only the blocks grow, where the head needs more than one."""
+    large = replace(SHAPES, config=replace(SMALL, vocab_size=2**17))
+    one, two = (budget_of(replace(large, rows=rows)) for rows in (4, 8))
+    assert two.blocks == 2 * one.blocks
+    assert two.working == one.working > one.blocks // SMALL.num_hidden_layers
+
+
+def test_checkpointing_keeps_one_width_a_block() -> None:
+    checkpointed = budget_of(replace(SHAPES, checkpointed=True))
+    assert checkpointed.blocks == 4 * SMALL.num_hidden_layers * SHAPES.positions * SMALL.hidden_size
+    assert checkpointed.peak_bytes < budget_of(SHAPES).peak_bytes
+
+
+def test_half_the_bytes_a_number_halve_all_but_the_float32_factors() -> None:
+    full, half = budget_of(SHAPES), budget_of(replace(SHAPES, dtype="bfloat16"))
+    assert (half.base, half.blocks) == (full.base // 2, full.blocks // 2)
+    assert half.trained == full.trained == 6 * SHAPES.trained_numbers * mx.float32.size
