@@ -51,6 +51,13 @@ class Verdict:
         return self.ratio.exceeds(self.at_most)
 
     @property
+    def record(self) -> dict[str, object]:
+        """For a program."""
+        interval = [self.ratio.low, self.ratio.high]
+        pairs = self.ratio.num_pairs
+        return {"ratio": self.ratio.median, "interval": interval, "pairs": pairs, "at_most": self.at_most}
+
+    @property
     def sentence(self) -> str:
         relation = "exceeds" if self.is_failure else "keeps"
         return (

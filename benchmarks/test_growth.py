@@ -35,7 +35,7 @@ def flops_of(case: object) -> StepFlops:
 def test_twice_the_rows_take_at_most_twice_the_time(record: Record) -> None:
     """Linear in tokens: rows attend to themselves alone, so attention is linear in their number too."""
     growth = call(judge_growth, replace(BASE, batch_size=8), BASE, 2.0)
-    record(growth.seconds, ratio=str(growth.verdict.ratio), at_most=2.0)
+    record(growth.seconds, **growth.verdict.record)
     assert not growth.verdict.is_failure, growth.verdict.sentence
 
 
@@ -45,7 +45,7 @@ def test_twice_the_tokens_a_row_take_at_most_twice_the_time_outside_attention(re
     flops = flops_of(longer)
     at_most = 2 * (1 + flops.attention / flops.total / 2)
     growth = call(judge_growth, longer, BASE, at_most)
-    record(growth.seconds, ratio=str(growth.verdict.ratio), at_most=at_most)
+    record(growth.seconds, **growth.verdict.record)
     assert not growth.verdict.is_failure, growth.verdict.sentence
 
 
@@ -56,7 +56,7 @@ def test_prompt_tokens_cost_the_head_no_time(record: Record) -> None:
     )  # elementwise work of the block
     assert at_most < 2  # of the 4 that a head over all positions would take
     growth = call(judge_growth, LONG_PROMPT, SHORT_PROMPT, at_most)
-    record(growth.seconds, ratio=str(growth.verdict.ratio), at_most=at_most)
+    record(growth.seconds, **growth.verdict.record)
     assert not growth.verdict.is_failure, growth.verdict.sentence
 
 

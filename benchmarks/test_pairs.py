@@ -12,5 +12,5 @@ from benchmarks.worker import call
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_fast_path_is_faster_than_its_plain_twin(name: str, record: Record) -> None:
     judged = call(judge_pair, name)
-    record(judged.fast_seconds, ratio=str(judged.verdict.ratio), at_most=judged.verdict.at_most)
+    record(judged.fast_seconds, **judged.verdict.record)
     assert not judged.verdict.is_failure, judged.verdict.sentence

@@ -58,7 +58,7 @@ def test_a_step_takes_at_most_the_committed_share_of_the_others(bar: Bar, record
 
     verdict = judge(seconds, bar.step, NUM_STEPS)
     side = as_json(run)["sides"][bar.ours]
-    record(side.pop("seconds"), **side, ratio=str(verdict.ratio), at_most=bar.step, goal=bar.step_goal)
+    record(side.pop("seconds"), **side, **verdict.record, goal=bar.step_goal)
     assert not verdict.is_failure, verdict.sentence
 
 
