@@ -29,11 +29,11 @@ class Bar:
 
 
 BARS = (
-    Bar("smollm2", "ours", "mlx-lm", step=0.85, step_goal=0.50, peak=0.97, peak_goal=0.80),
-    Bar("smollm2", "ours", "peft", step=1.35, step_goal=1.00),
+    Bar("smollm2", "ours", "mlx-lm", step=0.67, step_goal=0.50, peak=0.87, peak_goal=0.80),
+    Bar("smollm2", "ours", "peft", step=1.10, step_goal=1.00),
     Bar("smollm2", "ours", "pytorch", step=1.35),
     Bar("small", "ours-compiled", "ours-eager", step=1.0),
-    Bar("tinyllama", "ours", "mlx-lm", step=1.0, step_goal=0.60, peak=1.0, peak_goal=0.47),
+    Bar("tinyllama", "ours", "mlx-lm", step=0.65, step_goal=0.60, peak=0.49, peak_goal=0.47),
     Bar("tinyllama", "ours", "peft-compiled", step=1.0, step_goal=0.70),
     Bar("tinyllama-25", "ours", "mlx-lm", step=1.0, step_goal=0.40),
 )

@@ -72,8 +72,8 @@ def add_up(parts: Iterable[Sums]) -> Sums:
     parts = iter(parts)
     sums = next(parts)
     for part in parts:
+        mx.eval(sums)  # before the next batch is begun
         sums = tree_map(mx.add, sums, part)
-        mx.eval(sums)
     return sums
 
 

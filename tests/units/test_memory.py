@@ -21,7 +21,7 @@ from mlx_impl.config import LoRAConfig
 from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.projection import project
-from mlx_impl.train import batch_loss
+from mlx_impl.train import add_up, batch_loss
 from tests.ladder.cases import SPEC as NARROW
 from tests.ladder.cases import random_rows
 from tests.units.peak import peak_bytes
@@ -160,3 +160,15 @@ def test_a_gate_without_its_own_gradient_keeps_more(compiled: bool, monkeypatch:
     """The red twin: automatic differentiation keeps every step on the way to silu(gate) * up."""
     monkeypatch.setattr(ops, "gated", lambda gate, up: ops.silu(gate) * up)
     assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + 3
+
+
+def test_of_several_batches_one_is_in_memory_at_a_time() -> None:
+    """The sums over three batches peak where those over one do, but for the sums themselves."""
+    model = CausalLM(SPEC)
+    add_lora(model, PLAIN)
+    tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
+    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_)]
+    mx.eval(model.parameters(), arrays)
+    gradients = nn.value_and_grad(model, batch_loss)
+    one, three = (peak_bytes(lambda n: add_up(gradients(model, arrays) for _ in range(n)), n) for n in (1, 3))
+    assert three < 1.2 * one
