@@ -38,7 +38,7 @@ def head_nats(
     @mx.custom_function  # type: ignore[untyped-decorator]
     def nats_and_gradient(x_ND: mx.array) -> tuple[mx.array, mx.array]:
         chunk = max(1, CHUNK_LOGITS // vocab_size)
-        nats, gradients = mx.array(0.0, widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
+        nats, gradients = mx.array(0.0, ops.widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
         for start in range(0, len(x_ND), chunk):
             here = slice(start, start + chunk)
             x_CD = mx.depends([x_ND[here]], [nats, *gradients[-1:]])[0]  # one chunk after the other
@@ -58,7 +58,7 @@ def chunk_nats(
     head: Head, x_CD: mx.array, targets_C: mx.array, mask_C: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The sum of nats, and its gradient by x_CD."""
-    logits_CV = widened(head(x_CD))
+    logits_CV = ops.widened(head(x_CD))
     log_total_C, softmax_CV = ops.logsumexp_and_softmax(logits_CV)
     C, V = logits_CV.shape
     chosen_C = logits_CV.flatten()[mx.arange(C) * V + targets_C]
@@ -66,8 +66,3 @@ def chunk_nats(
     d_logits_CV = mx.where(mask_C[:, None], softmax_CV - is_target_CV, 0).astype(x_CD.dtype)
     _, (gradient_CD,) = mx.vjp(head, [x_CD], [d_logits_CV])  # which needs no second product with the head
     return mx.where(mask_C, log_total_C - chosen_C, 0).sum(), gradient_CD
-
-
-def widened(x: mx.array) -> mx.array:
-    """In float32 at least."""
-    return x.astype(mx.float32) if x.itemsize < 4 else x

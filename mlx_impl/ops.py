@@ -116,3 +116,8 @@ def logsumexp_and_softmax(x_NV: mx.array) -> tuple[mx.array, mx.array]:
     e_NV = exp(x_NV - top_N1)
     sum_N1 = e_NV.sum(axis=-1, keepdims=True)
     return (mx.log(sum_N1) + top_N1).squeeze(-1), e_NV / sum_N1
+
+
+def widened(x: mx.array) -> mx.array:
+    """In float32 at least."""
+    return x.astype(mx.float32) if x.itemsize < 4 else x

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import mlx.optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from . import ops
 from .config import TrainConfig
 
 
@@ -89,7 +90,7 @@ def as_vectors(factors: Any) -> dict[str, mx.array]:
     arrays: dict[str, list[mx.array]] = {}
     for name, array in tree_flatten(factors):
         arrays.setdefault(name.rpartition(".")[2], []).append(array.flatten())
-    return {kind: at_least_float32(mx.concatenate(of_kind)) for kind, of_kind in arrays.items()}
+    return {kind: ops.widened(mx.concatenate(of_kind)) for kind, of_kind in arrays.items()}
 
 
 def as_factors(vectors: dict[str, mx.array], like: Any) -> Any:
@@ -120,13 +121,9 @@ def clip_gradients(grads: Any, max_norm: float) -> tuple[Any, mx.array]:
 
     The norm is that of all gradients as one vector, its squares summed in float32 at least.
     """
-    squares = [mx.square(at_least_float32(grad)).sum() for _, grad in tree_flatten(grads)]
+    squares = [mx.square(ops.widened(grad)).sum() for _, grad in tree_flatten(grads)]
     norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
     if max_norm == 0:
         return grads, norm
     factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
     return tree_map(lambda grad: grad * factor.astype(grad.dtype), grads), norm
-
-
-def at_least_float32(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if x.itemsize < 4 else x

@@ -1,8 +1,9 @@
 """The type that a frozen model is held and computed in: float32, or bfloat16, which takes half the memory.
 
-What trains (factors, gradients, moments) and the loss are float32 in either. bfloat16 has float32's range, so
+Factors, moments and the loss are float32 in either; gradients are formed in the model's type and widened
+before they are added up. bfloat16 has float32's range, so
 that nothing need be scaled; float16 has not. Its largest number is 65504, where the small SmolLM2-135M has an
-activation of 24926 already; `ops.silu` forms e^80; and small gradients need a scaled loss (Micikevicius et
+activation of 24926 already; `ops.sigmoid` forms e^80; and small gradients need a scaled loss (Micikevicius et
 al. 2018, "Mixed Precision Training", section 3.2), which is not here.
 No twin in reference/, which is given the rounded weights and computes in float64.
 """

@@ -8,8 +8,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from benchmarks import memory
 from benchmarks.cases import SMALL
 from benchmarks.memory import BLOCK, HEAD, TRAINED, UPDATE, Kept, Shapes, budget_of, numbers
+from mlx_impl import loss
 from mlx_impl.config import LoRAConfig
 from mlx_impl.lora import add_lora, count_parameters
 from mlx_impl.model import CausalLM
@@ -57,3 +59,7 @@ def test_half_the_bytes_a_number_halve_all_but_the_float32_factors() -> None:
     full, half = budget_of(SHAPES), budget_of(replace(SHAPES, dtype="bfloat16"))
     assert (half.base, half.blocks) == (full.base // 2, full.blocks // 2)
     assert half.trained == full.trained == 6 * SHAPES.trained_numbers * mx.float32.size
+
+
+def test_a_chunk_of_the_head_is_as_large_as_the_loss_makes_it() -> None:
+    assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS

@@ -1,0 +1,82 @@
+"""The memory limit of a GPU's steps: set for each, given back afterwards; a CPU is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl import pace
+from mlx_impl.config import LoRAConfig
+from mlx_impl.data import Example, make_batch
+from mlx_impl.lora import add_lora
+from mlx_impl.model import CausalLM
+from mlx_impl.pace import paced, step_bytes
+from tests.ladder.cases import SPEC
+
+BEFORE = 10**12  # bytes: no limit for a model as small as this
+SHORT, LONG = ([make_batch([Example((1,) * n, (True,) * n)] * 2)] for n in (9, 33))
+
+
+def adapted(num_layers: int = 2) -> CausalLM:
+    model = CausalLM(replace(SPEC, num_hidden_layers=num_layers))
+    add_lora(model, LoRAConfig(rank=2))
+    return model
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What a GPU's memory limit was set to, the last one being that of now."""
+    found = [BEFORE]
+
+    def set_memory_limit(limit: int) -> int:
+        found.append(limit)
+        return found[-2]
+
+    on_a_gpu: dict[str, Any] = {"default_device": lambda: mx.gpu, "set_memory_limit": set_memory_limit}
+    monkeypatch.setattr(pace, "mx", SimpleNamespace(**{**vars(mx), **on_a_gpu}))
+    return found
+
+
+def test_each_window_has_the_limit_of_its_own_largest_batch(limits: list[int]) -> None:
+    model = adapted()
+    for window in paced([SHORT, SHORT + LONG], model, checkpointed=False):
+        assert limits[-1] == max(step_bytes(model, batch, False) for batch in window)
+    assert limits[-3] < limits[-2]
+
+
+def test_a_limit_that_was_lower_stays(limits: list[int]) -> None:
+    limits[0] = 1000
+    for _ in paced([LONG], adapted(), checkpointed=False):
+        assert limits[-1] == 1000
+
+
+@pytest.mark.parametrize("num_read", [1, 2])
+def test_the_limit_is_given_back_however_the_run_ends(num_read: int, limits: list[int]) -> None:
+    windows = paced([SHORT, LONG], adapted(), checkpointed=False)
+    for _ in range(num_read):
+        next(windows)
+    windows.close()  # type: ignore[attr-defined]
+    assert limits[-1] == BEFORE
+
+
+def test_a_cpu_is_left_alone(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_impl.pace.mx.default_device", lambda: mx.cpu)
+    assert list(paced([SHORT, LONG], adapted(), checkpointed=False)) == [SHORT, LONG]
+    assert limits == [BEFORE]
+
+
+def test_a_checkpointed_layer_needs_one_hidden_state() -> None:
+    """Of the batch; beside it only its weights and the copies of what it trains."""
+    few, many = adapted(2), adapted(3)
+    (batch,) = LONG
+    kept, recomputed = (
+        step_bytes(many, batch, is_checkpointed) - step_bytes(few, batch, is_checkpointed)
+        for is_checkpointed in (False, True)
+    )
+    per_token = 3 * SPEC.hidden_size + 3 * SPEC.num_attention_heads * SPEC.head_dim
+    per_token += 2 * SPEC.num_key_value_heads * SPEC.head_dim + 3 * SPEC.intermediate_size
+    assert kept - recomputed == 4 * batch.inputs_BT.size * per_token
