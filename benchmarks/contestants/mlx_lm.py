@@ -32,7 +32,7 @@ class MlxLm:
         lora = {"rank": case.rank, "scale": case.lora.alpha / case.rank, "dropout": 0.0}
         linear_to_lora_layers(self.model, inputs.config.num_hidden_layers, lora)
         if case.checkpointed:  # replaces __call__ of the class, for good
-            trainer.grad_checkpoint(self.model.layers[0])  # type: ignore[no-untyped-call]
+            trainer.grad_checkpoint(self.model.layers[0])
         self.optimizer = make_optimizer(case.training)
         self.state = [self.model.state, self.optimizer.state, mx.random.state]
         self.num_batches = case.micro_batches
