@@ -3,8 +3,8 @@
 A matrix of P weights takes 2P FLOPs a position forward, and backward 2P for the gradient of its input and
 2P for its own: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the utilisation (MFU). A
 frozen matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is
-PaLM's 12 L H K T a position, since its inputs do train. The head is needed only at targets. What an
-implementation does beyond that (padding in the head, recomputing) is no model FLOP, and counts as time.
+PaLM's 12 L H K T a position, since its inputs do train. The head is needed only at targets, the blocks at
+tokens. What an implementation does beyond that (padding, recomputing) is no model FLOP, and counts as time.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def step_flops(config: ModelConfig, rank: int, work: Work) -> StepFlops:
     factors = rank * sum(num_in + num_out for num_in, num_out in shapes)
     L, width = config.num_hidden_layers, config.num_attention_heads * config.head_dim
     return StepFlops(
-        blocks=4 * L * base * work.num_positions,
-        factors=6 * L * factors * work.num_positions,
+        blocks=4 * L * base * work.num_tokens,
+        factors=6 * L * factors * work.num_tokens,
         attention=12 * L * width * work.num_pairs,
         head=4 * config.hidden_size * config.vocab_size * work.num_targets,
     )

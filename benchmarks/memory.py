@@ -36,24 +36,30 @@ class Kept:
     why: str
 
 
-BLOCK = (
-    Kept("x, before attention and before the feed-forward", "D", 2, "the norms' input"),
-    Kept("both norms' output", "D", 2, "the input of A in q, k, v and in gate, up"),
-    Kept("1 / root mean square of x", "1", 2, "the norms' own scale"),
-    Kept("q, scaled and turned", "Q", 1, "scores: the gradient of k"),
+ATTENTION = (  # of every position of a row, padding too
+    Kept("q, turned", "Q", 1, "scores: the gradient of k"),
     Kept("k and v, turned", "G", 2, "scores and mix: the gradients of q and of the weights"),
     Kept("attention weights", "HS", 1, "softmax and mix; a fused kernel on a GPU keeps none"),
+)
+BEFORE = (  # of the positions that a target sees (mlx_impl/padding.py)
+    Kept("x, before attention", "D", 1, "the norm's input"),
+    Kept("its norm", "D", 1, "the input of A in q, k, v"),
+    Kept("A x of q, k, v", "R", 3, "the gradient of B"),
+    Kept("1 / root mean square of x", "1", 1, "the norm's own scale"),
+)
+AFTER = (  # of the same, but in the last block of the targets alone
     Kept("mix of the values", "Q", 1, "the input of A in o"),
+    Kept("x, before the feed-forward", "D", 1, "the norm's input"),
+    Kept("its norm", "D", 1, "the input of A in gate, up"),
+    Kept("1 / root mean square of x", "1", 1, "the norm's own scale"),
     Kept("gate and up", "F", 2, "each a side of a product"),
     Kept("sigmoid(gate)", "F", 1, "the gradient of silu; a GPU makes it again instead"),
-    Kept("silu(gate) * up", "F", 1, "the input of A in down"),
-    Kept("A x of the seven linears", "R", 7, "the gradient of B"),
+    Kept("A x of o, gate, up, down", "R", 4, "the gradient of B"),
 )
 HEAD = (  # of target positions, rounded up to a multiple of 8
     Kept("the last hidden state there", "D", 1, "what the head reads"),
     Kept("its gradient", "D", 1, "what the head's chunk gives"),
-    Kept("logits, their exponentials, softmax, gradient", "V", 4, "of one chunk: loss.py has at most 2**25"),
-    Kept("which logit is the target's", "V", 0.25, "a byte each"),
+    Kept("logits, shifted, their exponentials, gradient", "V", 4, "of one chunk: loss.py has at most 2**25"),
 )
 TRAINED = (  # copies of all factors
     Kept("factors, first and second moments", "T", 3, "the state"),
@@ -66,8 +72,8 @@ UPDATE = (
 )
 CHECKPOINTED_BLOCK = (Kept("x, before the block", "D", 1, "where recomputing starts"),)
 # How many blocks' worth a backward pass works with at once, and Adam's 7 above, are measured, not derived.
-WORKING_BLOCKS = 1.3
-RECOMPUTED_BLOCKS = 1.9
+WORKING_BLOCKS = 1.0
+RECOMPUTED_BLOCKS = 2.2
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Shapes:
     rank: int
     rows: int  # of the largest batch
     tokens: int  # a row
+    seen: int  # positions that a target sees
     targets: int  # positions that the head reads
     dtype: str = "float32"
     checkpointed: bool = False
@@ -135,17 +142,22 @@ def numbers(table: tuple[Kept, ...], sizes: dict[str, int]) -> float:
     return sum(kept.count * prod(sizes[axis] for axis in kept.axes) for kept in table)
 
 
+def kept_of_a_block(shapes: Shapes, after: int) -> float:
+    """Bytes; what comes after attention is kept of `after` positions."""
+    parts = ((ATTENTION, shapes.positions), (BEFORE, shapes.seen), (AFTER, after))
+    return BYTES[shapes.dtype] * sum(num * numbers(table, shapes.sizes) for table, num in parts)
+
+
 def budget_of(shapes: Shapes) -> Budget:
-    sizes, width = shapes.sizes, BYTES[shapes.dtype]
-    per_block = width * shapes.positions
-    whole = per_block * numbers(BLOCK, sizes)
-    kept = per_block * numbers(CHECKPOINTED_BLOCK, sizes) if shapes.checkpointed else whole
+    sizes, width, L = shapes.sizes, BYTES[shapes.dtype], shapes.config.num_hidden_layers
+    block, last = (kept_of_a_block(shapes, after) for after in (shapes.seen, shapes.targets))
+    inputs = L * width * shapes.seen * numbers(CHECKPOINTED_BLOCK, sizes)
     head = width * min(shapes.targets, CHUNK_LOGITS // shapes.config.vocab_size) * numbers(HEAD, sizes)
-    backward = whole * (RECOMPUTED_BLOCKS if shapes.checkpointed else WORKING_BLOCKS)
+    backward = block * (RECOMPUTED_BLOCKS if shapes.checkpointed else WORKING_BLOCKS)
     return Budget(
         base=width * shapes.base_numbers,
         trained=int(4 * numbers(TRAINED, sizes)),  # factors are float32 whatever the base is
-        blocks=int(shapes.config.num_hidden_layers * kept),
+        blocks=int(inputs if shapes.checkpointed else (L - 1) * block + last),
         working=int(max(head, backward)),
         update=int(4 * numbers(UPDATE, sizes)),
     )

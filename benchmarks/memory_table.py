@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .cases import CASES, SMALL, Case
-from .memory import BLOCK, BYTES, CHECKPOINTED_BLOCK, HEAD, TRAINED, UPDATE, Budget, Kept, Shapes, numbers
+from .memory import (
+    AFTER,
+    ATTENTION,
+    BEFORE,
+    BYTES,
+    CHECKPOINTED_BLOCK,
+    HEAD,
+    TRAINED,
+    UPDATE,
+    Budget,
+    Kept,
+    Shapes,
+    numbers,
+)
 from .memory_run import Held
 from .table import markdown, shown_bytes
 
@@ -25,8 +38,10 @@ def model_table(shapes: Shapes, budget: Budget) -> str:
     """Every line of the model, with its bytes."""
     width, L = BYTES[shapes.dtype], shapes.config.num_hidden_layers
     parts: list[tuple[str, tuple[Kept, ...], int]] = [
-        (f"block, {L} times", BLOCK, width * shapes.positions * L),
-        ("block, checkpointed", CHECKPOINTED_BLOCK, width * shapes.positions * L),
+        (f"{L} blocks, attention", ATTENTION, width * shapes.positions * L),
+        (f"{L} blocks, before it", BEFORE, width * shapes.seen * L),
+        (f"{L} blocks, after it", AFTER, width * (shapes.seen * (L - 1) + shapes.targets)),
+        (f"{L} blocks, checkpointed", CHECKPOINTED_BLOCK, width * shapes.seen * L),
         ("head", HEAD, width * shapes.targets),
         ("trained", TRAINED, 4),
         ("update", UPDATE, 4),

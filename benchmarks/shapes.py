@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_impl.data import target_positions
+from mlx_impl.data import kept_slots, target_positions
 
 from .cases import Case
 from .inputs import Inputs
@@ -12,5 +12,6 @@ from .memory import Shapes
 def shapes_of(case: Case, inputs: Inputs) -> Shapes:
     batch = max((b for window in inputs.windows for b in window), key=lambda b: b.inputs_BT.size)
     rows, tokens = batch.inputs_BT.shape
-    num_targets = len(target_positions(batch)[0])
-    return Shapes(inputs.config, case.rank, rows, tokens, num_targets, case.dtype, case.checkpointed)
+    kept, num_targets = kept_slots(batch.mask_BT), len(target_positions(batch)[0])
+    seen = len(kept[0]) if kept else rows * tokens
+    return Shapes(inputs.config, case.rank, rows, tokens, seen, num_targets, case.dtype, case.checkpointed)

@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT_VARIABLE = "MLX_IMPL_BLAS"
+OPENBLAS = (
+    "libopenblasp.so.0",
+    "libopenblas.so.0",
+)  # Fedora's with threads, whose other one has none; Debian's
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -97,17 +102,20 @@ def _load_given(path: str) -> BlasChoice:
 def _candidates() -> Iterator[tuple[str, str]]:
     """(name, what dlopen takes), best first.
 
-    MKL ran 300-325 GFLOP/s where OpenBLAS ran 200-285, and level with it on another machine.
-    PyTorch's is an MKL on GNU OpenMP: as fast on idle cores, but two to three times slower once
-    another process wants them, and 0.4 GB to map.
+    On an Intel processor MKL ran 300-325 GFLOP/s where OpenBLAS ran 200-285; on an AMD, for which MKL has
+    fewer kernels, 95-120 where OpenBLAS ran 145-165, both on two cores. PyTorch's is an MKL on GNU OpenMP: as
+    fast on idle cores, but two to three times slower once another process wants them, and 0.4 GB to map.
     """
-    for path in _mkl_paths():
-        yield "MKL", path
-    yield "OpenBLAS", "libopenblasp.so.0"  # Fedora's with threads; its libopenblas.so.0 has one
-    yield "OpenBLAS", "libopenblas.so.0"
+    mkl = [("MKL", path) for path in _mkl_paths()]
+    openblas = [("OpenBLAS", name) for name in OPENBLAS]
+    yield from openblas + mkl if _is_amd() else mkl + openblas
     spec = importlib.util.find_spec("torch")  # does not import it
     for folder in (spec.submodule_search_locations if spec else None) or ():
         yield "PyTorch's", str(Path(folder, "lib", "libtorch_cpu.so"))
+
+
+def _is_amd() -> bool:
+    return CPUINFO.is_file() and "AuthenticAMD" in CPUINFO.read_text(encoding="utf-8", errors="replace")
 
 
 def _mkl_paths() -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from .batching import Row, rows_of, window_rows
 from .config import TrainConfig
 
-SHAPE_STEP = 8  # sizes of batches are multiples of it, so that a compiled step meets few shapes
+SMALLEST = 8  # of sizes, see shape_size
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ Window = list[Batch]  # the batches of one optimizer update
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
     longest = max(1, *(len(example.tokens) - 1 for example in examples))
-    width = rounded_up(longest)
+    width = shape_size(longest)
     tokens = np.zeros((len(examples), width + 1), dtype=np.int32)
     is_target = np.zeros((len(examples), width + 1), dtype=bool)
     for row, example in enumerate(examples):
@@ -61,7 +61,7 @@ def make_packed_batch(examples: Sequence[Example], rows: Sequence[Row]) -> Batch
 
     An example of n tokens has n - 1 inputs, and its last target is its own last token: no target crosses.
     """
-    width = rounded_up(max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows)))
+    width = shape_size(max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows)))
     inputs_BT, targets_BT = np.zeros((2, len(rows), width), dtype=np.int32)
     mask_BT = np.zeros((len(rows), width), dtype=bool)
     segment_BT = np.full((len(rows), width), -1, dtype=np.int32)
@@ -79,16 +79,35 @@ def num_inputs(example: Example) -> int:
     return max(0, len(example.tokens) - 1)
 
 
-def rounded_up(size: int) -> int:
-    return -(-size // SHAPE_STEP) * SHAPE_STEP
+def shape_size(size: int) -> int:
+    """At least `size`, and one of few, so that a compiled step meets few shapes: 16 between n and 2n."""
+    step = max(SMALLEST, 1 << max(0, (size - 1).bit_length() - 5))
+    return -(-size // step) * step
 
 
 def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """positions_N in the flattened batch that have a target, the targets_N, and mask_N: False is filling."""
     positions_N = np.flatnonzero(batch.mask_BT).astype(np.int32)
-    filling = rounded_up(max(1, len(positions_N))) - len(positions_N)
+    filling = shape_size(max(1, len(positions_N))) - len(positions_N)
     padded_N = np.pad(positions_N, (0, filling))
     return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
+
+
+def kept_slots(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """slot_S and place_BT of `padding.Kept`: the slots that a target sees, and one or more to fill the shape.
+
+    In a causal model these are each row's up to its last target. None where that leaves nothing out.
+    """
+    is_needed_BT = np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
+    needed, others = np.flatnonzero(is_needed_BT), np.flatnonzero(~is_needed_BT)
+    size = shape_size(len(needed) + 1)
+    if size >= mask_BT.size:
+        return None
+    slot_S = np.sort(np.append(needed, others[: size - len(needed)])).astype(np.int32)
+    unseen = np.searchsorted(slot_S, others[0])  # stands for every slot that is left out
+    place_BT = np.full(mask_BT.shape, unseen, np.int32)
+    place_BT.flat[slot_S] = np.arange(size)
+    return slot_S, place_BT
 
 
 def training_windows(

@@ -58,11 +58,6 @@ def chunk_nats(
     head: Head, x_CD: mx.array, targets_C: mx.array, mask_C: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The sum of nats, and its gradient by x_CD."""
-    logits_CV = ops.widened(head(x_CD))
-    log_total_C, softmax_CV = ops.logsumexp_and_softmax(logits_CV)
-    C, V = logits_CV.shape
-    chosen_C = logits_CV.flatten()[mx.arange(C) * V + targets_C]
-    is_target_CV = mx.arange(V) == targets_C[:, None]
-    d_logits_CV = mx.where(mask_C[:, None], softmax_CV - is_target_CV, 0).astype(x_CD.dtype)
-    _, (gradient_CD,) = mx.vjp(head, [x_CD], [d_logits_CV])  # which needs no second product with the head
-    return mx.where(mask_C, log_total_C - chosen_C, 0).sum(), gradient_CD
+    nats_C, d_logits_CV = ops.cross_entropy(ops.widened(head(x_CD)), targets_C, mask_C)
+    _, (gradient_CD,) = mx.vjp(head, [x_CD], [d_logits_CV.astype(x_CD.dtype)])  # no second product with it
+    return nats_C.sum(), gradient_CD

@@ -4,7 +4,8 @@ Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
 Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache, rows that
-hold several examples (`view.py`), blocks that may be recomputed in the backward pass.
+hold several examples (`view.py`), padding that is left out (`padding.py`: then x_BTD is one row of what is
+left, but in attention), blocks that may be recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
 from .config import ModelConfig
-from .projection import project
+from .padding import Kept
+from .projection import project, project_gated
 from .recompute import recomputed
 from .view import View, view_of
 
@@ -90,9 +93,8 @@ class Attention(nn.Module):
         self.frequency_P = rope_frequencies(config)
 
     def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
-        B, T, _ = x_BTD.shape
         q_BHTK, k_BGSK, v_BGSK = (
-            y_BTO.reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+            view.split_heads(y_BTO, y_BTO.shape[-1] // self.head_dim)
             for y_BTO in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
@@ -101,7 +103,7 @@ class Attention(nn.Module):
         if cache:
             k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
         mix_BHTK = view.attend(q_BHTK, k_BGSK, v_BGSK)
-        return project(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1), self.o_proj)[0]
+        return project(view.wanted(view.merge_heads(mix_BHTK)), self.o_proj)[0]
 
 
 class FeedForward(nn.Module):
@@ -116,7 +118,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
         gate_BTF, up_BTF = project(x_BTD, self.gate_proj, self.up_proj)
-        return project(ops.gated(gate_BTF, up_BTF), self.down_proj)[0]
+        return project_gated(gate_BTF, up_BTF, self.down_proj)
 
 
 class Block(nn.Module):
@@ -130,7 +132,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
+        x_BTD = view.wanted(x_BTD) + self.self_attn(self.input_layernorm(x_BTD), view, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -144,6 +146,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window = config.sliding_window
         self.grad_checkpoint = False  # in training, recompute each block instead of keeping it
+        self.leaves_out = True  # what no target needs, where it is told what they are
 
     def __call__(
         self,
@@ -152,8 +155,33 @@ class Decoder(nn.Module):
         segment_BT: mx.array | None = None,  # of packed rows: which example a token belongs to
     ) -> mx.array:
         view = view_of(tokens_BT.shape[1], caches[0].num_seen if caches else 0, self.window, segment_BT)
+        return self.blocks(self.embed_tokens(tokens_BT), [view] * len(self.layers), caches)
+
+    def at_targets(
+        self,
+        tokens_BT: mx.array,
+        positions_N: mx.array,
+        kept: tuple[mx.array, mx.array] | None = None,
+        segment_BT: mx.array | None = None,
+    ) -> mx.array:
+        """(N, D): the last hidden states at these positions of the flattened (B, T), and little else.
+
+        `kept` says which slots they see (padding.py), without it all are computed.
+        """
+        if not self.leaves_out:
+            return self(tokens_BT, None, segment_BT).flatten(0, 1)[positions_N]
+        view = view_of(tokens_BT.shape[1], 0, self.window, segment_BT)
         x_BTD = self.embed_tokens(tokens_BT)
-        for number, layer in enumerate(self.layers):
+        if kept:
+            view = replace(view, kept=Kept(*kept))
+            x_BTD, positions_N = view.merge_heads(x_BTD[:, None]), kept[1].flatten()[positions_N]
+        last = replace(view, wanted_N=positions_N)
+        return self.blocks(x_BTD, [view] * (len(self.layers) - 1) + [last])[0]
+
+    def blocks(
+        self, x_BTD: mx.array, views: list[View], caches: list[KeyValueCache] | None = None
+    ) -> mx.array:
+        for number, (layer, view) in enumerate(zip(self.layers, views, strict=True)):
             if self.grad_checkpoint and self.training:
                 x_BTD = recomputed(layer, x_BTD, view)
             else:

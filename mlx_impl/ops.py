@@ -1,26 +1,36 @@
 """The primitives that the model is made of: one namespace, so that all of them can be swapped at once.
 
-Here stand MLX's production kernels. On MLX's CPU several compute in float32 whatever their input says, so the
-float64 tests put exact compositions in their place. Sources as in `model.py`.
+On a GPU these are MLX's production kernels, on a CPU what `cpu_ops.py` makes of them. On MLX's CPU several
+operations compute in float32 whatever their input says, so the float64 tests put exact compositions in their
+place. Sources as in `model.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import mlx.core as mx
 
+from . import cpu_ops
+
 MAX_EXPONENT = 80.0  # e^80 = 5.5e34 is still a float32
+
+
+def on_gpu() -> bool:
+    return bool(mx.default_device() == mx.gpu)
 
 
 def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
     """weight * x / sqrt(mean(x^2) + eps)."""
+    if not on_gpu():
+        return cpu_ops.rms_norm(x_BTD, weight_D, eps)
     return mx.fast.rms_norm(x_BTD, weight_D, eps)
 
 
 def rope(x_BHTK: mx.array, frequency_P: Sequence[float], offset: int = 0) -> mx.array:
     """Turn the pair (x[k], x[k + K/2]) at time t by the angle (t + offset) * frequency[k]."""
+    if not on_gpu():
+        return cpu_ops.rope(x_BHTK, tuple(frequency_P), offset)
     K = x_BHTK.shape[-1]
     period_P = mx.array([1 / frequency for frequency in frequency_P])  # what MLX calls freqs
     return mx.fast.rope(x_BHTK, K, traditional=False, base=None, scale=1.0, offset=offset, freqs=period_P)
@@ -36,27 +46,19 @@ def rope_at(x_BHTK: mx.array, frequency_P: Sequence[float], position_BT: mx.arra
 
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
     """softmax(q k^T / sqrt(K)) v, causal, with the last query at the last key (T <= S)."""
+    if not on_gpu():
+        T, S = q_BHTK.shape[2], k_BGSK.shape[2]
+        return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mx.arange(S) <= mx.arange(S - T, S)[:, None])
     scale = q_BHTK.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask="causal")
 
 
 def masked_attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array) -> mx.array:
     """The same where the mask, and not only time, says which keys a query sees; it must see one."""
+    if not on_gpu():
+        return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
     scale = q_BHTK.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask=mask_B1TS)
-
-
-def exp(x: mx.array) -> mx.array:
-    """e^x. On a CPU `mx.power(e, x)` is as exact as `mx.exp` and nearly three times as fast."""
-    return mx.exp(x) if mx.default_device() == mx.gpu else mx.power(mx.array(math.e, x.dtype), x)
-
-
-def silu(x: mx.array) -> mx.array:
-    """x * sigmoid(x) = x / (1 + e^-x).
-
-    The exponent is capped before float32 overflows, because the gradient of x / infinity is not a number.
-    """
-    return x / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
 
 
 def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
@@ -64,22 +66,7 @@ def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
 
     An exponential is dear on a CPU, which keeps s for the gradient, and cheap on a GPU, which makes it again.
     """
-    if mx.default_device() == mx.gpu:
-        return _gated_forgetting(gate_BTF, up_BTF)
-    return _gated_keeping(gate_BTF, up_BTF)[0]
-
-
-@mx.custom_function  # type: ignore[untyped-decorator]
-def _gated_keeping(gate_BTF: mx.array, up_BTF: mx.array) -> tuple[mx.array, mx.array]:
-    s_BTF = sigmoid(gate_BTF)
-    return gate_BTF * s_BTF * up_BTF, s_BTF
-
-
-@_gated_keeping.vjp  # type: ignore[untyped-decorator]
-def _gradient_with_s(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
-    (gate_BTF, up_BTF), d_BTF, s_BTF = primals, cotangents[0], outputs[1]
-    d_s_BTF = d_BTF * s_BTF
-    return d_s_BTF * up_BTF * (1 + gate_BTF * (1 - s_BTF)), d_s_BTF * gate_BTF
+    return _gated_forgetting(gate_BTF, up_BTF) if on_gpu() else cpu_ops.gated(gate_BTF, up_BTF)
 
 
 @mx.custom_function  # type: ignore[untyped-decorator]
@@ -97,8 +84,14 @@ def _gradient_without_s(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[m
     return d_gate_BTF, d_BTF * gate_BTF * sigmoid(gate_BTF)
 
 
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), the exponent capped as in `silu`."""
+    """1 / (1 + e^-x), the exponent capped before float32 overflows: the gradient of 1 / infinity is none."""
+    exp = mx.exp if on_gpu() else cpu_ops.exp
     return 1 / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
 
 
@@ -107,17 +100,16 @@ def logsumexp(x_NV: mx.array) -> mx.array:
     return mx.logsumexp(x_NV, axis=-1)
 
 
-def logsumexp_and_softmax(x_NV: mx.array) -> tuple[mx.array, mx.array]:
-    """Both over the last axis; on a CPU from the same exponentials."""
-    if mx.default_device() == mx.gpu:
-        total_N = mx.logsumexp(x_NV, axis=-1)
-        return total_N, mx.exp(x_NV - total_N[:, None])
-    top_N1 = x_NV.max(axis=-1, keepdims=True)
-    e_NV = exp(x_NV - top_N1)
-    sum_N1 = e_NV.sum(axis=-1, keepdims=True)
-    return (mx.log(sum_N1) + top_N1).squeeze(-1), e_NV / sum_N1
+def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
+    """-log softmax(logits)[target] where the mask is, else 0, and the gradient of their sum by the logits."""
+    if not on_gpu():
+        return cpu_ops.cross_entropy(logits_NV, targets_N, mask_N)
+    N, V = logits_NV.shape
+    total_N = mx.logsumexp(logits_NV, axis=-1)
+    chosen_N = logits_NV.flatten()[mx.arange(N) * V + targets_N]
+    is_target_NV = mx.arange(V) == targets_N[:, None]
+    gradient_NV = mx.where(mask_N[:, None], mx.exp(logits_NV - total_N[:, None]) - is_target_NV, 0)
+    return mx.where(mask_N, total_N - chosen_N, 0), gradient_NV
 
 
-def widened(x: mx.array) -> mx.array:
-    """In float32 at least."""
-    return x.astype(mx.float32) if x.itemsize < 4 else x
+widened = cpu_ops.widened

@@ -85,11 +85,13 @@ class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
 def as_vectors(factors: Any) -> dict[str, mx.array]:
     """All A as one vector, all B as another, in float32 at least.
 
-    So a step is a few operations, not a few on each of hundreds of arrays.
+    So a step is a few operations, not a few on each of hundreds of arrays. A lies on its side, as its gradient
+    comes (`projection.py`), so that it need not be turned.
     """
     arrays: dict[str, list[mx.array]] = {}
     for name, array in tree_flatten(factors):
-        arrays.setdefault(name.rpartition(".")[2], []).append(array.flatten())
+        kind = name.rpartition(".")[2]
+        arrays.setdefault(kind, []).append((array.T if kind == "lora_a" else array).flatten())
     return {kind: ops.widened(mx.concatenate(of_kind)) for kind, of_kind in arrays.items()}
 
 
@@ -99,7 +101,9 @@ def as_factors(vectors: dict[str, mx.array], like: Any) -> Any:
     for name, array in tree_flatten(like):
         kind = name.rpartition(".")[2]
         end = start[kind] + array.size
-        cut.append((name, vectors[kind][start[kind] : end].reshape(array.shape)))
+        piece = vectors[kind][start[kind] : end]
+        piece = piece.reshape(array.T.shape).T if kind == "lora_a" else piece.reshape(array.shape)
+        cut.append((name, piece))
         start[kind] = end
     return tree_unflatten(cut)
 

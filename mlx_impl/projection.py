@@ -2,9 +2,9 @@
 
 For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021, "LoRA", eq. 3):
 
-    h_j = x (s_j A_j)      y_j = x W_j^T + h_j B_j          (all A_j side by side: one matmul)
-    dh_j = dy_j B_j^T      dx = sum_j dy_j W_j + dh_j (s_j A_j)^T
-    dA_j = s_j x^T dh_j    dB_j = h_j^T dy_j
+    h_j = s_j x A_j            y_j = x W_j^T + h_j B_j          (all A_j side by side: one matmul)
+    dh_j = s_j dy_j B_j^T      dx = sum_j dy_j W_j + dh_j A_j^T
+    dA_j = x^T dh_j            dB_j = h_j^T dy_j
 
 Automatic differentiation of `LoRALinear.__call__`, which the tests compare with, gives the same numbers with
 more passes over memory. Here each sum is formed by the matmul that makes its last term (`mx.addmm`), the
@@ -21,6 +21,8 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from . import cpu_ops, ops
 
 
 class LowRank(NamedTuple):
@@ -47,51 +49,92 @@ def low_rank_of(linear: nn.Module) -> LowRank | None:
     return cast(LowRank | None, linear.low_rank()) if hasattr(linear, "low_rank") else None
 
 
-def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
-    """y_j of each part; differentiable by x and by the factors, not by weights and biases."""
-    num = len(parts)
-    rows = [slice(*ends) for ends in pairwise(accumulate((p.a_IR.shape[1] for p in parts), initial=0))]
+def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
+    """linear(silu(gate) * up); on a CPU the product is not kept for the gradient but made again."""
+    low_rank = low_rank_of(linear)
+    if ops.on_gpu() or low_rank is None:
+        return project(ops.gated(gate_BTF, up_BTF), linear)[0]
+    group = Group([low_rank])
 
     @mx.custom_function  # type: ignore[untyped-decorator]
-    def forward(x_NI: mx.array, *factors: mx.array) -> list[mx.array]:
-        a_RI, bs_RO = rounded(parts, factors, x_NI.dtype)
-        h_RN = a_RI @ x_NI.T
-        lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(rows, bs_RO, strict=True)]
-        return [*(with_base(low_NO, x_NI, part) for low_NO, part in zip(lows_NO, parts, strict=True)), h_RN]
+    def forward(gate_NF: mx.array, up_NF: mx.array, *factors: mx.array) -> list[mx.array]:
+        product_NF, s_NF = cpu_ops.gate(gate_NF, up_NF)
+        return [*group.forward(product_NF, factors), s_NF]
 
     @forward.vjp  # type: ignore[untyped-decorator]
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        x_NI, *factors = primals
-        dys_NO, h_RN = cotangents[:num], outputs[num]  # h is an output so that it need not be made again
-        a_RI, bs_RO = rounded(parts, factors, x_NI.dtype)
+        gate_NF, up_NF = mx.depends(list(primals[:2]), [cotangents[0]])  # not before its gradient is here
+        product_NF = cpu_ops.gate_again(gate_NF, up_NF, outputs[-1])
+        d_NF, *gradients = group.backward(product_NF, cotangents, outputs)
+        return [*cpu_ops.gate_gradient(gate_NF, up_NF, outputs[-1], d_NF), *gradients]
+
+    y_NO = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *group.factors)[0]
+    return mx.unflatten(y_NO, 0, gate_BTF.shape[:-1])
+
+
+def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
+    """y_j of each part; differentiable by x and by the factors, not by weights and biases."""
+    group = Group(parts)
+
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def forward(x_NI: mx.array, *factors: mx.array) -> list[mx.array]:
+        return group.forward(x_NI, factors)
+
+    @forward.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
+        return group.backward(primals[0], cotangents, outputs)
+
+    return list(forward(x_NI, *group.factors))[: len(parts)]
+
+
+class Group:
+    """Linears of one input: their outputs, and the gradients of the input and of the factors."""
+
+    def __init__(self, parts: list[LowRank]) -> None:
+        self.parts = parts
+        self.factors = [part.a_IR for part in parts] + [part.b_RO for part in parts]
+        ends = accumulate((part.a_IR.shape[1] for part in parts), initial=0)
+        self.rows = [slice(*of_part) for of_part in pairwise(ends)]
+
+    def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
+        """Each y; then what is needed again, so as not to be made again."""
+        a_RI, bs_RO = rounded(factors, x_NI.dtype)
+        h_RN = scaled(a_RI @ x_NI.T, self.parts)
+        lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
+        ys_NO = [with_base(low_NO, x_NI, part) for low_NO, part in zip(lows_NO, self.parts, strict=True)]
+        return [*ys_NO, h_RN, a_RI, *bs_RO]
+
+    def backward(
+        self, x_NI: mx.array, dys: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> list[mx.array]:
+        num = len(self.parts)
+        dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        da_RI = (scale_of(parts) * (dh_RN @ x_NI)).astype(x_NI.dtype)
-        dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(rows, dys_NO, strict=True)]
-        gradients = [*(da_RI[of_part].T for of_part in rows), *dbs_RO]
+        dh_RN = scaled(dh_RN, self.parts)
+        da_RI = dh_RN @ x_NI
+        dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
+        gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]
         # The factors' gradients first: MLX would else keep x and every dy until the end of the backward pass.
         (dh_RN,) = mx.depends([dh_RN], gradients)
         dx_NI = dh_RN.T @ a_RI
-        for dy_NO, part in zip(dys_NO, parts, strict=True):
+        for dy_NO, part in zip(dys_NO, self.parts, strict=True):
             dx_NI = mx.addmm(dx_NI, dy_NO, part.weight_OI)
         return [dx_NI, *gradients]
 
-    factors = [part.a_IR for part in parts] + [part.b_RO for part in parts]
-    return list(forward(x_NI, *factors))[:num]
+
+def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
+    """[A_1 ... A_n]^T and each B_j, in the type of x."""
+    num = len(factors) // 2
+    a_RI = mx.concatenate([a_IR.T for a_IR in factors[:num]]) if num > 1 else factors[0].T
+    return a_RI.astype(dtype), [b_RO.astype(dtype) for b_RO in factors[num:]]
 
 
-def rounded(
-    parts: list[LowRank], factors: Sequence[mx.array], dtype: mx.Dtype
-) -> tuple[mx.array, list[mx.array]]:
-    """[s_1 A_1 ... s_n A_n]^T and each B_j, in the type of x."""
-    a_RI = mx.concatenate([a_IR.T for a_IR in factors[: len(parts)]])
-    return (scale_of(parts) * a_RI).astype(dtype), [b_RO.astype(dtype) for b_RO in factors[len(parts) :]]
-
-
-def scale_of(parts: list[LowRank]) -> float | mx.array:
-    """The one scale, or of each row of [A_1 ... A_n]^T its own."""
+def scaled(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
+    """Each linear's rows by its scale."""
     if len({part.scale for part in parts}) == 1:
-        return parts[0].scale
-    return mx.array([[part.scale] for part in parts for _ in range(part.a_IR.shape[1])], parts[0].a_IR.dtype)
+        return parts[0].scale * h_RN
+    scale_R1 = [[part.scale] for part in parts for _ in range(part.a_IR.shape[1])]
+    return mx.array(scale_R1, h_RN.dtype) * h_RN
 
 
 def with_base(low_NO: mx.array, x_NI: mx.array, part: LowRank) -> mx.array:

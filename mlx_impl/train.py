@@ -19,13 +19,13 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .config import TrainConfig
-from .data import Batch, Window, target_positions
+from .data import Batch, Window, kept_slots, target_positions
 from .guard import FiniteGuard
 from .loss import head_nats
 from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, as_vectors, clip_gradients, learning_rate_of
 
-Arrays = list[mx.array]  # inputs_BT, positions_N, targets_N, mask_N and, of packed rows, segment_BT
+Arrays = list[Any]  # inputs_BT, positions_N, targets_N, mask_N, and what else the decoder is told
 Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)
 
 
@@ -45,14 +45,18 @@ class StepRecord:
 
 def to_arrays(batch: Batch) -> Arrays:
     """The batch in MLX, of the targets only their positions in it, so that the head is spared the rest."""
-    segments = [] if batch.segment_BT is None else [mx.array(batch.segment_BT)]
-    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), *segments]
+    layout: dict[str, Any] = {}
+    if batch.segment_BT is not None:
+        layout["segment_BT"] = mx.array(batch.segment_BT)
+    if kept := kept_slots(batch.mask_BT):
+        layout["kept"] = [*map(mx.array, kept)]
+    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), layout]
 
 
 def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
     """The sum of nats over the targets, which is differentiated, and their number."""
-    inputs_BT, positions_N, targets_N, mask_N, *segments = arrays  # segments where rows are packed
-    x_ND = model.model(inputs_BT, None, *segments).flatten(0, 1)[positions_N]  # the head only at targets
+    inputs_BT, positions_N, targets_N, mask_N, layout = arrays
+    x_ND = model.model.at_targets(inputs_BT, positions_N, **layout)  # padding and prompts need no head
     return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from . import ops
+from .padding import Kept
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,22 @@ class View:
     offset: int = 0  # tokens seen before, in the cache
     position_BT: mx.array | None = None  # of each token in its own example, where rows are packed
     mask_B1TS: mx.array | None = None  # whether query t sees key s, where that is not just the past
+    kept: Kept | None = None  # what is computed outside of attention, where that is not every slot
+    wanted_N: mx.array | None = None  # of a last block: the tokens that it need compute after attention
+
+    def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
+        """(B, T, H * K) to (B, H, T, K), padding put back."""
+        if self.kept:
+            return self.kept.spread(x_BTO, H)
+        return mx.unflatten(x_BTO, -1, (H, -1)).swapaxes(1, 2)
+
+    def merge_heads(self, x_BHTK: mx.array) -> mx.array:
+        """(B, H, T, K) to (B, T, H * K), padding left out."""
+        return self.kept.gather(x_BHTK) if self.kept else x_BHTK.swapaxes(1, 2).flatten(2)
+
+    def wanted(self, x_BTD: mx.array) -> mx.array:
+        """Those tokens, as one row: (1, N, D)."""
+        return x_BTD if self.wanted_N is None else x_BTD.flatten(0, 1)[self.wanted_N][None]
 
     def turn(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
         if self.position_BT is None:

@@ -176,6 +176,7 @@ class MlxTrainer:
         return [record.grad_norm for record in self.records]
 
     def set_dropout_masks(self, masks: Arrays) -> None:
+        self.model.model.leaves_out = False  # the masks are of all slots
         for name, layer in lora_layers(self.model).items():
             layer.dropout = FixedDropout(layer.dropout.p, masks[name])
 

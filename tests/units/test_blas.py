@@ -117,10 +117,23 @@ def test_turned_off_mlx_s_own_blas_runs_its_matmul(installed: dict[str, str], tm
     assert file_that_multiplies("off", tmp_path).parent.name == "mlx_cpu.libs"
 
 
-def test_the_order_is_mkl_then_openblas_then_pytorch_s() -> None:
-    """The fastest first; PyTorch's only where there is a PyTorch."""
-    names = tuple(dict.fromkeys(name for name, _ in blas._candidates()))
-    assert names == (NAMES if importlib.util.find_spec("torch") else NAMES[:2])
+@pytest.mark.parametrize(
+    ("vendor", "order"),
+    [("GenuineIntel", ["MKL", "OpenBLAS"]), ("AuthenticAMD", ["OpenBLAS", "MKL"])],
+)
+def test_the_order_is_that_of_speed_on_this_maker_s_processors(
+    vendor: str, order: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyTorch's last, and only where there is a PyTorch."""
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(blas, "CPUINFO", tmp_path / "cpuinfo")
+    names = [name for name, _ in blas._candidates()]
+    assert list(dict.fromkeys(names)) == order + ["PyTorch's"] * bool(importlib.util.find_spec("torch"))
+
+
+def test_where_no_processor_is_described_mkl_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "CPUINFO", Path("/no/such/file"))
+    assert next(blas._candidates())[0] == "MKL"
 
 
 def test_the_wheels_of_mkl_and_pytorch_are_found(installed: dict[str, str]) -> None:
@@ -133,7 +146,7 @@ def test_the_wheels_of_mkl_and_pytorch_are_found(installed: dict[str, str]) -> N
 
 def test_auto_takes_the_first_one_installed(installed: dict[str, str]) -> None:
     """What is not there is passed over."""
-    first = next((installed[name] for name in NAMES if name in installed), None)
+    first = next((installed[name] for name, _ in blas._candidates() if name in installed), None)
     assert run_python(MULTIPLY.replace("TORCH", "False"), MLX_IMPL_BLAS="auto")["path"] == first
 
 

@@ -34,8 +34,8 @@ def test_frozen_weights_take_4_flops_a_weight_and_position_and_factors_6() -> No
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
     base = sum(layer.linear.weight.size for layer in lora_layers(model).values())
     flops = step_flops(SMALL, 8, WORK)
-    assert flops.blocks == 4 * base * WORK.num_positions
-    assert flops.factors == 6 * trained * WORK.num_positions
+    assert flops.blocks == 4 * base * WORK.num_tokens
+    assert flops.factors == 6 * trained * WORK.num_tokens
 
 
 def test_the_head_is_counted_at_the_targets_alone() -> None:
@@ -48,7 +48,7 @@ def test_attention_is_palms_twelve_per_layer_head_and_pair() -> None:
 
 def test_tinyllama_at_4_times_1024_is_the_known_17_teraflop() -> None:
     """4 FLOP x 1.03e9 weights x 4096 tokens with the head, and attention beside it."""
-    work = replace(WORK, num_targets=4096)
+    work = replace(WORK, num_tokens=4096, num_targets=4096)
     flops = step_flops(TINYLLAMA, 8, work)
     assert flops.blocks + flops.head == pytest.approx(16.9e12, rel=0.01)
 

@@ -10,13 +10,24 @@ from mlx.utils import tree_flatten
 
 from benchmarks import memory
 from benchmarks.cases import SMALL
-from benchmarks.memory import BLOCK, HEAD, TRAINED, UPDATE, Kept, Shapes, budget_of, numbers
+from benchmarks.memory import (
+    AFTER,
+    ATTENTION,
+    BEFORE,
+    HEAD,
+    TRAINED,
+    UPDATE,
+    Kept,
+    Shapes,
+    budget_of,
+    numbers,
+)
 from mlx_impl import loss
 from mlx_impl.config import LoRAConfig
 from mlx_impl.lora import add_lora, count_parameters
 from mlx_impl.model import CausalLM
 
-SHAPES = Shapes(SMALL, rank=8, rows=4, tokens=128, targets=128)
+SHAPES = Shapes(SMALL, rank=8, rows=4, tokens=128, seen=512, targets=128)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -32,7 +43,9 @@ def test_base_and_trained_numbers_are_those_of_the_model(is_tied: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("kept", [*BLOCK, *HEAD, *TRAINED, *UPDATE], ids=lambda kept: kept.what)
+@pytest.mark.parametrize(
+    "kept", [*ATTENTION, *BEFORE, *AFTER, *HEAD, *TRAINED, *UPDATE], ids=lambda kept: kept.what
+)
 def test_every_line_has_known_sizes_and_a_reason(kept: Kept) -> None:
     assert numbers((kept,), SHAPES.sizes) > 0 and kept.why
 
@@ -44,8 +57,8 @@ def test_a_product_of_axes_is_counted_a_position() -> None:
 def test_prompt_tokens_cost_the_head_nothing() -> None:
     """Twice the tokens and the same targets: only the blocks grow, where the head needs more than one."""
     large = replace(SHAPES, config=replace(SMALL, vocab_size=2**17))
-    one, two = (budget_of(replace(large, rows=rows)) for rows in (4, 8))
-    assert two.blocks == 2 * one.blocks
+    one, two = (budget_of(replace(large, rows=rows, seen=128 * rows)) for rows in (4, 8))
+    assert 1.9 * one.blocks < two.blocks < 2 * one.blocks  # not of the last one's feed-forward
     assert two.working == one.working > one.blocks // SMALL.num_hidden_layers
 
 
@@ -63,3 +76,12 @@ def test_half_the_bytes_a_number_halve_all_but_the_float32_factors() -> None:
 
 def test_a_chunk_of_the_head_is_as_large_as_the_loss_makes_it() -> None:
     assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
+
+
+def test_padding_costs_attention_alone() -> None:
+    """And the last block keeps of its feed-forward what the targets need."""
+    all_seen, half_seen = (budget_of(replace(SHAPES, seen=seen, targets=8)) for seen in (512, 256))
+    of_attention = 4 * SHAPES.positions * SMALL.num_hidden_layers * numbers(ATTENTION, SHAPES.sizes)
+    of_the_last = 4 * 8 * numbers(AFTER, SHAPES.sizes)
+    rest, half = (budget.blocks - of_attention - of_the_last for budget in (all_seen, half_seen))
+    assert rest == pytest.approx(2 * half)

@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_impl.lora import DoRALinear, LoRALinear
-from mlx_impl.projection import LowRank, low_rank_of, project
+from mlx_impl.projection import LowRank, low_rank_of, project, project_gated
 from tests.derived import Verdict, compare, require, require_same_names, within_bfloat16, within_exact
 from tests.ladder.cases import random_array
 from tests.ladder.protocol import Arrays
@@ -121,11 +121,13 @@ def numpy(arrays: dict[str, mx.array]) -> Arrays:
     return {n: np.array(a.astype(mx.float32) if a.itemsize < 4 else a) for n, a in arrays.items()}
 
 
-def oracle(group: Group, dtype: mx.Dtype, rounded_to: mx.Dtype | None = None) -> Arrays:
+def oracle(
+    group: Group, dtype: mx.Dtype, rounded_to: mx.Dtype | None = None, plain: Compute = one_by_one
+) -> Arrays:
     """One by one in this type throughout, of numbers that are first rounded to another."""
     own = group.parameters()
     group.update(tree_map(lambda array: array.astype(rounded_to or array.dtype).astype(dtype), own))
-    found = numpy(results(group, one_by_one, dtype))
+    found = numpy(results(group, plain, dtype))
     group.update(own)
     return found
 
@@ -164,6 +166,37 @@ def test_together_they_are_in_bfloat16_what_they_are_but_for_rounding(name: str,
         assert array.dtype == mx.bfloat16, n
     ours, ref64 = numpy(found), oracle(group, mx.float64, mx.bfloat16)
     hold(name, ours, ref64, lambda n: within_bfloat16(n, ours[n], ref64[n], LONGEST_SUM))
+
+
+def up_of(x_BTI: mx.array) -> mx.array:
+    return given("up", (I,), x_BTI.dtype) * x_BTI
+
+
+def of_a_gate(x_BTI: mx.array, linear: nn.Module) -> list[mx.array]:
+    return [project_gated(x_BTI, up_of(x_BTI), linear)]
+
+
+def of_a_gate_plainly(x_BTI: mx.array, linear: nn.Module) -> list[mx.array]:
+    return [linear(x_BTI / (1 + mx.power(mx.array(np.e, x_BTI.dtype), -x_BTI)) * up_of(x_BTI))]
+
+
+GATED = {"plain": Part(9), "with a bias": Part(9, bias=True), "not adapted": Part(9, rank=0)}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", GATED)
+def test_a_linear_of_a_gate_is_in_float64_what_it_is_composed(name: str, compiled: bool) -> None:
+    group = Group([GATED[name]]).in_type(mx.float64, mx.float64)
+    ours = numpy(results(group, of_a_gate, mx.float64, compiled))
+    ref64 = oracle(group, mx.float64, plain=of_a_gate_plainly)
+    hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
+
+
+def test_a_linear_of_a_gate_is_in_bfloat16_what_it_is_but_for_rounding() -> None:
+    group = Group([GATED["plain"]]).in_type(mx.bfloat16, mx.float32)
+    ours = numpy(results(group, of_a_gate, mx.bfloat16))
+    ref64 = oracle(group, mx.float64, mx.bfloat16, of_a_gate_plainly)
+    hold("gated", ours, ref64, lambda n: within_bfloat16(n, ours[n], ref64[n], LONGEST_SUM))
 
 
 @pytest.mark.parametrize("name", ["alike", "the middle not adapted"])

@@ -48,13 +48,13 @@ def counting_everything(nats_of: Callable) -> Callable:
 
 def rows_of_targets(arrays: Arrays) -> mx.array:
     """Which target stands in which row."""
-    inputs_BT, positions_N, _, mask_N = arrays
+    inputs_BT, positions_N, _, mask_N, _ = arrays
     B, T = inputs_BT.shape
     return ((positions_N // T)[:, None] == mx.arange(B)) * mask_N[:, None]
 
 
 def mean_of_rows(model: Any, arrays: Arrays) -> tuple[mx.array, mx.array]:
-    inputs_BT, positions_N, targets_N, mask_N = arrays
+    inputs_BT, positions_N, targets_N, mask_N, _ = arrays
     logits_NV = model.head(model.model(inputs_BT).flatten(0, 1)[positions_N])
     nats_N = ops.logsumexp(logits_NV) - mx.take_along_axis(logits_NV, targets_N[:, None], -1).squeeze(-1)
     rows_NB = rows_of_targets(arrays)
