@@ -150,7 +150,7 @@ def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
 
 
 _gated = mx.custom_function(gate)
-_gated.vjp(lambda primals, cotangents, outputs: gate_gradient(*primals, outputs[1], cotangents[0]))
+_gated.vjp(lambda inputs, d, outputs: gate_gradient(inputs[0], inputs[1], outputs[1], d[0]))
 
 
 def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:

@@ -85,8 +85,8 @@ class LoRAOptimizer(mlx.optimizers.MultiOptimizer):
 def as_vectors(factors: Any) -> dict[str, mx.array]:
     """All A as one vector, all B as another, in float32 at least.
 
-    So a step is a few operations, not a few on each of hundreds of arrays. A lies on its side, as its gradient
-    comes (`projection.py`), so that it need not be turned.
+    So a step is a few operations, not a few on each of hundreds of arrays. A lies on its side, as its
+    gradient comes (`projection.py`), so that it need not be turned.
     """
     arrays: dict[str, list[mx.array]] = {}
     for name, array in tree_flatten(factors):
