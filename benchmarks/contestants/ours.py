@@ -9,6 +9,7 @@ import mlx.core as mx
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from mlx_impl.model import CausalLM
+from mlx_impl.pace import paced
 from mlx_impl.train import train
 from mlx_impl.trainer import LoRATrainer
 
@@ -20,8 +21,9 @@ class Ours:
         model.set_dtype(getattr(mx, case.dtype))
         mx.eval(model.parameters())
         trainer = LoRATrainer(model, case.lora, case.training, compiled)
+        windows = paced(cycle(inputs.windows), model, case.checkpointed)
         self.records = train(
-            model, trainer.optimizer, cycle(inputs.windows), case.training, trainer.compiled, trainer.guard
+            model, trainer.optimizer, windows, case.training, trainer.compiled, trainer.guard
         )
 
     def step(self) -> float:
