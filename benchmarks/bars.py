@@ -1,6 +1,6 @@
 """The committed ratios: one table, ours over theirs. Whoever makes a step faster lowers its line.
 
-`step` and `peak` are what was measured when the line was last written, and a test fails where the ratio is
+`step` and `peak` are what was measured when the line was last written, with the slower of two BLASes, and a test fails where the ratio is
 surely more than a tenth above (`gate.SLACK`; peaks: PEAK_SLACK). `goal` is what the project wants; the tests
 say how far it is, and do not fail for it. Memory is compared only between MLX and MLX: on a CPU PyTorch
 counts no bytes.
@@ -29,11 +29,11 @@ class Bar:
 
 
 BARS = (
-    Bar("smollm2", "ours", "mlx-lm", step=0.67, step_goal=0.50, peak=0.87, peak_goal=0.80),
-    Bar("smollm2", "ours", "peft", step=1.10, step_goal=1.00),
-    Bar("smollm2", "ours", "pytorch", step=1.35),
+    Bar("smollm2", "ours", "mlx-lm", step=0.59, step_goal=0.50, peak=0.79, peak_goal=0.80),
+    Bar("smollm2", "ours", "peft", step=0.98, step_goal=1.00),
+    Bar("smollm2", "ours", "pytorch", step=0.95),
     Bar("small", "ours-compiled", "ours-eager", step=1.0),
-    Bar("tinyllama", "ours", "mlx-lm", step=0.65, step_goal=0.60, peak=0.49, peak_goal=0.47),
+    Bar("tinyllama", "ours", "mlx-lm", step=0.60, step_goal=0.60, peak=0.49, peak_goal=0.47),
     Bar("tinyllama", "ours", "peft-compiled", step=1.0, step_goal=0.70),
-    Bar("tinyllama-25", "ours", "mlx-lm", step=1.0, step_goal=0.40),
+    Bar("tinyllama-25", "ours", "mlx-lm", step=0.65, step_goal=0.40),
 )

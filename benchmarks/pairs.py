@@ -36,21 +36,56 @@ def evaluated(function: Callable[..., Any], *arguments: Any) -> Step:
     return step
 
 
-def silu_on_a_cpu() -> tuple[Step, Step]:
-    """Value and gradient over the gates of a block of SmolLM2."""
+def gradients(function: Callable[..., Any], *arrays: Any) -> Step:
+    """A step that computes the sum of function(*arrays) and its gradient by every array."""
+    import mlx.core as mx
+
+    run = mx.value_and_grad(lambda *arrays: function(*arrays).sum(), argnums=tuple(range(len(arrays))))
+    return evaluated(run, *arrays)
+
+
+def attention_of_short_rows() -> tuple[Step, Step]:
+    """Heads and width of SmolLM2, four rows of 56."""
     import mlx.core as mx
 
     from mlx_impl import ops
 
-    x_BTF = mx.random.normal((4, 64, 1536))
+    q_BHTK, (k_BGTK, v_BGTK) = mx.random.normal((4, 9, 56, 64)), mx.random.normal((2, 4, 3, 56, 64))
 
-    def gradient(silu: Callable[[Any], Any]) -> Callable[..., Any]:
-        return mx.value_and_grad(lambda x_BTF: silu(x_BTF).sum())
+    def plain(q_BHTK: Any, k_BGTK: Any, v_BGTK: Any) -> Any:
+        return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, scale=0.125, mask="causal")
 
-    def plain(x_BTF: Any) -> Any:
-        return x_BTF / (1 + mx.exp(-x_BTF))
+    arrays = (q_BHTK, k_BGTK, v_BGTK)
+    return gradients(ops.attention, *arrays), gradients(plain, *arrays)
 
-    return evaluated(gradient(ops.silu), x_BTF), evaluated(gradient(plain), x_BTF)
+
+def norm() -> tuple[Step, Step]:
+    """Over the hidden states of a batch of SmolLM2."""
+    import mlx.core as mx
+
+    from mlx_impl import ops
+
+    x_BTD, weight_D = mx.random.normal((4, 48, 576)), mx.ones(576)
+
+    def of(norm: Callable[..., Any]) -> Step:
+        return gradients(lambda x_BTD: norm(x_BTD, weight_D, 1e-5), x_BTD)
+
+    return of(ops.rms_norm), of(mx.fast.rms_norm)
+
+
+def turning() -> tuple[Step, Step]:
+    """The queries of a batch of SmolLM2."""
+    import mlx.core as mx
+
+    from mlx_impl import ops
+
+    x_BHTK, frequencies = mx.random.normal((4, 9, 56, 64)), tuple(10000.0 ** (-k / 32) for k in range(32))
+    periods = mx.array([1 / frequency for frequency in frequencies])
+
+    def plain(x_BHTK: Any) -> Any:
+        return mx.fast.rope(x_BHTK, 64, traditional=False, base=None, scale=1.0, offset=0, freqs=periods)
+
+    return gradients(lambda x: ops.rope(x, frequencies), x_BHTK), gradients(plain, x_BHTK)
 
 
 def head_at_targets() -> tuple[Step, Step]:
@@ -82,13 +117,10 @@ def gate_and_up() -> tuple[Step, Step]:
 
     gate_BTF, up_BTF = mx.random.normal((2, 4, 64, 1536))
 
-    def gradients(gated: Callable[..., Any]) -> Callable[..., Any]:
-        return mx.value_and_grad(lambda gate, up: gated(gate, up).sum(), argnums=(0, 1))
-
     def plain(gate_BTF: Any, up_BTF: Any) -> Any:
         return ops.silu(gate_BTF) * up_BTF
 
-    return evaluated(gradients(ops.gated), gate_BTF, up_BTF), evaluated(gradients(plain), gate_BTF, up_BTF)
+    return gradients(ops.gated, gate_BTF, up_BTF), gradients(plain, gate_BTF, up_BTF)
 
 
 def linears_of_one_input() -> tuple[Step, Step]:
@@ -106,11 +138,11 @@ def linears_of_one_input() -> tuple[Step, Step]:
         lambda _, module: module.freeze(recurse=False) if type(module) is nn.Linear else None
     )
 
-    def gradients(outputs: Callable[..., Any]) -> Step:
+    def of_factors(outputs: Callable[..., Any]) -> Step:
         function = nn.value_and_grad(model, lambda x_BTD: sum(y.sum() for y in outputs(x_BTD)))
         return evaluated(function, x_BTD)
 
-    return gradients(lambda x: project(x, *layers)), gradients(lambda x: [layer(x) for layer in layers])
+    return of_factors(lambda x: project(x, *layers)), of_factors(lambda x: [layer(x) for layer in layers])
 
 
 def head_and_loss_in_one() -> tuple[Step, Step]:
@@ -136,7 +168,9 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
 
 
 PAIRS = {
-    "silu": Pair(silu_on_a_cpu, at_most=1.0, why="a power of e is faster than exp on MLX's CPU"),
+    "attention": Pair(attention_of_short_rows, at_most=1.0, why="heads that share keys as rows of a product"),
+    "rms-norm": Pair(norm, at_most=1.0, why="sums by the BLAS, the gradient in six passes"),
+    "rope": Pair(turning, at_most=1.0, why="the gradient of a turn is the turn back"),
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
     "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),
     "projection": Pair(linears_of_one_input, at_most=1.0, why="sums formed by the matmuls, one A"),

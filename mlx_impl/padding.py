@@ -9,8 +9,6 @@ No twin in reference/, which computes every slot.
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 
@@ -24,14 +22,16 @@ class Kept:
 
     def __init__(self, slot_S: mx.array, place_BT: mx.array) -> None:
         self.slot_S, self.place_BT = slot_S, place_BT
-        self.index_of = cache(self.index_of)  # type: ignore[method-assign]  # the same in every layer
+        self.indices: dict[int, tuple[mx.array, mx.array]] = {}  # the same in every layer
 
     def index_of(self, H: int) -> tuple[mx.array, mx.array]:
         """Both index arrays for pieces of H heads: into (B, H, T) and into (S, H)."""
-        T, head_H = self.place_BT.shape[1], mx.arange(H)
-        row_S, column_S = self.slot_S // T, self.slot_S % T
-        slot_SH = (row_S[:, None] * H + head_H) * T + column_S[:, None]
-        return slot_SH, self.place_BT[:, None, :] * H + head_H[:, None]
+        if H not in self.indices:
+            T, head_H = self.place_BT.shape[1], mx.arange(H)
+            row_S, column_S = self.slot_S // T, self.slot_S % T
+            slot_SH = (row_S[:, None] * H + head_H) * T + column_S[:, None]
+            self.indices[H] = slot_SH, self.place_BT[:, None, :] * H + head_H[:, None]
+        return self.indices[H]
 
     def gather(self, x_BHTK: mx.array) -> mx.array:
         """(B, H, T, K) to (1, S, H * K)."""
