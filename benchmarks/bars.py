@@ -1,9 +1,9 @@
 """The committed ratios: one table, ours over theirs. Whoever makes a step faster lowers its line.
 
-`step` and `peak` are what was measured when the line was last written, with the slower of two BLASes, and a test fails where the ratio is
-surely more than a tenth above (`gate.SLACK`; peaks: PEAK_SLACK). `goal` is what the project wants; the tests
-say how far it is, and do not fail for it. Memory is compared only between MLX and MLX: on a CPU PyTorch
-counts no bytes.
+`step` and `peak` are what was measured when the line was last written, with the slower of two BLASes, and a
+test fails where the ratio is surely more than a tenth above (`gate.SLACK`; peaks: PEAK_SLACK). `goal` is what
+the project wants; the tests say how far it is, and do not fail for it. Memory is compared only between MLX
+and MLX: on a CPU PyTorch counts no bytes.
 """
 
 from __future__ import annotations
