@@ -59,35 +59,6 @@ def attention_of_short_rows() -> tuple[Step, Step]:
     return gradients(ops.attention, *arrays), gradients(plain, *arrays)
 
 
-def norm() -> tuple[Step, Step]:
-    """Over the hidden states of a batch of SmolLM2."""
-    import mlx.core as mx
-
-    from mlx_impl import ops
-
-    x_BTD, weight_D = mx.random.normal((4, 48, 576)), mx.ones(576)
-
-    def of(norm: Callable[..., Any]) -> Step:
-        return gradients(lambda x_BTD: norm(x_BTD, weight_D, 1e-5), x_BTD)
-
-    return of(ops.rms_norm), of(mx.fast.rms_norm)
-
-
-def turning() -> tuple[Step, Step]:
-    """The queries of a batch of SmolLM2."""
-    import mlx.core as mx
-
-    from mlx_impl import ops
-
-    x_BHTK, frequencies = mx.random.normal((4, 9, 56, 64)), tuple(10000.0 ** (-k / 32) for k in range(32))
-    periods = mx.array([1 / frequency for frequency in frequencies])
-
-    def plain(x_BHTK: Any) -> Any:
-        return mx.fast.rope(x_BHTK, 64, traditional=False, base=None, scale=1.0, offset=0, freqs=periods)
-
-    return gradients(lambda x: ops.rope(x, frequencies), x_BHTK), gradients(plain, x_BHTK)
-
-
 def head_at_targets() -> tuple[Step, Step]:
     """Loss and its gradient by the hidden state, where a quarter of the positions are targets."""
     import mlx.core as mx
@@ -169,8 +140,6 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
 
 PAIRS = {
     "attention": Pair(attention_of_short_rows, at_most=1.0, why="heads that share keys as rows of a product"),
-    "rms-norm": Pair(norm, at_most=1.0, why="sums by the BLAS, the gradient in six passes"),
-    "rope": Pair(turning, at_most=1.0, why="the gradient of a turn is the turn back"),
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
     "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),
     "projection": Pair(linears_of_one_input, at_most=1.0, why="sums formed by the matmuls, one A"),

@@ -8,10 +8,8 @@ a key/value head as rows of one product. Equations as in `ops.py`, which chooses
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import mlx.core as mx
-import numpy as np
 
 PIECE = 1024  # terms
 
@@ -34,60 +32,10 @@ def row_sums(x: mx.array) -> mx.array:
     """Over the last axis, which stays; long rows piece by piece, so that small terms are not lost."""
     num_pieces, rest = divmod(x.shape[-1], PIECE)
     if num_pieces == 0:
-        return x @ ones(x.shape[-1], x.dtype)
-    pieces = mx.unflatten(x[..., : num_pieces * PIECE], -1, (num_pieces, PIECE)) @ ones(PIECE, x.dtype)
-    sums = row_sums(pieces.squeeze(-1))
+        return x @ mx.ones((x.shape[-1], 1), x.dtype)
+    pieces = mx.unflatten(x[..., : num_pieces * PIECE], -1, (num_pieces, PIECE))
+    sums = row_sums((pieces @ mx.ones((PIECE, 1), x.dtype)).squeeze(-1))
     return sums + row_sums(x[..., -rest:]) if rest else sums
-
-
-@lru_cache(maxsize=8)
-def ones(num: int, dtype: mx.Dtype) -> mx.array:
-    return mx.array(np.ones((num, 1)), dtype)
-
-
-def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
-    """With r = 1 / sqrt(mean(x^2) + eps) and g = weight * d: dx = r g - x r^3 <g, x> / D."""
-
-    @mx.custom_function  # type: ignore[untyped-decorator]
-    def normed(x_BTD: mx.array, weight_D: mx.array) -> tuple[mx.array, mx.array]:
-        x = widened(x_BTD)
-        r_BT1 = mx.rsqrt(row_sums(x * x) / x.shape[-1] + eps)
-        return (x * r_BT1).astype(x_BTD.dtype) * weight_D, r_BT1
-
-    @normed.vjp  # type: ignore[untyped-decorator]
-    def gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        x, r_BT1, d_BTD = widened(primals[0]), outputs[1], widened(cotangents[0])
-        g_BTD = primals[1] * d_BTD
-        pull_BT1 = row_sums(g_BTD * x) * (r_BT1**3 / x.shape[-1])
-        dweight_D = (d_BTD * x * r_BT1).flatten(0, -2).sum(axis=0)  # computed only where somebody wants it
-        return [(g_BTD * r_BT1 - x * pull_BT1).astype(x_BTD.dtype), dweight_D.astype(weight_D.dtype)]
-
-    y_BTD: mx.array = normed(x_BTD, weight_D)[0]
-    return y_BTD
-
-
-@lru_cache(maxsize=8)
-def angles(
-    frequency_P: tuple[float, ...], first: int, num: int, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array]:
-    """cos and sin of t * frequency[k] for `num` times from `first`, computed in double precision."""
-    angle_TP = np.outer(np.arange(first, first + num), frequency_P)
-    return mx.array(np.cos(angle_TP), dtype), mx.array(np.sin(angle_TP), dtype)
-
-
-def rope(x_BHTK: mx.array, frequency_P: tuple[float, ...], offset: int) -> mx.array:
-    """The gradient of a turn is the turn back."""
-    cos_TP, sin_TP = angles(frequency_P, offset, x_BHTK.shape[2], widened(x_BHTK).dtype)
-
-    def turn(x_BHTK: mx.array, sin_TP: mx.array) -> mx.array:
-        left, right = mx.split(x_BHTK, 2, axis=-1)
-        turned = [left * cos_TP - right * sin_TP, right * cos_TP + left * sin_TP]
-        return mx.concatenate(turned, axis=-1).astype(x_BHTK.dtype)
-
-    there = mx.custom_function(lambda x_BHTK: turn(x_BHTK, sin_TP))
-    there.vjp(lambda _, d_BHTK, __: turn(d_BHTK, -sin_TP))
-    turned: mx.array = there(x_BHTK)
-    return turned
 
 
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array) -> mx.array:

@@ -22,15 +22,11 @@ def on_gpu() -> bool:
 
 def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
     """weight * x / sqrt(mean(x^2) + eps)."""
-    if not on_gpu():
-        return cpu_ops.rms_norm(x_BTD, weight_D, eps)
     return mx.fast.rms_norm(x_BTD, weight_D, eps)
 
 
 def rope(x_BHTK: mx.array, frequency_P: Sequence[float], offset: int = 0) -> mx.array:
     """Turn the pair (x[k], x[k + K/2]) at time t by the angle (t + offset) * frequency[k]."""
-    if not on_gpu():
-        return cpu_ops.rope(x_BHTK, tuple(frequency_P), offset)
     K = x_BHTK.shape[-1]
     period_P = mx.array([1 / frequency for frequency in frequency_P])  # what MLX calls freqs
     return mx.fast.rope(x_BHTK, K, traditional=False, base=None, scale=1.0, offset=offset, freqs=period_P)

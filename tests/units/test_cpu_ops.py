@@ -6,7 +6,6 @@ The oracle is a plain composition under automatic differentiation, in float64, w
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -29,23 +28,12 @@ B, H, G, T, S, K, D = (
     4,
     16,
 )  # three queries a key/value head; three keys before the first query
-FREQUENCIES = (1.0, 0.3)
 IS_PAST_TS = np.arange(S) <= np.arange(S - T, S)[:, None]
 HOLES_B1TS = np.stack([IS_PAST_TS, IS_PAST_TS & (np.arange(S) > 1)])[:, None]  # a mask of its own a row
 Op = Callable[..., mx.array]
 
 QUERIES, KEYS, VALUES = ("q", (B, H, T, K)), ("k", (B, G, S, K)), ("v", (B, G, S, K))
 CASES: dict[str, tuple[Op, Op, list[tuple[str, tuple[int, ...]]]]] = {
-    "rms_norm": (
-        lambda x, w: cpu_ops.rms_norm(x, w, 1e-5),
-        lambda x, w: exact_ops.rms_norm(x, w, 1e-5),
-        [("x", (B, T, D)), ("weight", (D,))],
-    ),
-    "rope": (
-        lambda x: cpu_ops.rope(x, FREQUENCIES, 3),
-        lambda x: exact_ops.rope(x, FREQUENCIES, 3),
-        [("x", (B, H, T, K))],
-    ),
     "attention": (
         lambda q, k, v: cpu_ops.attention(q, k, v, mx.array(IS_PAST_TS)),
         exact_ops.attention,
@@ -92,14 +80,7 @@ def test_in_bfloat16_it_rounds_no_more_than_its_sums_must(name: str) -> None:
     fast, plain, inputs = CASES[name]
     ours = results(fast, inputs, mx.bfloat16, False)
     ref64 = results(plain, inputs, mx.float64, False)
-    require(name, [within_bfloat16(part, ours[part], ref64[part], D) for part in ref64])
-
-
-def test_a_strided_input_is_read_in_its_order() -> None:
-    """Queries are a view of (B, T, H, K) where nothing was padded."""
-    x_BTHK = mx.array(random_array("x", (B, T, H, K), 1.0))
-    turn: Callable[[mx.array], mx.array] = partial(cpu_ops.rope, frequency_P=FREQUENCIES, offset=0)
-    assert mx.array_equal(turn(x_BTHK.swapaxes(1, 2)), turn(mx.contiguous(x_BTHK.swapaxes(1, 2))))
+    require(name, [within_bfloat16(part, ours[part], ref64[part], S) for part in ref64])
 
 
 def logits(dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
