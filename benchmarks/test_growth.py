@@ -71,7 +71,6 @@ def test_prompt_tokens_cost_the_head_no_memory(record: Record) -> None:
     assert added[1] == pytest.approx(added[0], rel=0.02)
 
 
-@pytest.mark.xfail(reason="train.add_up evaluates the first two batches of an update together")
 def test_micro_batches_cost_no_memory(record: Record) -> None:
     """Eight of them leave the peak of one, but for two more copies of the gradients."""
     many, one = (call(held_against_model, replace(BASE, micro_batches=number)) for number in (8, 1))

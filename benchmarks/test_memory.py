@@ -14,6 +14,11 @@ from benchmarks.worker import call
 
 WITHIN = 0.05  # of the measured peak
 ASYNC_BYTES = 0.01  # MLX runs ahead of what it frees, a little more or less each time
+LENGTHS = 5
+ONE_BLOCK = Case("one block", replace(TINY, num_hidden_layers=1), tokens=8, target_share=0.5)
+LARGEST_ARRAY = (
+    4 * TINY.vocab_size * ONE_BLOCK.batch_size * 8 * LENGTHS // 2
+)  # the logits: of half the positions
 CACHE_LIMIT = 2**25 + 2**20  # MLX keeps at most 32 MiB of freed buffers on a CPU
 
 
@@ -29,17 +34,17 @@ def test_the_peak_is_what_the_model_of_it_says(name: str, is_checkpointed: bool,
 @pytest.fixture(scope="module")
 def milestones() -> dict[int, Milestone]:
     """10,000 steps on one block, over batches of five lengths."""
-    case = Case("one block", replace(TINY, num_hidden_layers=1), tokens=8, target_share=0.5)
-    return {found.step: found for found in call(long_run, case, [10, 1000, 10_000], 5)}
+    return {found.step: found for found in call(long_run, ONE_BLOCK, [10, 1000, 10_000], LENGTHS)}
 
 
 @pytest.mark.parametrize("step", [1000, 10_000])
 def test_the_peak_at_step_10_is_the_peak_at_step(
     step: int, milestones: dict[int, Milestone], record: Record
 ) -> None:
+    """But for one array, which MLX may have made room for already or not yet."""
     early, late = milestones[10].peak, milestones[step].peak
     record([milestones[step].step_seconds], peak_bytes=late.peak_bytes, at_step_10=early.peak_bytes)
-    assert late.peak_bytes == pytest.approx(early.peak_bytes, rel=ASYNC_BYTES)
+    assert abs(late.peak_bytes - early.peak_bytes) <= ASYNC_BYTES * early.peak_bytes + LOGITS_BYTES
     assert late.active_bytes == pytest.approx(early.active_bytes, rel=ASYNC_BYTES)
 
 
