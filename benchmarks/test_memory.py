@@ -16,9 +16,8 @@ WITHIN = 0.05  # of the measured peak
 ASYNC_BYTES = 0.01  # MLX runs ahead of what it frees, a little more or less each time
 LENGTHS = 5
 ONE_BLOCK = Case("one block", replace(TINY, num_hidden_layers=1), tokens=8, target_share=0.5)
-LARGEST_ARRAY = (
-    4 * TINY.vocab_size * ONE_BLOCK.batch_size * 8 * LENGTHS // 2
-)  # the logits: of half the positions
+TARGETS = ONE_BLOCK.batch_size * 8 * LENGTHS // 2  # of the longest batch: half its positions
+LOGITS_BYTES = 4 * TARGETS * TINY.vocab_size  # the largest array of a step
 CACHE_LIMIT = 2**25 + 2**20  # MLX keeps at most 32 MiB of freed buffers on a CPU
 
 
