@@ -15,7 +15,8 @@ PIECE = 1024  # terms
 
 
 def exp(x: mx.array, sign: int = 1) -> mx.array:
-    """e^x, or e^-x, as a power of e^8: nearly three times as fast as `mx.exp`, and as exact.
+    """e^x, or e^-x, as a power of e^8: of a float32 or float64 nearly three times as fast as `mx.exp`, and
+    30 times as exact (1.1e-7 of the value at the most, on [-60, 20]).
 
     In float32 e is off by 3e-8 of itself, and so would e^x be by 3e-8 x; e^8 is off by so little that it is
     1e-9 x. The eighth of x is exact.
@@ -104,6 +105,7 @@ _gated.vjp(lambda inputs, d, outputs: gate_gradient(inputs[0], inputs[1], output
 def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
     """-log softmax(logits)[target] where the mask is, and the gradient of their sum, of one exponential."""
     row_N = mx.arange(len(targets_N))
+    logits_NV = mx.where(mask_N[:, None], logits_NV, 0)  # what is not finite in a row that does not count
     shifted_NV = logits_NV - logits_NV.max(axis=-1, keepdims=True)
     chosen_N = shifted_NV[row_N, targets_N]
     e_NV = exp(shifted_NV)

@@ -26,7 +26,7 @@ from .model import CausalLM
 from .optim import LoRAOptimizer
 from .precision import dtype_of
 
-FORMAT = "mlx-lora-training-state"
+FORMAT = "mlx-lora-training-state-2"
 Validation = list[tuple[int, float]]  # (updates done, nats per target)
 
 

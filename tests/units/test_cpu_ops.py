@@ -108,6 +108,14 @@ def test_cross_entropy_and_its_gradient_are_those_of_log_softmax_in_float64() ->
     )
 
 
+def test_a_row_that_does_not_count_may_be_infinite() -> None:
+    logits_NV = mx.array([[np.inf, 0.0], [1.0, 2.0]])
+    nats_N, gradient_NV = cpu_ops.cross_entropy(logits_NV, mx.array([0, 1]), mx.array([False, True]))
+    assert nats_N[0].item() == 0
+    assert np.isfinite(np.array(gradient_NV)).all()
+    assert not gradient_NV[0].any()
+
+
 @pytest.mark.parametrize("n", [1, 1023, 1024, 1025, 5000, 1_049_000])
 def test_row_sums_are_sums_whatever_is_left_over(n: int) -> None:
     x = random_array("x", (2, n), 1.0)
