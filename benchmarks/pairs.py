@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .cases import SMALL
 from .gate import Verdict, judge
 from .interleave import abba, timed
 
@@ -138,7 +139,27 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
     return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
 
 
+def rows_of_unequal_lengths() -> tuple[Step, Step]:
+    """Loss and gradients of a small model; of the slots of four rows half are padding."""
+    import mlx.nn as nn
+
+    from mlx_impl.config import LoRAConfig
+    from mlx_impl.data import Example, make_batch
+    from mlx_impl.lora import add_lora
+    from mlx_impl.model import CausalLM
+    from mlx_impl.train import batch_loss, to_arrays
+
+    model = CausalLM(SMALL)
+    add_lora(model, LoRAConfig(rank=8))
+    rows = [Example((1,) * (n + 1), (False,) * (n - 7) + (True,) * 8) for n in (128, 64, 48, 16)]
+    *arrays, layout = to_arrays(make_batch(rows))
+    assert "kept" in layout
+    run = nn.value_and_grad(model, batch_loss)
+    return evaluated(run, model, [*arrays, layout]), evaluated(run, model, [*arrays, {}])
+
+
 PAIRS = {
+    "padding": Pair(rows_of_unequal_lengths, at_most=0.75, why="what no target sees is not computed"),
     "attention": Pair(attention_of_short_rows, at_most=1.0, why="heads that share keys as rows of a product"),
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
     "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),

@@ -24,10 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT_VARIABLE = "MLX_IMPL_BLAS"
-OPENBLAS = (
-    "libopenblasp.so.0",
-    "libopenblas.so.0",
-)  # Fedora's with threads, whose other one has none; Debian's
+# Fedora's with threads, where the other has none; Debian's.
+OPENBLAS = ("libopenblasp.so.0", "libopenblas.so.0")
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -1,6 +1,6 @@
-"""Primitives for a CPU, where MLX composes its fast kernels of many passes over memory: here are fewer.
+"""Attention, gate and cross-entropy for a CPU, in fewer passes over memory than MLX composes them of.
 
-Each gradient is written out instead of derived operation by operation, exponentials are powers of e, sums
+Each gradient is written out instead of derived operation by operation, exponentials are powers of e^8, sums
 over rows are products with ones, which the BLAS does faster, and attention takes the query heads that share
 a key/value head as rows of one product. Equations as in `ops.py`, which chooses; sources as in `model.py`.
 """
@@ -15,8 +15,7 @@ PIECE = 1024  # terms
 
 
 def exp(x: mx.array, sign: int = 1) -> mx.array:
-    """e^x, or e^-x, as a power of e^8: of a float32 or float64 nearly three times as fast as `mx.exp`, and
-    30 times as exact (1.1e-7 of the value at the most, on [-60, 20]).
+    """e^x, or e^-x, of x in float32 at least: a power of e^8, faster than `mx.exp` and more exact.
 
     In float32 e is off by 3e-8 of itself, and so would e^x be by 3e-8 x; e^8 is off by so little that it is
     1e-9 x. The eighth of x is exact.
@@ -54,7 +53,7 @@ def _mixed(
     scores_BGXS = in_groups(q_BHTK, k_BGSK) * q_BHTK.shape[-1] ** -0.5 @ k_BGSK.swapaxes(-1, -2)
     scores_BHTS = widened(scores_BGXS.reshape(*q_BHTK.shape[:3], -1) + bias_B1TS)
     e_BHTS = exp(scores_BHTS - scores_BHTS.max(axis=-1, keepdims=True))
-    w_BGXS = (e_BHTS / row_sums(e_BHTS)).astype(v_BGSK.dtype).reshape(scores_BGXS.shape)
+    w_BGXS = (e_BHTS / row_sums(e_BHTS)).astype(scores_BGXS.dtype).reshape(scores_BGXS.shape)
     return (w_BGXS @ v_BGSK).reshape(q_BHTK.shape), w_BGXS
 
 

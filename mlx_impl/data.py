@@ -16,6 +16,7 @@ from .batching import Row, rows_of, window_rows
 from .config import TrainConfig
 
 SMALLEST = 8  # of sizes, see shape_size
+WIDTHS, SLOTS, TARGETS = 4, 8, 4  # sizes an octave; more of slots, since most of a step is computed of them
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ Window = list[Batch]  # the batches of one optimizer update
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
     longest = max(1, *(len(example.tokens) - 1 for example in examples))
-    width = shape_size(longest)
+    width = shape_size(longest, WIDTHS)
     tokens = np.zeros((len(examples), width + 1), dtype=np.int32)
     is_target = np.zeros((len(examples), width + 1), dtype=bool)
     for row, example in enumerate(examples):
@@ -61,7 +62,7 @@ def make_packed_batch(examples: Sequence[Example], rows: Sequence[Row]) -> Batch
 
     An example of n tokens has n - 1 inputs, and its last target is its own last token: no target crosses.
     """
-    width = shape_size(max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows)))
+    width = shape_size(max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows)), WIDTHS)
     inputs_BT, targets_BT = np.zeros((2, len(rows), width), dtype=np.int32)
     mask_BT = np.zeros((len(rows), width), dtype=bool)
     segment_BT = np.full((len(rows), width), -1, dtype=np.int32)
@@ -79,16 +80,20 @@ def num_inputs(example: Example) -> int:
     return max(0, len(example.tokens) - 1)
 
 
-def shape_size(size: int) -> int:
-    """At least `size`, and one of few, so that a compiled step meets few shapes: 16 between n and 2n."""
-    step = max(SMALLEST, 1 << max(0, (size - 1).bit_length() - 5))
+def shape_size(size: int, an_octave: int) -> int:
+    """At least `size`, and one of few: of so many (a power of two) between n and 2n.
+
+    A compiled step is traced anew for every shape of a batch, which is its rows, width, slots and targets: by
+    unequal rows a few hundred in a thousand batches, by packed rows a handful.
+    """
+    step = max(SMALLEST, (1 << (size - 1).bit_length()) // 2 // an_octave)
     return -(-size // step) * step
 
 
 def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """positions_N in the flattened batch that have a target, the targets_N, and mask_N: False is filling."""
     positions_N = np.flatnonzero(batch.mask_BT).astype(np.int32)
-    filling = shape_size(max(1, len(positions_N))) - len(positions_N)
+    filling = shape_size(max(1, len(positions_N)), TARGETS) - len(positions_N)
     padded_N = np.pad(positions_N, (0, filling))
     return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
 
@@ -100,7 +105,7 @@ def kept_slots(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """
     is_needed_BT = np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
     needed, others = np.flatnonzero(is_needed_BT), np.flatnonzero(~is_needed_BT)
-    size = shape_size(len(needed) + 1)
+    size = shape_size(len(needed) + 1, SLOTS)
     if size >= mask_BT.size:
         return None
     slot_S = np.sort(np.append(needed, others[: size - len(needed)])).astype(np.int32)

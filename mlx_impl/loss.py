@@ -1,7 +1,7 @@
 """Masked next-token cross-entropy, as a sum and a count, so that a mean can be formed once, over everything.
 
 The mask says of every position whether its target counts; no length is compared with a position, so a padding
-target cannot slip in. Differs from reference/loss.py: the log-sum-exp is written out; and training takes the
+target cannot slip in. Differs from reference/loss.py: the log-sum-exp is a primitive; and training takes the
 loss of head and cross-entropy as one, so that the logits of all positions never stand in memory together.
 Source: Hsu et al. 2024, "Liger Kernel", section 3.2 (FusedLinearCrossEntropy): a frozen head's gradient goes
 to its input alone, and can be formed from a chunk's softmax while that is at hand.

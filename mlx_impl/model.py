@@ -11,7 +11,7 @@ left, but in attention), blocks that may be recomputed in the backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -146,7 +146,6 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window = config.sliding_window
         self.grad_checkpoint = False  # in training, recompute each block instead of keeping it
-        self.leaves_out = True  # what no target needs, where it is told what they are
 
     def __call__(
         self,
@@ -161,22 +160,20 @@ class Decoder(nn.Module):
         self,
         tokens_BT: mx.array,
         positions_N: mx.array,
-        kept: tuple[mx.array, mx.array] | None = None,
+        kept: Sequence[mx.array] | None = None,
         segment_BT: mx.array | None = None,
     ) -> mx.array:
         """(N, D): the last hidden states at these positions of the flattened (B, T), and little else.
 
-        `kept` says which slots they see (padding.py), without it all are computed.
+        `kept` says which slots they see (padding.py); without it all are computed.
         """
-        if not self.leaves_out:
-            return self(tokens_BT, None, segment_BT).flatten(0, 1)[positions_N]
         view = view_of(tokens_BT.shape[1], 0, self.window, segment_BT)
-        x_BTD = self.embed_tokens(tokens_BT)
         if kept:
-            view = replace(view, kept=Kept(*kept))
-            x_BTD, positions_N = view.merge_heads(x_BTD[:, None]), kept[1].flatten()[positions_N]
+            slot_S, place_BT = kept
+            view = replace(view, kept=Kept(slot_S, place_BT))
+            tokens_BT, positions_N = tokens_BT.flatten()[slot_S][None], place_BT.flatten()[positions_N]
         last = replace(view, wanted_N=positions_N)
-        return self.blocks(x_BTD, [view] * (len(self.layers) - 1) + [last])[0]
+        return self.blocks(self.embed_tokens(tokens_BT), [view] * (len(self.layers) - 1) + [last])[0]
 
     def blocks(
         self, x_BTD: mx.array, views: list[View], caches: list[KeyValueCache] | None = None

@@ -1,8 +1,9 @@
 """The primitives that the model is made of: one namespace, so that all of them can be swapped at once.
 
-On a GPU these are MLX's production kernels, on a CPU what `cpu_ops.py` makes of them. On MLX's CPU several
-operations compute in float32 whatever their input says, so the float64 tests put exact compositions in their
-place. Sources as in `model.py`.
+Here stand MLX's production kernels, and on a CPU `cpu_ops.py` for attention, gate and cross-entropy. On MLX's
+CPU several operations compute in float32 whatever their input says, so the float64 tests put exact
+compositions in their place. The gate before an adapted linear is `projection.project_gated`, which takes
+`gated` on a GPU and its parts, from `cpu_ops.py`, on a CPU. Sources as in `model.py`.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def silu(x: mx.array) -> mx.array:
 
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e^-x), the exponent capped before float32 overflows: the gradient of 1 / infinity is none."""
-    exp = mx.exp if on_gpu() else cpu_ops.exp
-    return 1 / (1 + exp(mx.minimum(-x, MAX_EXPONENT)))
+    exponent = mx.minimum(-x, MAX_EXPONENT)
+    e = mx.exp(exponent) if on_gpu() else cpu_ops.exp(widened(exponent)).astype(x.dtype)
+    return 1 / (1 + e)
 
 
 def logsumexp(x_NV: mx.array) -> mx.array:

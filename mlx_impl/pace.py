@@ -36,7 +36,10 @@ def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Ite
 
 
 def step_bytes(model: CausalLM, batch: Batch, checkpointed: bool) -> int:
-    """Weights, state, what the blocks keep for the backward pass, what one block and the head work with."""
+    """Weights, state, what the blocks keep for the backward pass, what one block and the head work with.
+
+    As of a batch whose padding is computed too: enough for one whose padding is not.
+    """
     config, num_blocks = model.config, model.config.num_hidden_layers
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     trained = 4 * sum(array.size for array in lora_parameters(model).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlx_impl.optim import LoRAOptimizer, learning_rate_of
 from mlx_impl.state import Progress, load_state, restore, save_state, snapshot
 from mlx_impl.train import StepRecord, apply_mean, batch_loss, evaluate, to_arrays, train
 from tests.ladder.protocol import Arrays, Dialect
+from tests.trainers.every_slot import every_slot
 from tests.trainers.exact_ops import in_place_of_production
 
 
@@ -176,7 +178,8 @@ class MlxTrainer:
         return [record.grad_norm for record in self.records]
 
     def set_dropout_masks(self, masks: Arrays) -> None:
-        self.model.model.leaves_out = False  # the masks are of all slots
+        decoder = self.model.model  # the masks are of all slots
+        decoder.at_targets = partial(every_slot, decoder)  # type: ignore[method-assign]
         for name, layer in lora_layers(self.model).items():
             layer.dropout = FixedDropout(layer.dropout.p, masks[name])
 

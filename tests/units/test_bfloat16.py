@@ -128,7 +128,7 @@ def test_every_hidden_state_is_bfloat16(
     assert model(mx.array([[1, 2]])).dtype == mx.bfloat16
 
 
-@pytest.mark.parametrize("path", ["input_layernorm", "self_attn.v_proj.linear", "mlp.down_proj.linear"])
+@pytest.mark.parametrize("path", ["input_layernorm", "self_attn.k_proj.linear", "mlp.down_proj.linear"])
 def test_one_float32_weight_is_noticed(path: str, computed_in: set[tuple[str, mx.Dtype]]) -> None:
     """The red twin: what it touches, and all that follows, is float32."""
     case = bfloat16_case("untied")

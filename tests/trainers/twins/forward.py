@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_impl import ops
 from mlx_impl.config import ModelConfig
 from mlx_impl.model import CausalLM, Decoder, rope_frequencies
-from mlx_impl.view import view_of
+from mlx_impl.view import View, view_of
 from tests.trainers.twins.twin import Patches, Twin
 
 head, decode = CausalLM.head, Decoder.__call__
@@ -29,14 +29,13 @@ def without_blend(config: ModelConfig) -> tuple[float, ...]:
     )
 
 
-def norm_after_rope(self: Any, x_BTD: mx.array, *_: Any) -> mx.array:
-    B, T, _ = x_BTD.shape
-    projections = (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (p(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for p in projections)
+def norm_after_rope(self: Any, x_BTD: mx.array, view: View, *_: Any) -> mx.array:
+    outputs = (projection(x_BTD) for projection in (self.q_proj, self.k_proj, self.v_proj))
+    q, k, v = (view.split_heads(y, y.shape[-1] // self.head_dim) for y in outputs)
     q, k = ops.rope(q, self.frequency_P), ops.rope(k, self.frequency_P)
     if self.qk_norm:
         q, k = self.q_norm(q), self.k_norm(k)
-    return self.o_proj(ops.attention(q, k, v).swapaxes(1, 2).reshape(B, T, -1))
+    return self.o_proj(view.wanted(view.merge_heads(ops.attention(q, k, v))))
 
 
 def head_of_its_own(self: Any, x_BTD: mx.array) -> mx.array:
@@ -45,9 +44,9 @@ def head_of_its_own(self: Any, x_BTD: mx.array) -> mx.array:
     return x_BTD @ mx.random.normal(self.model.embed_tokens.weight.shape, scale=0.3, key=mx.random.key(0)).T
 
 
-def normed_residual(self: Any, x_BTD: mx.array, *view_and_cache: Any) -> mx.array:
+def normed_residual(self: Any, x_BTD: mx.array, view: View, *cache: Any) -> mx.array:
     normed_BTD = self.input_layernorm(x_BTD)
-    x_BTD = normed_BTD + self.self_attn(normed_BTD, *view_and_cache)
+    x_BTD = view.wanted(normed_BTD) + self.self_attn(normed_BTD, view, *cache)
     return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl import cpu_ops, ops
+from mlx_impl.projection import project
 from tests.trainers.twins.twin import Twin
 
 attention, rms_norm, rope, logsumexp = ops.attention, ops.rms_norm, ops.rope, ops.logsumexp
@@ -66,6 +67,15 @@ def gate_left_out_backwards(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     """The right value; the gradient of up is that of sigmoid(gate) * up."""
     stop = mx.stop_gradient
     return ops.silu(gate_BTF) * stop(up_BTF) + stop(mx.sigmoid(gate_BTF)) * (up_BTF - stop(up_BTF))
+
+
+def gated_by(broken: Any) -> dict[str, Any]:
+    """The gate wherever it is computed: as a primitive, and before an adapted linear."""
+
+    def before(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
+        return project(broken(gate_BTF, up_BTF), linear)[0]
+
+    return op("gated", broken) | {"mlx_impl.model.project_gated": before}
 
 
 def half_silu(x: mx.array) -> mx.array:
@@ -150,19 +160,19 @@ TWINS = [
         "silu-is-gelu",
         1,
         "The gate's activation is its lookalike GELU, the default of many layer libraries.",
-        op("silu", nn.gelu) | op("gated", lambda gate, up: nn.gelu(gate) * up),
+        op("silu", nn.gelu) | gated_by(lambda gate, up: nn.gelu(gate) * up),
     ),
     Twin(
         "silu-half-derivative",
         1,
         "A kernel's backward pass takes the sigmoid for a constant. Every loss is right, no gradient is.",
-        op("silu", half_silu) | op("gated", lambda gate, up: half_silu(gate) * up),
+        op("silu", half_silu) | gated_by(lambda gate, up: half_silu(gate) * up),
     ),
     Twin(
         "gate-left-out-backwards",
         1,
         "The gate's fused backward pass gives up the sigmoid's share and forgets the gate beside it.",
-        op("gated", gate_left_out_backwards),
+        gated_by(gate_left_out_backwards),
     ),
     Twin(
         "logsumexp-first-cotangent",
