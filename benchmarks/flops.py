@@ -4,7 +4,8 @@ A matrix of P weights takes 2P FLOPs a position forward, and backward 2P for the
 2P for its own: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the utilisation (MFU). A
 frozen matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is
 PaLM's 12 L H K T a position, since its inputs do train. The head is needed only at targets, the blocks at
-tokens. What an implementation does beyond that (padding, recomputing) is no model FLOP, and counts as time.
+tokens. What an implementation does beyond that (padding, recomputing) is no model FLOP, and counts as time;
+what it saves because rows begin alike is one all the same, so that all sides are counted alike.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mlx_impl.config import ModelConfig
-from mlx_impl.data import Window
+from mlx_impl.data import Batch, Window
 
 MATMUL_SIZES = {False: 1536, True: 8192}  # rows and columns of the square that measures the rate; on a GPU?
 
@@ -24,6 +27,7 @@ class Work:
 
     num_positions: int  # inputs, padding included
     num_tokens: int  # inputs, padding left out
+    num_distinct: int  # of these what a target sees, and what several rows begin with once
     num_targets: int
     num_pairs: int  # of a query and a key in one row: the sum of T^2 over rows
 
@@ -33,10 +37,20 @@ def work_of(windows: Sequence[Window]) -> Work:
     sums = (
         sum(batch.inputs_BT.size for batch in batches),
         sum(batch.num_tokens for batch in batches),
+        sum(len(distinct_histories(batch)) for batch in batches),
         sum(int(batch.mask_BT.sum()) for batch in batches),
         sum(batch.inputs_BT.size * batch.inputs_BT.shape[1] for batch in batches),
     )
     return Work(*(round(total / len(windows)) for total in sums))
+
+
+def distinct_histories(batch: Batch) -> set[bytes]:
+    """Of each slot that a target sees its row up to it: on that alone do its hidden states depend."""
+    return {
+        tokens[: t + 1].tobytes()
+        for tokens, mask in zip(batch.inputs_BT, batch.mask_BT, strict=True)
+        for t in range(max(np.flatnonzero(mask), default=-1) + 1)
+    }
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class StepFlops:
     factors: int  # 6P of A and B
     attention: int
     head: int  # 4P at the targets
+    repeated: int  # of blocks and factors, what is the same in several rows, or unseen
 
     @property
     def total(self) -> int:
@@ -76,6 +91,7 @@ def step_flops(config: ModelConfig, rank: int, work: Work) -> StepFlops:
     return StepFlops(
         blocks=4 * L * base * work.num_tokens,
         factors=6 * L * factors * work.num_tokens,
+        repeated=L * (4 * base + 6 * factors) * (work.num_tokens - work.num_distinct),
         attention=12 * L * width * work.num_pairs,
         head=4 * config.hidden_size * config.vocab_size * work.num_targets,
     )

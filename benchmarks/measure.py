@@ -53,6 +53,11 @@ class Run:
         """The step if it were nothing but matrix multiplication at the measured rate."""
         return self.flops.total / self.rate
 
+    @property
+    def floor_seconds_of_distinct(self) -> float:
+        """The same where what rows repeat is computed once."""
+        return (self.flops.total - self.flops.repeated) / self.rate
+
     def ratio(self, name: str, other: str) -> Ratio:
         return ratio_of(self.results[name].seconds, self.results[other].seconds)
 

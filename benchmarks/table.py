@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .flops import utilisation
 from .gate import Ratio
 from .measure import Run
 
@@ -29,9 +30,16 @@ def rows(run: Run) -> list[tuple[str, ...]]:
         )
         for name, result in run.results.items()
     ]
-    floor = run.floor_seconds
-    speeds = (f"{run.work.num_tokens / floor:.0f}", f"{run.work.num_targets / floor:.0f}")
-    return [*table, ("floor: matmuls alone", shown_seconds(floor), "", *speeds, "", "", "100%")]
+    floors = {"floor: matmuls alone": run.floor_seconds}
+    if run.flops.repeated:
+        floors["the same, repeated prompts once"] = run.floor_seconds_of_distinct
+    return [*table, *(floor_row(run, title, seconds) for title, seconds in floors.items())]
+
+
+def floor_row(run: Run, title: str, seconds: float) -> tuple[str, ...]:
+    speeds = (f"{run.work.num_tokens / seconds:.0f}", f"{run.work.num_targets / seconds:.0f}")
+    mfu = utilisation(run.flops.total, seconds, run.rate)
+    return title, shown_seconds(seconds), "", *speeds, "", "", f"{mfu:.0%}"
 
 
 def notes(run: Run) -> list[str]:
@@ -39,8 +47,9 @@ def notes(run: Run) -> list[str]:
     work, case = run.work, run.case
     steps = len(next(iter(run.results.values())).seconds)
     lines = [
-        f"case {case.name}: {work.num_positions} positions a step, of them {work.num_tokens} tokens and "
-        f"{work.num_targets} targets; rank {case.rank}; base in {case.dtype}; {steps} steps in turn",
+        f"case {case.name}: {work.num_positions} positions a step, of them {work.num_tokens} tokens, "
+        f"{work.num_distinct} with what rows begin with counted once, and {work.num_targets} targets; "
+        f"rank {case.rank}; base in {case.dtype}; {steps} steps in turn",
         f"matmul rate {run.rate / 1e9:.0f} GFLOP/s; {run.flops.total / 1e9:.1f} model GFLOPs a step",
     ]
     if any(row.name in ("peft", "peft-compiled", "pytorch") for row in run.results.values()):
@@ -89,7 +98,12 @@ def as_json(run: Run) -> dict[str, Any]:
         }
         for name, result in run.results.items()
     }
-    floor = {"seconds": run.floor_seconds, "matmul_flops_per_second": run.rate, "flops": run.flops.total}
+    floor = {
+        "seconds": run.floor_seconds,
+        "seconds_of_distinct": run.floor_seconds_of_distinct,
+        "matmul_flops_per_second": run.rate,
+        "flops": run.flops.total,
+    }
     return {"case": run.case.name, "load": run.load, "sides": sides, "floor": floor}
 
 

@@ -16,7 +16,7 @@ from .batching import Row, rows_of, window_rows
 from .config import TrainConfig
 
 SMALLEST = 8  # of sizes, see shape_size
-WIDTHS, SLOTS, TARGETS = 4, 8, 4  # sizes an octave; more of slots, since most of a step is computed of them
+WIDTHS, TARGETS = 4, 4  # sizes an octave
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,6 @@ def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     filling = shape_size(max(1, len(positions_N)), TARGETS) - len(positions_N)
     padded_N = np.pad(positions_N, (0, filling))
     return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
-
-
-def kept_slots(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """slot_S and place_BT of `padding.Kept`: the slots that a target sees, and one or more to fill the shape.
-
-    In a causal model these are each row's up to its last target. None where that leaves nothing out.
-    """
-    is_needed_BT = np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
-    needed, others = np.flatnonzero(is_needed_BT), np.flatnonzero(~is_needed_BT)
-    size = shape_size(len(needed) + 1, SLOTS)
-    if size >= mask_BT.size:
-        return None
-    slot_S = np.sort(np.append(needed, others[: size - len(needed)])).astype(np.int32)
-    unseen = np.searchsorted(slot_S, others[0])  # stands for every slot that is left out
-    place_BT = np.full(mask_BT.shape, unseen, np.int32)
-    place_BT.flat[slot_S] = np.arange(size)
-    return slot_S, place_BT
 
 
 def training_windows(

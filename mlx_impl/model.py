@@ -4,7 +4,7 @@ Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
 Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache, rows that
-hold several examples (`view.py`), padding that is left out (`padding.py`: then x_BTD is one row of what is
+hold several examples (`view.py`), slots that are left out (`slots.py`: then x_BTD is one row of what is
 left, but in attention), blocks that may be recomputed in the backward pass.
 """
 
@@ -14,15 +14,16 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
 from .config import ModelConfig
-from .padding import Kept
 from .projection import project, project_gated
 from .recompute import recomputed
+from .slots import Kept
 from .view import View, view_of
 
 
@@ -160,17 +161,17 @@ class Decoder(nn.Module):
         self,
         tokens_BT: mx.array,
         positions_N: mx.array,
-        kept: Sequence[mx.array] | None = None,
+        kept: Sequence[Any] | None = None,
         segment_BT: mx.array | None = None,
     ) -> mx.array:
         """(N, D): the last hidden states at these positions of the flattened (B, T), and little else.
 
-        `kept` says which slots they see (padding.py); without it all are computed.
+        `kept` is a `KeptSlots`: which slots they see (layout.py); without it all are computed.
         """
         view = view_of(tokens_BT.shape[1], 0, self.window, segment_BT)
         if kept:
-            slot_S, place_BT = kept
-            view = replace(view, kept=Kept(slot_S, place_BT))
+            slot_S, place_BT, *_ = kept
+            view = replace(view, kept=Kept(*kept))
             tokens_BT, positions_N = tokens_BT.flatten()[slot_S][None], place_BT.flatten()[positions_N]
         last = replace(view, wanted_N=positions_N)
         return self.blocks(self.embed_tokens(tokens_BT), [view] * (len(self.layers) - 1) + [last])[0]

@@ -19,8 +19,9 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .config import TrainConfig
-from .data import Batch, Window, kept_slots, target_positions
+from .data import Batch, Window, target_positions
 from .guard import FiniteGuard
+from .layout import kept_slots
 from .loss import head_nats
 from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, as_vectors, clip_gradients, learning_rate_of
@@ -48,8 +49,8 @@ def to_arrays(batch: Batch) -> Arrays:
     layout: dict[str, Any] = {}
     if batch.segment_BT is not None:
         layout["segment_BT"] = mx.array(batch.segment_BT)
-    if kept := kept_slots(batch.mask_BT):
-        layout["kept"] = [*map(mx.array, kept)]
+    if kept := kept_slots(batch):
+        layout["kept"] = [*map(mx.array, kept[:-1]), kept.num_shared]
     return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), layout]
 
 

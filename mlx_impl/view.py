@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from . import ops
-from .padding import Kept
+from .slots import Kept
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class View:
     wanted_N: mx.array | None = None  # of a last block: the tokens that it need compute after attention
 
     def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
-        """(B, T, H * K) to (B, H, T, K), padding put back."""
+        """(B, T, H * K) to (B, H, T, K), what was left out put back."""
         if self.kept:
             return self.kept.spread(x_BTO, H)
         return mx.unflatten(x_BTO, -1, (H, -1)).swapaxes(1, 2)
 
     def merge_heads(self, x_BHTK: mx.array) -> mx.array:
-        """(B, H, T, K) to (B, T, H * K), padding left out."""
+        """(B, H, T, K) to (B, T, H * K), what is not kept left out."""
         return self.kept.gather(x_BHTK) if self.kept else x_BHTK.swapaxes(1, 2).flatten(2)
 
     def wanted(self, x_BTD: mx.array) -> mx.array:

@@ -7,6 +7,7 @@ fixed shape is fed, so that padding must be without any effect.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,27 @@ def test_more_padding_of_random_tokens_does_not_matter(case: Case, judge: Judge)
 def test_a_batch_given_twice_has_the_same_mean(case: Case, judge: Judge) -> None:
     """Twice the sum over twice the targets."""
     judge.alike((case, learned(case.batch)), (case, learned(rows_of(case.batch, [0, 1, 2, 0, 1, 2]))))
+
+
+@pytest.mark.canonical("pad_targets")
+def test_rows_that_begin_alike_add_up_to_the_rows_alone(case: Case, judge: Judge) -> None:
+    """As under one system prompt: nats and gradients are the sums of each row's in a batch by itself."""
+    prompt, *replies = random_rows(case.spec.vocab_size, (10, 3, 7, 5))
+    rows, prompt_counts = [prompt + reply for reply in replies], (11, 12, 10)
+    together = make_batch(rows, prompt_counts)
+    alone = [make_batch([row], [count]) for row, count in zip(rows, prompt_counts, strict=True)]
+    judge.alike((case, lambda t: summed(t, [together])), (case, lambda t: summed(t, alone)))
+
+
+def summed(trainer: Any, parts: Sequence[Batch]) -> Arrays:
+    """Nats and their gradients, over all parts."""
+    sums: Arrays = {}
+    for part in parts:
+        nats, num_targets = trainer.loss(part)
+        gradients = {name: num_targets * value for name, value in trainer.gradients(part).items()}
+        for name, value in {"nats": np.array(nats), **gradients}.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
 
 
 def rescaled(case: Case, alpha: float, a: float, b: float) -> Case:

@@ -141,13 +141,19 @@ def lora_configs(draw: st.DrawFn, model: ModelConfig) -> LoRAConfig:
 
 @st.composite
 def batches(draw: st.DrawFn, model: ModelConfig) -> Batch:
-    """Rows of unequal length and any number of targets each, also none, but not none in all; some padding."""
-    token_counts = draw(st.lists(st.integers(2, MAX_TOKENS), min_size=1, max_size=4))
+    """Rows of unequal length and any number of targets each, also none, but not none in all; some padding.
+
+    Half of them begin alike, as under one system prompt.
+    """
+    num_shared = draw(st.sampled_from([0, 9]))
+    lengths = st.integers(num_shared + 2, MAX_TOKENS)
+    token_counts = draw(st.lists(lengths, min_size=1, max_size=4))
     prompt_counts = [draw(st.integers(1, count)) for count in token_counts]
     if prompt_counts == token_counts:
         prompt_counts[0] = 1  # all of them targets, in one row
     rng = np.random.default_rng(draw(SEEDS))
     rows = [rng.integers(1, model.vocab_size, count).tolist() for count in token_counts]
+    rows = [rows[0][:num_shared] + row[num_shared:] for row in rows]
     return DrawnBatch(*make_batch(rows, prompt_counts, width=draw(st.sampled_from([0, MAX_TOKENS + 2]))))
 
 

@@ -8,12 +8,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.cases import SMALL, TINYLLAMA
-from benchmarks.flops import Work, linear_shapes, step_flops, utilisation
+from benchmarks.flops import Work, linear_shapes, step_flops, utilisation, work_of
 from mlx_impl.config import BLOCK_LINEARS, LoRAConfig
+from mlx_impl.data import Example, make_batch
 from mlx_impl.lora import add_lora, lora_layers
 from mlx_impl.model import CausalLM
 
-WORK = Work(num_positions=4096, num_tokens=4000, num_targets=1000, num_pairs=4 * 1024 * 1024)
+WORK = Work(
+    num_positions=4096, num_tokens=4000, num_distinct=3000, num_targets=1000, num_pairs=4 * 1024 * 1024
+)
 
 
 def test_the_shapes_are_those_of_the_models_linears() -> None:
@@ -36,6 +39,18 @@ def test_frozen_weights_take_4_flops_a_weight_and_position_and_factors_6() -> No
     flops = step_flops(SMALL, 8, WORK)
     assert flops.blocks == 4 * base * WORK.num_tokens
     assert flops.factors == 6 * trained * WORK.num_tokens
+
+
+def test_what_rows_repeat_is_counted_apart() -> None:
+    flops = step_flops(SMALL, 8, WORK)
+    assert flops.repeated == (flops.blocks + flops.factors) // 4
+
+
+def test_what_rows_begin_with_alike_is_one_history_and_what_no_target_sees_is_none() -> None:
+    rows = [Example((1, 2, 3, *own), (False,) * 5 + (True,)) for own in ((4, 5, 6), (4, 6, 6), (5, 5, 6))]
+    untrained = Example((7, 8, 9), (False,) * 3)
+    work = work_of([[make_batch([*rows, untrained])]])
+    assert (work.num_tokens, work.num_distinct) == (3 * 5 + 2, 3 + 2 + 3)  # 1 2 3; 4, 5; 5, 6, 5
 
 
 def test_the_head_is_counted_at_the_targets_alone() -> None:

@@ -16,10 +16,10 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "cpu_ops", "ops", "padding", "view", "recompute", "projection", "model", "precision",
-    "quantized", "requantize", "targets", "lora", "loss", "rows", "batching", "data", "template_limits",
-    "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train", "pace", "trainer",
-    "merging", "sampling", "generate", "streaming",
+    "config", "files", "cpu_ops", "ops", "slots", "view", "recompute", "projection", "model", "precision",
+    "quantized", "requantize", "targets", "lora", "loss", "rows", "batching", "data", "layout",
+    "template_limits", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train",
+    "pace", "trainer", "merging", "sampling", "generate", "streaming",
     "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",

@@ -1,0 +1,84 @@
+"""Slots that are computed once or not at all: padding, and what all rows of a batch begin with.
+
+Of a batch of B rows and T columns, S of the B * T slots are kept and laid one after another, as one row;
+linears, norms and gates work on these. Only attention needs the rows again: `spread` puts each kept slot into
+its place, a shared one into every row, and into all other places one kept slot that no target sees, so what
+stands there reaches no loss and gets a gradient of zero. Dropout, where there is any, drops the same of a
+shared slot for all rows. Source: Portes et al. 2023, "MosaicBERT", section 2.1 (unpadding).
+No twin in reference/, which computes every slot.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+
+class Kept:
+    """Moves between slots and rows, by the index arrays of `layout.KeptSlots`.
+
+    Gradients are moves too, and a sum over the rows of what they share: automatic differentiation would add
+    all of it into zeros, eight times as slow on a CPU.
+    """
+
+    def __init__(
+        self, slot_S: mx.array, place_BT: mx.array, home_BT: mx.array, is_seen_S: mx.array, num_shared: int
+    ) -> None:
+        self.slot_S, self.place_BT, self.home_BT = slot_S, place_BT, home_BT
+        self.is_seen_S, self.num_shared = is_seen_S, num_shared
+        self.indices: dict[int, tuple[mx.array, ...]] = {}  # the same in every layer
+
+    def index_of(self, H: int) -> tuple[mx.array, ...]:
+        """slot_S for pieces of H heads, into (B, H, T); place_BT and home_BT, into (S, H)."""
+        if H not in self.indices:
+            T, head_H = self.place_BT.shape[1], mx.arange(H)
+            row_S, column_S = self.slot_S // T, self.slot_S % T
+            slot_SH = (row_S[:, None] * H + head_H) * T + column_S[:, None]
+            rows = [of_BT[:, None, :] * H + head_H[:, None] for of_BT in (self.place_BT, self.home_BT)]
+            self.indices[H] = slot_SH, *rows
+        return self.indices[H]
+
+    def gather(self, x_BHTK: mx.array) -> mx.array:
+        """(B, H, T, K) to (1, S, H * K)."""
+        H = x_BHTK.shape[1]
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def forward(x_BHTK: mx.array) -> mx.array:
+            return self.picked(x_BHTK)
+
+        @forward.vjp  # type: ignore[untyped-decorator]
+        def backward(_: mx.array, d_1SO: mx.array, __: mx.array) -> mx.array:
+            return self.laid_out(d_1SO, self.index_of(H)[2])
+
+        gathered: mx.array = forward(x_BHTK)
+        return gathered
+
+    def spread(self, x_1SO: mx.array, H: int) -> mx.array:
+        """(1, S, H * K) to (B, H, T, K)."""
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def forward(x_1SO: mx.array) -> mx.array:
+            return self.laid_out(x_1SO, self.index_of(H)[1])
+
+        @forward.vjp  # type: ignore[untyped-decorator]
+        def backward(_: mx.array, d_BHTK: mx.array, __: mx.array) -> mx.array:
+            return self.summed(d_BHTK)
+
+        spread: mx.array = forward(x_1SO)
+        return spread
+
+    def picked(self, x_BHTK: mx.array) -> mx.array:
+        return x_BHTK.flatten(0, 2)[self.index_of(x_BHTK.shape[1])[0]].flatten(1)[None]
+
+    def laid_out(self, x_1SO: mx.array, index_BHT: mx.array) -> mx.array:
+        return x_1SO.reshape(x_1SO.shape[1] * index_BHT.shape[1], -1)[index_BHT]
+
+    def summed(self, d_BHTK: mx.array) -> mx.array:
+        """Picked, and of a shared slot what all its places have: in a row without a target that is zero."""
+        d_1SO, P = self.picked(d_BHTK), self.num_shared
+        if P == 0:
+            return d_1SO
+        # One that none sees can stand where a row has a shared one, and the gradient there is not its own.
+        own_1SO = mx.where(self.is_seen_S[P:, None], d_1SO[:, P:], 0)
+        sum_HTK = d_BHTK.sum(axis=0)  # whole, because of a part it takes ten times as long
+        shared_PO = sum_HTK[:, :P].swapaxes(0, 1).flatten(1)
+        return mx.concatenate([shared_PO[None], own_1SO], axis=1)
