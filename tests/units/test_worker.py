@@ -1,0 +1,45 @@
+"""A benchmark's side in a process of its own: what one of its turns is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import worker
+from benchmarks.cases import CASES
+
+
+class Orders:
+    """A parent that gives these orders, and keeps the answers."""
+
+    def __init__(self, *orders: object) -> None:
+        self.orders, self.answers = [*orders, None], list[object]()
+
+    def recv(self) -> object:
+        return self.orders.pop(0)
+
+    def send(self, answer: object) -> None:
+        self.answers.append(answer)
+
+
+@pytest.mark.parametrize(("is_gpu", "untimed"), [(False, 0), (True, worker.UNTIMED_ON_A_GPU)])
+def test_a_turn_on_a_gpu_begins_with_steps_that_are_not_timed(
+    is_gpu: bool, untimed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seconds of a turn are those of its last step, by a clock that a step moves by its number."""
+    steps: list[int] = []
+
+    def step() -> float:
+        steps.append(len(steps))
+        return 0.5
+
+    clock = SimpleNamespace(perf_counter=lambda: float(sum(steps)))
+    monkeypatch.setattr(worker, "time", clock)
+    monkeypatch.setattr(worker, "prepare", lambda environment: "a BLAS")
+    monkeypatch.setattr(worker, "is_gpu", lambda: is_gpu)
+    monkeypatch.setattr(worker, "on_its_arrays", lambda name, case: (SimpleNamespace(step=step), None, None))
+    parent = Orders("step", "step")
+    worker.answer_to(parent, "ours", CASES["tiny"], {})  # type: ignore[arg-type]
+    assert parent.answers[1:] == [1 + untimed, 2 + 2 * untimed]
+    assert len(steps) == 1 + 2 * (1 + untimed)
