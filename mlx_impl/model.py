@@ -174,7 +174,8 @@ class Decoder(nn.Module):
             view = replace(view, kept=Kept(*kept))
             tokens_BT, positions_N = tokens_BT.flatten()[slot_S][None], place_BT.flatten()[positions_N]
         last = replace(view, wanted_N=positions_N)
-        return self.blocks(self.embed_tokens(tokens_BT), [view] * (len(self.layers) - 1) + [last])[0]
+        views = [view] * (len(self.layers) - 1) + [last]
+        return self.blocks(self.embed_tokens(tokens_BT), views).squeeze(0)  # a view, where [0] copies
 
     def blocks(
         self, x_BTD: mx.array, views: list[View], caches: list[KeyValueCache] | None = None
