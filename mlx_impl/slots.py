@@ -4,7 +4,8 @@ Of a batch of B rows and T columns, S of the B * T slots are kept and laid one a
 linears, norms and gates work on these. Only attention needs the rows again: `spread` puts each kept slot into
 its place, a shared one into every row, and into all other places one kept slot that no target sees, so what
 stands there reaches no loss and gets a gradient of zero. Dropout, where there is any, drops the same of a
-shared slot for all rows. Source: Portes et al. 2023, "MosaicBERT", section 2.1 (unpadding).
+shared slot for all rows. Sources: Portes et al. 2023, "MosaicBERT", section 2.1 (unpadding); Liu et al. 2025,
+"Prefix Grouper" (a shared prefix once, in training).
 No twin in reference/, which computes every slot.
 """
 
