@@ -15,7 +15,7 @@ from .memory_run import Held, held_against_model
 from .memory_table import MODELLED, held_table, model_table
 from .readme import write_part
 from .table import HEADINGS, as_json, markdown, notes, print_table, rows
-from .worker import call
+from .worker import call, is_gpu
 
 ON_A_CPU = ("ours", "mlx-lm", "peft", "pytorch")
 ON_A_GPU = ("ours", "mlx-lm", "peft", "peft-compiled")
@@ -41,6 +41,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What would be ignored, or be written where it does not belong, is an error."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    sides = args.only.split(",") if args.only else []
+    if args.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {args.steps}")
+    if sides and sides[0] != "ours":
+        parser.error(f"--only must begin with ours, got {args.only!r}")
+    if len(set(sides)) < len(sides):
+        parser.error(f"--only must name each side once, got {args.only!r}")
+    for name in ("case", "steps", "only", "as_installed", "json"):
+        if args.what != "table" and getattr(args, name) != parser.get_default(name):
+            parser.error(f"{args.what} takes no --{name.replace('_', '-')}")
+    if args.write and (args.case != parser.get_default("case") or args.only):
+        parser.error("--write puts the case smollm2 with all its sides into README.md, and nothing else")
+    return args
+
+
 def contestants(case: Case, only: str | None) -> list[str]:
     """Those that were asked for, or those of the device that are installed."""
     names = only.split(",") if only else ON_A_GPU if case.needs_gpu else ON_A_CPU
@@ -49,6 +68,8 @@ def contestants(case: Case, only: str | None) -> list[str]:
 
 def show_table(args: argparse.Namespace) -> None:
     case = named_case(args.case)
+    if case.needs_gpu and not call(is_gpu):
+        raise ValueError(f"the case {case.name} needs a GPU, and MLX has none here")
     if args.as_installed:
         run = measure_as_installed(case)
     else:
@@ -86,7 +107,7 @@ def show_memory(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = make_parser().parse_args(arguments)
+    args = parse(arguments)
     try:
         {"table": show_table, "curves": show_curves, "memory": show_memory}[args.what](args)
     except ValueError as error:

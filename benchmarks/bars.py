@@ -30,8 +30,8 @@ class Bar:
 
 BARS = (
     # Of the slowest host met, an EPYC without AVX-512, with MKL: 0.59, 0.98 and 0.95, measured before the
-    # prompt that rows share was computed once, times the 0.753 of a step that this leaves. With AVX-512:
-    # 0.41, 0.61 and 0.57.
+    # prompt that rows share was computed once, times the 0.76 of a step that this leaves. With AVX-512:
+    # 0.41, 0.60 and 0.56.
     Bar("smollm2", "ours", "mlx-lm", step=0.45, step_goal=0.50, peak=0.72, peak_goal=0.80),
     Bar("smollm2", "ours", "peft", step=0.74, step_goal=1.00),
     Bar("smollm2", "ours", "pytorch", step=0.72),

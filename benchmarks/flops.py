@@ -46,10 +46,12 @@ def work_of(windows: Sequence[Window]) -> Work:
 
 def distinct_histories(batch: Batch) -> set[bytes]:
     """Of each slot that a target sees its row up to it: on that alone do its hidden states depend."""
+    segment_BT = np.zeros_like(batch.inputs_BT) if batch.segment_BT is None else batch.segment_BT
+    row_BT2 = np.stack([batch.inputs_BT, segment_BT], axis=-1)
     return {
-        tokens[: t + 1].tobytes()
-        for tokens, mask in zip(batch.inputs_BT, batch.mask_BT, strict=True)
-        for t in range(max(np.flatnonzero(mask), default=-1) + 1)
+        row_T2[: t + 1].tobytes()
+        for row_T2, mask_T in zip(row_BT2, batch.mask_BT, strict=True)
+        for t in range(max(np.flatnonzero(mask_T), default=-1) + 1)
     }
 
 

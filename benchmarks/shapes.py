@@ -1,17 +1,21 @@
-"""The shapes of a case that its memory follows from: those of its largest batch."""
+"""The shapes of a case that its memory follows from: those of the batch that needs most."""
 
 from __future__ import annotations
 
-from mlx_impl.data import target_positions
+from mlx_impl.data import Batch, target_positions
 from mlx_impl.layout import kept_slots
 
 from .cases import Case
 from .inputs import Inputs
-from .memory import Shapes
+from .memory import Shapes, budget_of
 
 
 def shapes_of(case: Case, inputs: Inputs) -> Shapes:
-    batch = max((b for window in inputs.windows for b in window), key=lambda b: b.inputs_BT.size)
+    of_batches = [shapes_of_batch(case, inputs, batch) for window in inputs.windows for batch in window]
+    return max(of_batches, key=lambda shapes: budget_of(shapes).peak_bytes)
+
+
+def shapes_of_batch(case: Case, inputs: Inputs, batch: Batch) -> Shapes:
     rows, tokens = batch.inputs_BT.shape
     kept, num_targets = kept_slots(batch), len(target_positions(batch)[0])
     seen = len(kept.slot_S) if kept else rows * tokens

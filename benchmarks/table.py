@@ -46,12 +46,16 @@ def notes(run: Run) -> list[str]:
     """What a reader needs to know of the run."""
     work, case = run.work, run.case
     steps = len(next(iter(run.results.values())).seconds)
+    once = f", {work.num_distinct} with what rows begin with counted once,"
+    distinct = once if work.num_distinct < work.num_tokens else ""
     lines = [
-        f"case {case.name}: {work.num_positions} positions a step, of them {work.num_tokens} tokens, "
-        f"{work.num_distinct} with what rows begin with counted once, and {work.num_targets} targets; "
-        f"rank {case.rank}; base in {case.dtype}; {steps} steps in turn",
+        f"case {case.name}: {work.num_positions} positions a step, of them {work.num_tokens} tokens"
+        f"{distinct} and {work.num_targets} targets; rank {case.rank}; base in {case.dtype}; "
+        f"{steps} steps in turn",
         f"matmul rate {run.rate / 1e9:.0f} GFLOP/s; {run.flops.total / 1e9:.1f} model GFLOPs a step",
     ]
+    if distinct:
+        lines.append("MFU and tokens/s count every row in full, also what ours computes once for all")
     if any(row.name in ("peft", "peft-compiled", "pytorch") for row in run.results.values()):
         lines.append("PyTorch counts no bytes on a CPU: its peak there is the process's resident memory")
     if run.load > BUSY:

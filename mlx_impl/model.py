@@ -23,7 +23,7 @@ from . import ops
 from .config import ModelConfig
 from .projection import project, project_gated
 from .recompute import recomputed
-from .slots import Kept
+from .slots import Slots
 from .view import View, view_of
 
 
@@ -166,13 +166,14 @@ class Decoder(nn.Module):
     ) -> mx.array:
         """(N, D): the last hidden states at these positions of the flattened (B, T), and little else.
 
-        `kept` is a `KeptSlots`: which slots they see (layout.py); without it all are computed.
+        `kept` has the fields of `layout.KeptSlots`, which slots they see; without it all are computed.
         """
         view = view_of(tokens_BT.shape[1], 0, self.window, segment_BT)
         if kept:
-            slot_S, place_BT, *_ = kept
-            view = replace(view, kept=Kept(*kept))
-            tokens_BT, positions_N = tokens_BT.flatten()[slot_S][None], place_BT.flatten()[positions_N]
+            slots = Slots(*kept)
+            view = replace(view, slots=slots)
+            tokens_BT = tokens_BT.flatten()[slots.slot_S][None]
+            positions_N = slots.place_BT.flatten()[positions_N]
         last = replace(view, wanted_N=positions_N)
         views = [view] * (len(self.layers) - 1) + [last]
         return self.blocks(self.embed_tokens(tokens_BT), views).squeeze(0)  # a view, where [0] copies

@@ -14,7 +14,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 
-class Kept:
+class Slots:
     """Moves between slots and rows, by the index arrays of `layout.KeptSlots`.
 
     Gradients are moves too, and a sum over the rows of what they share: automatic differentiation would add
@@ -22,10 +22,15 @@ class Kept:
     """
 
     def __init__(
-        self, slot_S: mx.array, place_BT: mx.array, home_BT: mx.array, is_seen_S: mx.array, num_shared: int
+        self,
+        slot_S: mx.array,
+        place_BT: mx.array,
+        home_BT: mx.array,
+        is_seen_S: mx.array,
+        is_shared_S: mx.array | None = None,
     ) -> None:
         self.slot_S, self.place_BT, self.home_BT = slot_S, place_BT, home_BT
-        self.is_seen_S, self.num_shared = is_seen_S, num_shared
+        self.is_seen_S, self.is_shared_S = is_seen_S, is_shared_S
         self.indices: dict[int, tuple[mx.array, ...]] = {}  # the same in every layer
 
     def index_of(self, H: int) -> tuple[mx.array, ...]:
@@ -75,11 +80,11 @@ class Kept:
 
     def summed(self, d_BHTK: mx.array) -> mx.array:
         """Picked, and of a shared slot what all its places have: in a row without a target that is zero."""
-        d_1SO, P = self.picked(d_BHTK), self.num_shared
-        if P == 0:
+        d_1SO = self.picked(d_BHTK)
+        if self.is_shared_S is None:
             return d_1SO
-        # One that none sees can stand where a row has a shared one, and the gradient there is not its own.
-        own_1SO = mx.where(self.is_seen_S[P:, None], d_1SO[:, P:], 0)
-        sum_HTK = d_BHTK.sum(axis=0)  # whole, because of a part it takes ten times as long
-        shared_PO = sum_HTK[:, :P].swapaxes(0, 1).flatten(1)
-        return mx.concatenate([shared_PO[None], own_1SO], axis=1)
+        sum_TO = d_BHTK.sum(axis=0).swapaxes(0, 1).flatten(1)
+        shared_1SO = sum_TO[self.slot_S % sum_TO.shape[0]][None]
+        # A filler can stand where a row has a shared slot, and the gradient there is not its own.
+        own_1SO = mx.where(self.is_seen_S[:, None], d_1SO, 0)
+        return mx.where(self.is_shared_S[:, None], shared_1SO, own_1SO)

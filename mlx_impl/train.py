@@ -50,7 +50,7 @@ def to_arrays(batch: Batch) -> Arrays:
     if batch.segment_BT is not None:
         layout["segment_BT"] = mx.array(batch.segment_BT)
     if kept := kept_slots(batch):
-        layout["kept"] = [*map(mx.array, kept[:-1]), kept.num_shared]
+        layout["kept"] = [mx.array(array) for array in kept if array is not None]
     return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), layout]
 
 

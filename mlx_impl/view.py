@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from . import ops
-from .slots import Kept
+from .slots import Slots
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class View:
     offset: int = 0  # tokens seen before, in the cache
     position_BT: mx.array | None = None  # of each token in its own example, where rows are packed
     mask_B1TS: mx.array | None = None  # whether query t sees key s, where that is not just the past
-    kept: Kept | None = None  # what is computed outside of attention, where that is not every slot
+    slots: Slots | None = None  # what is computed outside of attention, where that is not every slot
     wanted_N: mx.array | None = None  # of a last block: the tokens that it need compute after attention
 
     def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
         """(B, T, H * K) to (B, H, T, K), what was left out put back."""
-        if self.kept:
-            return self.kept.spread(x_BTO, H)
+        if self.slots:
+            return self.slots.spread(x_BTO, H)
         return mx.unflatten(x_BTO, -1, (H, -1)).swapaxes(1, 2)
 
     def merge_heads(self, x_BHTK: mx.array) -> mx.array:
         """(B, H, T, K) to (B, T, H * K), what is not kept left out."""
-        return self.kept.gather(x_BHTK) if self.kept else x_BHTK.swapaxes(1, 2).flatten(2)
+        return self.slots.gather(x_BHTK) if self.slots else x_BHTK.swapaxes(1, 2).flatten(2)
 
     def wanted(self, x_BTD: mx.array) -> mx.array:
         """Those tokens, as one row: (1, N, D)."""

@@ -254,6 +254,6 @@ TWINS = [
         "shared-prompt-learned-from-one-row",
         10,
         "A prompt that all rows begin with is computed once, and gets the gradient of the first row alone.",
-        {"mlx_impl.slots.Kept.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
+        {"mlx_impl.slots.Slots.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
     ),
 ]

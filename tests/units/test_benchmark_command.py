@@ -1,0 +1,51 @@
+"""`python -m benchmarks`: what it refuses, in one line and before anything is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import benchmarks.__main__ as command
+
+REFUSED = {
+    "--steps 0": "--steps must be 1 or more, got 0",
+    "--steps -1": "--steps must be 1 or more, got -1",
+    "--only mlx-lm": "--only must begin with ours, got 'mlx-lm'",
+    "--only ours,ours": "--only must name each side once, got 'ours,ours'",
+    "--write --case small": "--write puts the case smollm2 with all its sides into README.md",
+    "--write --only ours": "--write puts the case smollm2 with all its sides into README.md",
+    "curves --steps 3": "curves takes no --steps",
+    "curves --case small": "curves takes no --case",
+    "memory --json": "memory takes no --json",
+    "memory --only ours": "memory takes no --only",
+    "memory --as-installed": "memory takes no --as-installed",
+}
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any) -> Any:
+        pytest.fail("it was measured")
+
+    for name in ("measure", "measure_as_installed", "measure_curve", "call"):
+        monkeypatch.setattr(command, name, measured)
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_flag_that_would_be_ignored_or_mislead_is_refused(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command.main(line.split())
+    assert exit_.value.code == 2
+    assert REFUSED[line] in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_case_for_a_gpu_needs_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "call", lambda function: False)
+    assert command.main(["--case", "tinyllama"]) == 2
+    assert "the case tinyllama needs a GPU, and MLX has none here" in capsys.readouterr().err
