@@ -32,7 +32,7 @@ def rows(run: Run) -> list[tuple[str, ...]]:
     ]
     floors = {"floor: matmuls alone": run.floor_seconds}
     if run.flops.repeated:
-        floors["the same, repeated prompts once"] = run.floor_seconds_of_distinct
+        floors["floor, prompts once"] = run.floor_seconds_of_distinct
     return [*table, *(floor_row(run, title, seconds) for title, seconds in floors.items())]
 
 
