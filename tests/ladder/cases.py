@@ -152,6 +152,12 @@ def make_batch(rows: Sequence[Sequence[int]], prompt_counts: Sequence[int], widt
     return Batch(tokens[:, :-1], tokens[:, 1:], counts[:, 1:], num_tokens)
 
 
+def one_prompt_batch(vocab_size: int) -> Batch:
+    """Three rows that begin with the same ten tokens, as under one system prompt."""
+    prompt, *replies = random_rows(vocab_size, (10, 3, 7, 5))
+    return make_batch([prompt + reply for reply in replies], (11, 12, 10))
+
+
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """A batch of some of its rows, as wide as it was; no token but padding is 0."""
     inputs_BT, targets_BT, mask_BT = (array[list(rows)] for array in batch[:3])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.derived import UNIT_ROUNDOFF, Verdict, judged, within
-from tests.ladder.cases import Case, every_case, named_case
+from tests.ladder.cases import Case, every_case, named_case, one_prompt_batch
 from tests.ladder.judge import Judge
 
 WIDE, NARROW = 2.0**-8, 2.0**-9  # steps of central differences: the error shrinks with their square
@@ -33,6 +33,13 @@ def test_every_gradient_equals_the_reference(case: Case, judge: Judge) -> None:
 def test_in_float64_every_gradient_equals_the_reference_to_1e_12(case: Case, judge: Judge) -> None:
     """The algebra is the same; what differed above was rounding."""
     judge.exactly(case, lambda trainer: trainer.gradients(case.batch))
+
+
+@every_case
+def test_the_gradients_of_rows_under_one_prompt_equal_the_reference(case: Case, judge: Judge) -> None:
+    """What all rows begin with may be computed once; its gradient is the sum over the rows."""
+    batch = one_prompt_batch(case.spec.vocab_size)
+    judge(case, lambda trainer: trainer.gradients(batch))
 
 
 @pytest.mark.parametrize("case", ["untied", "rslora", "patterns"], indirect=True)

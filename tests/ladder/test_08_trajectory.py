@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mlx_impl.config import TrainConfig
-from tests.ladder.cases import Case
+from mlx_impl.data import Batch
+from tests.ladder.cases import Case, one_prompt_batch
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
 
@@ -26,8 +27,8 @@ SCHEDULED = TrainConfig(iters=6, learning_rate=0.05, optimizer="sgd", lr_schedul
 each_run = pytest.mark.parametrize("training", RUNS.values(), ids=RUNS)
 
 
-def trained(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
-    losses = trainer.train([[case.batch]] * training.iters, training)
+def trained(trainer: Any, case: Case, training: TrainConfig, batch: Batch | None = None) -> Arrays:
+    losses = trainer.train([[batch or case.batch]] * training.iters, training)
     return {"losses": np.array(losses), **trainer.factors()}
 
 
@@ -43,6 +44,12 @@ def test_the_loss_falls(case: Case, candidate: Any, training: TrainConfig) -> No
 def test_losses_and_factors_equal_the_reference(case: Case, judge: Judge, training: TrainConfig) -> None:
     """Twenty updates of AdamW, ten of SGD, against torch.optim with its defaults."""
     judge(case, lambda trainer: trained(trainer, case, training), training.iters * case.longest_sum)
+
+
+def test_rows_under_one_prompt_equal_the_reference(case: Case, judge: Judge) -> None:
+    """What all rows begin with may be computed once, and the adapter of a run is the same."""
+    batch, training = one_prompt_batch(case.spec.vocab_size), RUNS["adamw"]
+    judge(case, lambda trainer: trained(trainer, case, training, batch), training.iters * case.longest_sum)
 
 
 def test_a_run_that_starts_at_zero_b_equals_the_reference(case: Case, judge: Judge) -> None:

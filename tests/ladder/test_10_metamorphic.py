@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from mlx_impl.data import Batch
-from tests.ladder.cases import PROMPT_COUNTS, TOKEN_COUNTS, Case, make_batch, random_rows, rows_of
+from tests.ladder.cases import (
+    PROMPT_COUNTS,
+    TOKEN_COUNTS,
+    Case,
+    make_batch,
+    one_prompt_batch,
+    random_rows,
+    rows_of,
+)
 from tests.ladder.judge import Act, Judge
 from tests.ladder.protocol import Arrays
 
@@ -55,10 +63,8 @@ def test_a_batch_given_twice_has_the_same_mean(case: Case, judge: Judge) -> None
 @pytest.mark.canonical("pad_targets")
 def test_rows_that_begin_alike_add_up_to_the_rows_alone(case: Case, judge: Judge) -> None:
     """As under one system prompt: nats and gradients are the sums of each row's in a batch by itself."""
-    prompt, *replies = random_rows(case.spec.vocab_size, (10, 3, 7, 5))
-    rows, prompt_counts = [prompt + reply for reply in replies], (11, 12, 10)
-    together = make_batch(rows, prompt_counts)
-    alone = [make_batch([row], [count]) for row, count in zip(rows, prompt_counts, strict=True)]
+    together = one_prompt_batch(case.spec.vocab_size)
+    alone = [rows_of(together, [row]) for row in range(len(together.inputs_BT))]
     judge.alike((case, lambda t: summed(t, [together])), (case, lambda t: summed(t, alone)))
 
 

@@ -250,10 +250,4 @@ TWINS = [
         "and the padding stays.",
         {f"{module}.to_arrays": cut_to_length for module in ("mlx_impl.train", "tests.trainers.mlx_impl")},
     ),
-    Twin(
-        "shared-prompt-learned-from-one-row",
-        10,
-        "A prompt that all rows begin with is computed once, and gets the gradient of the first row alone.",
-        {"mlx_impl.slots.Slots.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
-    ),
 ]

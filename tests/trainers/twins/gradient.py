@@ -196,6 +196,12 @@ TWINS = [
         cases=("dora",),
     ),
     Twin(
+        "shared-prompt-learned-from-one-row",
+        5,
+        "A prompt that all rows begin with is computed once, and gets the gradient of the first row alone.",
+        {"mlx_impl.slots.Slots.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
+    ),
+    Twin(
         "base-trained",
         6,
         "A run begins with unfreeze(): the whole model trains, and the adapter alone is saved.",
