@@ -36,14 +36,14 @@ def milestones() -> dict[int, Milestone]:
 
 
 @pytest.mark.parametrize("step", [1000, 10_000])
-def test_the_peak_at_step_10_is_the_peak_at_step(
+def test_the_peak_at_step_10_is_not_passed_at_step(
     step: int, milestones: dict[int, Milestone], record: Record
 ) -> None:
-    """But for what one operation holds, which MLX may have made room for, or let go of, sooner or later."""
+    """But for what one operation holds, which MLX may let go of a little later: eleven bytes a step fail."""
     early, late = milestones[10].peak, milestones[step].peak
     record([milestones[step].step_seconds], peak_bytes=late.peak_bytes, at_step_10=early.peak_bytes)
-    assert late.peak_bytes == pytest.approx(early.peak_bytes, abs=HEAD_BYTES)
-    assert late.active_bytes == pytest.approx(early.active_bytes, abs=HEAD_BYTES)
+    assert late.peak_bytes <= early.peak_bytes + HEAD_BYTES
+    assert late.active_bytes <= early.active_bytes + HEAD_BYTES
 
 
 def test_the_cache_stays_within_its_bound(milestones: dict[int, Milestone], record: Record) -> None:
