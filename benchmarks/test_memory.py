@@ -16,7 +16,7 @@ WITHIN = 0.05  # of the measured peak
 LENGTHS = 5
 ONE_BLOCK = Case("one block", replace(TINY, num_hidden_layers=1), tokens=8, target_share=0.5)
 TARGETS = ONE_BLOCK.batch_size * 8 * LENGTHS // 2  # of the longest batch: half its positions
-HEAD_BYTES = 4 * TARGETS * (TINY.vocab_size + TINY.hidden_size)  # a step's largest array, and what it is of
+AHEAD_BYTES = 2 * 4 * TARGETS * TINY.vocab_size  # two of the largest arrays: logits and their gradient
 CACHE_LIMIT = 2**25 + 2**20  # MLX keeps at most 32 MiB of freed buffers on a CPU
 
 
@@ -39,11 +39,11 @@ def milestones() -> dict[int, Milestone]:
 def test_the_peak_at_step_10_is_not_passed_at_step(
     step: int, milestones: dict[int, Milestone], record: Record
 ) -> None:
-    """But for what one operation holds, which MLX may let go of a little later: eleven bytes a step fail."""
+    """But for what MLX holds where it is some operations ahead: a leak of 17 bytes a step fails."""
     early, late = milestones[10].peak, milestones[step].peak
     record([milestones[step].step_seconds], peak_bytes=late.peak_bytes, at_step_10=early.peak_bytes)
-    assert late.peak_bytes <= early.peak_bytes + HEAD_BYTES
-    assert late.active_bytes <= early.active_bytes + HEAD_BYTES
+    assert late.peak_bytes <= early.peak_bytes + AHEAD_BYTES
+    assert late.active_bytes <= early.active_bytes + AHEAD_BYTES
 
 
 def test_the_cache_stays_within_its_bound(milestones: dict[int, Milestone], record: Record) -> None:
