@@ -83,10 +83,10 @@ def is_positive(seconds_N: np.ndarray) -> bool:
 
 
 def judge(measure: Measure, at_most: float, num_pairs: int) -> Verdict:
-    """The verdict on a / b after one measurement, or two.
+    """The verdict on a / b after one measurement, or two, or three.
 
     What fails is measured again, and judged on the new pairs alone. Where the limit lies within the interval
-    the pairs were too few to tell: they are judged with the new ones.
+    the pairs were too few to tell: they are judged with the new ones, and once more so.
     """
     first = measure(num_pairs)
     verdict = Verdict(ratio_of(*first), at_most)
@@ -95,4 +95,8 @@ def judge(measure: Measure, at_most: float, num_pairs: int) -> Verdict:
     second: Sequence[Seconds] | np.ndarray = measure(RETRY * num_pairs)
     if not verdict.is_failure:
         second = np.concatenate([first, second], axis=1)
-    return Verdict(ratio_of(*second), at_most)
+    verdict = Verdict(ratio_of(*second), at_most)
+    if verdict.is_failure or not verdict.ratio.may_exceed(at_most):
+        return verdict
+    third = np.concatenate([second, measure(RETRY * num_pairs)], axis=1)
+    return Verdict(ratio_of(*third), at_most)
