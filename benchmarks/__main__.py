@@ -55,6 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("case", "steps", "only", "as_installed", "json"):
         if args.what != "table" and getattr(args, name) != parser.get_default(name):
             parser.error(f"{args.what} takes no --{name.replace('_', '-')}")
+    if args.as_installed and (args.steps != parser.get_default("steps") or args.only):
+        parser.error("--as-installed is two steps of ours and mlx-lm: no --steps, no --only")
     if args.write and (args.case != parser.get_default("case") or args.only):
         parser.error("--write puts the case smollm2 with all its sides into README.md, and nothing else")
     return args

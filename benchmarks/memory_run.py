@@ -70,7 +70,7 @@ def long_run(case: Case, milestones: list[int], stretch: int) -> list[Milestone]
         for _ in range(milestone - stretch - done):
             step()
         tries = [stretch_of(step, milestone, stretch) for _ in range(TRIES)]
-        found.append(min(tries, key=lambda milestone: milestone.peak.peak_bytes))
+        found.append(min(tries, key=lambda one: one.peak.peak_bytes))
         done = milestone + (TRIES - 1) * stretch
     return found
 

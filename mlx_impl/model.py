@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -161,7 +160,7 @@ class Decoder(nn.Module):
         self,
         tokens_BT: mx.array,
         positions_N: mx.array,
-        kept: Sequence[Any] | None = None,
+        kept: Sequence[mx.array] | None = None,
         segment_BT: mx.array | None = None,
     ) -> mx.array:
         """(N, D): the last hidden states at these positions of the flattened (B, T), and little else.

@@ -15,6 +15,8 @@ REFUSED = {
     "--only ours,ours": "--only must name each side once, got 'ours,ours'",
     "--write --case small": "--write puts the case smollm2 with all its sides into README.md",
     "--write --only ours": "--write puts the case smollm2 with all its sides into README.md",
+    "--as-installed --steps 5": "--as-installed is two steps of ours and mlx-lm: no --steps, no --only",
+    "--as-installed --only ours": "--as-installed is two steps of ours and mlx-lm: no --steps, no --only",
     "curves --steps 3": "curves takes no --steps",
     "curves --case small": "curves takes no --case",
     "memory --json": "memory takes no --json",

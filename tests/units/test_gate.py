@@ -110,3 +110,16 @@ def test_a_verdict_says_what_was_measured_and_what_was_allowed() -> None:
 def test_times_that_are_no_pairs_are_refused(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match="pairs of positive seconds"):
         ratio_of(a, b)
+
+
+def test_what_two_measurements_cannot_tell_is_measured_once_more() -> None:
+    """A burst of other work in the first two: their interval is wide, and the limit lies in it."""
+    asked: list[int] = []
+
+    def measure(n: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(n)
+        burst_N = np.where(np.arange(n) % 2, 0.8, 1.6) if len(asked) < 3 else np.full(n, 1.15)
+        return burst_N, np.ones(n)
+
+    verdict = judge(measure, at_most=1.0, num_pairs=20)
+    assert asked == [20, 60, 60] and verdict.ratio.num_pairs == 140 and verdict.is_failure
