@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from mlx_impl.config import LoRAConfig, ModelConfig, RopeScaling
 from mlx_impl.data import Batch
 from reference.lora import add_lora
 from reference.model import CausalLM
+from tests.derived import UNIT_ROUNDOFF
 from tests.ladder.contract import Checked
 from tests.ladder.protocol import Arrays, Dialect
+
+T = TypeVar("T")
 
 # kv heads < heads, heads * head_dim != width, a prime vocabulary, no layer square, alpha != rank.
 SPEC = ModelConfig(
@@ -107,11 +111,11 @@ class Case:
     def with_dropout(self, p: float) -> Case:
         return replace(self, lora=replace(self.lora, dropout=p))
 
-    def rounded_anew(self, seed: int) -> Case:
-        """Every number moved to a neighbouring float32, up or down at random; zeros stay."""
-        rng = np.random.default_rng(seed)
+    def moved(self, seed: int, unit: float = UNIT_ROUNDOFF) -> Self:
+        """Every weight and factor moved at random by up to sqrt(k / 2) u of itself; zeros stay."""
+        rng, by = np.random.default_rng(seed), np.sqrt(self.longest_sum / 2) * unit
         weights, factors = (
-            {name: np.nextafter(x, x * rng.choice(UP_OR_DOWN, x.shape)) for name, x in arrays.items()}
+            {name: x * (1 + by * rng.uniform(-1, 1, x.shape)) for name, x in arrays.items()}
             for arrays in (self.weights, self.factors)
         )
         return replace(self, weights=weights, factors=factors)
@@ -129,14 +133,35 @@ def with_more_digits(arrays: Arrays) -> Arrays:
     return {name: array.astype(np.float64) * (1 + 2.0**-27) for name, array in arrays.items()}
 
 
+class Draw:
+    """Which random weights, factors and rows the cases have: `--draw N`; 0 is what the documents show."""
+
+    number = 0
+
+    @classmethod
+    @contextmanager
+    def set_to(cls, number: int) -> Iterator[None]:
+        before, cls.number = cls.number, number
+        yield
+        cls.number = before
+
+    @classmethod
+    def rng(cls, seed: int) -> np.random.Generator:
+        return np.random.default_rng([seed, cls.number] if cls.number else seed)
+
+
+def cached_for_each_draw(function: Callable[..., T]) -> Callable[..., T]:
+    cached = functools.cache(lambda number, *given: function(*given))
+    return functools.wraps(function)(lambda *given: cached(Draw.number, *given))
+
+
 def random_array(name: str, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Normal, and the same for the same name and shape, whatever else there is."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    return (rng.standard_normal(shape) * scale).astype(np.float32)
+    """Normal, and the same for the same name, shape and draw, whatever else there is."""
+    return (Draw.rng(zlib.crc32(name.encode())).standard_normal(shape) * scale).astype(np.float32)
 
 
 def random_rows(vocab_size: int, token_counts: Sequence[int], seed: int = 3) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
+    rng = Draw.rng(seed)
     return [rng.integers(1, vocab_size, n).tolist() for n in token_counts]
 
 
@@ -184,7 +209,7 @@ def make_factors(spec: ModelConfig, lora: LoRAConfig, weights: Arrays) -> Arrays
     return factors
 
 
-@functools.cache
+@cached_for_each_draw
 def named_case(name: str) -> Case:
     spec = ARCHITECTURES.get(name, ARCHITECTURES["qkv bias"] if name == BIASED_DORA else SPEC)
     lora = VARIANTS.get(name, VARIANTS["dora"] if name == BIASED_DORA else LORA)

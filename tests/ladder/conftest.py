@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
 from tests.ladder.cases import SPEC as SPEC
-from tests.ladder.cases import Case, named_case
+from tests.ladder.cases import Case, Draw, named_case
 from tests.ladder.door import ALIASES, load_trainer
 from tests.ladder.judge import Judge
 from tests.ladder.plugin import DEFAULT_TRAINER, MARKERS, Ladder
@@ -26,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODULE:CLASS",
         help=f"or {' or '.join(ALIASES)}; default: $LADDER_TRAINER, or mlx_impl",
     )
+    group.addoption(
+        "--draw",
+        type=int,
+        default=0,
+        metavar="N",
+        help="other random weights, factors and rows: 1, 2, ...; default: 0, those of the documents",
+    )
     group.addoption("--keep-going", action="store_true", help="judge also what stands on a failed rung")
 
 
@@ -34,9 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     name = config.getoption("--trainer", None) or os.environ.get("LADDER_TRAINER") or DEFAULT_TRAINER
     name = ALIASES.get(name, name)
-    ladder = Ladder(name, load_trainer(name), config.getoption("--keep-going", False))
+    draw = config.getoption("--draw", 0)
+    ladder = Ladder(name, load_trainer(name), config.getoption("--keep-going", False), draw)
     config.stash[LADDER] = ladder
     config.pluginmanager.register(ladder, "ladder")
+    settings = ExitStack()
+    settings.enter_context(Draw.set_to(draw))
+    config.add_cleanup(settings.close)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -41,6 +41,7 @@ class Ladder:
     trainer: str
     candidate: Any
     keep_going: bool = False
+    draw: int = 0
     outcomes: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     shares: dict[int, tuple[float, str]] = field(default_factory=dict)  # most used, and by what
     failures: list[Failure] = field(default_factory=list)
@@ -62,8 +63,9 @@ class Ladder:
         return bool(of_trainer) and not any(counts["passed"] + counts["failed"] for counts in of_trainer)
 
     def replay(self, nodeid: str) -> str:
-        option = "" if self.trainer == DEFAULT_TRAINER else f" --trainer {self.trainer}"
-        return f"pytest {nodeid!r}{option}"
+        trainer = "" if self.trainer == DEFAULT_TRAINER else f" --trainer {self.trainer}"
+        draw = f" --draw {self.draw}" if self.draw else ""
+        return f"pytest {nodeid!r}{trainer}{draw}"
 
     def record_share(self, nodeid: str, share: float, tensor: str) -> None:
         rung = rung_of(Path(nodeid.partition("::")[0]))

@@ -4,8 +4,8 @@ A trainer is a class. The seven members of `Trainer` are required; `OPTIONAL` na
 rung that asks for it. A capability that is absent, or None, is *not claimed*: the report says so, and nothing
 passes. Whatever raises NotImplementedError (a model switch, a kind of adapter, an optimizer) is not claimed
 either. Semantics that differ on purpose are declared in `dialect`; the ladder then holds the trainer to what
-it declares, and prints each departure. A class may also say `share_allowed = 0.25`: it then fails where it
-uses more than that share of a tolerance.
+it declares, and prints each departure. A class may also say `share_expected = 0.25`: the summary then warns
+where it uses more than that share of a tolerance.
 
 Names are canonical, those of Hugging Face's checkpoints and this project's factors:
 `model.layers.0.self_attn.q_proj.weight` (O, I) and beside it `model.layers.0.self_attn.q_proj.lora_a` (I, R),

@@ -15,8 +15,9 @@ KINDS = ("passed", "failed", "as known", "not claimed", "skipped")
 def header_lines(ladder: Ladder) -> list[str]:
     """What is judged, and on what."""
     versions = [f"{name} {version_of(name)}" for name in PACKAGES]
+    draw = f", draw {ladder.draw}" * bool(ladder.draw)
     return [
-        f"ladder: {ladder.trainer}, dialect: {departures(ladder)}",
+        f"ladder: {ladder.trainer}, dialect: {departures(ladder)}{draw}",
         f"ladder: not claimed: {', '.join(ladder.not_claimed) or 'nothing'}",
         f"ladder: {', '.join(versions)}, {platform.platform()}",
     ]
@@ -36,6 +37,7 @@ def version_of(package: str) -> str:
 def summary_lines(ladder: Ladder) -> Iterator[str]:
     for rung in sorted(ladder.outcomes):
         yield rung_line(ladder, rung)
+    yield from larger_shares(ladder)
     if ladder.candidate.dialect.departures():
         yield f"judged as declared: {departures(ladder)}"
     if ladder.not_claimed:
@@ -54,6 +56,14 @@ def rung_line(ladder: Ladder, rung: int) -> str:
         return line
     share, tensor = ladder.shares[rung]
     return f"{line:<72} at most {share:.0%} of tolerance ({tensor})"
+
+
+def larger_shares(ladder: Ladder) -> Iterator[str]:
+    """A warning for each rung where the trainer used more of a tolerance than it says that it needs."""
+    expected = getattr(ladder.candidate, "share_expected", 1.0)
+    for rung, (share, tensor) in sorted(ladder.shares.items()):
+        if expected < share <= 1:
+            yield f"warning: rung {rung} uses {share:.0%} of a tolerance ({tensor}), expected {expected:.0%}"
 
 
 def divergence_lines(ladder: Ladder) -> Iterator[str]:

@@ -29,7 +29,7 @@ from mlx_impl.data import Example, evaluation_batches, training_windows
 from mlx_impl.merging import Merged
 from mlx_impl.train import StepRecord
 from mlx_impl.trainer import LoRATrainer
-from tests.derived import UNIT_ROUNDOFF, require, require_same_bits
+from tests.derived import UNIT_ROUNDOFF, noise_of, require, require_same_bits
 from tests.ladder.protocol import Arrays
 from tests.properties.agreement import UNIT_ROUNDOFF_64, in_double, verdicts
 from tests.properties.strategies import SEEDS, Drawn, cases, train_configs
@@ -114,7 +114,7 @@ class RunOfActs(RuleBasedStateMachine):
         self.masks = make_masks(case, seed=len(self.examples))
         self.trainer = self.new_trainer(self.case)
         self.records: Iterator[StepRecord] | None = None
-        roundings = [self.case.rounded_in_double(seed) for seed in range(1, NUM_TWINS)]
+        roundings = [self.case.moved(seed, UNIT_ROUNDOFF_64) for seed in range(1, NUM_TWINS)]
         self.twins = [Twin(c, self.training, self.masks) for c in (self.case, *roundings)]
 
     def new_trainer(self, case: Any) -> LoRATrainer:
@@ -246,5 +246,6 @@ class RunOfActs(RuleBasedStateMachine):
     def hold(self, ours: Arrays, expected: Arrays, roundings: list[Arrays]) -> None:
         unit = UNIT_ROUNDOFF if self.merged else UNIT_ROUNDOFF_64
         k = self.case.longest_sum * max(1, self.trainer.step)
-        worst = require("run of acts", verdicts(ours, expected, roundings, np.sqrt(k) * unit, PROMISE))
+        noise = noise_of(roundings, expected)
+        worst = require("run of acts", verdicts(ours, expected, noise, np.sqrt(k) * unit, PROMISE))
         note(f"{worst.name} used {worst.used:.0%}")

@@ -64,15 +64,6 @@ class Drawn(Brief, Case):
     def batch(self) -> Batch:
         return self.drawn_batch
 
-    def rounded_in_double(self, seed: int) -> Drawn:
-        """Every float64 moved to a neighbouring one, up or down at random."""
-        rng = np.random.default_rng(seed)
-        weights, factors = (
-            {name: np.nextafter(x, x * rng.choice([0.5, 2.0], x.shape)) for name, x in arrays.items()}
-            for arrays in (self.weights, self.factors)
-        )
-        return replace(self, weights=weights, factors=factors)
-
 
 def rope_scalings() -> st.SearchStrategy[RopeScaling | None]:
     """The original length is so short that some frequencies are kept, some blended and some stretched."""

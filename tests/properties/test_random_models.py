@@ -24,9 +24,9 @@ from mlx_impl.data import Batch
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.model import CausalLM
 from mlx_impl.targets import linears_of_last_blocks
-from tests.derived import Divergence, require_same_bits
+from tests.derived import NUM_DRAWS, UNIT_ROUNDOFF, Divergence, noise_of, require_same_bits
 from tests.ladder.protocol import Arrays
-from tests.properties.agreement import REFERENCE_32, require_agreement, require_exact_agreement, verdicts
+from tests.properties.agreement import require_agreement, require_exact_agreement, verdicts
 from tests.properties.strategies import HUNT, Drawn, cases, train_configs, windows
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.reference import ReferenceTrainer
@@ -113,18 +113,13 @@ def test_merged_weights_act_as_the_adapter_did_and_unmerging_restores_every_byte
     state = {"logits": trainer.logits(tokens_BT), **trainer.base(), **trainer.factors()}
     require_same_bits("unmerged", state, {"logits": adapted, **case.weights, **case.factors})
 
-    exact = case.build(ReferenceTrainer).logits(tokens_BT)
-    roundings = []
-    for seed in range(4):
-        for is_merged in (False, True):
-            rounded = (case.rounded_anew(seed) if seed else case).build(REFERENCE_32)
-            if is_merged:
-                rounded.merge()
-            roundings.append({"logits": rounded.logits(tokens_BT)})
-    unit = np.sqrt(case.longest_sum) * 2.0**-24
+    exact = {"logits": case.build(ReferenceTrainer).logits(tokens_BT)}
+    moved = [case.moved(seed).build(ReferenceTrainer) for seed in range(NUM_DRAWS)]
+    noise = noise_of(({"logits": trainer.logits(tokens_BT)} for trainer in moved), exact)
+    unit = np.sqrt(case.longest_sum) * UNIT_ROUNDOFF
     for what, logits_BTV in {"adapted": adapted, "merged": merged}.items():
-        found = verdicts({"logits": logits_BTV}, {"logits": exact}, roundings, unit, 0.0)
-        assert found[0].used <= 1, f"{what}: {found[0].report}"
+        (found,) = verdicts({"logits": logits_BTV}, exact, noise, unit, 0.0)
+        assert found.used <= 1, f"{what}: {found.report}"
 
 
 def without_detaching(layer: DoRALinear) -> mx.array:
