@@ -8,8 +8,8 @@ rounding errors of the last sum add up to. The first is what those of all sums b
 **noise** is the root mean square of |ref64(moved inputs) - ref64| over NUM_DRAWS draws, all in float64, where
 every weight and factor is moved at random, uniformly by up to sqrt(k / 2) u of itself (`Case.moved`). That is
 the backward error of a float32 program: it computes the exact result of slightly other numbers. Of a sum of
-k products added up one after the other, the j-th term goes through k - j + 1 roundings, k / 2 on average, each
-uniform within u: together a deviation of sqrt(k / 2) u / sqrt(3), which is that of the move.
+k products added up one after the other, the j-th term goes through k - j + 1 roundings, k / 2 on average,
+each uniform within u: together a deviation of sqrt(k / 2) u / sqrt(3), which is that of the move.
 
 No float32 program is asked what it costs, so the noise does not depend on PyTorch's CPU dispatch, on MKL's,
 on a BLAS or a GPU: float64 results of two machines agree to 1e-15, and so does the noise. It stands for the

@@ -3,6 +3,14 @@
 MLX runs an operation when its result is asked for, and frees an array when the last operation that reads it
 has run. The gradients of the factors are asked for last: unless told otherwise (`mx.depends`) MLX would keep
 every input and every output's gradient until then. What is told is taken back here, to see that it counts.
+
+What a layer keeps is the slope of the peak over the number of layers: what else the peak holds does not grow
+with them. The quotient of two peaks is near that slope; how near follows from the way MLX frees memory. One
+thread allocates arrays and hands operations to a second, which runs them and frees what each was the last to
+read. At a memory limit the first waits for the second, but only once in ten dispatches (`DISPATCHES_PER_TASK`
+in mlx/backend/cpu/encoder.h); an operation is two, and reads up to two arrays. So a peak may hold LATE arrays
+that the graph no longer needs, depending on how fast the two threads happen to run, and the quotient may be
+LATE / MORE arrays above the slope.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_impl import ops, projection, recompute
 from mlx_impl.config import LoRAConfig
@@ -29,12 +38,13 @@ from tests.units.peak import peak_bytes
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 N, I, R = 512, 64, 2  # noqa: E741
-B, T = 8, 64
+B, T = 16, 16
 BYTES = 4  # of a float32
+FEW, MORE = 2, 30  # layers
+LATE = 10  # arrays
 SPEC = replace(
     NARROW, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
-MORE = 8  # layers beyond a few, whose own peak may lie elsewhere
 
 eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
@@ -64,7 +74,7 @@ def chain_bytes(num_layers: int, compiled: bool) -> int:
 
 
 def bytes_a_link(compiled: bool) -> float:
-    return (chain_bytes(4 + MORE, compiled) - chain_bytes(4, compiled)) / MORE
+    return (chain_bytes(FEW + MORE, compiled) - chain_bytes(FEW, compiled)) / MORE
 
 
 def untold(monkeypatch: pytest.MonkeyPatch, module: Any, which: Callable[[list], bool]) -> None:
@@ -76,24 +86,24 @@ def untold(monkeypatch: pytest.MonkeyPatch, module: Any, which: Callable[[list],
     monkeypatch.setattr(module, "mx", SimpleNamespace(**{**vars(mx), "depends": depends}))
 
 
-# Its input, x A, the gradients of its factors, and a few numbers such as its scale. MLX frees by tasks of ten
-# operations: another array may be held at the peak, which over all layers is an eighth of one a layer.
+# Its input, x A, the gradients of its factors, and a few numbers such as its scale.
 LINK = BYTES * (N * I + N * R + 2 * I * R + 64)
-AN_EIGHTH = BYTES * N * I / MORE
+OF_A_LINK = LATE * BYTES * N * I / MORE
 
 
 @eager_and_compiled
 def test_a_linear_keeps_its_input_and_no_gradient_of_its_output(compiled: bool) -> None:
-    assert bytes_a_link(compiled) <= LINK + AN_EIGHTH
+    assert bytes_a_link(compiled) <= LINK + OF_A_LINK
 
 
 @eager_and_compiled
 def test_the_factors_gradients_are_formed_before_that_of_the_input(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a linear keeps half as much again."""
+    """Else a short chain keeps half as much again; of a long one MLX looks only so far ahead."""
+    told = chain_bytes(8, compiled)
     untold(monkeypatch, projection, lambda arrays: True)
-    assert bytes_a_link(compiled) > 1.25 * LINK
+    assert chain_bytes(8, compiled) > 1.25 * told
 
 
 def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: bool) -> int:
@@ -112,9 +122,16 @@ def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: 
 
 def hidden_states_a_layer(lora: LoRAConfig, checkpointed: bool, compiled: bool) -> float:
     """In units of B T D numbers."""
-    few, many = (step_bytes(num, lora, checkpointed, compiled) for num in (2, 2 + MORE))
-    return (many - few) / MORE / (BYTES * B * T * SPEC.hidden_size)
+    few, many = (step_bytes(num, lora, checkpointed, compiled) for num in (FEW, FEW + MORE))
+    return (many - few) / MORE / UNIT
 
+
+UNIT = BYTES * B * T * SPEC.hidden_size
+D, F, QUERIES = SPEC.hidden_size, SPEC.intermediate_size, SPEC.num_attention_heads * SPEC.head_dim
+KEYS = SPEC.num_key_value_heads * SPEC.head_dim
+LARGEST = max(F, SPEC.num_attention_heads * T) / D  # of a block's arrays
+# Beside what a layer is said to keep: the gradients of its factors, and what is late.
+MARGIN = BYTES * R * (2 * (D + QUERIES) + 2 * (D + KEYS) + 3 * (D + F)) / UNIT + LATE * LARGEST / MORE
 
 PLAIN, DROPPING = LoRAConfig(rank=R), LoRAConfig(rank=R, dropout=0.1)
 
@@ -122,38 +139,33 @@ PLAIN, DROPPING = LoRAConfig(rank=R), LoRAConfig(rank=R, dropout=0.1)
 @eager_and_compiled
 @pytest.mark.parametrize("lora", [PLAIN, DROPPING], ids=["plain", "dropout"])
 def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: bool) -> None:
-    """And not 17. The half is for a few arrays more at the peak, as above, and for the factors' gradients."""
-    assert 0.5 <= hidden_states_a_layer(lora, True, compiled) <= 1.5
+    """And not 17."""
+    assert 1 - MARGIN <= hidden_states_a_layer(lora, True, compiled) <= 1 + MARGIN
 
 
 def test_a_block_is_not_recomputed_before_its_gradient_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a compiled step computes blocks ahead, and keeps what they keep."""
     untold(monkeypatch, recompute, lambda arrays: len(arrays) > 1)  # a block's inputs
-    assert hidden_states_a_layer(DROPPING, True, compiled=True) > 2.5
+    assert hidden_states_a_layer(DROPPING, True, compiled=True) > 2 + MARGIN
 
 
 def test_a_blocks_factors_gradients_are_formed_before_that_of_its_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else they are formed at the end, where the linears do not see to it: dropout takes the plain road."""
+    told = step_bytes(6, DROPPING, checkpointed=True, compiled=False)
     untold(monkeypatch, recompute, lambda arrays: len(arrays) == 1)  # the gradient of a block's input
-    assert hidden_states_a_layer(DROPPING, True, compiled=False) > 2
+    assert step_bytes(6, DROPPING, checkpointed=True, compiled=False) > told + LATE * UNIT
 
 
 # Of each token: both residuals and both norms; q, the mix of values, and that in the order of tokens; k, v;
 # gate, its sigmoid, and up, but not their product; the weights of attention, on a CPU.
-LISTED = (
-    4 * SPEC.hidden_size
-    + 3 * SPEC.num_attention_heads * SPEC.head_dim
-    + 2 * SPEC.num_key_value_heads * SPEC.head_dim
-    + 3 * SPEC.intermediate_size
-    + SPEC.num_attention_heads * T
-) / SPEC.hidden_size
+LISTED = (4 * D + 3 * QUERIES + 2 * KEYS + 3 * F + SPEC.num_attention_heads * T) / D
 
 
 @eager_and_compiled
 def test_a_layer_keeps_no_more_than_is_listed(compiled: bool) -> None:
-    assert hidden_states_a_layer(PLAIN, False, compiled) <= LISTED
+    assert hidden_states_a_layer(PLAIN, False, compiled) <= LISTED + MARGIN
 
 
 @eager_and_compiled
@@ -161,19 +173,19 @@ def test_a_gate_without_its_own_gradient_keeps_more(compiled: bool, monkeypatch:
     """The red twin: automatic differentiation keeps every step on the way to silu(gate) * up."""
     derived = lambda gate, up, linear: projection.project(ops.silu(gate) * up, linear)[0]  # noqa: E731
     monkeypatch.setattr("mlx_impl.model.project_gated", derived)
-    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + 3
+    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + 3 * F / D
 
 
 @eager_and_compiled
 def test_a_linear_that_keeps_its_input_keeps_more(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The red twin: the product of the gate is not made again."""
+    """The red twin: the product of the gate is not made again, and F numbers a token are kept."""
     kept = lambda gate, up, linear: projection.project(ops.gated(gate, up), linear)[0]  # noqa: E731
     monkeypatch.setattr("mlx_impl.model.project_gated", kept)
-    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED
+    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + MARGIN
 
 
 def test_of_several_batches_one_is_in_memory_at_a_time() -> None:
-    """The sums over three batches peak where those over one do, but for the sums themselves."""
+    """The sums over three batches peak where those over one do, but for the sums and what is late."""
     model = CausalLM(SPEC)
     add_lora(model, PLAIN)
     tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
@@ -181,4 +193,5 @@ def test_of_several_batches_one_is_in_memory_at_a_time() -> None:
     mx.eval(model.parameters(), arrays)
     gradients = nn.value_and_grad(model, batch_loss)
     one, three = (peak_bytes(lambda n: add_up(gradients(model, arrays) for _ in range(n)), n) for n in (1, 3))
-    assert three < 1.2 * one
+    sums = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+    assert three <= one + 2 * sums + LATE * LARGEST * UNIT  # the sum so far, and the next
