@@ -75,13 +75,16 @@ class MlxTrainer:
     @classmethod
     @contextmanager
     def exact(cls) -> Iterator[None]:
-        """Trainers that compute in float64 throughout."""
-        with in_place_of_production():
-            cls.dtype = mx.float64
-            try:
+        """Trainers that compute in float64 throughout, on the CPU: a GPU has none."""
+        device = mx.default_device()
+        mx.set_default_device(mx.cpu)
+        cls.dtype = mx.float64
+        try:
+            with in_place_of_production():
                 yield
-            finally:
-                cls.dtype = mx.float32
+        finally:
+            cls.dtype = mx.float32
+            mx.set_default_device(device)
 
     def array(self, value: np.ndarray) -> mx.array:
         return mx.array(value, self.dtype)

@@ -1,0 +1,60 @@
+"""Where MLX computes in the tests: `--device` and `--blas`, and what the header says of them.
+
+float32 is computed on the default device, as the trainer does. float64 does not exist on a GPU, so whatever is
+proven in float64 runs on MLX's CPU device (`MlxTrainer.exact`, `on_the_cpu`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+BLAS = pytest.StashKey[str]()
+HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("MLX")
+    group.addoption("--device", choices=("cpu", "gpu"), help="MLX's default device; default: MLX's choice")
+    group.addoption(
+        "--blas",
+        metavar="auto|off|PATH",
+        help="of MLX's CPU matmuls; default: off, lest PyTorch's matmuls agree with MLX's because both are one",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before a trainer is imported, and MLX with it
+def pytest_configure(config: pytest.Config) -> None:
+    blas, device = config.getoption("--blas"), config.getoption("--device")
+    if blas is not None:
+        from mlx_impl import load_optimized_blas
+
+        config.stash[BLAS] = load_optimized_blas(blas).sentence
+    if device is not None:
+        import mlx.core as mx
+
+        if not mx.is_available(mx.Device(getattr(mx, device))):
+            raise pytest.UsageError(f"--device must be one that MLX has here, got {device!r}")
+        mx.set_default_device(getattr(mx, device))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if not HAS_MLX:
+        return []
+    import mlx.core as mx
+
+    device = "GPU" if mx.default_device() == mx.gpu else "CPU"
+    return [f"MLX: float32 on the {device}, float64 on the CPU. {config.stash.get(BLAS, '')}"]
+
+
+@pytest.fixture
+def on_the_cpu() -> Iterator[None]:
+    """Where MLX knows float64, and where bytes are counted."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
