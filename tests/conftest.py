@@ -1,7 +1,7 @@
 """Where MLX computes in the tests: `--device` and `--blas`, and what the header says of them.
 
-float32 is computed on the default device, as the trainer does. float64 does not exist on a GPU, so whatever is
-proven in float64 runs on MLX's CPU device (`MlxTrainer.exact`, `on_the_cpu`).
+float32 is computed on the default device, as the trainer does. float64 does not exist on a GPU, so whatever
+is proven in float64 runs on MLX's CPU device (`MlxTrainer.exact`, `on_the_cpu`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--blas",
         metavar="auto|off|PATH",
-        help="of MLX's CPU matmuls; default: off, lest PyTorch's matmuls agree with MLX's because both are one",
+        help="of MLX's CPU matmuls; default: off, because one that PyTorch shares would prove nothing",
     )
 
 
