@@ -123,9 +123,13 @@ class Group:
 
 
 def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
-    """[A_1 ... A_n]^T and each B_j, in the type of x."""
+    """[A_1 ... A_n]^T and each B_j, in the type of x.
+
+    Whatever lies in memory in whichever order: a GPU's matmul may round a transposed matrix differently, and a
+    factor just loaded would not give the bits of one just updated (`optim.as_factors`), which needs no copy.
+    """
     num = len(factors) // 2
-    a_RI = mx.concatenate([a_IR.T for a_IR in factors[:num]]) if num > 1 else factors[0].T
+    a_RI = mx.concatenate([a_IR.T for a_IR in factors[:num]]) if num > 1 else mx.contiguous(factors[0].T)
     return a_RI.astype(dtype), [b_RO.astype(dtype) for b_RO in factors[num:]]
 
 
