@@ -172,7 +172,6 @@ class Decoder(nn.Module):
             slots = Slots(*kept)
             view = replace(view, slots=slots)
             tokens_BT = tokens_BT.flatten()[slots.slot_S][None]
-            positions_N = slots.place_BT.flatten()[positions_N]
         last = replace(view, wanted_N=positions_N)
         views = [view] * (len(self.layers) - 1) + [last]
         return self.blocks(self.embed_tokens(tokens_BT), views).squeeze(0)  # a view, where [0] copies

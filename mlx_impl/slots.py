@@ -72,6 +72,29 @@ class Slots:
         spread: mx.array = forward(x_1SO)
         return spread
 
+    def at(self, x_1SD: mx.array, position_N: mx.array) -> mx.array:
+        """(1, N, D): what stands at these positions of the flattened (B, T); only fillers may repeat.
+
+        Of a shared slot several rows may have a target. A GPU would add up their gradients in any order, and
+        no two runs would have the same bits; here each is put into its own place, and then summed over rows.
+        """
+        place_N = self.place_BT.flatten()[position_N]
+        if self.is_shared_S is None:
+            return x_1SD.squeeze(0)[place_N][None]
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def forward(x_1SD: mx.array) -> mx.array:
+            return x_1SD.squeeze(0)[place_N][None]
+
+        @forward.vjp  # type: ignore[untyped-decorator]
+        def backward(_: mx.array, d_1ND: mx.array, __: mx.array) -> mx.array:
+            B, T = self.place_BT.shape
+            zeros = mx.zeros((B * T, d_1ND.shape[-1]), d_1ND.dtype)
+            return self.summed(zeros.at[position_N].add(d_1ND.squeeze(0)).reshape(B, 1, T, -1))
+
+        chosen: mx.array = forward(x_1SD)
+        return chosen
+
     def picked(self, x_BHTK: mx.array) -> mx.array:
         return x_BHTK.flatten(0, 2)[self.index_of(x_BHTK.shape[1])[0]].flatten(1)[None]
 

@@ -23,7 +23,7 @@ class View:
     position_BT: mx.array | None = None  # of each token in its own example, where rows are packed
     mask_B1TS: mx.array | None = None  # whether query t sees key s, where that is not just the past
     slots: Slots | None = None  # what is computed outside of attention, where that is not every slot
-    wanted_N: mx.array | None = None  # of a last block: the tokens that it need compute after attention
+    wanted_N: mx.array | None = None  # of a last block: positions in (B, T) needed after attention
 
     def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
         """(B, T, H * K) to (B, H, T, K), what was left out put back."""
@@ -37,7 +37,9 @@ class View:
 
     def wanted(self, x_BTD: mx.array) -> mx.array:
         """Those tokens, as one row: (1, N, D)."""
-        return x_BTD if self.wanted_N is None else x_BTD.flatten(0, 1)[self.wanted_N][None]
+        if self.wanted_N is None:
+            return x_BTD
+        return self.slots.at(x_BTD, self.wanted_N) if self.slots else x_BTD.flatten(0, 1)[self.wanted_N][None]
 
     def turn(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
         if self.position_BT is None:
