@@ -61,7 +61,14 @@ class Verdict:
 
 
 class Divergence(AssertionError):
-    """A tensor that is out of its tolerance; the text is the whole report."""
+    """A tensor that is out of its tolerance; the text is the whole report.
+
+    `times_tolerance` is the worst tensor's error in tolerances; infinite where bits or names are compared.
+    """
+
+    def __init__(self, report: str, times_tolerance: float = np.inf) -> None:
+        super().__init__(report)
+        self.times_tolerance = times_tolerance
 
 
 def noise_of(draws: Iterable[Mapping[str, np.ndarray]], exact: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -131,7 +138,8 @@ def require(what: str, verdicts: list[Verdict]) -> Verdict:
     if failed:
         raise Divergence(
             f"{what}: {len(failed)} of {len(verdicts)} tensors out of tolerance; the first is\n"
-            + failed[0].report
+            + failed[0].report,
+            max(verdict.used for verdict in failed),
         )
     return max(verdicts, key=lambda verdict: verdict.used)
 

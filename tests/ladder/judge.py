@@ -112,7 +112,8 @@ class Judge:
         try:
             return judgement()
         except Divergence as divergence:
-            raise Divergence(f"{divergence}\n  replay: {self.ladder.replay(self.nodeid)}") from None
+            replay = f"{divergence}\n  replay: {self.ladder.replay(self.nodeid)}"
+            raise Divergence(replay, divergence.times_tolerance) from None
 
     @property
     def title(self) -> str:

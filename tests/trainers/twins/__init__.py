@@ -6,7 +6,7 @@ the public bug that it stands for; `tests/trainers/test_red_twins.py` plants the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tests.trainers.twins import equivalences, forward, generation, gradient, layer, loss, ops, state, step
 from tests.trainers.twins.twin import Twin as Twin
@@ -26,9 +26,11 @@ def quick() -> dict[str, Twin]:
     return {name: twin for name, twin in TWINS.items() if name in named}
 
 
-def table() -> Iterator[str]:
-    """The lines of the table in tests/trainers/README.md."""
-    yield "| Twin | Rung | What is broken | Stands for |"
-    yield "|---|---|---|---|"
+def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The lines of the table in tests/trainers/README.md, the last column if it was measured."""
+    column = " Times its tolerance |" if measured else ""
+    yield f"| Twin | Rung | What is broken | Stands for |{column}"
+    yield "|---|---|---|---|" + "---|" * bool(measured)
     for twin in TWINS.values():
-        yield f"| `{twin.name}` | {twin.rung} | {twin.story} | {twin.source} |"
+        times = f" {measured[twin.name]} |" if measured else ""
+        yield f"| `{twin.name}` | {twin.rung} | {twin.story} | {twin.source} |{times}"

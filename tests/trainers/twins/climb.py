@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,16 @@ LONG = (
 Touched = dict[str, set[str]]  # replaced name -> the claims that call it
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A claim that did not hold."""
+
+    rung: int
+    claim: str
+    report: str
+    times_tolerance: float | None  # infinite where it is to the bit, None where it has no tolerance
+
+
 @dataclass
 class Climb:
     """What came of it: how many claims held at each rung, and the first that did not."""
@@ -59,7 +69,7 @@ class Climb:
     cases: Iterable[str]
     touched: set[str] | None = None  # the claims to try; None: all
     passed: Counter[int] = field(default_factory=Counter)
-    failed: list[tuple[int, str, str]] = field(default_factory=list)  # rung, claim, report
+    failed: list[Failure] = field(default_factory=list)
 
     def is_wanted(self, item: pytest.Item) -> bool:
         is_quick = rung_of(item.path) in range(8) or not any(word in item.name for word in LONG)
@@ -69,13 +79,19 @@ class Climb:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = filter(self.is_wanted, items)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        rung = rung_of(Path(report.nodeid.partition("::")[0]))
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        rung = rung_of(item.path)
         assert rung is not None
-        if report.failed:
-            self.failed.append((rung, report.nodeid, report.longreprtext))
+        if report.failed and call.excinfo is not None:
+            times = getattr(call.excinfo.value, "times_tolerance", None)
+            self.failed.append(Failure(rung, item.nodeid, report.longreprtext, times))
         elif report.when == "call" and report.passed:
             self.passed[rung] += 1
+        return report
 
 
 def climb(rungs: Iterable[int], cases: Iterable[str], touched: set[str] | None = None) -> Climb:
@@ -120,8 +136,8 @@ def sound() -> tuple[Climb, Touched]:
     return result, touched
 
 
-def first_failure(twin: Twin) -> tuple[int, str, str] | None:
-    """Its rung, the claim and the report; what is above the twin's own rung is tried last."""
+def first_failure(twin: Twin) -> Failure | None:
+    """What is above the twin's own rung is tried last."""
     claims = set().union(*(sound()[1][name] for name in twin.patches))
     assert claims, f"no claim touches {', '.join(twin.patches)}"
     with twin.planted():

@@ -23,6 +23,7 @@ class Twin:
     patches: Patches
     source: str = ""  # the public bug that it stands for, where there is one
     cases: tuple[str, ...] = ()  # those of the ladder's cases that it needs beside "untied"
+    least: float = 10.0  # so many tolerances at least is the claim out that catches it, where it has one
 
     @contextmanager
     def planted(self) -> Iterator[None]:
