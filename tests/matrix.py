@@ -63,8 +63,8 @@ def pairwise_cover() -> list[Setting]:
     ]
 
 
-def climb(setting: Setting) -> Climbed:
-    options = ["--draw", str(setting.draw), "--blas", setting.blas]
+def climb(setting: Setting, *options: str) -> Climbed:
+    options = ("--draw", str(setting.draw), "--blas", setting.blas, *options)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *map(str, FILES)]
     done = subprocess.run(command, cwd=ROOT, env=setting.environment(), capture_output=True, text=True)
     passed = "passed" if done.returncode == 0 else "FAILED"
@@ -86,8 +86,10 @@ def largest_shares(runs: list[Climbed]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side; default: 2")
-    with ThreadPoolExecutor(parser.parse_args().jobs) as pool:
-        runs = list(pool.map(climb, pairwise_cover()))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"), help="MLX's; default: cpu")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(lambda setting: climb(setting, "--device", args.device), pairwise_cover()))
     print("\n".join(largest_shares(runs)))
     failed = sum(run.status != 0 for run in runs)
     print(f"{len(runs) - failed} of {len(runs)} runs of the ladder passed")

@@ -228,6 +228,12 @@ class ReferenceTrainer:
         return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
 
 
+class Float32Reference(ReferenceTrainer):
+    """Another float32 program, which the tolerances must let pass."""
+
+    dtype = torch.float32
+
+
 @functools.cache
 def oracle(dialect: Dialect, dtype: torch.dtype) -> type[ReferenceTrainer]:
     """The reference, held to what a trainer declares."""
