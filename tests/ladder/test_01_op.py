@@ -54,14 +54,19 @@ NUMBER_BT = np.cumsum(POSITIONS_BT == 0, axis=1)
 OWN_EXAMPLE_B1TS = ((NUMBER_BT[:, :, None] == NUMBER_BT[:, None, :]) & np.tri(9, dtype=bool))[:, None]
 
 
-OPS = {
-    "rms_norm": Op(
+def rms_norm_op(size: float) -> Op:
+    return Op(
         lambda ops, x, w: ops.rms_norm(x, w, 1e-5),
         lambda x, w: numpy_ops.rms_norm(x, w, 1e-5),
         lambda x, w, g: numpy_ops.rms_norm_pullback(x, w, 1e-5, g),
-        (normal(2, 7, 48), normal(48)),
+        (np.float32(size) * normal(2, 7, 48), normal(48)),
         48,
-    ),
+    )
+
+
+OPS = {
+    "rms_norm of small numbers": rms_norm_op(0.01),  # whose squares are no larger than eps
+    "rms_norm": rms_norm_op(1.0),
     "rope": Op(
         lambda ops, x: ops.rope(x, FREQUENCIES, offset=3),
         lambda x: numpy_ops.rope(x, FREQUENCIES, 3),

@@ -54,6 +54,17 @@ def moved(trainer: Any, gradients: list[Arrays], training: TrainConfig) -> Array
 @pytest.mark.needs("apply_gradients")
 @pytest.mark.alone
 @each_kind
+def test_given_gradients_move_a_factor_that_was_zero_as_in_the_reference(
+    case: Case, judge: Judge, training: TrainConfig
+) -> None:
+    """B after its first update is that update, and no digit of it hides behind a larger number."""
+    zero, gradients = case.with_zero_b(), given_gradients(case, 1)
+    judge(zero, lambda trainer: moved(trainer, gradients, training), longest_sum=1)
+
+
+@pytest.mark.needs("apply_gradients")
+@pytest.mark.alone
+@each_kind
 @pytest.mark.parametrize("num_updates", [1, NUM_UPDATES])
 def test_given_gradients_move_the_factors_as_in_the_reference(
     case: Case, judge: Judge, training: TrainConfig, num_updates: int

@@ -27,10 +27,9 @@ def quick() -> dict[str, Twin]:
 
 
 def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The lines of the table in tests/trainers/README.md, the last column if it was measured."""
-    column = " Times its tolerance |" if measured else ""
-    yield f"| Twin | Rung | What is broken | Stands for |{column}"
+    """The lines of the README's table; with a column more, of those twins that were measured."""
+    yield "| Twin | Rung | What is broken | Stands for |" + " Times its tolerance |" * bool(measured)
     yield "|---|---|---|---|" + "---|" * bool(measured)
-    for twin in TWINS.values():
+    for twin in TWINS.values() if measured is None else map(TWINS.__getitem__, measured):
         times = f" {measured[twin.name]} |" if measured else ""
         yield f"| `{twin.name}` | {twin.rung} | {twin.story} | {twin.source} |{times}"

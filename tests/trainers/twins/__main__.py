@@ -1,10 +1,14 @@
-"""`python -m tests.trainers.twins` plants every twin and prints the README's table, in some minutes."""
+"""`python -m tests.trainers.twins` plants every twin and prints the README's table, in some minutes.
+
+Names as arguments: only those.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+import sys
 
 from tests.trainers.twins import TWINS, table
 from tests.trainers.twins.climb import first_failure
@@ -22,4 +26,5 @@ def times_its_tolerance(twin: Twin) -> str:
     return "to the bit" if math.isinf(caught.times_tolerance) else f"{caught.times_tolerance:.1e}"
 
 
-print("\n".join(table({name: times_its_tolerance(twin) for name, twin in TWINS.items()})))
+chosen = {name: TWINS[name] for name in sys.argv[1:] or TWINS}
+print("\n".join(table({name: times_its_tolerance(twin) for name, twin in chosen.items()})))

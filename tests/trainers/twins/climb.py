@@ -44,7 +44,6 @@ LONG = (
     "distributed_as",
     "nothing_converges",
     "falls_from",
-    "[sgd",
     "-sgd]",
     "[0.0-",
 )
