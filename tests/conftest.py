@@ -1,4 +1,5 @@
-"""Where MLX computes in the tests: `--device` and `--blas`, and what the header says of them.
+"""Where MLX computes in the tests: `--device` and `--blas`, and what the header says of them; and with
+pytest-xdist, which tests share a process.
 
 float32 is computed on the default device, as the trainer does. float64 does not exist on a GPU, so whatever
 is proven in float64 runs on MLX's CPU device (`MlxTrainer.exact`, `on_the_cpu`).
@@ -8,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+# A rung is blocked by a failure below it; the twins share the climb of the sound trainer.
+TOGETHER = ("tests/ladder/", "tests/trainers/test_red_twins.py")
 BLAS = pytest.StashKey[str]()
 HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged
 
@@ -47,6 +51,18 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
     device = "GPU" if mx.default_device() == mx.gpu else "CPU"
     return [f"MLX: float32 on the {device}, float64 on the CPU. {config.stash.get(BLAS, '')}"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each test goes to the process that is free, but those that build on one another to one, in order."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((path for path in TOGETHER if nodeid.startswith(path)), nodeid)
+
+    return Together(config, log)
 
 
 @pytest.fixture

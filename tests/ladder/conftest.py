@@ -18,6 +18,8 @@ from tests.ladder.plugin import DEFAULT_TRAINER, MARKERS, Ladder
 from tests.ladder.summary import header_lines, summary_lines
 
 LADDER = pytest.StashKey[Ladder]()
+FROM_WORKER = pytest.StashKey[list[str]]()
+SUMMARY = "ladder"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,11 +57,27 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return header_lines(config.stash[LADDER])
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of pytest-xdist the process that climbed hands its summary to the one that prints."""
+    ladder = session.config.stash[LADDER]
+    if ladder.outcomes and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[SUMMARY] = list(summary_lines(ladder))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    lines = getattr(node, "workeroutput", {}).get(SUMMARY)
+    if lines:
+        node.config.stash[FROM_WORKER] = lines
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    ladder = terminalreporter.config.stash[LADDER]
-    if ladder.outcomes:
+    config = terminalreporter.config
+    ladder = config.stash[LADDER]
+    lines = list(summary_lines(ladder)) if ladder.outcomes else config.stash.get(FROM_WORKER, [])
+    if lines:
         terminalreporter.section(f"ladder: {ladder.trainer}")
-        for line in summary_lines(ladder):
+        for line in lines:
             terminalreporter.line(line)
 
 

@@ -23,7 +23,7 @@ def test_the_reference_climbs_its_own_ladder(name: str) -> None:
 
     Every case by night.
     """
-    cases = None if IS_NIGHTLY else ["untied", "dora"]
+    cases = None if IS_NIGHTLY else ["untied"]
     ladder = climb(f"tests.trainers.reference:{name}", "-m", "not slow", cases=cases)
     assert ladder.first_divergence is None, ladder.first_divergence
 
