@@ -57,9 +57,9 @@ class LoRALinear(nn.Module):
         return self.linear(x_BTI) + self.scale * self.update_BTO(x_BTI)
 
     def update_BTO(self, x_BTI: mx.array) -> mx.array:
-        """The factors are float32, and rounded to the type that the model computes in."""
-        a_IR, b_RO = self.lora_a.astype(x_BTI.dtype), self.lora_b.astype(x_BTI.dtype)
-        return (self.dropout(x_BTI) @ a_IR) @ b_RO
+        """The factors are float32, and rounded to the type of x; A lies in memory as in `project`."""
+        a_RI = mx.contiguous(self.lora_a.T).astype(x_BTI.dtype)
+        return (self.dropout(x_BTI) @ a_RI.T) @ self.lora_b.astype(x_BTI.dtype)
 
     def low_rank(self) -> LowRank | None:
         """What `project` computes with; None where only `__call__` will do: dropout, packed weights."""

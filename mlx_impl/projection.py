@@ -125,8 +125,8 @@ class Group:
 def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
     """[A_1 ... A_n]^T and each B_j, in the type of x.
 
-    In one order of memory: a GPU's matmul may round a transposed matrix differently, and then a factor just
-    loaded would not give the bits of one just updated, which lies on its side (`optim.as_factors`).
+    A always lies in memory as A^T, as the optimizer hands it over (`optim.as_factors`): a GPU's matmul may
+    round a matrix differently from its transpose, and factors loaded would give other bits than updated ones.
     """
     num = len(factors) // 2
     a_RI = mx.concatenate([a_IR.T for a_IR in factors[:num]]) if num > 1 else mx.contiguous(factors[0].T)

@@ -75,8 +75,9 @@ class Slots:
     def at(self, x_1SD: mx.array, position_N: mx.array) -> mx.array:
         """(1, N, D): what stands at these positions of the flattened (B, T); only fillers may repeat.
 
-        Of a shared slot several rows may have a target. A GPU would add up their gradients in any order, and
-        no two runs would have the same bits; here each is put into its own place, and then summed over rows.
+        Several rows may have a target in a shared slot. A GPU would add up their gradients in any order, and
+        two runs would differ in their last bits; so they are laid out as rows, and summed over these. That
+        adds into zeros, but only after the last block; a filler adds a zero.
         """
         place_N = self.place_BT.flatten()[position_N]
         if self.is_shared_S is None:

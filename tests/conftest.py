@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-# A rung is blocked by a failure below it; the twins share the climb of the sound trainer.
-TOGETHER = ("tests/ladder/", "tests/trainers/test_red_twins.py")
+# A rung is blocked by a failure below it; climbs share the reference's results.
+TOGETHER = ("tests/ladder/", "tests/trainers/test_red_twins.py", "tests/trainers/test_adapters.py")
 BLAS = pytest.StashKey[str]()
 HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged
 
@@ -56,6 +56,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Each test goes to the process that is free, but those that build on one another to one, in order."""
+    if config.option.dist != "load":
+        return None
     from xdist.scheduler.loadscope import LoadScopeScheduling
 
     class Together(LoadScopeScheduling):
@@ -63,6 +65,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return next((path for path in TOGETHER if nodeid.startswith(path)), nodeid)
 
     return Together(config, log)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The cases are so small that PyTorch's threads would only wait for one another."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -67,11 +67,14 @@ def climb(setting: Setting, *options: str) -> Climbed:
     options = ("--draw", str(setting.draw), "--blas", setting.blas, *options)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *map(str, FILES)]
     done = subprocess.run(command, cwd=ROOT, env=setting.environment(), capture_output=True, text=True)
-    passed = "passed" if done.returncode == 0 else "FAILED"
-    print(f"{passed}  {setting}", flush=True)
-    if done.returncode:
+    has_no_blas = setting.blas == "auto" and "matmuls: MLX's own" in done.stdout
+    status = done.returncode or int(
+        has_no_blas
+    )  # without an optimized BLAS the run is not the one that was asked
+    print(f"{'FAILED' if status else 'passed'}  {setting}", flush=True)
+    if status:
         print(done.stdout[-4000:], done.stderr, flush=True)
-    return Climbed(setting, done.returncode, done.stdout)
+    return Climbed(setting, status, done.stdout)
 
 
 def largest_shares(runs: list[Climbed]) -> Iterator[str]:

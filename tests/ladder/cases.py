@@ -142,8 +142,10 @@ class Draw:
     @contextmanager
     def set_to(cls, number: int) -> Iterator[None]:
         before, cls.number = cls.number, number
-        yield
-        cls.number = before
+        try:
+            yield
+        finally:
+            cls.number = before
 
     @classmethod
     def rng(cls, seed: int) -> np.random.Generator:

@@ -60,7 +60,7 @@ class Judge:
         self.require_names(ours, theirs)
         k = longest_sum or one[0].longest_sum
         both = {n: float(np.hypot(noise[n], other_noise[n])) for n in theirs}
-        self.hold([within(n, ours[n], theirs[n], both[n], k) for n in theirs])
+        self.hold([within(n, ours[n], theirs[n], both[n], k, "the noise of both") for n in theirs])
 
     def same_bits(self, ours: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         __tracebackhide__ = True

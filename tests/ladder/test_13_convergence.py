@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,8 @@ from tests.trainers.reference import oracle
 
 pytestmark = pytest.mark.slow
 
-ALPHA = 1e-4  # the chance of calling a right trainer wrong
+ALPHA = 1e-4  # the chance of calling a right trainer wrong: in ten draws, one in a thousand
 NUM_SEEDS = 10
-NUM_PERMUTATIONS = 20_000
 SHORT = TrainConfig(iters=20, learning_rate=0.03)
 
 # Wide enough, with a head large enough, that a low-rank update can reach any answer through the frozen rest.
@@ -87,13 +87,11 @@ def reached_by_pytorch(dialect: Dialect) -> np.ndarray:
 
 
 def chance_of_being_so_far_apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Two-sided permutation test of the means: how often would chance alone put them so far apart?"""
-    rng = np.random.default_rng(47)
+    """Two-sided permutation test of the means: in which share of all splits are they so far apart?"""
     pooled = np.concatenate([ours, theirs])
-    shuffled = rng.permuted(np.tile(pooled, (NUM_PERMUTATIONS, 1)), axis=1)
-    differences = shuffled[:, : len(ours)].mean(1) - shuffled[:, len(ours) :].mean(1)
-    observed = abs(ours.mean() - theirs.mean())
-    chance = float((1 + np.sum(np.abs(differences) >= observed)) / (1 + NUM_PERMUTATIONS))
+    firsts = pooled[np.array(list(combinations(range(len(pooled)), len(ours))))].mean(axis=1)
+    differences = np.abs(firsts - (pooled.sum() - firsts * len(ours)) / len(theirs))
+    chance = float(np.mean(differences >= abs(ours.mean() - theirs.mean()) - 1e-12))
     print(f"ours {ours.mean():.3f}, PyTorch's {theirs.mean():.3f}: p = {chance:.5f}")
     return chance
 
@@ -144,10 +142,13 @@ def test_a_large_vocabulary_begins_at_8_95_nats(judge: Judge) -> None:
 
 @pytest.mark.canonical("scale", "bias_correction", "pad_targets")
 def test_the_loss_falls_from_8_95_nats_below_2_by_lora_alone(judge: Judge) -> None:
-    """A frozen random model, and sixty updates of its adapter, along PyTorch's curve."""
+    """A frozen random model, and sixty updates of its adapter, along PyTorch's curve.
+
+    No noise is drawn: the other term of the tolerance, of 60 sums over 5,600 words, is far above it.
+    """
     case, windows = wide_case(), [[wide_batch()]] * LONG.iters
     k = LONG.iters * WIDE.vocab_size
-    curve = judge(case, lambda t: {"curve": t.train(windows, LONG)}, k, num_draws=1)["curve"]
+    curve = judge(case, lambda t: {"curve": t.train(windows, LONG)}, k, num_draws=0)["curve"]
     assert f"{curve[0]:.2f}" == "8.95"
     assert curve[-1] < 2.0
 

@@ -6,10 +6,7 @@ Whatever fails prints the line that draws it again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
-import pytest
-import torch
 from hypothesis import HealthCheck, Phase, settings
 
 # An example is a model to be built and run many times, so that few examples take seconds.
@@ -22,12 +19,3 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tox"))
 def pytest_report_header() -> str:
     chosen = settings()
     return f"hypothesis: {chosen.max_examples} examples a property{', always the same' * chosen.derandomize}"
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """The models are so small that PyTorch's threads would only wait for one another."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)

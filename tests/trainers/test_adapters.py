@@ -17,13 +17,13 @@ IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 LINES = 30  # of code that an adapter may take at most
 
 
-@pytest.mark.parametrize("name", ["Float32Reference", *["ReferenceTrainer"] * IS_NIGHTLY])
+@pytest.mark.parametrize("name", ["Float32Reference", "ReferenceTrainer"])
 def test_the_reference_climbs_its_own_ladder(name: str) -> None:
     """In float32 it is another right trainer, on PyTorch's kernels; in float64 the loopback of the oracle.
 
     Every case by night.
     """
-    cases = None if IS_NIGHTLY else ["untied"]
+    cases = None if IS_NIGHTLY else ["untied", "dora"]
     ladder = climb(f"tests.trainers.reference:{name}", "-m", "not slow", cases=cases)
     assert ladder.first_divergence is None, ladder.first_divergence
 

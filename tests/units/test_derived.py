@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.derived import FACTOR, NUM_DRAWS, noise_of
-from tests.ladder.cases import Draw, named_case
+from tests.ladder.cases import Draw, cached_for_each_draw, named_case
 from tests.ladder.protocol import Arrays, Dialect
 from tests.ladder.test_08_trajectory import RUNS, trained
 from tests.trainers.reference import oracle
@@ -23,35 +23,37 @@ MACHINES = [
     {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},
     {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2"},
 ]
-SGD = RUNS["sgd"]
 
 
 def results(case_name: str, seed: int | None = None, dtype: torch.dtype = torch.float64) -> Arrays:
-    """Losses and factors of ten updates of SGD; with a seed, of the inputs moved."""
+    """Losses and factors of twenty updates of AdamW; with a seed, of the inputs moved."""
     case = named_case(case_name)
     moved = case if seed is None else case.moved(seed)
-    return trained(moved.build(oracle(Dialect(), dtype)), case, SGD)
+    return trained(moved.build(oracle(Dialect(), dtype)), case, RUNS["adamw"])
 
 
+@cached_for_each_draw
 def noise(case_name: str) -> dict[str, float]:
     return noise_of((results(case_name, seed) for seed in range(NUM_DRAWS)), results(case_name))
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: "-".join(machine.values()))
 def test_the_noise_does_not_depend_on_the_dispatch_of_pytorch_or_mkl(machine: dict[str, str]) -> None:
-    """PyTorch's own float32 error does."""
-    code = "import json; from tests.units.test_derived import noise; print(json.dumps(noise('dora')))"
+    code = (
+        "import json, torch; torch.set_num_threads(1); from tests.units.test_derived import noise; "
+        "print(json.dumps(noise('dora')))"
+    )
     command, environment = [sys.executable, "-c", code], {**os.environ, **machine}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     there, here = json.loads(done.stdout), noise("dora")
     assert all(there[name] == pytest.approx(here[name], rel=1e-6) for name in here)
 
 
-@pytest.mark.parametrize("draw", range(4))
+@pytest.mark.parametrize("draw", range(2))
 def test_pytorchs_own_float32_is_within_the_tolerance_and_not_far_below(draw: int) -> None:
-    """Each tensor within 8 times the noise, and all of them together not less than a hundredth of that."""
+    """Each tensor is within 8 times the noise, and the noise is on average at most ten times their error."""
     with Draw.set_to(draw):
         exact, in_float32, expected = results("dora"), results("dora", dtype=torch.float32), noise("dora")
-    shares = [np.linalg.norm(in_float32[n] - exact[n]) / (FACTOR * expected[n]) for n in exact]
-    print(f"at most {max(shares):.2f} of the tolerance, {np.mean(shares):.2f} on average")
-    assert np.mean(shares) > 0.01 and max(shares) < 1
+    errors = np.array([np.linalg.norm(in_float32[name] - exact[name]) / expected[name] for name in exact])
+    print(f"{errors.mean():.2f} of the noise on average, {errors.max():.2f} at most")
+    assert errors.max() < FACTOR and errors.mean() > 1 / 10

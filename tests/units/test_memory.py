@@ -8,9 +8,9 @@ What a layer keeps is the slope of the peak over the number of layers: what else
 with them. The quotient of two peaks is near that slope; how near follows from the way MLX frees memory. One
 thread allocates arrays and hands operations to a second, which runs them and frees what each was the last to
 read. At a memory limit the first waits for the second, but only once in ten dispatches (`DISPATCHES_PER_TASK`
-in mlx/backend/cpu/encoder.h); an operation is two, and reads up to two arrays. So a peak may hold LATE arrays
-that the graph no longer needs, depending on how fast the two threads happen to run, and the quotient may be
-LATE / MORE arrays above the slope.
+in mlx/backend/cpu/encoder.h); an operation makes two dispatches, and reads up to two arrays. So a peak may
+hold LATE arrays that the graph no longer needs, depending on how fast the two threads happen to run, and the
+quotient may be LATE / MORE arrays from the slope, either way, since both peaks may hold them.
 """
 
 from __future__ import annotations

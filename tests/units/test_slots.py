@@ -53,6 +53,7 @@ LENGTHS = [(23, 4, 0), (5, 2, 0), (9, 9, 0), (14, 3, 6)]
 UNEQUAL = [example(*numbers) for numbers in LENGTHS]
 ONE_PROMPT = [example(*numbers, num_shared=9) for numbers in [(23, 4, 0), (11, 2, 0), (9, 9, 0), (20, 3, 6)]]
 NO_PADDING = [example(24, 4, num_shared=9), example(23, 14, num_shared=9)]
+EVERY_TOKEN = [example(length, length, num_shared=10) for length in (23, 14, 12)]
 BATCHES = {
     "unequal lengths": make_batch(UNEQUAL),
     "a row without a target": make_batch([*UNEQUAL[:3], example(20, 0)]),
@@ -60,8 +61,9 @@ BATCHES = {
     "one system prompt, the first row without a target": make_batch([example(20, 0), *ONE_PROMPT]),
     "one system prompt and no padding": make_batch([*NO_PADDING, *NO_PADDING]),
     "rows alike": make_batch([NO_PADDING[0]] * 4),
+    "every token a target, and fillers at the first": make_batch(EVERY_TOKEN),
 }
-NUM_SHARED = dict(zip(BATCHES, (0, 0, 9, 9, 9, 24), strict=True))
+NUM_SHARED = dict(zip(BATCHES, (0, 0, 9, 9, 9, 24, 10), strict=True))
 
 
 def kept_of(batch: Batch) -> KeptSlots:

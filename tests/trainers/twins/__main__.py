@@ -23,6 +23,8 @@ def times_its_tolerance(twin: Twin) -> str:
         return "not caught"
     if caught.times_tolerance is None:
         return "no tolerance"
+    if "not finite" in caught.report:
+        return "not finite"
     return "to the bit" if math.isinf(caught.times_tolerance) else f"{caught.times_tolerance:.1e}"
 
 

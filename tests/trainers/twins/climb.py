@@ -85,8 +85,8 @@ class Climb:
         report = yield
         rung = rung_of(item.path)
         assert rung is not None
-        if report.failed and call.excinfo is not None:
-            times = getattr(call.excinfo.value, "times_tolerance", None)
+        if report.failed:
+            times = getattr(call.excinfo and call.excinfo.value, "times_tolerance", None)
             self.failed.append(Failure(rung, item.nodeid, report.longreprtext, times))
         elif report.when == "call" and report.passed:
             self.passed[rung] += 1
