@@ -5,18 +5,17 @@ The twins that stand for a public bug are planted each time, all of them with HY
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.trainers.conftest import Tally
-from tests.trainers.twins import ALL, RUNGS, TWINS, quick, table
+from tests.trainers.twins import ALL, RUNGS, TWINS, planted, quick, table
 from tests.trainers.twins.climb import first_failure, sound
 from tests.trainers.twins.twin import Twin
 
-PLANTED = TWINS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else quick()
+PLANTED = planted()
 
 
 def test_the_sound_trainer_passes_the_same_climb() -> None:

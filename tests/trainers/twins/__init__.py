@@ -6,6 +6,7 @@ the public bug that it stands for; `tests/trainers/test_red_twins.py` plants the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 
 from tests.trainers.twins import equivalences, forward, generation, gradient, layer, loss, ops, state, step
@@ -24,6 +25,11 @@ def quick() -> dict[str, Twin]:
         of_rung = [twin for twin in TWINS.values() if twin.rung == rung]
         named |= {twin.name: twin for twin in of_rung[:2]}
     return {name: twin for name, twin in TWINS.items() if name in named}
+
+
+def planted() -> dict[str, Twin]:
+    """All of them by night, that is with HYPOTHESIS_PROFILE=nightly."""
+    return TWINS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else quick()
 
 
 def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:

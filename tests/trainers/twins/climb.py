@@ -23,7 +23,7 @@ import pytest
 
 from tests.ladder.climb import case_of
 from tests.ladder.plugin import DEFAULT_TRAINER, rung_of
-from tests.trainers.twins import RUNGS, TWINS
+from tests.trainers.twins import RUNGS, TWINS, planted
 from tests.trainers.twins.twin import Twin
 
 LADDER = Path(__file__).parents[2] / "ladder"
@@ -131,7 +131,7 @@ def sound() -> tuple[Climb, Touched]:
     """The climb of the sound trainer, and which claims touch which name."""
     touched: Touched = defaultdict(set)
     with spied(touched):
-        result = climb(RUNGS, {case for twin in TWINS.values() for case in twin.cases})
+        result = climb(RUNGS, {case for twin in planted().values() for case in twin.cases})
     return result, touched
 
 
