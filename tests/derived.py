@@ -81,7 +81,7 @@ def noise_of(draws: Iterable[Mapping[str, np.ndarray]], exact: Mapping[str, np.n
 
 
 def compare(name: str, ours: np.ndarray, ref32: np.ndarray, ref64: np.ndarray, longest_sum: int) -> Verdict:
-    """Where nothing can be moved: the noise is the error of another float32 program, `ref32`."""
+    """Where no `Case` is at hand to be moved: the noise is the error of another float32 program, `ref32`."""
     noise = float(np.linalg.norm(ref32 - ref64))
     return within(name, ours, ref64, noise, longest_sum, "the error of another float32 program")
 

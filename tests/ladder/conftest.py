@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import torch
 
 from tests.ladder.cases import SPEC as SPEC
 from tests.ladder.cases import Case, Draw, named_case
@@ -79,15 +77,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"ladder: {ladder.trainer}")
         for line in lines:
             terminalreporter.line(line)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The cases are so small that PyTorch's threads would only wait for one another."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
