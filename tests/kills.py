@@ -109,10 +109,11 @@ def in_child(
             os.write(log, f"{name} {args[0]!s}\n".encode())
             if (number, when) == (at, "before"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kwargs)
-            if (number, when) == (at, "after"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return real(*args, **kwargs)
+            finally:  # a call that fails counts too
+                if (number, when) == (at, "after"):
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 
