@@ -13,12 +13,14 @@ import mlx.core as mx
 
 from .checkpoint import LoadedModel, load_model, require_shapes
 from .config import LoRAConfig
-from .files import one_line, whole_folder
+from .files import one_line
+from .folders import whole_folder
 from .formats import mlx_lm, peft
 from .formats.adapter_conversion import to_mlx_lm, to_peft
 from .formats.factors import CONFIG, AdapterFile, block_of
 from .lora import add_lora, lora_layers, lora_parameters
 from .model import CausalLM
+from .places import require_apart
 from .quantized import LINEARS
 from .targets import select_targets
 
@@ -27,7 +29,7 @@ FORMATS: dict[str, ModuleType] = {"peft": peft, "mlx-lm": mlx_lm}
 
 def format_of(folder: Path) -> str:
     """The format's name; ValueError where a folder holds adapters of both or of none."""
-    found = [name for name, form in FORMATS.items() if (folder / form.FILE).is_file()]
+    found = [name for name, form in FORMATS.items() if (folder / form.FILE).exists()]
     if len(found) != 1:
         files = f"PEFT's {peft.FILE} or mlx-lm's {mlx_lm.FILE}"
         raise ValueError(f"{folder}: must hold {files}, and holds {'both' if found else 'neither'}")
@@ -37,12 +39,13 @@ def format_of(folder: Path) -> str:
 def save_adapter(
     model: CausalLM, config: LoRAConfig, folder: Path, base_name: str, form: str = "peft"
 ) -> None:
-    """Write both files, each whole or not at all.
+    """Write both files, each whole or not at all; the folder is made if there is none.
 
     Raises ValueError where the folder holds an adapter in the other format, whose record this would replace.
     """
     require_format(folder, form)
     adapter = to_file(model, config, base_name)
+    folder.mkdir(parents=True, exist_ok=True)
     FORMATS[form].write(folder, to_mlx_lm(adapter) if form == "mlx-lm" else adapter)
 
 
@@ -138,6 +141,7 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
 
     Raises ValueError in one sentence, nothing written, for what cannot be converted and brought back.
     """
+    require_apart(target, {"adapter": folder})
     source = format_of(folder)
     if source == to:
         raise ValueError(f"{folder}: the adapter is in {to}'s format already")
@@ -148,7 +152,9 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
     except ValueError as error:
         raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
     with whole_folder(target) as part:
-        FORMATS[to].write(part, converted)
+        for name in (FORMATS[to].FILE, CONFIG):
+            part.file(name)
+        FORMATS[to].write(part.path, converted)
     return source
 
 

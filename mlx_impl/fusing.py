@@ -8,6 +8,7 @@ on a grid falls back on it when the update is smaller than half a step: of a sma
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from mlx.utils import tree_flatten
 
 from .adapters import load_adapter
 from .checkpoint import LoadedModel, without_stored_head
-from .files import read_json_object, require_new_folder, whole_folder
+from .files import read_json_object
+from .folders import Unfinished, whole_folder
 from .formats.gguf_file import read_container
 from .formats.gguf_vocabulary import read_vocabulary
 from .formats.hf_config import read_config
@@ -27,6 +29,7 @@ from .formats.hf_folder import copy_side_files, to_json, write_json, write_token
 from .formats.safetensors import load, shards, types
 from .lora import FACTORS, lora_layers
 from .model import CausalLM
+from .places import require_apart, require_new_folder
 from .precision import dtype_of
 from .quantized import dense_weight_OI
 from .requantize import requantize
@@ -51,6 +54,15 @@ class Survival:
         self.wanted_squared += mx.square(delta_OI).sum().item()
         self.lost_squared += mx.square(got_OI - delta_OI).sum().item()
 
+    def require_finite(self) -> None:
+        """ValueError where a sum is past float32: nothing is known then of what the folder holds."""
+        sums = (self.got_times_wanted, self.wanted_squared, self.lost_squared)
+        if not all(map(math.isfinite, sums)):
+            raise ValueError(
+                "the update is too large to be fused: what is left of it cannot be counted in float32, "
+                f"got <dW', dW> = {sums[0]:g}, |dW|^2 = {sums[1]:g}, |dW' - dW|^2 = {sums[2]:g}"
+            )
+
     @property
     def survived(self) -> float:
         return self.got_times_wanted / self.wanted_squared if self.wanted_squared else 1.0
@@ -64,9 +76,10 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     """Write the folder, whole or not at all; what is left of the update.
 
     Quantized weights stay quantized as they were, or become plain ones in the type of their scales.
-    Raises ValueError when the folder is not new or empty, the adapter is not this model's, or the model is
-    not in float32, without digits that its file has.
+    Raises ValueError when the folder is not new or empty or touches what is read, the adapter is not this
+    model's or too large, or the model is not in float32, without digits that its file has.
     """
+    require_apart(folder, {"model": loaded.path, "adapter": adapter})
     require_new_folder(folder)
     if dtype_of(loaded.model) != "float32":
         raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(loaded.model)}")
@@ -80,21 +93,23 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
         else:
             write_gguf_description(loaded, part)
         write_weights(part, fusion.tensors(), "mlx" if fusion.survival.is_quantized else "pt")
-        if read_config(part) != loaded.model.config:
+        fusion.survival.require_finite()
+        if read_config(part.path) != loaded.model.config:
             raise ValueError(f"{loaded.path}: this configuration cannot be written as a config.json")
     return fusion.survival
 
 
-def write_description(source: Path, folder: Path, dequantize: bool) -> None:
+def write_description(source: Path, folder: Unfinished, dequantize: bool) -> None:
     """The base's own files, but for what no longer holds."""
     copy_side_files(source, folder)
-    shutil.copyfile(source / "config.json", folder / "config.json")
+    written = folder.file("config.json")
+    shutil.copyfile(source / "config.json", written)
     config = read_json_object(source / "config.json")
     if dequantize and any(config.pop(key, None) for key in QUANTIZATION):
-        write_json(folder / "config.json", {k: v for k, v in config.items() if k not in QUANTIZATION})
+        write_json(written, {k: v for k, v in config.items() if k not in QUANTIZATION})
 
 
-def write_gguf_description(loaded: LoadedModel, folder: Path) -> None:
+def write_gguf_description(loaded: LoadedModel, folder: Unfinished) -> None:
     """Made of what the GGUF file says; the weights, whose blocks are dequantized, are float32."""
     metadata, _ = read_container(loaded.path)
     vocabulary = read_vocabulary(metadata)
@@ -104,7 +119,7 @@ def write_gguf_description(loaded: LoadedModel, folder: Path) -> None:
         "bos_token_id": loaded.tokenizer.bos_id,
         "eos_token_id": stops if len(stops) > 1 else loaded.tokenizer.eos_id,
     }
-    write_json(folder / "config.json", to_json(loaded.model.config, "float32", more))
+    write_json(folder.file("config.json"), to_json(loaded.model.config, "float32", more))
     settings = {
         "bos_token": vocabulary.bos,
         "eos_token": vocabulary.eos,

@@ -1,4 +1,4 @@
-"""Lines of a data file -> conversations or texts. Standard library only.
+"""Lines of a data file -> conversations or texts. Standard library only, as is `files`.
 
 Four shapes, told apart line by line, as mlx-lm has them: {"text"}; {"prompt", "completion"}, which is a
 question of role user and the reply to it; {"messages"}; {"messages", "tools"}.
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .files import require_file
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and "tool_calls" or what else a template knows
 
@@ -36,8 +38,9 @@ class Conversation:
 
 def read_conversations(path: Path) -> list[Conversation]:
     """A JSON Lines file, one of the four shapes a line; ValueError names the file and the line."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: a data file must be a file, and there is none of this name")
+    require_file(path)
     conversations = [parse_conversation(line, where) for where, line in lines_of(path)]
     if not conversations:
         raise ValueError(f"{path}: needs at least one example, got an empty file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from . import flags
 from .flags import add_json_flag, folder
@@ -22,9 +23,11 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..checkpoint import load_model
-    from ..files import require_new_folder
     from ..fusing import LITTLE, fuse
+    from ..places import require_apart, require_new_folder
 
+    given = {"model": args.model, "adapter": args.adapter_path}  # before minutes of reading
+    require_apart(args.save_path, {what: Path(path) for what, path in given.items() if path})
     require_new_folder(args.save_path)
     loaded = load_model(args.model)
     survival = fuse(loaded, args.adapter_path, args.save_path, args.dequantize)

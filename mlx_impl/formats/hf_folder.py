@@ -16,6 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import ModelConfig
+from ..files import require_file
+from ..folders import Unfinished
 from ..tokenizer import ChatTokenizer
 from .safetensors import INDEX, save
 
@@ -27,7 +29,7 @@ SIDE_FILES = (
 )
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]], form: str) -> None:
+def write_weights(folder: Unfinished, tensors: Iterable[tuple[str, mx.array]], form: str) -> None:
     """As they come; `form` is "mlx" for what only MLX reads, else "pt"."""
     files: list[dict[str, mx.array]] = []
     weight_map: dict[str, int] = {}
@@ -45,27 +47,32 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]], form: s
     name_files(folder, len(files) + 1, weight_map, total)
 
 
-def write_part(folder: Path, number: int, shard: dict[str, mx.array], form: str) -> None:
-    save(folder / f"{number}.part", shard, {"format": form})
+def write_part(folder: Unfinished, number: int, shard: dict[str, mx.array], form: str) -> None:
+    save(folder.file(part_name(number)), shard, {"format": form})
 
 
-def name_files(folder: Path, count: int, weight_map: dict[str, int], total: int) -> None:
+def part_name(number: int) -> str:
+    return f"{number}.part"
+
+
+def name_files(folder: Unfinished, count: int, weight_map: dict[str, int], total: int) -> None:
     """The final names, which say how many files there are, and the index if it is more than one."""
     if count == 1:
-        os.replace(folder / "0.part", folder / "model.safetensors")
+        os.replace(folder.path / part_name(0), folder.file("model.safetensors"))
         return
     names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
     for number, name in enumerate(names):
-        os.replace(folder / f"{number}.part", folder / name)
+        os.replace(folder.path / part_name(number), folder.file(name))
     places = {name: names[number] for name, number in sorted(weight_map.items())}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(folder.file(INDEX), {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
+def copy_side_files(source: Path, folder: Unfinished) -> None:
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+            if not path.is_dir():
+                require_file(path)
+                shutil.copyfile(path, folder.file(path.name))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -118,9 +125,9 @@ def rope_record(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": scaling.rope_type, **{name: getattr(scaling, name) for name in names}}
 
 
-def write_tokenizer(folder: Path, tokenizer: ChatTokenizer, settings: dict[str, Any]) -> None:
+def write_tokenizer(folder: Unfinished, tokenizer: ChatTokenizer, settings: dict[str, Any]) -> None:
     """`settings` are special tokens and the template, those that there are."""
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.save(folder.file("tokenizer.json"))
     record = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     given = {key: value for key, value in settings.items() if value is not None}
-    write_json(folder / "tokenizer_config.json", record | given)
+    write_json(folder.file("tokenizer_config.json"), record | given)

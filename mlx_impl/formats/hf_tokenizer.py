@@ -12,12 +12,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..files import one_line, read_json_object
+from ..files import MOST_JSON_BYTES, one_line, read_json_object, read_text, require_file
 from ..tokenizer import ChatTokenizer
 
 
 def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
     """ValueError names the file that is missing or cannot be used. A model may lack a chat template."""
+    require_file(folder / "tokenizer.json", MOST_JSON_BYTES)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
@@ -56,20 +57,17 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             f'the texts "name" and "template"'
         ) from None
     files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
+    if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
     for name, file in files.items():
-        try:
-            templates[name] = file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: must be UTF-8 text: {error.reason}") from None
+        templates[name] = read_text(file)
     return templates
 
 
 def read_eos_ids(folder: Path) -> list[int]:
     """The tokens that end an answer, where the folder has a `generation_config.json` that lists them."""
     path = folder / "generation_config.json"
-    if not path.is_file():
+    if not path.exists():
         return []
     value = read_json_object(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..files import one_line, read_json_object
+from ..files import one_line, read_json_object, require_file
 from ..precision import rounded
 
 INDEX = "model.safetensors.index.json"
@@ -36,11 +36,11 @@ def read_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> dict[str, mx.arra
 
 def shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     """Every file, and the names of the tensors that an index says are in it."""
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).exists():
         yield from indexed(folder)
         return
     single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: there must be a *.safetensors file in it")
     for file in files:
@@ -93,8 +93,9 @@ def load(file: Path) -> dict[str, mx.array]:
 
 def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Everything as it is stored; ValueError for what is no safetensors file."""
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file}: must be a safetensors file, and there is none of this name")
+    require_file(file)
     try:
         weights, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(weights)  # MLX: loading is lazy too; a truncated file shows only here
@@ -108,6 +109,7 @@ def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]
 
 def types(file: Path) -> dict[str, mx.Dtype]:
     """Of the tensors of a file that can be read, which are not."""
+    require_file(file)
     return {name: array.dtype for name, array in mx.load(str(file), format="safetensors").items()}
 
 

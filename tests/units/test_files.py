@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mlx_impl.files import read_json_object, whole_file
+from mlx_impl import files
+from mlx_impl.files import read_json_object, read_text, remove_parts_of, require_file, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -42,3 +47,89 @@ def test_what_is_no_json_object_is_named(tmp_path: Path, content: bytes | None, 
     with pytest.raises(ValueError, match=message) as caught:
         read_json_object(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_temporary_file_is_never_a_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first name that is tried is taken."""
+    tokens = iter(["00000000", "00000000", "11111111"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
+    (theirs := tmp_path / f".a.00000000.{files.PROCESS}.part.json").write_text("theirs")
+    with whole_file(tmp_path / "a.json") as part:
+        part.write_text("{}")
+        assert part.suffix == ".json" and part != theirs
+    assert theirs.read_text() == "theirs"
+    assert (tmp_path / "a.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "named pipe", "broken link"])
+def test_only_a_regular_file_is_written_over(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "a.json", tmp_path / "other"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+    if kind == "link":
+        other.write_text("theirs")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=f"this is a {kind.removeprefix('broken ')}"), whole_file(path):
+        raise AssertionError
+    assert sorted(tmp_path.iterdir()) == before
+    assert kind != "link" or other.read_text() == "theirs"
+
+
+def test_a_dead_processs_temporary_files_are_told_from_all_others(tmp_path: Path) -> None:
+    dead, alive = "0123456789abcdef", "fedcba9876543210"
+    theirs = [
+        "a.part.json", ".part", f".{dead}.part", f"a.00000000.{dead}.part.json",
+        f".a.00000000.{alive}.part.json", f".a.00000000.{dead}.part.json.gz",
+        f".a.0000000.{dead}.part", "link", f".d.00000000.{dead}.part",
+    ]  # fmt: skip
+    for name in theirs[:-2]:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").write_text("behind a link")
+    (tmp_path / theirs[-1]).mkdir()
+    (tmp_path / f".l.00000000.{dead}.part.json").symlink_to(tmp_path / "link")
+    for name in (f".a.00000000.{dead}.part.json", f".best.1234abcd.{dead}.part"):
+        (tmp_path / name).write_text("ours")
+    remove_parts_of(tmp_path, dead)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*theirs, f".l.00000000.{dead}.part.json"}
+    assert (tmp_path / "link").read_text() == "behind a link"
+
+
+@pytest.mark.parametrize("read", [read_json_object, read_text, require_file])
+@pytest.mark.parametrize("kind", ["named pipe", "folder", "device", "socket"])
+def test_what_is_no_regular_file_is_not_opened(
+    tmp_path: Path, read: Callable[[Path], object], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    path = Path("a.json")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    with pytest.raises(ValueError, match=f"^a.json: must be a regular file, and is a {kind}$"):
+        read(path)
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text('{"a": 1}')
+    (tmp_path / "a.json").symlink_to("blob")
+    assert read_json_object(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("12345")
+    assert read_text(tmp_path / "a", 5) == "12345"
+    with pytest.raises(ValueError, match="a: must have at most 4 bytes, and has 5"):
+        read_text(tmp_path / "a", 4)
+    if sys.platform == "linux":
+        with pytest.raises(ValueError, match="/proc/self/status: must have at most 4 bytes, and has more"):
+            read_text(Path("/proc/self/status"), 4)  # its size is 0

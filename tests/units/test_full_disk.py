@@ -1,7 +1,7 @@
 """A full disk while saving: one sentence that names the file, old files as they were, nothing half-written.
 
 `/dev/full` refuses every byte as a full disk does. A file is written under a temporary name and then renamed;
-a link of that temporary name to `/dev/full` makes that one file impossible to write, by the real code.
+a temporary name that is a link to `/dev/full` makes that one file impossible to write, by the real code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_impl import files
 from mlx_impl.__main__ import main
 from mlx_impl.adapters import save_adapter
 from mlx_impl.cli.curve import save_loss_curve
@@ -33,9 +34,18 @@ RECORD = StepRecord(1, 2.5, 0.5, 1e-3, 5, 20, 0.1, 1000)
 TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", "1", "--blas", "off"]
 
 
-def fill_the_disk(file: Path) -> None:
+def fill_the_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For this file alone."""
-    file.with_name(f"{file.stem}.part{file.suffix}").symlink_to(FULL)
+    real = files.open_part
+
+    def open_part(path: Path) -> Path:
+        part = real(path)
+        if path == file:
+            part.unlink()
+            part.symlink_to(FULL)
+        return part
+
+    monkeypatch.setattr(files, "open_part", open_part)
 
 
 def adapted(folder: Path) -> CausalLM:
@@ -59,16 +69,18 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {  # of the file in a folde
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_old_file_stays_and_no_part_of_the_new_one(name: str, tmp_path: Path) -> None:
+def test_the_old_file_stays_and_no_part_of_the_new_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / name).write_text("old")
-    fill_the_disk(folder / name)
+    fill_the_disk(folder / name, monkeypatch)
     with pytest.raises(OSError, match="No space left on device") as caught:
         WRITERS[name](folder, tmp_path / "model")
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder / name))
     assert (folder / name).read_text() == "old"
-    assert not list(folder.glob("*.part*"))
+    assert [path.name for path in folder.iterdir() if ".part" in path.name] == []
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +91,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "metrics.jsonl"])
 def test_train_ends_with_one_sentence(
-    name: str, inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    inputs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whichever file it is that cannot be written; of the metrics says the last test."""
     file = tmp_path / "run" / name
     file.parent.mkdir()
-    fill_the_disk(file)
+    fill_the_disk(file, monkeypatch)
     assert main(["train", *inputs, "--adapter-path", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.endswith(f"error: {file}: No space left on device\n")
     assert not list(tmp_path.rglob("*.part*"))
@@ -103,8 +119,11 @@ def test_a_run_whose_disk_was_full_goes_on_when_there_is_room(
         nonlocal saved
         saved += 1
         if saved == 2:
-            fill_the_disk(self.state)
-        save(self, *arguments)  # type: ignore[arg-type]
+            with pytest.MonkeyPatch.context() as full:
+                fill_the_disk(self.state, full)
+                save(self, *arguments)  # type: ignore[arg-type]
+        else:
+            save(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunFolder, "save", second_fails)
     assert main(["train", *inputs, "--adapter-path", str(folder)]) == 2

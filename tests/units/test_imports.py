@@ -16,8 +16,9 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "cpu_ops", "ops", "slots", "view", "recompute", "projection", "model", "precision",
-    "quantized", "requantize", "targets", "lora", "loss", "rows", "batching", "data", "layout",
+    "config", "files", "places", "journal", "folders", "cpu_ops", "ops", "slots", "view", "recompute",
+    "projection", "model", "precision", "quantized", "requantize", "targets", "lora", "loss", "rows",
+    "batching", "data", "layout",
     "template_limits", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train",
     "pace", "trainer", "merging", "sampling", "generate", "streaming",
     "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
