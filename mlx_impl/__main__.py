@@ -1,8 +1,9 @@
 """`python -m mlx_impl`: one of the commands in `cli/`.
 
-A wrong input ends with one sentence on standard error and exit code 2, Ctrl-C with 130, a reader of standard
-output who has enough (`| head`) quietly, with 141, as a program that SIGPIPE ends. An optimized BLAS is
-loaded before anything imports MLX, which commands therefore do late.
+A wrong input ends with one sentence on standard error and exit code 2; Ctrl-C, SIGTERM and SIGHUP with 130,
+143 and 129; a reader of standard output who has enough (`| head`) quietly, with 141, as a program that
+SIGPIPE ends. The last line after a stop is the command to go on with. An optimized BLAS is loaded before
+anything imports MLX, which commands therefore do late.
 """
 
 from __future__ import annotations
@@ -10,31 +11,39 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from .blas import load_optimized_blas
+from .cli.interrupt import Stopped, handling, stop_at_once
 from .cli.parser import COMMANDS, parse_arguments
 
-BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141
+BAD_INPUT, NO_READER = 2, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without accents is no reason to fail
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        run(parse_arguments(arguments))
+        with handling(stop_at_once):
+            run(parse_arguments(words))
     except ValueError as error:
-        return fail(str(error))
-    except BrokenPipeError:
+        return fail(str(error), error)
+    except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        print_notes(error)
         return NO_READER
     except OSError as error:
-        return fail(f"{error.filename or 'the system'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return fail(f"{error.filename or 'the system'}: {error.strerror or error}", error)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        if not hasattr(stop, "__notes__"):  # nothing is saved
+            stop.add_note(f"begin again with: {shlex.join(['python', '-m', 'mlx_impl', *words])}")
+        print_notes(stop)
+        return stop.exit_code
     return 0
 
 
@@ -47,11 +56,18 @@ def run(args: argparse.Namespace) -> None:
     print(end="", flush=True)
 
 
-def fail(message: str) -> int:
+def fail(message: str, error: Exception) -> int:
     from .cli.console import print_error  # rich takes a tenth of a second
 
     print_error(message)
+    print_notes(error)
     return BAD_INPUT
+
+
+def print_notes(error: BaseException) -> None:
+    """How to go on, where that is known."""
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_type_hints
 
+LARGEST_FLOAT32 = 3.4028234e38  # in which every setting is computed with
+
 # The seven linear layers of a Llama block, in the order in which a token meets them.
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -138,6 +140,9 @@ class TrainConfig:
         require_choice("lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         if self.warmup_steps > self.iters:
             raise ValueError(f"warmup_steps must be at most iters, got {self.warmup_steps} and {self.iters}")
+        require_number(
+            "learning_rate * loraplus_lr_ratio", self.learning_rate * self.loraplus_lr_ratio, float, True
+        )
         require_seed("seed", self.seed)
         require_seed("data_seed", self.data_seed)
 
@@ -160,6 +165,8 @@ def require_number(name: str, value: object, kind: type, may_be_zero: bool = Fal
     if not 0 <= value < float("inf") or (value == 0 and not may_be_zero):  # type: ignore[operator]
         least = "at least 0" if may_be_zero else "at least 1" if kind is int else "positive"
         raise ValueError(f"{name} must be {'' if kind is int else 'finite and '}{least}, got {value}")
+    if kind is float and value > LARGEST_FLOAT32:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at most {LARGEST_FLOAT32:.2g}, float32's largest, got {value}")
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

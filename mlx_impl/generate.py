@@ -7,7 +7,7 @@ once. Differs from reference/generate.py: the cache, batches, sampling.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import takewhile
 
@@ -67,14 +67,22 @@ def generate(
 
 
 def generate_all(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Collection[int]
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    stop_ids: Collection[int],
+    watched: Callable[[range, int], Iterable[int]] = lambda groups, count: groups,
 ) -> list[list[int]]:
-    """The greedy answer to every prompt, in the order of the prompts."""
+    """The greedy answer to every prompt, in the order of the prompts.
+
+    Prompts are decoded in groups; `watched` passes the groups on, and is told their number, to show progress.
+    """
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     with in_evaluation(model):
         num_shared, prefix = read_prefix(model, prompts) if prompts else (0, [])
-        for start in range(0, len(by_length), MAX_ROWS):
+        starts = range(0, len(by_length), MAX_ROWS)
+        for start in watched(starts, len(starts)):
             rows = by_length[start : start + MAX_ROWS]
             caches, chosen = [copy(cache) for cache in prefix], [prompts[row] for row in rows]
             texts = march(model, caches, num_shared, chosen, max_tokens, stop_ids)

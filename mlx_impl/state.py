@@ -26,7 +26,7 @@ from .model import CausalLM
 from .optim import LoRAOptimizer
 from .precision import dtype_of
 
-FORMAT = "mlx-lora-training-state-2"
+FORMAT = "mlx-lora-training-state-3"
 Validation = list[tuple[int, float]]  # (updates done, nats per target)
 
 
@@ -81,6 +81,7 @@ def digest_of_base(model: CausalLM) -> str:
 
 
 def save_state(path: Path, arrays: dict[str, mx.array], progress: Progress) -> None:
+    arrays = dict(sorted(arrays.items()))  # the same bytes, whatever order they came in
     metadata = {"format": FORMAT, "progress": json.dumps(asdict(progress))}
     with whole_file(path) as part, open(part, "wb") as file:  # MLX would append a suffix to a name
         mx.save_safetensors(file, arrays, metadata=metadata)
@@ -95,12 +96,11 @@ def load_state(
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format must be {FORMAT}")
+        require_format(metadata.get("format"))
         progress = read_progress(metadata["progress"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable training state: {one_line(error)}") from None
-    require_same(path, progress.identity, json.loads(json.dumps(identity)))
+    require_same(path, progress.identity, identity)
     for name, array in expected.items():
         if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (array.shape, array.dtype):
             raise ValueError(f"{path}: the array {name} does not fit this model")
@@ -109,6 +109,15 @@ def load_state(
     for name in arrays.keys() - expected.keys():
         raise ValueError(f"{path}: the array {name!r} has no place in this model")
     return arrays, progress
+
+
+def require_format(found: object) -> None:
+    """ValueError for a state of another version, which another rule may have to continue."""
+    if found != FORMAT:
+        raise ValueError(
+            f"it must be of the format {FORMAT}, got {found!r}: a run of another version of mlx_impl is not "
+            f"resumed; begin a new one from its adapter with --init-adapter"
+        )
 
 
 def read_progress(text: str) -> Progress:
@@ -125,6 +134,7 @@ def read_progress(text: str) -> Progress:
 
 def require_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
     """ValueError that names the first thing in which the run to resume was another."""
+    given = json.loads(json.dumps(given))  # as what was saved
     for name in (*saved, *(name for name in given if name not in saved)):
         was, now = saved.get(name), given.get(name)
         if was != now:

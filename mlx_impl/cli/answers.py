@@ -5,11 +5,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from rich.console import Console
 
 from ..generate import generate_all
 from ..model import CausalLM
 from ..rows import Conversation
 from ..tokenizer import ChatTokenizer
+from .console import counted
 
 MAX_TOKENS = 24  # of an answer
 
@@ -25,6 +29,14 @@ class Answer:
         return f" {fold(self.expected)} " in f" {fold(self.text)} "
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What the model knows at one time."""
+
+    loss_nats: float  # mean over the targets of the training examples that are evaluated
+    answers: dict[str, list[Answer]]  # by the names of QUESTION_FILES
+
+
 def fold(text: str) -> str:
     """Lower case, no accents, words separated by single spaces: "N'Djaména!" and "n djamena" are one."""
     plain = unicodedata.normalize("NFKD", text.casefold())
@@ -32,11 +44,14 @@ def fold(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in kept).split())
 
 
-def ask(model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[Answer]:
+def ask(
+    model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation], console: Console
+) -> list[Answer]:
     """The model's greedy answers to all conversations that say what a right answer contains."""
     judged = [c for c in conversations if c.answer is not None]
     prompts = [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in judged]
-    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids)
+    groups = partial(counted, text="asking", console=console)
+    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids, groups)
     return [
         Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
         for c, reply in zip(judged, replies, strict=True)

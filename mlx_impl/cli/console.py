@@ -5,8 +5,9 @@ rich heeds NO_COLOR; a terminal that cannot move its cursor (TERM=dumb) counts a
 
 from __future__ import annotations
 
+import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
+LOG_SECONDS = 30.0
 Item = TypeVar("Item")
 
 
@@ -35,9 +37,22 @@ def working(text: str, console: Console) -> AbstractContextManager[object]:
 
 
 def counted(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterable[Item]:
-    """The same items, on a terminal with a bar that goes when they have passed."""
-    is_shown = console.is_interactive
-    return track(items, text, num_items, console=console, transient=True, disable=not is_shown)
+    """The same items, shown as they pass: by a bar on a terminal, else by a line now and then."""
+    if console.is_interactive:
+        return track(items, text, num_items, console=console, transient=True)
+    return logged(items, num_items, text, console)
+
+
+def logged(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterator[Item]:
+    """The same items; a line every LOG_SECONDS says how many have passed, and how long the rest will take."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= LOG_SECONDS:
+            left = (num_items - done) * (now - start) / done
+            console.print(f"{text}: {done} of {num_items}, {left:.0f} s left")
+            last = now
+        yield item
 
 
 def harmless(text: str) -> str:

@@ -5,94 +5,119 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
 
+from ..data import evaluation_batches
 from ..guard import NotFinite
 from ..lora import count_parameters
-from ..train import StepRecord
-from .answers import Answer, ask, share_right
-from .console import working
+from ..places import free_folder
+from ..train import StepRecord, evaluate
+from .answers import Exam, ask, share_right
+from .console import counted, harmless, working
+from .flags import TRAIN_DEFAULTS
 from .interrupt import Interrupt, interrupt_requested
-from .job import Job, Prepared, prepare
+from .job import Job, Prepared, prepare, spread
 from .report import print_answers, with_progress
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What the model knows at one time."""
-
-    loss_nats: float  # mean over the targets of the whole training set
-    answers: dict[str, list[Answer]]
 
 
 def finetune(job: Job, console: Console) -> dict[str, Any]:
     """Read, examine, train, save, examine again; the report that is also written to `report.json`.
 
     Raises ValueError for a wrong input before anything is written, and for a model whose loss is no number;
-    NotFinite, the last good state saved; after Ctrl-C KeyboardInterrupt, everything saved.
+    NotFinite, the last good state saved; Stopped, everything saved. A note says with which command to go on.
     """
     with working("reading model and data", console):
         prepared = prepare(job)
-    before, records = go_on(prepared, console) if job.resume else begin(prepared, console)
-    with interrupt_requested() as interrupt:
-        try:
-            fit(prepared, records, console, interrupt)
-            save(prepared, records, console)
-        except NotFinite:
-            save(prepared, records[: prepared.trainer.step], console)
-            raise
-    after = examine(prepared, console, "after")
-    report = make_report(prepared, before, after, records)
-    prepared.folder.write_json("report.json", report)
+    print_summary(prepared, console)
+    before, records = begin_or_go_on(prepared, console)
+    with way_on(prepared):
+        with interrupt_requested() as interrupt:
+            try:
+                fit(prepared, records, console, interrupt)
+                save(prepared, records, console)
+            except NotFinite:
+                save(prepared, records[: prepared.trainer.step], console)
+                raise
+        after = examine(prepared, console, "after")
+        report = make_report(prepared, before, after, records)
+        prepared.folder.write_json("report.json", report)
+        prepared.folder.finish()
     print_answers(before.answers, after.answers, console)
-    console.print(f"report.json saved in {job.folder}")
+    console.print(f"report.json saved in {harmless(str(job.folder))}")
     return report
 
 
-def begin(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
-    """A new run: what the model knows now, and no record yet."""
-    prepared.folder.begin()
-    prepared.folder.save_config(prepared.job.settings)
-    print_summary(prepared, console)
-    before = examine(prepared, console, "before")
-    prepared.folder.save_before(before.loss_nats, before.answers)
-    return before, []
+def begin_or_go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
+    """What the model knew before the run, and the records of the steps done."""
+    job, folder, step = prepared.job, prepared.folder, prepared.trainer.step
+    if not job.resume:
+        before = examine(prepared, console, "before")
+        identity = prepared.trainer.identity(prepared.train)
+        with way_on(prepared):
+            folder.begin(job.settings, identity, before)
+        return before, []
+    with way_on(prepared):
+        folder.go_on(job.settings)
+        console.print(f"resumed:   {harmless(str(folder.path))}, after step {step}")
+        known, records = folder.read_before(step), folder.read_metrics(step)
+        if known is None:  # stopped in the middle of its beginning
+            known = examine(prepared, console, "before")
+            folder.save_before(known)
+        return known, records
 
 
-def go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
-    """A run that was stopped: what it knew before, and its records."""
-    folder, step = prepared.folder, prepared.trainer.step
-    before, records = Exam(*folder.read_before()), folder.read_metrics(step)
-    print_summary(prepared, console)
-    console.print(f"resumed:   {folder.path}, after step {step}")
-    return before, records
+@contextmanager
+def way_on(prepared: Prepared) -> Iterator[None]:
+    """A stop within the block is given the command to go on with."""
+    folder = prepared.job.folder
+    try:
+        yield
+    except NotFinite as stop:
+        rate = min(prepared.trainer.training.learning_rate / 10, TRAIN_DEFAULTS.learning_rate)
+        flags = ["--config", folder / "config.yaml", "--init-adapter", folder, "--learning-rate", f"{rate:g}"]
+        flags += ["--adapter-path", free_folder(folder)]
+        stop.add_note(f"go on at a lower learning rate with: {train_command(*flags)}")
+        raise
+    except (KeyboardInterrupt, OSError) as stop:
+        if prepared.folder.has_begun():
+            stop.add_note(f"go on with: {train_command('--resume', folder)}")
+        raise
+
+
+def train_command(*flags: object) -> str:
+    return shlex.join(["python", "-m", "mlx_impl", "train", *map(str, flags)])
 
 
 def save(prepared: Prepared, records: list[StepRecord], console: Console) -> None:
     folder, trainer = prepared.folder, prepared.trainer
     folder.save(trainer, prepared.train, prepared.base_name)
     folder.save_curve(records, trainer)
-    console.print(f"step {trainer.step}: adapter, training state and loss.png saved in {folder.path}")
+    console.print(
+        f"step {trainer.step}: adapter, training state and loss.png saved in {harmless(str(folder.path))}"
+    )
 
 
 def print_summary(prepared: Prepared, console: Console) -> None:
     trained, total = count_parameters(prepared.loaded.model)
     training = prepared.trainer.training
     base = total - trained
+    console.print(f"run:       {harmless(str(prepared.job.folder))}")
     console.print(f"model:     {prepared.loaded.name}, {base:,} parameters, frozen")
     console.print(f"adapter:   {trained:,} trainable parameters, {trained / base:.2%} of the model's")
     data = prepared.job.data
     if data.is_relative_to(Path.cwd()):
         data = data.relative_to(Path.cwd())
-    console.print(
-        f"data:      {data}: {len(prepared.train)} training and {len(prepared.valid)} validation examples"
-    )
+    sizes = f"{len(prepared.train)} training and {prepared.num_valid} validation examples"
+    console.print(f"data:      {harmless(str(data))}: {sizes}")
     for remark in prepared.remarks:
         console.print(f"           {remark}")
     console.print(f"device:    {mx.default_device()}, computing in {prepared.job.dtype}")
@@ -102,17 +127,20 @@ def print_summary(prepared: Prepared, console: Console) -> None:
 
 
 def examine(prepared: Prepared, console: Console, when: str) -> Exam:
-    """The loss over the training set and the answers to all questions."""
-    with working("evaluating", console):
-        loss_nats = prepared.trainer.evaluate(prepared.train)
+    """The loss over training examples and the answers to all questions."""
+    examples = spread(prepared.train, prepared.job.eval_examples)
+    size = prepared.trainer.training.batch_size
+    batches = counted(evaluation_batches(examples, size), -(-len(examples) // size), "evaluating", console)
+    loss_nats, _ = evaluate(prepared.loaded.model, batches)
     if not math.isfinite(loss_nats):
         raise ValueError(f"the loss over the training set {when} training is not a finite number")
-    console.print(f"loss over the training set {when} training: {loss_nats:.4f} nats per target token")
+    whole = len(examples) == len(prepared.train)
+    of = "the training set" if whole else f"{len(examples)} of {len(prepared.train)} training examples"
+    console.print(f"loss over {of} {when} training: {loss_nats:.4f} nats per target token")
     together = [c for questions in prepared.questions.values() for c in questions]
     if together:
         console.print(f"asking {len(together)} questions")
-    with working("reading the answers", console):
-        answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, together))
+    answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, together, console))
     return Exam(loss_nats, {n: [next(answers) for _ in cs] for n, cs in prepared.questions.items()})
 
 
@@ -128,7 +156,7 @@ def fit(prepared: Prepared, records: list[StepRecord], console: Console, interru
             records.append(record)
             metrics.write(json.dumps(asdict(record)) + "\n")
             metrics.flush()
-            if interrupt.requested:
+            if interrupt.requested is not None:
                 break
             validate_where_due(prepared, console)
             if record.step % job.save_every == 0:
@@ -136,6 +164,7 @@ def fit(prepared: Prepared, records: list[StepRecord], console: Console, interru
                 folder.save(trainer, prepared.train, prepared.base_name)
             if is_exhausted(prepared, console):
                 break
+        folder.require_metrics(metrics)
 
 
 def validate_where_due(prepared: Prepared, console: Console) -> None:
@@ -166,6 +195,10 @@ def make_report(prepared: Prepared, before: Exam, after: Exam, records: list[Ste
         "model": prepared.loaded.name,
         "num_trainable": count_parameters(prepared.loaded.model)[0],
         "iters": prepared.trainer.step,
+        "train_examples": len(prepared.train),
+        "train_examples_evaluated": len(spread(prepared.train, prepared.job.eval_examples)),
+        "valid_examples": prepared.num_valid,
+        "valid_examples_evaluated": len(prepared.valid),
         "loss_first": before.loss_nats,
         "loss_last": after.loss_nats,
         "valid_loss_first": validation[0][1] if validation else None,

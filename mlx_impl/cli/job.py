@@ -12,10 +12,12 @@ from ..checkpoint import LoadedModel, load_model
 from ..config import LoRAConfig, TrainConfig
 from ..data import Example, num_inputs
 from ..examples import encode_file
+from ..places import require_apart
 from ..precision import to_dtype
 from ..rows import Conversation, read_conversations
-from ..state import digest_of_examples
+from ..state import digest_of_examples, require_same
 from ..trainer import LoRATrainer
+from . import manifest
 from .run_folder import RunFolder
 
 # Which file's questions are reported under which name.
@@ -33,6 +35,7 @@ class Job:
     folder: Path  # where adapter, metrics and report go
     resume: bool  # go on with the run in that folder
     init_adapter: Path | None
+    config: Path | None  # that settings were read from
     lora: LoRAConfig | None  # None: as the initial adapter has it
     training: dict[str, Any]  # the fields of TrainConfig but iters
     iters: int | None  # None: as many as the epochs take
@@ -43,6 +46,7 @@ class Job:
     save_every: int
     patience: int  # validations without a new best after which to stop; 0: never
     num_questions: int | None
+    eval_examples: int  # of training and of validation that the loss is computed over; -1: all
     compiled: bool | None
     settings: dict[str, Any]  # all of this again, as --config reads it
 
@@ -56,7 +60,8 @@ class Prepared:
     folder: RunFolder
     trainer: LoRATrainer
     train: list[Example]
-    valid: list[Example]
+    valid: list[Example]  # those that are evaluated
+    num_valid: int  # of all
     questions: dict[str, list[Conversation]]  # by the names of QUESTION_FILES
     remarks: list[str]  # what was cut, and what was left out
 
@@ -70,8 +75,7 @@ def prepare(job: Job) -> Prepared:
     """Read everything and check it, the cheap things first."""
     to_dtype(job.dtype)
     folder = RunFolder(job.folder)
-    if not job.resume:
-        folder.require_no_unfinished_run()
+    require_apart_from_inputs(job)
     train, valid, questions = read_data(job)
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
@@ -81,11 +85,10 @@ def prepare(job: Job) -> Prepared:
         encode_file(loaded.tokenizer, conversations, job.targets, job.max_seq_length)
         for conversations in (train, valid)
     )
-    examples, valid_examples = encoded.examples, valid_encoded.examples
+    examples, valid_examples = encoded.examples, spread(valid_encoded.examples, job.eval_examples)
     training = train_config(job, [num_inputs(example) for example in examples])
     lora = job.lora
     if job.init_adapter is not None:
-        folder.require_elsewhere(job.init_adapter)
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
@@ -94,13 +97,36 @@ def prepare(job: Job) -> Prepared:
         "the questions": {name: [c.question for c in cs] for name, cs in questions.items()},
         "steps_per_eval": job.steps_per_eval,
         "patience": job.patience,
+        "eval_examples": job.eval_examples,
     }
     if job.resume:
-        if folder.report.exists():
-            raise ValueError(f"{folder.path}: the run to resume must be unfinished, and has its report")
-        trainer.resume(folder.state, examples)
+        resume(folder, trainer, examples)
     remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
-    return Prepared(job, loaded, folder, trainer, examples, valid_examples, questions, remarks)
+    num_valid = len(valid_encoded.examples)
+    return Prepared(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
+
+
+def require_apart_from_inputs(job: Job) -> None:
+    """ValueError where the run's folder is, contains or lies in something that is read."""
+    inputs = {"data": job.data, "initial adapter": job.init_adapter, "--config file": job.config}
+    if job.model is not None and Path(job.model).exists():
+        inputs["model"] = Path(job.model)
+    require_apart(job.folder, {name: path for name, path in inputs.items() if path is not None})
+
+
+def resume(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
+    """From the last save, or from the beginning where the run was stopped before the first."""
+    begun = manifest.read(folder.path)
+    require_same(folder.path, begun.identity, trainer.identity(examples))
+    if folder.state.exists() or (folder.path / "adapter_model.safetensors").exists():
+        trainer.resume(folder.state, examples)
+
+
+def spread(examples: list[Example], most: int) -> list[Example]:
+    """At most so many, evenly spread over all; -1: all."""
+    if most == -1 or len(examples) <= most:
+        return examples
+    return [examples[i * len(examples) // most] for i in range(most)]
 
 
 def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[str, list[Conversation]]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from . import convert, evaluate, fuse, generate, inspect, train
-from .settings import closest, with_config
+from .config_file import read_config
+from .settings import closest, with_settings
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -41,7 +44,7 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; beneath it the file of --config, beneath that the defaults.
+    """The command line; beneath it the file of --config and the run to resume, beneath those the defaults.
 
     Raises ValueError for a wrong file; a wrong command line ends the program, as argparse does.
     """
@@ -52,9 +55,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         near = closest(unknown[0].partition("=")[0], command._option_string_actions)
         hint = f"; the closest flag is {near}" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    if getattr(args, "config", None) is not None:
+    if getattr(args, "config", None) is not None or getattr(args, "resume", None) is not None:
         for action in command._actions:
             action.default = argparse.SUPPRESS
         given = vars(parser.parse_args(arguments))  # and nothing else
-        args = argparse.Namespace(**{**vars(args), **with_config(command, args.config, given)})
+        if "resume" in given and "adapter_path" in given:
+            raise ValueError("--adapter-path is that of --resume: give one of them")
+        if args.config is not None:
+            given = with_settings(command, read_config(args.config), given, args.config)
+        if args.resume is not None:
+            given = with_settings(command, settings_of_run(args.resume), given, args.resume)
+        args = argparse.Namespace(**{**vars(args), **given})
     return args
+
+
+def settings_of_run(folder: Path) -> dict[str, Any]:
+    """Those of a run that is resumed, beneath all that is given."""
+    from .manifest import read
+
+    return read(folder).settings

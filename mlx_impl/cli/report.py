@@ -19,7 +19,7 @@ EXAMPLES_SHOWN = 4  # questions of a group, answered in full
 
 def describe(record: StepRecord) -> str:
     return (
-        f"loss {record.loss_nats:.3f}  {record.num_tokens / record.seconds:5.0f} tokens/s  "
+        f"loss {record.loss_nats:.3f}  {record.num_tokens / max(record.seconds, 1e-9):5.0f} tokens/s  "
         f"{record.peak_bytes / 2**30:.2f} GiB"
     )
 

@@ -1,9 +1,9 @@
-"""What a run leaves in its folder: settings, state, metrics, curve, report, the last adapter and the best."""
+"""What a run leaves in its folder: manifest, settings, state, metrics, report, last and best adapter."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,23 +11,18 @@ from typing import Any, TextIO
 import mlx.core as mx
 
 from .. import __version__ as mlx_impl_version
-from ..adapters import require_format, save_adapter
+from ..adapters import save_adapter
 from ..data import Example
-from ..files import make_run_folder, read_json_object, whole_file
+from ..files import read_json_object, read_text, whole_file
 from ..train import StepRecord
 from ..trainer import LoRATrainer
-from .answers import Answer
+from . import manifest
+from .answers import Answer, Exam
 from .config_file import to_yaml
 from .curve import save_loss_curve
+from .manifest import Manifest
 
-OF_A_RUN = (
-    "config.yaml",
-    "report.json",
-    "metrics.jsonl",
-    "before.json",
-    "training_state.safetensors",
-    "loss.png",
-)
+VERSIONS = {"mlx_impl": mlx_impl_version, "mlx": mx.__version__}
 
 
 class RunFolder:
@@ -37,32 +32,32 @@ class RunFolder:
         self.path = path
         self.state, self.report = path / "training_state.safetensors", path / "report.json"
 
-    def require_no_unfinished_run(self) -> None:
-        """ValueError where a run was stopped that could still be resumed."""
-        if self.state.exists() and not self.report.exists():
-            raise ValueError(
-                f"{self.path}: holds a run that was stopped: go on with --resume {self.path}, "
-                f"or take another folder, or remove {self.state.name}"
-            )
+    def begin(self, settings: dict[str, Any], identity: dict[str, Any], before: Exam) -> None:
+        """The manifest first: with it the new run takes the place of the old one, if there is one."""
+        has_old = (self.path / manifest.NAME).exists()
+        to_remove = (manifest.read(self.path).finished or {}) if has_old else {}
+        manifest.write(self.path, Manifest(anchored(settings), identity, VERSIONS, None, to_remove))
+        manifest.remove_the_run_before(self.path)
+        self.go_on(settings)
+        self.save_before(before)
 
-    def require_elsewhere(self, adapter: Path) -> None:
-        """ValueError for an adapter that `begin` would remove."""
-        best = self.path / "best"
-        if adapter.resolve() == best.resolve():
-            raise ValueError(f"{adapter}: is removed when a run begins in {self.path}: take another folder")
+    def go_on(self, settings: dict[str, Any]) -> None:
+        """Write the settings, if the run was stopped before it had."""
+        if not (self.path / "config.yaml").exists():
+            self.save_config(settings)
 
-    def begin(self) -> None:
-        """Make the folder, or clear it of what a finished run left, but not of its last adapter."""
-        make_run_folder(self.path)
-        require_format(self.path)
-        for name in OF_A_RUN:
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "best", ignore_errors=True)
+    def has_begun(self) -> bool:
+        return (self.path / manifest.NAME).exists()
+
+    def finish(self) -> None:
+        manifest.finish(self.path)
 
     def save_config(self, settings: dict[str, Any]) -> None:
         """What `train --config` repeats the run with."""
-        versions = f"# mlx_impl {mlx_impl_version}, mlx {mx.__version__}"
-        text = f"{versions}; repeat the run with: python -m mlx_impl train --config FILE\n{to_yaml(settings)}"
+        versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
+        text = (
+            f"# {versions}; repeat the run with: python -m mlx_impl train --config FILE\n{to_yaml(settings)}"
+        )
         with whole_file(self.path / "config.yaml") as part:
             part.write_text(text, encoding="utf-8")
 
@@ -73,6 +68,8 @@ class RunFolder:
 
     def save_best(self, trainer: LoRATrainer, base_name: str) -> None:
         folder = self.path / "best"
+        if folder.is_symlink():
+            raise ValueError(f"{folder}: must be a folder of the run, and is a link")
         folder.mkdir(exist_ok=True)
         save_adapter(trainer.model, trainer.lora, folder, base_name)
 
@@ -83,11 +80,21 @@ class RunFolder:
             part.write_text("".join(json.dumps(asdict(record)) + "\n" for record in kept), encoding="utf-8")
         return open(path, "a", encoding="utf-8")
 
+    def require_metrics(self, metrics: TextIO) -> None:
+        """ValueError where the file that is written to is no longer that of the folder."""
+        path = self.path / "metrics.jsonl"
+        try:
+            is_same = os.path.samestat(os.fstat(metrics.fileno()), os.stat(path))
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
+            raise ValueError(f"{path}: was removed or replaced while the run was going on")
+
     def read_metrics(self, last_step: int) -> list[StepRecord]:
         """The records up to a step, of the run that is resumed."""
         path = self.path / "metrics.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")[:last_step]
+            lines = read_text(path).split("\n")[:last_step] if last_step else []
             records = [StepRecord(**json.loads(line)) for line in lines]
         except (OSError, ValueError, TypeError):
             records = []
@@ -95,21 +102,21 @@ class RunFolder:
             raise ValueError(f"{path}: must have a line for each of the {last_step} steps done")
         return records
 
-    def save_before(self, loss_nats: float, answers: dict[str, list[Answer]]) -> None:
-        rows = {name: [asdict(answer) for answer in group] for name, group in answers.items()}
-        self.write_json("before.json", {"loss_nats": loss_nats, "answers": rows})
-
-    def read_before(self) -> tuple[float, dict[str, list[Answer]]]:
-        """What the run that is resumed knew before it began."""
+    def read_before(self, last_step: int) -> Exam | None:
+        """What the model knew before the run; None where that was stopped before it was saved."""
         path = self.path / "before.json"
-        if not path.is_file():
-            raise ValueError(f"{path}: a run to resume must have this file, and there is none")
+        if not path.exists() and last_step == 0:
+            return None
         raw = read_json_object(path)
         try:
             answers = {name: [Answer(**row) for row in rows] for name, rows in raw["answers"].items()}
-            return float(raw["loss_nats"]), answers
+            return Exam(float(raw["loss_nats"]), answers)
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path}: is not what a run writes") from None
+
+    def save_before(self, before: Exam) -> None:
+        rows = {name: [asdict(answer) for answer in group] for name, group in before.answers.items()}
+        self.write_json("before.json", {"loss_nats": before.loss_nats, "answers": rows})
 
     def save_curve(self, records: list[StepRecord], trainer: LoRATrainer) -> None:
         save_loss_curve(records, trainer.validation, self.path / "loss.png")
@@ -117,3 +124,9 @@ class RunFolder:
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         with whole_file(self.path / name) as part:
             part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def anchored(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with absolute paths, so that a run can be resumed from any folder."""
+    paths = {key: Path(settings[key]) for key in ("model", "data", "init_adapter") if key in settings}
+    return settings | {key: str(path.absolute()) for key, path in paths.items() if path.exists()}

@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoRAConfig
-from .config_file import read_config
 from .lora_flags import LORA_FLAGS
 
 NO_SETTINGS = ("help", "config")
 # Beside the parser's own groups of flags that exclude each other.
 RIVALS = (("adapter_path", "resume"), ("targets", "mask_prompt"))
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
-ONE_RUN_ONLY = ("command", "config", "resume", "json")  # no part of what a run can be repeated with
+ONE_RUN_ONLY = (
+    "command",
+    "config",
+    "resume",
+    "overwrite",
+    "blas",
+    "json",
+)  # no part of what a run can be repeated with
 BRIEFLY = reprlib.Repr()
 BRIEFLY.maxlevel = 2  # a few lines of YAML can hold lists within lists of millions of items
 
@@ -28,9 +34,13 @@ def closest(word: str, words: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def with_config(command: argparse.ArgumentParser, path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The file's settings, but those that the command line gives, or gives a rival of; then the given."""
-    settings = settings_of(command, path)
+def with_settings(
+    command: argparse.ArgumentParser, raw: dict[Any, Any], given: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """The settings at a path, but those that are given, or have a rival that is; then the given."""
+    settings = settings_of(command, raw, path)
+    if "init_adapter" in given:  # it brings its own
+        settings = {key: value for key, value in settings.items() if key not in LORA_FLAGS}
     groups = [
         *RIVALS,
         *([a.dest for a in group._group_actions] for group in command._mutually_exclusive_groups),
@@ -44,11 +54,11 @@ def with_config(command: argparse.ArgumentParser, path: Path, given: dict[str, A
     return {**settings, **given}
 
 
-def settings_of(command: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    """The file's keys, - or _ in them, and its values as the flags' own types; ValueError names the key."""
+def settings_of(command: argparse.ArgumentParser, raw: dict[Any, Any], path: Path) -> dict[str, Any]:
+    """The keys, - or _ in them, and the values as the flags' own types; ValueError names the key."""
     actions = {action.dest: action for action in command._actions if action.dest not in NO_SETTINGS}
     settings: dict[str, Any] = {}
-    for given, value in read_config(path).items():
+    for given, value in raw.items():
         key = given.replace("-", "_") if isinstance(given, str) else given
         if key not in actions:
             near = closest(str(key), actions)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import BATCHINGS, TrainConfig
 from . import flags
 from .flags import TRAIN_DEFAULTS, add_json_flag, folder, number, require_at_least, switch
 from .lora_flags import add_lora_flags, lora_config
 from .settings import resolved
+
+if TYPE_CHECKING:
+    from .job import Job
 
 HELP = "fine-tune a model and show what it learned"
 DEFAULT_EPOCHS = 5
@@ -79,15 +83,33 @@ def add_step_flags(group: Any) -> None:
 
 
 def add_run_flags(group: Any) -> None:
-    folder(group, "--adapter-path", "the run's folder: adapter, metrics, report (default: adapters)")
+    folder(
+        group,
+        "--adapter-path",
+        "the run's folder, new or empty: adapter, metrics, report (default: adapters, or the first of "
+        "adapters-2, adapters-3, ... that is free)",
+    )
+    switch(
+        group,
+        "--overwrite",
+        False,
+        "replace the finished run in --adapter-path; only files that it wrote are removed (default: no)",
+    )
     folder(
         group,
         "--resume",
-        "go on with the run in this folder, to the bit as if it had not been stopped (default: a new run)",
+        "go on with the run in this folder, to the bit as if it had not been stopped; model, data and "
+        "settings come from it (default: a new run)",
     )
     number(group, "--save-every", 25, "steps between savings of adapter and training state")
     number(group, "--steps-per-eval", 25, "steps between validations")
     number(group, "--patience", 0, "stop after so many validations without a better loss; 0: never")
+    number(
+        group,
+        "--eval-examples",
+        200,
+        "compute the loss before, after and in validations over at most N examples, evenly spread; -1: all",
+    )
     number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
     add_json_flag(group)
 
@@ -95,30 +117,54 @@ def add_run_flags(group: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from .console import make_console
     from .finetune import finetune
-    from .job import Job
 
+    require_numbers(args)
+    with run_folder(args) as path:
+        report = finetune(job_of(args, path), make_console(stderr=args.json))
+    if args.json:
+        print(json.dumps(report))
+
+
+def require_numbers(args: argparse.Namespace) -> None:
     for flag in AT_LEAST_ONE:
         require_at_least(1, flag, getattr(args, flag))
     for flag in ("patience", "num_questions"):
         require_at_least(0, flag, getattr(args, flag) or 0)
-    if args.resume is not None and args.adapter_path is not None:
-        raise ValueError("--adapter-path is that of --resume: give one of them")
+    if args.eval_examples != -1 and args.eval_examples < 1:
+        raise ValueError(f"--eval-examples must be at least 1, or -1 for all, got {args.eval_examples}")
+
+
+def run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
+    """The folder that the run has to itself within the block."""
+    from .run_place import place_for_a_run, run_to_resume
+
+    if args.resume is not None:
+        return run_to_resume(args.resume)
+    if args.overwrite and args.adapter_path is None:
+        raise ValueError("--overwrite needs the --adapter-path of a finished run")
+    return place_for_a_run(args.adapter_path, args.overwrite)
+
+
+def job_of(args: argparse.Namespace, path: Path) -> Job:
+    from .job import Job
+
     settings = {
         field.name: getattr(args, field.name) for field in fields(TrainConfig) if field.name != "iters"
     }
     if args.data_seed is None:
         settings["data_seed"] = args.seed
-    lora, run_folder = lora_config(args), args.resume or args.adapter_path or Path("adapters")
-    named = {"adapter_path": run_folder, "data_seed": settings["data_seed"]}
+    lora = lora_config(args)
+    named = {"adapter_path": path, "data_seed": settings["data_seed"]}
     named |= {"targets": flags.targets(args), "mask_prompt": None}  # of two spellings the one that says all
-    job = Job(
+    return Job(
         model=args.model,
         dequantize=args.dequantize,
         dtype=args.dtype,
         data=flags.data_folder(args.data),
-        folder=run_folder,
+        folder=path,
         resume=args.resume is not None,
         init_adapter=args.init_adapter,
+        config=args.config,
         lora=lora,
         training=settings,
         iters=args.iters,
@@ -129,9 +175,7 @@ def run(args: argparse.Namespace) -> None:
         save_every=args.save_every,
         patience=args.patience,
         num_questions=args.num_questions,
+        eval_examples=args.eval_examples,
         compiled=args.compile,
         settings=resolved(args, lora, **named),
     )
-    report = finetune(job, make_console(stderr=args.json))
-    if args.json:
-        print(json.dumps(report))

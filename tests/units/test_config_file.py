@@ -71,7 +71,6 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ("epochs: 7", ["--iters", "2"], {"iters": 2}),
         ("target_modules: q_proj", ["--target-regex", "x"], {"target_modules": None, "target_regex": "x"}),
         ("targets: all", ["--mask-prompt"], {"targets": None, "mask_prompt": True}),
-        ("adapter_path: a", ["--resume", "b"], {"adapter_path": None, "resume": Path("b")}),
     ],
 )
 def test_the_command_line_wins_over_a_rival_in_the_file(

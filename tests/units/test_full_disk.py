@@ -16,6 +16,7 @@ import pytest
 from mlx_impl import files
 from mlx_impl.__main__ import main
 from mlx_impl.adapters import save_adapter
+from mlx_impl.cli.answers import Exam
 from mlx_impl.cli.curve import save_loss_curve
 from mlx_impl.cli.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig
@@ -62,7 +63,7 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {  # of the file in a folde
     ),
     "metrics.jsonl": lambda folder, _: RunFolder(folder).open_metrics([RECORD]),
     "report.json": lambda folder, _: RunFolder(folder).write_json("report.json", {"iters": 3}),
-    "before.json": lambda folder, _: RunFolder(folder).save_before(1.0, {}),
+    "before.json": lambda folder, _: RunFolder(folder).save_before(Exam(1.0, {})),
     "config.yaml": lambda folder, _: RunFolder(folder).save_config({"iters": 3}),
     "loss.png": lambda folder, _: save_loss_curve([RECORD], [], folder / "loss.png"),
 }
@@ -102,7 +103,11 @@ def test_train_ends_with_one_sentence(
     file.parent.mkdir()
     fill_the_disk(file, monkeypatch)
     assert main(["train", *inputs, "--adapter-path", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.endswith(f"error: {file}: No space left on device\n")
+    run = file.parent.parent if file.parent.name == "best" else file.parent
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"error: {file}: No space left on device",
+        f"go on with: python -m mlx_impl train --resume {run}",
+    ]
     assert not list(tmp_path.rglob("*.part*"))
     assert not file.exists()
 
@@ -140,6 +145,6 @@ def test_a_disk_that_fills_while_metrics_grow_ends_with_one_sentence(
     """They are appended to, a line a step, and so not written under another name."""
     monkeypatch.setattr(RunFolder, "open_metrics", lambda self, kept: FULL.open("w"))
     assert main(["train", *inputs, "--adapter-path", str(tmp_path)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert error.endswith("No space left on device")
+    error, way_on = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: ") and error.endswith("No space left on device")
+    assert way_on == f"go on with: python -m mlx_impl train --resume {tmp_path}"

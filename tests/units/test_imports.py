@@ -26,9 +26,10 @@ ORDER = [  # a module may import those before it
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
     "formats.peft", "formats.mlx_lm", "formats.scale_folding", "formats.adapter_conversion",
     "checkpoint", "adapters", "fusing",
-    "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
-    "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings", "cli.train",
-    "cli.evaluate", "cli.generate", "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
+    "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file", "cli.lock",
+    "cli.manifest", "cli.run_place", "cli.run_folder", "cli.flags", "cli.job", "cli.finetune",
+    "cli.lora_flags", "cli.settings", "cli.train", "cli.evaluate", "cli.generate", "cli.inspect",
+    "cli.convert", "cli.fuse", "cli.parser",
     "blas", "__main__",
 ]
 # fmt: on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl.__main__ import INTERRUPTED, main
+from mlx_impl.__main__ import main
 from mlx_impl.data import Example
 from mlx_impl.train import StepRecord
 from mlx_impl.trainer import LoRATrainer
@@ -24,6 +25,9 @@ SETTINGS = ["--rank", "2", "--dropout", "0.2", "--epochs", "4", "--batch-size", 
             "--max-grad-norm", "1", "--use-dora", "--steps-per-eval", "3", "--save-every", "2",
             "--blas", "off"]  # fmt: skip
 MEASURED = {"step_seconds_median", "training_seconds", "peak_bytes"}
+
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Killed(BaseException):
@@ -40,13 +44,18 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "data")
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
 @pytest.fixture(scope="module")
 def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     arguments = ["train", "--model", model, "--data", str(write_data(folder / "data")), *SETTINGS]
-    assert main([*arguments, "--adapter-path", str(folder)]) == 0
-    return folder
+    assert main([*arguments, "--adapter-path", str(folder / "run")]) == 0
+    return folder / "run"
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
@@ -102,47 +111,68 @@ def assert_same_run(part: Path, whole: Path) -> None:
     "step", [3, 4, 5, 8], ids=["when it validates", "when it saves", "between", "at the end"]
 )
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_bit(
-    model: str, data: Path, whole: Path, tmp_path: Path, step: int
+    model: str, data: Path, whole: Path, run: Path, step: int
 ) -> None:
-    command = stopped_run(model, data, tmp_path, step)
-    assert main([*command, "--resume", str(tmp_path)]) == 0
-    assert_same_run(tmp_path, whole)
+    stopped_run(model, data, run, step)
+    assert main(["train", "--resume", str(run), "--blas", "off"]) == 0
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "4"], ["--iters", "8"], ["--seed", "0", "--save-every", "1"]])
+def test_what_is_given_besides_may_say_the_same_again(
+    model: str, data: Path, whole: Path, run: Path, flags: list[str]
+) -> None:
+    """In the run's own words or in others, and how often it is saved is free."""
+    stopped_run(model, data, run, 3)
+    assert main(["train", "--resume", str(run), "--blas", "off", *flags]) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_run_can_be_resumed_from_another_folder_and_under_another_name(
+    model: str, data: Path, whole: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model and data were named from the folder in which it began."""
+    monkeypatch.chdir(tmp_path)
+    stopped_run(os.path.relpath(model), Path(data.name), Path("run"), 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run.rename("moved")
+    assert main(["train", "--resume", "moved", "--blas", "off"]) == 0
+    assert_same_run(Path("moved"), whole)
 
 
 def test_a_run_that_was_killed_goes_on_to_the_bit(
-    model: str, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, data: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed after step 5, saved at 4; the line that it was writing is torn."""
-    command = stopped_run(model, data, tmp_path, 5, killed=True)
-    with open(tmp_path / "metrics.jsonl", "a") as metrics:
+    command = stopped_run(model, data, run, 5, killed=True)
+    with open(run / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 6, "loss_na')
-    assert main([*command, "--resume", str(tmp_path)]) == 0
+    assert main([*command, "--resume", str(run)]) == 0
     assert "after step 4" in capsys.readouterr().out
-    assert_same_run(tmp_path, whole)
+    assert_same_run(run, whole)
 
 
 def test_a_stopped_run_is_not_overwritten_by_the_same_command(
-    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = stopped_run(model, data, tmp_path, 4)
-    before = (tmp_path / "training_state.safetensors").read_bytes()
+    command = stopped_run(model, data, run, 4)
+    before = (run / "training_state.safetensors").read_bytes()
     capsys.readouterr()
-    assert main([*command, "--adapter-path", str(tmp_path)]) == 2
-    assert f"holds a run that was stopped: go on with --resume {tmp_path}" in capsys.readouterr().err
-    assert (tmp_path / "training_state.safetensors").read_bytes() == before
+    assert main([*command, "--adapter-path", str(run)]) == 2
+    assert f"holds a run that is not finished: go on with --resume {run}" in capsys.readouterr().err
+    assert (run / "training_state.safetensors").read_bytes() == before
 
 
 def test_a_new_run_leaves_no_best_adapter_of_a_finished_one(
-    model: str, data: Path, whole: Path, tmp_path: Path
+    model: str, data: Path, whole: Path, run: Path
 ) -> None:
     """It has no validation data, so it has no best."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
+    shutil.copytree(whole, run)
     (data / "valid.jsonl").unlink()
-    assert (
-        main(["train", "--model", model, "--data", str(data), *SETTINGS, "--adapter-path", str(folder)]) == 0
-    )
-    assert not (folder / "best").exists()
+    command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--adapter-path", str(run)]
+    assert main([*command, "--overwrite"]) == 0
+    assert not (run / "best").exists()
 
 
 @pytest.mark.parametrize(
@@ -171,22 +201,22 @@ def test_a_new_run_leaves_no_best_adapter_of_a_finished_one(
 def test_what_has_changed_is_refused_by_name(
     model: str,
     data: Path,
-    tmp_path: Path,
+    run: Path,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     changed_file: str,
     message: str,
 ) -> None:
     """In one sentence, before anything is written."""
-    command = stopped_run(model, data, tmp_path, 2)
+    command = stopped_run(model, data, run, 2)
     if changed_file:
         line = conversation_line("xx", "3 yes", answer="yes")
         (data / changed_file).write_text(line + "\n" * 2 + line.replace("3", "4") + "\n")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     capsys.readouterr()
     iters = ["--iters", "8"]  # which a shorter file would change
     command = [c for c in command if c not in ("--epochs", "4")] + iters
-    assert main([*command, "--resume", str(tmp_path), *flags]) == 2
+    assert main([*command, "--resume", str(run), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
@@ -194,27 +224,56 @@ def test_what_has_changed_is_refused_by_name(
 
 
 def test_a_folder_without_a_run_and_a_finished_run_cannot_be_resumed(
-    model: str, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, data: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--resume"]
-    assert main([*command, str(tmp_path / "nothing")]) == 2
-    assert "a run to resume must have this file, and there is none" in capsys.readouterr().err
+    assert main([*command, str(run / "nothing")]) == 2
+    assert "nothing: must hold a run with its manifest.json, and holds none" in capsys.readouterr().err
+    assert not run.exists()
     assert main([*command, str(whole)]) == 2
-    assert "the run to resume must be unfinished, and has its report" in capsys.readouterr().err
+    assert "the run to resume must be unfinished, and is finished" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_is_refused_and_told_how_to_go_on(
+    model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the state is of another format, and from before there were manifests."""
+    stopped_run(model, data, run, 4)
+    state = run / "training_state.safetensors"
+    arrays, metadata = mx.load(str(state), return_metadata=True)
+    mx.save_safetensors(str(state), arrays, {**metadata, "format": "mlx-lora-training-state-2"})
+    assert main(["train", "--resume", str(run), "--blas", "off"]) == 2
+    error = capsys.readouterr().err
+    assert "must be of the format mlx-lora-training-state-3, got 'mlx-lora-training-state-2'" in error
+    assert "begin a new one from its adapter with --init-adapter" in error
+    (run / "manifest.json").unlink()
+    assert main(["train", "--resume", str(run), "--blas", "off"]) == 2
+    error = capsys.readouterr().err
+    assert "one of an older version, which cannot be resumed" in error
+    assert f"begin again from its adapter with --init-adapter {run}" in error
+
+
+def test_a_state_that_was_lost_is_not_begun_anew(
+    model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_run(model, data, run, 4)
+    (run / "training_state.safetensors").unlink()
+    assert main(["train", "--resume", str(run), "--blas", "off"]) == 2
+    assert "training_state.safetensors: a run to resume must have this file" in capsys.readouterr().err
 
 
 def test_training_stops_when_validation_has_not_improved_for_long(
-    model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At learning rate 0 it never does: two validations after the first, and the best is the first."""
-    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path), "--json"]
+    arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(run), "--json"]
     flags = ["--learning-rate", "0", "--steps-per-eval", "1", "--patience", "2", "--iters", "9"]
     assert main([*arguments, *flags, "--rank", "2", "--blas", "off"]) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert report["iters"] == 2 and report["valid_best_step"] == 0
     assert "stopped at step 2: 2 validations without a better loss" in printed.err
-    assert (tmp_path / "best" / "adapter_config.json").exists()
+    assert (run / "best" / "adapter_config.json").exists()
 
 
 def test_early_stopping_needs_validation_data(

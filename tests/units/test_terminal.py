@@ -77,7 +77,13 @@ def test_a_terminal_has_a_bar_and_colours(common: list[str], tmp_path: Path) -> 
     written = on_a_terminal(train(common, tmp_path / "run"))
     assert "12/12" in written and movements(written) > {"m", "K"}
     lines = ESCAPES.sub("", written).replace("\r", "\n").splitlines()
-    whole = ("BLAS", "data:", "step 12: adapter", "report.json")  # sentences with paths are left to be copied
+    whole = (
+        "BLAS",
+        "run:",
+        "data:",
+        "step 12: adapter",
+        "report.json",
+    )  # sentences with paths are left to be copied
     assert max(cell_len(line) for line in lines if not line.startswith(whole)) <= 80
 
 

@@ -1,0 +1,126 @@
+"""One process a folder: a lock that the system releases when its holder ends, also by a crash.
+
+Source: flock(2). The file says which process on which host holds it, and by which name (`files.PROCESS`) its
+temporary files go, so that whoever comes after a crash can remove exactly those.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..files import PROCESS, remove_parts_of
+
+NAME = ".mlx_impl.lock"
+MOST_BYTES = 4096
+
+
+class InUse(ValueError):
+    """Another process has the folder."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block no other process has this folder; it is made if it is missing.
+
+    Afterwards the lock's file is gone, and so is a folder that was made here and is empty.
+    Raises InUse, which says who has it, and ValueError for a folder that cannot be written to.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            make(folder.absolute(), made)
+            descriptor = take(folder)
+        except OSError as error:
+            sentence = f"{folder}: must be a folder that can be written to: {error.strerror}"
+            raise ValueError(sentence) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a folder that is gone, or read-only by now
+                (folder / NAME).unlink()
+            os.close(descriptor)
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+def make(folder: Path, made: list[Path]) -> None:
+    """Make it and what it lies in; `made` is told of each."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        with suppress(FileExistsError):  # another process was as quick
+            path.mkdir()
+            made.append(path)
+
+
+def take(folder: Path) -> int:
+    """The descriptor of the locked file."""
+    path = folder / NAME
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_same(descriptor, path):  # else its last holder has just removed it
+                remove_parts(folder, read(path))
+                write(descriptor)
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InUse(f"{folder}: {holder(read(path))} is using this folder") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def write(descriptor: int) -> None:
+    record = {"host": socket.gethostname(), "process": os.getpid(), "parts": PROCESS}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(record).encode(), 0)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a lock's file says; {} for one that a crash left empty, None for a file that is not ours."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None
+        text = path.read_bytes()[:MOST_BYTES]
+        record = json.loads(text) if text else {}
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(record, dict) and record.keys() <= {"host", "process", "parts"}
+    return record if is_ours else None
+
+
+def holder(record: dict[str, Any] | None) -> str:
+    if not record:
+        return "another process"
+    return f"process {record.get('process')} on {record.get('host')}"
+
+
+def remove_parts(folder: Path, record: dict[str, Any] | None) -> None:
+    """What a process that ended in the middle of writing has left of its temporary files."""
+    token = (record or {}).get("parts")
+    if isinstance(token, str) and token:
+        for place in (folder, folder / "best"):
+            if place.is_dir() and not place.is_symlink():
+                remove_parts_of(place, token)

@@ -1,0 +1,148 @@
+"""Training runs killed at every act on the names of files, and what must hold afterwards.
+
+    python -m tests.killed_runs [--random N]    # all moments of all scenarios, then N at random moments
+
+A kill leaves what was there, or a run that goes on to the bit as if it had not been killed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_impl.__main__ import main
+from tests.kills import Ended, run_killed
+from tests.tiny_folder import write_data, write_folder
+
+FLAGS = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", "1", "--steps-per-eval", "2",
+         "--dropout", "0.1", "--num-questions", "1", "--blas", "off"]  # fmt: skip
+CLOCKS = {"seconds", "peak_bytes"}
+OF_A_CLOCK = {"step_seconds_median", "training_seconds", "peak_bytes"}
+MINE = ("notes.txt", "best/photo.jpg")  # the user's, in the folder of the run
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`before` makes the folder `run` as it is before the command; the words follow `train`."""
+
+    before: Callable[[Bench, Path], object]
+    words: tuple[str, ...]
+
+
+class Bench:
+    """Inputs, and the finished run that every other must end as."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        inputs = write_folder(root / "model"), write_data(root / "data")
+        self.train = ["train", "--model", str(inputs[0]), "--data", str(inputs[1]), *FLAGS]
+        self.whole, self.old, self.stopped = (root / name for name in ("whole", "old", "stopped"))
+        for folder, seed in ((self.whole, "0"), (self.old, "9")):
+            ended = run_killed(main, [*self.train, "--seed", seed, "--adapter-path", str(folder)])
+            assert ended.code == 0, ended.output
+        for name in MINE:
+            (self.old / name).write_text("mine")
+        run_killed(main, [*self.train, "--adapter-path", str(self.stopped)], at=40)
+
+    def command(self, scenario: Scenario, run: Path) -> list[str]:
+        settings = ["train"] if "--resume" in scenario.words else self.train
+        return [*settings, *scenario.words, str(run), "--blas", "off"]
+
+    def go_on(self, run: Path) -> None:
+        """As a person would: by --resume where there is a run, else by the same command once more."""
+        if is_unfinished(run):
+            ended = run_killed(main, ["train", "--resume", str(run), "--blas", "off"])
+        else:
+            ended = run_killed(main, [*self.train, "--overwrite", "--adapter-path", str(run)])
+        assert ended.code == 0, ended.output
+
+
+def is_unfinished(run: Path) -> bool:
+    manifest = run / "manifest.json"
+    return manifest.exists() and json.loads(manifest.read_text())["finished"] is None
+
+
+SCENARIOS = {
+    "a new run": Scenario(lambda bench, run: None, ("--adapter-path",)),
+    "a run that replaces another": Scenario(
+        lambda bench, run: shutil.copytree(bench.old, run), ("--overwrite", "--adapter-path")
+    ),
+    "a run that goes on": Scenario(lambda bench, run: shutil.copytree(bench.stopped, run), ("--resume",)),
+}
+
+
+def contents(path: Path) -> Any:
+    """What must be the same: all but what a clock measures."""
+    if path.suffix == ".safetensors":
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        return {name: bytes(np.array(array)) for name, array in arrays.items()}, metadata
+    if path.name == "metrics.jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+    if path.name == "report.json":
+        return {k: v for k, v in json.loads(path.read_text()).items() if k not in OF_A_CLOCK}
+    if path.name == "config.yaml":
+        return [line for line in path.read_text().splitlines() if not line.startswith("adapter_path")]
+    return path.read_bytes()
+
+
+def files(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def require_same_run(run: Path, whole: Path) -> None:
+    """The same files with the same contents, and the user's own, and nothing else."""
+    expected = files(whole) - set(MINE)
+    assert files(run) - set(MINE) == expected, files(run) ^ expected
+    for name in sorted(expected - {"manifest.json"}):
+        assert contents(run / name) == contents(whole / name), name
+
+
+def require_nothing_lost(bench: Bench, scenario: str, run: Path) -> None:
+    """After a kill the old run is as it was, or the new one goes on to its end, to the bit."""
+    if scenario == "a run that replaces another":
+        assert all((run / name).read_text() == "mine" for name in MINE)
+        if not is_unfinished(run) and contents(run / "manifest.json") == contents(
+            bench.old / "manifest.json"
+        ):
+            for path in run.glob(".*"):  # the lock and the temporary files of a dead process
+                path.rename(bench.root / "debris")
+            require_same_run(run, bench.old)
+    bench.go_on(run)
+    require_same_run(run, bench.whole)
+
+
+def killed(bench: Bench, name: str, run: Path, at: int, when: str) -> Ended:
+    shutil.rmtree(run, ignore_errors=True)
+    SCENARIOS[name].before(bench, run)
+    ended = run_killed(main, bench.command(SCENARIOS[name], run), at=at, when=when)
+    if ended.was_killed:
+        require_nothing_lost(bench, name, run)
+    return ended
+
+
+def every_moment() -> int:
+    root, count = Path(tempfile.mkdtemp()), 0
+    bench = Bench(root)
+    for name in SCENARIOS:
+        at, is_killed = 0, True
+        while is_killed:
+            at += 1
+            for when in ("before", "after"):
+                is_killed = killed(bench, name, root / "run", at, when).was_killed
+                count += is_killed
+        print(f"{name}: killed before and after each of {at - 1} calls", flush=True)
+    shutil.rmtree(root)
+    return count
+
+
+if __name__ == "__main__":
+    print(every_moment(), "kills, nothing lost")

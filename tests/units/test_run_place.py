@@ -1,0 +1,276 @@
+"""Where a run may begin: nothing that it did not write itself is removed or overwritten."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_impl.__main__ import main
+from mlx_impl.cli import lock
+from mlx_impl.cli.manifest import FILES
+from mlx_impl.files import PROCESS
+from tests.tiny_folder import write_data, write_folder
+
+TINY_RUN = ["--rank", "2", "--iters", "2", "--batch-size", "4", "--num-questions", "0", "--blas", "off"]
+NAMES = (*FILES, "manifest.json", ".mlx_impl.lock", "adapter_model.part.safetensors", "best/photo.jpg")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model, data = (tmp_path_factory.mktemp(name) for name in ("model", "data"))
+    return ["--model", str(write_folder(model)), "--data", str(write_data(data))]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody has touched since."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["train", *inputs, *TINY_RUN, "--adapter-path", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, as `run` in the empty folder."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def train(inputs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The command of a tiny run, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return ["train", *inputs, *TINY_RUN]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write(folder: Path, *names: str) -> dict[str, bytes]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"the user's own {name}")
+    return contents(folder)
+
+
+def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence that it ends with."""
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_the_same_command_twice_takes_two_folders(
+    train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("adapters", "adapters-2", "adapters-3"):
+        assert main(train) == 0
+        assert f"run:       {name}\n" in capsys.readouterr().out
+        assert (tmp_path / name / "report.json").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("names", [NAMES, *[(name,) for name in NAMES]], ids=lambda names: names[0])
+def test_a_folder_with_the_users_files_stays_as_it_is(
+    train: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    names: tuple[str, ...],
+    flags: list[str],
+) -> None:
+    """Also under every name that a run uses; the sentence names a folder in which the run begins."""
+    mine = write(tmp_path / "mine", *names)
+    error = refusal([*train, "--adapter-path", "mine", *flags], capsys)
+    assert re.search(
+        r"mine: must be new or empty, and holds \S+: take another folder, such as mine-2$", error
+    )
+    assert contents(tmp_path / "mine") == mine
+    assert not (tmp_path / "mine-2").exists()
+
+
+def test_what_a_file_browser_leaves_does_not_count(train: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "run", ".DS_Store", "._x", "Thumbs.db")
+    assert main([*train, "--adapter-path", "run"]) == 0
+    assert (tmp_path / "run" / ".DS_Store").read_text() == "the user's own .DS_Store"
+
+
+def test_a_finished_run_is_replaced_where_that_is_asked_for(
+    train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with it goes nothing that it did not write."""
+    mine = write(run, "notes.txt", "best/photo.jpg", "more/adapter_model.safetensors")
+    error = refusal([*train, "--adapter-path", "run"], capsys)
+    assert (
+        "run: holds a finished run: replace it with --overwrite, or take another folder, such as run-2"
+        in error
+    )
+    assert contents(run) == mine
+    assert main([*train, "--adapter-path", "run", "--overwrite", "--seed", "5"]) == 0
+    new = contents(run)
+    assert all(new[n] == mine[n] for n in ("notes.txt", "best/photo.jpg", "more/adapter_model.safetensors"))
+    assert new["adapter_model.safetensors"] != mine["adapter_model.safetensors"]
+    assert json.loads(new["manifest.json"])["settings"]["seed"] == 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_was_changed_since_is_the_users(
+    train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (run / name).write_bytes((run / name).read_bytes() + b" ")
+    before = contents(run)
+    error = refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
+    assert f"run/{name}: is not as the run wrote it, and is not overwritten: take another" in error
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["loss.png", "best", "best/adapter_model.safetensors"])
+def test_nothing_is_removed_through_a_link(
+    train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The file or the folder has been moved elsewhere, and a link stands in its place."""
+    elsewhere = tmp_path / "elsewhere"
+    (run / name).rename(elsewhere)
+    (run / name).symlink_to(elsewhere)
+    before = contents(tmp_path)
+    assert "is not as the run wrote it" in refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "train.jsonl"])
+def test_a_model_folder_and_a_data_folder_hold_no_run(
+    train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """transformers would load the adapter with the model by itself."""
+    before = write(tmp_path / "run", name)
+    error = refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
+    assert f"run/{name}: a " in error and "folder must not hold a run: take another folder" in error
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("path", ["IT", "IT/run", "IT/a/b"])
+@pytest.mark.parametrize("what", ["model", "data", "initial adapter", "--config file"])
+def test_a_run_stays_apart_from_what_it_reads(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    what: str, path: str,
+) -> None:  # fmt: skip
+    """It must not be it or lie in it; through a link neither."""
+    monkeypatch.chdir(tmp_path)
+    model, data = write_folder(tmp_path / "model"), write_data(tmp_path / "data")
+    first = ["train", *inputs, *TINY_RUN]
+    assert main([*first, "--adapter-path", "adapter"]) == 0
+    (tmp_path / "adapter" / "manifest.json").unlink()  # no finished run any more
+    (tmp_path / "config.yaml").write_text("rank: 2")
+    given = {"model": model, "data": data, "initial adapter": Path("adapter")}
+    (tmp_path / "link").symlink_to(given.get(what, tmp_path))
+    flags = (
+        ["--init-adapter", "adapter"]
+        if what == "initial adapter"
+        else ["--config", "config.yaml", "--rank", "2"]
+    )
+    before = contents(tmp_path)
+    run = path.replace("IT", "link")
+    command = ["train", "--model", str(model), "--data", str(data), "--iters", "1", "--blas", "off", *flags]
+    if what == "--config file" and path != "IT":
+        return  # in the folder of a settings file a run may lie
+    assert "another" in refusal([*command, "--adapter-path", run], capsys)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_does_not_replace_the_one_that_it_goes_on_from(
+    inputs: list[str], train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its adapter, nor its best, nor the settings in it."""
+    before = contents(tmp_path)
+    common = ["train", *inputs, "--iters", "2", "--blas", "off", "--adapter-path", "run", "--overwrite"]
+    for flags in (["--init-adapter", "run"], ["--init-adapter", "run/best"], ["--config", "run/config.yaml"]):
+        assert "must not be, contain or lie inside the" in refusal([*common, *flags], capsys)
+    assert contents(tmp_path) == before
+
+
+def test_two_runs_do_not_share_a_folder(
+    train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sentence says who has it; without --adapter-path the next folder is taken."""
+    run = tmp_path / "adapters"
+    who = r"is using this folder"
+    with lock.locked(run):
+        before = contents(run)
+        error = refusal([*train, "--adapter-path", "adapters"], capsys)
+        assert re.search(rf"adapters: process \d+ on {re.escape(socket.gethostname())} {who}", error)
+        assert contents(run) == before
+        assert main(train) == 0
+    assert not run.exists() and (tmp_path / "adapters-2").exists()
+
+
+def test_a_run_that_is_going_on_cannot_be_resumed(
+    train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"finished": None}))
+    with lock.locked(tmp_path / "run"):
+        assert "is using this folder" in refusal(["train", "--resume", "run", "--blas", "off"], capsys)
+        assert "is using this folder" in refusal([*train, "--adapter-path", "run"], capsys)
+    assert main(["train", "--resume", "run", "--blas", "off"]) == 0
+
+
+def test_a_crash_releases_the_lock_and_its_temporary_files_go(train: list[str], tmp_path: Path) -> None:
+    """Only those of the process that crashed."""
+    run = tmp_path / "run"
+    code = f"""
+import os, sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+from pathlib import Path
+from mlx_impl.cli.lock import locked
+from mlx_impl.files import whole_file
+with locked(Path("run")), whole_file(Path("run/manifest.json")) as part:
+    part.write_text("half"); print(part.name, flush=True); os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == -9 and (run / done.stdout.strip()).exists(), done.stderr
+    assert main([*train, "--adapter-path", "run"]) == 0
+    assert not (run / done.stdout.strip()).exists()
+    assert not list(run.glob(f".*{PROCESS}*")) and not (run / lock.NAME).exists()
+
+
+def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    """A link, a folder, a text of the user's."""
+    link, folder, text = (tmp_path / name for name in "abc")
+    link.symlink_to(tmp_path / "nowhere")
+    folder.mkdir()
+    text.write_text("mine")
+    assert [lock.read(path) for path in (link, folder, text)] == [None] * 3
+
+
+def test_metrics_that_vanish_during_a_run_are_an_error(
+    train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlx_impl.cli.run_folder import RunFolder
+
+    real = RunFolder.save_best
+
+    def save_best(self: RunFolder, *rest: object) -> None:
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        real(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunFolder, "save_best", save_best)
+    error = refusal([*train, "--adapter-path", "run", "--learning-rate", "0.01"], capsys)
+    assert "run/metrics.jsonl: was removed or replaced while the run was going on" in error
+
+
+def test_a_folder_that_a_run_did_not_begin_in_is_not_left(
+    train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor those that it lies in."""
+    refusal([*train, "--adapter-path", "a/b/c", "--rank", "1000"], capsys)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "empty").mkdir()
+    refusal([*train, "--adapter-path", "empty", "--rank", "1000"], capsys)
+    assert list((tmp_path / "empty").iterdir()) == []

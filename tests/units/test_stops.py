@@ -1,0 +1,130 @@
+"""However a run is stopped, it is saved, and the last line is the command to go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl.__main__ import main
+from mlx_impl.cli import finetune
+from mlx_impl.cli.run_folder import RunFolder
+from tests.tiny_folder import write_data, write_folder
+
+GO_ON = "go on with: python -m mlx_impl "
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model, data = (tmp_path_factory.mktemp(name) for name in ("model", "data"))
+    common = ["--model", str(write_folder(model)), "--data", str(write_data(data))]
+    return [*common, "--rank", "2", "--iters", "1000000", "--blas", "off"]
+
+
+def command(inputs: list[str], run: Path) -> list[str]:
+    return [sys.executable, "-m", "mlx_impl", "train", *inputs, "--adapter-path", str(run)]
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def assert_saved(run: Path) -> None:
+    """Every step that the metrics have is in the state: whole lines, and an adapter that loads."""
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    _, metadata = mx.load(str(run / "training_state.safetensors"), return_metadata=True)
+    assert json.loads(metadata["progress"])["step"] == len(steps)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
+def test_a_signal_saves_what_was_learned(inputs: list[str], tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        command(inputs, run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        wait_for_steps(run, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == SIGNALS[signal.Signals(number)], output
+    assert "saved in" in output and "Traceback" not in output
+    assert_saved(run)
+    assert output.splitlines()[-2:] == [
+        f"stopped by {signal.Signals(number).name}",
+        f"{GO_ON}train --resume {run}",
+    ]
+
+
+def test_a_terminal_that_is_closed_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
+    """Its process gets SIGHUP, and has nowhere to print to any more."""
+    run = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvp(sys.executable, command(inputs, run))
+    deadline = time.monotonic() + 100
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 3):
+        assert time.monotonic() < deadline
+        os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert_saved(run)
+
+
+def test_nohup_is_heeded(inputs: list[str], tmp_path: Path) -> None:
+    """A SIGHUP that is ignored when the program begins stays ignored."""
+    run = tmp_path / "run"
+    arguments = ["nohup", *command(inputs, run)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for_steps(run, process)
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_what_was_stopped_before_anything_was_saved_is_begun_again(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is as it was: there is none."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(finetune, "examine", lambda *_: signal.raise_signal(signal.SIGTERM))
+    arguments = ["train", *inputs, "--adapter-path", str(run)]
+    assert main(arguments) == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"begin again with: {shlex.join(['python', '-m', 'mlx_impl', *arguments])}"
+    assert not run.exists()
+
+
+def test_a_full_disk_ends_with_the_command_to_go_on_with(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "some file")
+
+    monkeypatch.setattr(RunFolder, "save", full)
+    run = tmp_path / "a run"
+    assert main(["train", *inputs, "--iters", "1", "--adapter-path", str(run)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error == [
+        "error: some file: No space left on device",
+        f"{GO_ON}train --resume '{run}'",
+    ]
+    monkeypatch.undo()
+    assert main([*shlex.split(error[1].removeprefix(GO_ON)), "--blas", "off"]) == 0
+    assert (run / "report.json").exists()
