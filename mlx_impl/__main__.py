@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}", error)
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        if not hasattr(stop, "__notes__"):  # nothing is saved
+        if words[:1] == ["train"] and not hasattr(stop, "__notes__"):  # nothing is saved
             stop.add_note(f"begin again with: {shlex.join(['python', '-m', 'mlx_impl', *words])}")
         print_notes(stop)
         return stop.exit_code

@@ -87,7 +87,7 @@ def way_on(prepared: Prepared) -> Iterator[None]:
         flags += ["--adapter-path", free_folder(folder)]
         stop.add_note(f"go on at a lower learning rate with: {train_command(*flags)}")
         raise
-    except (KeyboardInterrupt, OSError) as stop:
+    except (KeyboardInterrupt, OSError, RuntimeError) as stop:  # the last: what MLX raises
         if prepared.folder.has_begun():
             stop.add_note(f"go on with: {train_command('--resume', folder)}")
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 from ..files import PROCESS, remove_parts_of
 
 NAME = ".mlx_impl.lock"
+TOKEN = re.compile(r"[0-9a-f]{16}")  # as PROCESS is made
 MOST_BYTES = 4096
 
 
@@ -103,24 +105,28 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None
-        text = path.read_bytes()[:MOST_BYTES]
+        text = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b"?"
         record = json.loads(text) if text else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    is_ours = isinstance(record, dict) and record.keys() <= {"host", "process", "parts"}
-    return record if is_ours else None
+    return record if record == {} or is_ours(record) else None
+
+
+def is_ours(record: Any) -> bool:
+    """Whether `write` could have written it."""
+    if not isinstance(record, dict) or record.keys() != {"host", "process", "parts"}:
+        return False
+    host, process, parts = (record[key] for key in ("host", "process", "parts"))
+    is_host = isinstance(host, str) and host.isprintable()
+    return is_host and type(process) is int and isinstance(parts, str) and bool(TOKEN.fullmatch(parts))
 
 
 def holder(record: dict[str, Any] | None) -> str:
-    if not record:
-        return "another process"
-    return f"process {record.get('process')} on {record.get('host')}"
+    return f"process {record['process']} on {record['host']}" if record else "another process"
 
 
 def remove_parts(folder: Path, record: dict[str, Any] | None) -> None:
     """What a process that ended in the middle of writing has left of its temporary files."""
-    token = (record or {}).get("parts")
-    if isinstance(token, str) and token:
-        for place in (folder, folder / "best"):
-            if place.is_dir() and not place.is_symlink():
-                remove_parts_of(place, token)
+    for place in (folder, folder / "best"):
+        if record and place.is_dir() and not place.is_symlink():
+            remove_parts_of(place, record["parts"])

@@ -96,7 +96,7 @@ class RunFolder:
         try:
             lines = read_text(path).split("\n")[:last_step] if last_step else []
             records = [StepRecord(**json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             records = []
         if [record.step for record in records] != list(range(1, last_step + 1)):
             raise ValueError(f"{path}: must have a line for each of the {last_step} steps done")

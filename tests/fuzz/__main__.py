@@ -1,11 +1,14 @@
 """`python -m tests.fuzz TARGET FOLDER [CASE]`: every case of a target, or one; a line for what went wrong.
 
+FUZZ_SEED and FUZZ_TIMES, other cases and more of them, are for a long search.
+
 The number of each case is written before it is tried, so that a crash has a name. Address space is capped: a
 file of some kilobytes that asks for gigabytes must be refused before they are allocated.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -34,8 +37,9 @@ def main(target: str, folder: Path, only: int | None = None) -> None:
     cap_memory()
     signal.signal(signal.SIGALRM, hang)
     refused = 0
-    for case in range(spec.num_cases) if only is None else (only,):
-        rng = random.Random(zlib.crc32(f"{target} {case}".encode()))
+    times, seed = int(os.environ.get("FUZZ_TIMES", "1")), os.environ.get("FUZZ_SEED", "")
+    for case in range(times * spec.num_cases) if only is None else (only,):
+        rng = random.Random(zlib.crc32(f"{target} {case}{seed}".encode()))
         mutation = spec.mutations[case % len(spec.mutations)]
         file.write_bytes(mutation(valid, rng))
         print(f"case {case} {mutation.__name__}", flush=True)

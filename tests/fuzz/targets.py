@@ -12,6 +12,10 @@ import mlx.core as mx
 
 from mlx_impl.adapters import load_adapter, save_adapter
 from mlx_impl.checkpoint import load_model
+from mlx_impl.cli import lock, manifest
+from mlx_impl.cli.answers import Answer, Exam
+from mlx_impl.cli.parser import parse_arguments
+from mlx_impl.cli.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.examples import encode_all
 from mlx_impl.formats.hf_config import read_config
@@ -22,6 +26,7 @@ from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.rows import read_conversations
 from mlx_impl.state import Progress, load_state, save_state, snapshot
 from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.train import StepRecord
 from tests.fuzz.mutations import BYTES, JSON, LINES, SAFETENSORS, Mutation, mutate_progress
 from tests.tiny_folder import LINEARS, TEMPLATE, conversation_line, write_folder
 
@@ -142,7 +147,57 @@ def read_tokenizer(folder: Path) -> None:
     converse(load_model(folder).tokenizer, folder)
 
 
+SETTINGS = {"rank": 4, "learning_rate": 1e-4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}
+RECORDS = [StepRecord(step, 2.5, 0.5, 1e-3, 5, 20, 0.1, 1000) for step in (1, 2, 3)]
+
+
+def write_run(folder: Path) -> None:
+    """What a run leaves beside its adapter and its state."""
+    folder.mkdir(parents=True)
+    run = RunFolder(folder)
+    run.begin(SETTINGS, IDENTITY, Exam(1.5, {"trained": [Answer("Who?", "Mia", "Mia.")]}))
+    run.open_metrics(RECORDS).close()
+    run.finish()
+
+
+def write_toml(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('rank = 4\nlearning-rate = 1e-4\ntarget_modules = ["q_proj"]\n')
+
+
+def read_settings(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        parse_arguments(["train", "--config", str(folder / name)])
+
+    return read
+
+
+def read_resumed(folder: Path) -> None:
+    """The settings of a run are beneath those that are given."""
+    parse_arguments(["train", "--resume", str(folder)])
+
+
+def read_lock(folder: Path) -> None:
+    """Ours or not: to say which never fails, and what it says can be shown."""
+    record = lock.read(folder / lock.NAME)
+    assert lock.holder(record).isprintable()
+    if record is None:
+        raise ValueError(f"{folder / lock.NAME}: not a lock")
+
+
+def write_lock(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / lock.NAME).write_text('{"host": "here", "process": 5, "parts": "0123456789abcdef"}')
+
+
 TARGETS: dict[str, Target] = {
+    "manifest": Target(write_run, "manifest.json", JSON, manifest.read, 200),
+    "manifest_to_resume": Target(write_run, "manifest.json", JSON, read_resumed, 150),
+    "before": Target(write_run, "before.json", JSON, lambda f: RunFolder(f).read_before(3), 100),
+    "metrics": Target(write_run, "metrics.jsonl", LINES, lambda f: RunFolder(f).read_metrics(3), 100),
+    "settings": Target(write_run, "config.yaml", BYTES, read_settings("config.yaml"), 150),
+    "settings_toml": Target(write_toml, "config.toml", BYTES, read_settings("config.toml"), 100),
+    "lock": Target(write_lock, lock.NAME, JSON, read_lock, 80),
     "model": Target(write_model, "model.safetensors", SAFETENSORS, load_model, 300),
     "shards": Target(write_shards, "model-00002-of-00002.safetensors", SAFETENSORS, load_model, 100),
     "index": Target(write_shards, "model.safetensors.index.json", JSON, load_model, 150),

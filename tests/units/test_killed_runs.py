@@ -1,0 +1,31 @@
+"""A training run that is killed loses nothing: a few moments; `python -m tests.killed_runs` tries all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.killed_runs import SCENARIOS, Bench, killed
+
+NUM_MOMENTS = 12  # of each scenario, spread over all
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_killed_run_loses_nothing(name: str, bench: Bench, tmp_path: Path) -> None:
+    """What was there is as it was, or the new run goes on to the bit."""
+    whole = killed(bench, name, tmp_path / "run", at=10**6, when="before")
+    assert whole.code == 0, whole.output
+    for at, when in moments(len(whole.calls)):
+        assert killed(bench, name, tmp_path / "run", at, when).was_killed
+
+
+def moments(num_calls: int) -> Iterator[tuple[int, str]]:
+    for number in range(NUM_MOMENTS):
+        yield 1 + number * (num_calls - 1) // (NUM_MOMENTS - 1), ("before", "after")[number % 2]
