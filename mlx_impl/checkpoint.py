@@ -85,6 +85,8 @@ def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
 
 def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:
     """A folder or a .gguf file, with at least these files where it comes from the hub."""
+    if model == "":  # as a path it would be the folder that one is in
+        raise ValueError("a model must be a Hugging Face folder, a .gguf file or a name on the hub, got ''")
     path = default_model_path() if model is None else find_model(model, files)
     if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
         raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
