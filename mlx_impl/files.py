@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,8 +103,7 @@ def make_run_folder(folder: Path) -> None:
     """Make the folder and write to it; ValueError now rather than after the training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        open_part(folder / "writable").unlink()
     except OSError as error:
         raise ValueError(f"{folder}: must be a folder that can be written to: {error.strerror}") from None
 
