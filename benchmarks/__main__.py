@@ -7,13 +7,15 @@ import json
 import sys
 from dataclasses import replace
 
+from fixtures.own_files import require_committed
+
 from .cases import CASES, Case, named_case
 from .contestants import named_entry
-from .curves import CURVES, draw, measure_curve, table_of
+from .curves import CURVES, draw, measure_curve, picture, table_of
 from .measure import measure, measure_as_installed
 from .memory_run import Held, held_against_model
 from .memory_table import MODELLED, held_table, model_table
-from .readme import write_part
+from .readme import README, write_part
 from .table import HEADINGS, as_json, markdown, notes, print_table, rows
 from .worker import call, is_gpu
 
@@ -37,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--as-installed", action="store_true", help="mlx-lm with the BLAS that MLX brings: minutes"
     )
     parser.add_argument("--json", action="store_true", help="the table as one object and nothing else")
-    parser.add_argument("--write", action="store_true", help="into README.md, pictures beside it")
+    parser.add_argument(
+        "--write", action="store_true", help="into README.md, pictures beside it, if committed"
+    )
     return parser
 
 
@@ -111,6 +115,9 @@ def show_memory(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
+        if args.write:  # before an hour of measurements
+            pictures = map(picture, CURVES.values()) if args.what == "curves" else ()
+            require_committed([README, *pictures])
         {"table": show_table, "curves": show_curves, "memory": show_memory}[args.what](args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_impl.files import read_json_object, whole_file
+
 from .gate import SLACK
 
 FOLDER = Path(__file__).resolve().parents[1] / ".benchmarks"
@@ -49,7 +51,10 @@ class Baselines:
     seconds: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+        """ValueError where the file is not one that `write` writes: it is not replaced."""
+        self.seconds = read_json_object(self.path) if os.path.lexists(self.path) else {}
+        if not all(type(seconds) in (int, float) for seconds in self.seconds.values()):
+            raise ValueError(f"{self.path}: must be seconds by names of benchmarks: move it away")
 
     def compare(self, name: str, seconds: float) -> str | None:
         """A sentence where it is slower than it was by more than SLACK, else None."""
@@ -63,7 +68,8 @@ class Baselines:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.seconds, indent=2, sort_keys=True) + "\n")
+        with whole_file(self.path) as part:
+            part.write_text(json.dumps(self.seconds, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def baselines_here(replaced: bool) -> Baselines:

@@ -46,7 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark runs one test at a time: leave -n out")
     if config.args_source is config.ArgsSource.TESTPATHS:
         config.args[:] = [str(HERE)]
-    config.stash[BASELINES] = baselines_here(option.benchmark_new_baseline)
+    try:
+        config.stash[BASELINES] = baselines_here(option.benchmark_new_baseline)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     config.stash[SLOWER] = []
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_impl.files import whole_file
+
 from .cases import CASES, Case
 from .interleave import interleave
 from .table import markdown, shown_bytes, shown_seconds
@@ -68,6 +70,10 @@ def table_of(curve: Curve, points: Sequence[Point]) -> str:
     return markdown((curve.axis, "step", "peak"), rows)
 
 
+def picture(curve: Curve, folder: Path = PICTURES) -> Path:
+    return folder / f"{curve.name}.png"
+
+
 def draw(curve: Curve, points: Sequence[Point], folder: Path = PICTURES) -> Path:
     """Both against the axis, from zero, so that a straight line through it is seen as one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -83,6 +89,7 @@ def draw(curve: Curve, points: Sequence[Point], folder: Path = PICTURES) -> Path
         axes.set(xlabel=curve.axis, ylabel=label, ylim=(0, None), xlim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     folder.mkdir(exist_ok=True)
-    path = folder / f"{curve.name}.png"
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    path = picture(curve, folder)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, metadata={"Software": None})
     return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_impl.files import whole_file
+
 README = Path(__file__).with_name("README.md")
 
 
@@ -17,4 +19,6 @@ def replaced(text: str, name: str, body: str) -> str:
 
 
 def write_part(name: str, body: str, path: Path = README) -> None:
-    path.write_text(replaced(path.read_text(encoding="utf-8"), name, body), encoding="utf-8")
+    text = replaced(path.read_text(encoding="utf-8"), name, body)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")

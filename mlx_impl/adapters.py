@@ -150,7 +150,8 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG}: the key {error} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
+        names_it = str(error).startswith(str(folder))  # or a file of it
+        raise ValueError(str(error) if names_it else f"{folder}: {error}") from None
     with whole_folder(target) as part:
         for name in (FORMATS[to].FILE, CONFIG):
             part.file(name)

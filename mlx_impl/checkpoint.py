@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from . import quantized
 from .config import ModelConfig
+from .files import require_file
 from .formats.gguf import read_gguf, read_metadata
 from .formats.gguf_tokenizer import tokenizer_from_gguf
 from .formats.hf_config import read_config
@@ -85,9 +86,13 @@ def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
 
 def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:
     """A folder or a .gguf file, with at least these files where it comes from the hub."""
+    if model == "":  # as a path it would be the folder that one is in
+        raise ValueError("a model must be a Hugging Face folder, a .gguf file or a name on the hub, got ''")
     path = default_model_path() if model is None else find_model(model, files)
-    if not path.is_dir() and not (path.suffix == ".gguf" and path.is_file()):
+    if not path.is_dir() and not (path.suffix == ".gguf" and path.exists()):
         raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
+    if not path.is_dir():
+        require_file(path)
     return path
 
 

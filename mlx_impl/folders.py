@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from .files import named, synchronize, synchronize_folder
-from .journal import Journal, remove_leftovers, remove_unfinished
+from .journal import Journal, remove_leftovers
 from .places import real, require_new_folder
 
 
@@ -33,7 +33,7 @@ def whole_folder(path: Path) -> Iterator[Unfinished]:
         raise named(error, name_for(error, part, path)) from None
     finally:
         if part is not None:
-            part.close()
+            part.journal.close()
 
 
 def name_for(error: OSError, part: Unfinished | None, path: Path) -> Path:
@@ -71,9 +71,3 @@ class Unfinished:
         synchronize_folder(self.path)
         os.replace(self.path, self.target)
         synchronize_folder(self.target.parent)
-
-    def close(self) -> None:
-        """Remove what is left, the journal last; after `finish` that is the journal."""
-        with suppress(OSError):
-            remove_unfinished(self.path, self.journal.entries)
-        self.journal.close()

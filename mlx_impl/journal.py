@@ -52,7 +52,9 @@ class Journal:
             os.fsync(self.descriptor)
 
     def close(self) -> None:
+        """Remove what the folder, if it did not get its own name, holds of ours; the journal last."""
         with suppress(OSError):
+            remove_unfinished(self.folder, self.entries)
             self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 

@@ -100,13 +100,14 @@ def in_child(
     for stream in (1, 2):
         os.dup2(written, stream)
     log, count = os.open(seen, os.O_WRONLY | os.O_APPEND), itertools.count(1)
+    note = os.write  # which may be among the calls
 
     def patched(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             number = next(count)
-            os.write(log, f"{name} {args[0]!s}\n".encode())
+            note(log, f"{name} {args[0]!s}\n".encode())
             if (number, when) == (at, "before"):
                 os.kill(os.getpid(), signal.SIGKILL)
             try:

@@ -32,7 +32,13 @@ def switch(group: Any, flag: str, default: bool | None, help_text: str) -> None:
 
 
 def folder(group: Any, flag: str, help_text: str, required: bool = False) -> None:
-    group.add_argument(flag, type=Path, metavar="DIR", required=required, help=help_text)
+    group.add_argument(flag, type=folder_path, metavar="DIR", required=required, help=help_text)
+
+
+def folder_path(text: str) -> Path:
+    if not text:  # Path("") is the folder that one is in
+        raise argparse.ArgumentTypeError("must name a folder, and is empty")
+    return Path(text)
 
 
 def add_json_flag(group: Any) -> None:

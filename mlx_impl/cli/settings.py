@@ -17,14 +17,8 @@ NO_SETTINGS = ("help", "config")
 # Beside the parser's own groups of flags that exclude each other.
 RIVALS = (("adapter_path", "resume"), ("targets", "mask_prompt"))
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
-ONE_RUN_ONLY = (
-    "command",
-    "config",
-    "resume",
-    "overwrite",
-    "blas",
-    "json",
-)  # no part of what a run can be repeated with
+# No part of what a run can be repeated with.
+ONE_RUN_ONLY = ("command", "config", "resume", "overwrite", "blas", "json")
 BRIEFLY = reprlib.Repr()
 BRIEFLY.maxlevel = 2  # a few lines of YAML can hold lists within lists of millions of items
 
@@ -66,8 +60,15 @@ def settings_of(command: argparse.ArgumentParser, raw: dict[Any, Any], path: Pat
             raise ValueError(f"{path}: unknown key {BRIEFLY.repr(given)}{hint}")
         if key in settings:
             raise ValueError(f"{path}: the key {key} stands twice")
+        if key == "blas" and value not in ("auto", "off"):  # who sends a file does not choose what is run
+            raise ValueError(
+                f"{path}: blas must be auto or off in a file, got {BRIEFLY.repr(value)}: "
+                f"give --blas on the command line"
+            )
         try:
             settings[key] = converted(actions[key], value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{path}: {key} {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {key} must be {error}, got {BRIEFLY.repr(value)}") from None
     return settings

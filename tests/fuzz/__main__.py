@@ -1,6 +1,6 @@
 """`python -m tests.fuzz TARGET FOLDER [CASE]`: every case of a target, or one; a line for what went wrong.
 
-FUZZ_SEED and FUZZ_TIMES, other cases and more of them, are for a long search.
+FOLDER must be new or empty. FUZZ_SEED and FUZZ_TIMES, other cases and more of them, are for a long search.
 
 The number of each case is written before it is tried, so that a crash has a name. Address space is capped: a
 file of some kilobytes that asks for gigabytes must be refused before they are allocated.
@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import zlib
 from pathlib import Path
 
+from mlx_impl.places import require_new_folder
 from tests.fuzz.targets import TARGETS
 
 SECONDS = 5  # a case takes milliseconds
@@ -85,6 +85,9 @@ def cap_memory() -> None:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[2])
-    shutil.rmtree(where, ignore_errors=True)
+    try:
+        require_new_folder(where := Path(sys.argv[2]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     main(sys.argv[1], where, int(sys.argv[3]) if len(sys.argv) > 3 else None)

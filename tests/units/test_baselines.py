@@ -31,6 +31,15 @@ def test_what_is_known_stays_unless_it_is_replaced(tmp_path: Path) -> None:
         assert json.loads(path.read_text()) == {"step": kept, "new": 2.0}
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"step": "fast"}', '{"step": null}'])
+def test_a_file_of_someone_elses_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"baseline\.json: must be"):
+        Baselines(path)
+    assert path.read_text() == content
+
+
 def test_another_number_of_cores_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     here = fingerprint()
     assert fingerprint() == here and cpu_name()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,18 @@ def test_a_flag_that_would_be_ignored_or_mislead_is_refused(
         command.main(line.split())
     assert exit_.value.code == 2
     assert REFUSED[line] in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("nothing_measured")
+@pytest.mark.parametrize("what", ["table", "curves", "memory"])
+def test_a_readme_with_changes_is_not_rewritten(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README.md").write_text("theirs")
+    monkeypatch.setattr(command, "README", tmp_path / "README.md")
+    assert command.main([what, "--write"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'README.md'}: git cannot say")
 
 
 def test_a_case_for_a_gpu_needs_one(

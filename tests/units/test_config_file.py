@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ BILLION_LAUGHS = "data:\n- &a0 [x]\n" + "".join(
         ("- iters", "must hold keys and values, got a list"),
         ("iters: !!python/name:os.system", "must be YAML: line 1"),
         ("a: &a [x]\nb: [*a, *a", "must be YAML"),
-        ("[" * 100_000, "must be YAML"),
+        ("[" * 60_000, "must be YAML"),
         (BILLION_LAUGHS, "data must be a text, got [["),
         ("a: \x00", "must be YAML"),
     ],
@@ -150,7 +151,7 @@ def test_a_wrong_file_ends_in_one_sentence(
     [
         ("a.toml", b"iters = ", "must be TOML: "),
         ("a.toml", b"iters = 1\niters = 2", "must be TOML: "),
-        ("a.toml", b"x = " + b"[" * 100_000, "must be TOML"),
+        ("a.toml", b"x = " + b"[" * 10_000, "must be TOML"),
         ("a.toml", b"iters = 2024-01-01", "iters must be a whole number, got datetime.date(2024, 1, 1)"),
         ("a.toml", b"[lora]\nrank = 3", "unknown key 'lora'"),
         ("a.yaml", b"a: \xff", "must be UTF-8"),
@@ -228,6 +229,77 @@ def test_a_run_that_starts_from_an_adapter_leaves_its_settings_to_it(
     assert main(["train", *settings, "--blas", "off"]) == 0
     records = [json.loads((tmp_path / run / "adapter_config.json").read_text()) for run in "bc"]
     assert records[0] == records[1] and records[0]["r"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "most"),
+    [
+        ("a.yaml", "[" * 100_000, 65536),
+        ("a.yml", "# " + "x" * 2**16, 65536),
+        ("a.toml", "a" + ".a" * 2**15 + " = 1", 16384),  # quadratic: half a minute
+    ],
+)
+def test_a_file_that_would_take_long_is_refused_for_its_size(
+    tmp_path: Path, name: str, text: str, most: int
+) -> None:
+    from mlx_impl.cli.config_file import read_config
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: must have at most {most} bytes, and has {len(text)}"):
+        read_config(tmp_path / name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    from mlx_impl.cli.config_file import read_config
+
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match=r"a.yaml: must be a regular file, and is a named pipe"):
+        read_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("value", ["./evil.so", "libopenblas.so.0", "Off", ""])
+def test_a_file_names_no_library_to_load(
+    tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr("mlx_impl.__main__.load_optimized_blas", loaded.append)
+    (tmp_path / "a.yaml").write_text(f"blas: '{value}'")
+    assert main(["train", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert f"blas must be auto or off in a file, got '{value}': give --blas on the command line" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert not loaded
+
+
+@pytest.mark.parametrize("value", ["auto", "off"])
+def test_a_file_may_leave_the_library_to_the_program(tmp_path: Path, value: str) -> None:
+    assert train_with(tmp_path, f"blas: {value}").blas == value
+    assert train_with(tmp_path, f"blas: {value}", "--blas", "./mine.so").blas == "./mine.so"
+
+
+def test_the_library_is_no_part_of_what_a_run_leaves(common: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *common, "--iters", "1", "--adapter-path", str(run), "--blas", "off"]) == 0
+    assert "blas" not in yaml.safe_load((run / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("key", ["data", "adapter_path", "resume", "init_adapter"])
+def test_an_empty_path_is_none(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Path("") would be the folder that one is in."""
+    with pytest.raises(ValueError, match=rf"settings.yaml: {key} must name a folder, and is empty"):
+        train_with(tmp_path, f"{key}: ''")
+    flag = f"--{key.replace('_', '-')}"
+    with pytest.raises(SystemExit) as ended:
+        main(["train", flag, ""])
+    assert ended.value.code == 2
+    assert f"argument {flag}: must name a folder, and is empty" in capsys.readouterr().err
+
+
+def test_an_empty_model_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", "", "--prompt", "x", "--blas", "off"]) == 2
+    assert "a model must be a Hugging Face folder, a .gguf file or a name on the hub, got ''" in (
+        " ".join(capsys.readouterr().err.split())
+    )
 
 
 def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:

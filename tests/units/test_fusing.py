@@ -243,6 +243,45 @@ def test_the_models_own_folder_is_not_written_over(
     assert {path: path.read_bytes() for path in base.iterdir()} == before
 
 
+@pytest.mark.parametrize("size", [1e30, 1e38])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_an_update_whose_survival_is_no_number_is_refused(
+    tmp_path: Path, size: float, is_quantized: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its squares are past float32, though it is not itself."""
+    base = quantize_folder(tmp_path / "base", FOUR_BITS) if is_quantized else write_base(tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter", size / 1e2)
+    arguments = ["--adapter-path", str(adapter), "--save-path", str(tmp_path / "fused"), "--dequantize"]
+    assert (
+        main(["fuse", "--model", str(base), *arguments[: 4 if not is_quantized else 5], "--blas", "off"]) == 2
+    )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ("the update is too large to be fused" in error and "|dW|^2 = inf" in error) or (
+        is_quantized and "must be finite" in error  # its scales are in float16
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("where", ["base/out", "adapter/out", "adapter", ".", "link/out", "base/../adapter"])
+@pytest.mark.parametrize("command", ["fuse", "convert"])
+def test_what_is_written_is_apart_from_what_is_read(
+    tmp_path: Path, command: str, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter")
+    (tmp_path / "link").symlink_to("adapter")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [command, "--adapter-path", str(adapter), "--save-path", f"{tmp_path}/{where}"]
+    arguments += ["--model", str(base), "--blas", "off"] if command == "fuse" else ["--to", "mlx-lm"]
+    if command == "convert" and where == "base/out":
+        assert main(arguments) == 0  # no model is read
+        return
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "must not be, contain or lie inside the " in error and "choose another, such as " in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("command", ["fuse", "convert"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str

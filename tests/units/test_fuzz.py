@@ -40,5 +40,14 @@ def test_a_damaged_file_loads_or_is_refused_in_one_sentence(target: str, tmp_pat
     assert num_refused > TARGETS[target].num_cases / 3  # or the damage is none
 
 
+def test_a_folder_with_something_in_it_is_let_be(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("theirs")
+    command = [sys.executable, "-m", "tests.fuzz", next(iter(TARGETS)), str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == f"error: {tmp_path}: must be a new or an empty folder, such as {tmp_path}-2\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_there_are_at_least_two_thousand_cases() -> None:
     assert sum(target.num_cases for target in TARGETS.values()) >= 2000
