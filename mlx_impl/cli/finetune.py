@@ -164,6 +164,7 @@ def fit(prepared: Prepared, records: list[StepRecord], console: Console, interru
                 folder.save(trainer, prepared.train, prepared.base_name)
             if is_exhausted(prepared, console):
                 break
+        os.fsync(metrics.fileno())
         folder.require_metrics(metrics)
 
 

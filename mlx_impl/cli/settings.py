@@ -17,8 +17,8 @@ NO_SETTINGS = ("help", "config")
 # Beside the parser's own groups of flags that exclude each other.
 RIVALS = (("adapter_path", "resume"), ("targets", "mask_prompt"))
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
-# No part of what a run can be repeated with.
-ONE_RUN_ONLY = ("command", "config", "resume", "overwrite", "blas", "json")
+# No part of what a run can be repeated with: it is repeated in another folder, by any library.
+ONE_RUN_ONLY = ("command", "config", "adapter_path", "overwrite", "resume", "blas", "json")
 BRIEFLY = reprlib.Repr()
 BRIEFLY.maxlevel = 2  # a few lines of YAML can hold lists within lists of millions of items
 

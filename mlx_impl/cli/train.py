@@ -154,8 +154,8 @@ def job_of(args: argparse.Namespace, path: Path) -> Job:
     if args.data_seed is None:
         settings["data_seed"] = args.seed
     lora = lora_config(args)
-    named = {"adapter_path": path, "data_seed": settings["data_seed"]}
-    named |= {"targets": flags.targets(args), "mask_prompt": None}  # of two spellings the one that says all
+    # Of two spellings of the targets the one that says all.
+    named = {"data_seed": settings["data_seed"], "targets": flags.targets(args), "mask_prompt": None}
     return Job(
         model=args.model,
         dequantize=args.dequantize,
