@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [  # a module may import those before it
     "config", "files", "cpu_ops", "ops", "slots", "view", "recompute", "projection", "model", "precision",
     "quantized", "requantize", "targets", "lora", "loss", "rows", "batching", "data", "layout",
-    "template_limits", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train",
-    "pace", "trainer", "merging", "sampling", "generate", "streaming",
+    "turns", "template_worker", "template_process", "template", "tokenizer", "examples", "optim", "state",
+    "guard", "train", "pace", "trainer", "merging", "sampling", "generate", "streaming",
     "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
