@@ -78,9 +78,11 @@ def batches(rows: Iterable[Row]) -> Iterator[list[bytes]]:
                 yield batch
                 batch = []
     except ValueError:
-        yield batch
+        if batch:
+            yield batch
         raise
-    yield batch
+    if batch:
+        yield batch
 
 
 def to_json(value: Any) -> bytes:

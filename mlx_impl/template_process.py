@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -32,9 +33,13 @@ TOO_LONG = f"the chat template must render in {MAX_SECONDS} seconds of CPU time,
 TOO_MUCH = f"the chat template must keep within {MAX_BYTES // 2**30} GiB of memory, and takes more"
 SILENT = f"the chat template must render in {MAX_WAIT} seconds, and takes longer"
 
-# It finds the modules that this process finds, by the same paths; they need no `site`.
-PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from mlx_impl.template_worker import serve; serve()"
-COMMAND = (sys.executable, "-P", "-S", "-c", PROGRAM)
+# It finds what this process finds, by the same paths, without `site`; this package by its own place, since
+# a path may be relative and the folder another by now.
+PROGRAM = (
+    "import importlib, sys, typing; sys.path[:] = sys.argv[1:]; import mlx_impl; del sys.path[0]; "
+    "from mlx_impl.template_worker import serve; serve()"
+)
+COMMAND = (sys.executable, "-P", "-S", "-c", PROGRAM, str(Path(__file__).resolve().parents[1]))
 
 
 class BrokenRule(Exception):

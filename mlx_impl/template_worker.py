@@ -37,7 +37,7 @@ END = b"0\n"  # after the answers to a line
 SIGN = 0.2  # seconds without an answer after which an empty line says that another rendering begins
 TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 # Should nobody be there to watch: beyond what the parent allows, the system ends the process.
-LAST_SECONDS = 10
+LAST_SECONDS = 5
 LAST_BYTES = 2**31
 
 
@@ -170,8 +170,9 @@ def say(line: bytes) -> None:
 
 
 def limit_itself() -> None:
-    """Where the system knows such limits; the timer is started with each rendering."""
+    """Where the system knows such limits; the timer starts anew with each rendering."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, wherever it is
+    signal.setitimer(signal.ITIMER_PROF, LAST_SECONDS)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft = LAST_BYTES if hard == resource.RLIM_INFINITY else min(LAST_BYTES, hard)
     with suppress(ValueError, OSError):  # macOS

@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from mlx_impl import template_process
-from mlx_impl.examples import encode_all
+from mlx_impl.examples import encode_all, encode_each
 from mlx_impl.rows import Conversation
 from mlx_impl.template import ChatTemplate
 from tests.tiny_folder import TEMPLATE
@@ -207,6 +207,39 @@ def test_messages_that_are_no_json_are_one_sentence() -> None:
         with pytest.raises(ValueError, match=r"^the messages must be what JSON can say: [^\n]+$"):
             template.render([{"role": "user", "content": content}], False)
     assert template.render(MESSAGES, False)
+    rows = [
+        Conversation(({"role": "user", "content": text}, MESSAGES[1]), None, "d:7") for text in ("a", {1})
+    ]
+    with pytest.raises(ValueError, match=r"^d:7: the messages must be what JSON can say"):
+        encode_all(tokenizer_for(CHATML), rows[1:], "all", 100)
+    examples = encode_each(tokenizer_for(CHATML), rows, "all")
+    assert next(examples)
+    with pytest.raises(ValueError, match=r"^d:7: the messages must be what JSON can say"):
+        next(examples)
+
+
+def test_a_value_as_deep_as_json_can_say_ends_no_process() -> None:
+    template = ChatTemplate("{{ (messages | tojson) | length }}", {})
+    for depth in (100, 700, 900, 1000, 100_000):
+        value: list[object] = []
+        for _ in range(depth):
+            value = [value]
+        with suppress(ValueError):
+            template.render([{"role": "user", "content": value}], False)
+    assert template.render([], False) == "2"
+
+
+def test_a_worker_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(TEMPLATE, {})
+    template.process.child.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(template_process, "MAX_WAIT", 0.5)
+    with pytest.raises(ValueError, match="must render in 60 seconds, and takes longer"):
+        template.render(MESSAGES, False)
+
+
+def test_a_program_that_went_to_another_folder_still_renders(tmp_path: Path) -> None:
+    move = f"import os, mlx_impl.template as t; os.chdir({str(tmp_path)!r}); "
+    ended_well(move + "assert t.ChatTemplate('x', {}).render([], False) == 'x'")
 
 
 def run_script(code: str, **how: object) -> subprocess.Popen[str]:
