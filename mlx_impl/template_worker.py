@@ -34,7 +34,7 @@ MAX_LENGTH = 2**24  # characters of a rendering
 MAX_REASON = 1000  # characters of an error of the template's own
 MAX_ANSWERS = 2**20  # characters of several answers together: the rest is asked for again
 END = b"0\n"  # after the answers to a line
-SIGN = 0.2  # seconds without an answer after which an empty line says that another rendering begins
+SIGN = 0.2  # seconds after which an empty line says again that another rendering begins
 TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 # Should nobody be there to watch: beyond what the parent allows, the system ends the process.
 LAST_SECONDS = 5
@@ -92,9 +92,9 @@ class Templates:
 
     def begin(self) -> None:
         """The bounds are those of one rendering, so the parent is told of it, but not a thousand times."""
-        signal.setitimer(signal.ITIMER_PROF, LAST_SECONDS)
         if time.monotonic() - self.last_sign > SIGN:
             self.last_sign = time.monotonic()
+            signal.setitimer(signal.ITIMER_PROF, LAST_SECONDS)
             say(b"\n")
 
     def shown(self, messages: Sequence[Message], tools: Sequence[Any] | None, every: bool) -> list[Any]:
@@ -170,7 +170,7 @@ def say(line: bytes) -> None:
 
 
 def limit_itself() -> None:
-    """Where the system knows such limits; the timer starts anew with each rendering."""
+    """Where the system knows such limits; the timer starts anew as long as renderings end."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, wherever it is
     signal.setitimer(signal.ITIMER_PROF, LAST_SECONDS)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
