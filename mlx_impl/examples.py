@@ -6,16 +6,14 @@ stands in a reply or it is the token that ends its turn. Differs from reference/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from .config import require_choice
 from .data import Example
-from .rows import Conversation, Message
+from .rows import Conversation
 from .tokenizer import ChatTokenizer
-from .turns import TARGETS, Turn, find_turns
+from .turns import TARGETS, Turn
 
 SHOWN = 5  # lines that a sentence names
 
@@ -60,8 +58,9 @@ def encode_file(
     """The same, with what was cut and left out. ValueError where nothing is left."""
     require_choice("targets", targets, TARGETS)
     examples, left_out, num_cut = [], [], 0
-    for conversation in conversations:
-        whole = encode(tokenizer, conversation, targets)
+    for conversation, whole in zip(
+        conversations, encode_each(tokenizer, conversations, targets), strict=True
+    ):
         cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
         if any(cut.is_target[1:]):
             examples.append(cut)
@@ -76,37 +75,27 @@ def encode_file(
 
 def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -> Example:
     """One example, not cut. Of a text every token is a target."""
-    if conversation.text is not None:
-        tokens = tokenizer.encode_text(conversation.text)
-        return Example(tuple(tokens), (True,) * len(tokens))
-    render = partial(tokenizer.render, tools=conversation.tools)
-    try:
-        whole = render(conversation.messages, False)
-        require_tools_shown(tokenizer, whole, conversation)
-        turns = find_turns(render, whole, conversation.messages, every=targets == "assistant")
-    except ValueError as error:
-        raise ValueError(f"{conversation.where}: {error}") from None
-    return mark(tokenizer, whole, turns, everything=targets == "all")
+    return next(encode_each(tokenizer, [conversation], targets))
 
 
-def require_tools_shown(tokenizer: ChatTokenizer, whole: str, conversation: Conversation) -> None:
-    """ValueError where the text is the same without the tools, or without the calls of a message."""
-    messages, tools = conversation.messages, conversation.tools
-    without: dict[str, tuple[Sequence[Message], Sequence[dict[str, Any]] | None]] = {}
-    if tools:
-        without['"tools"'] = messages, None
-    for i, message in enumerate(messages):
-        if message.get("tool_calls"):
-            silent = {key: value for key, value in message.items() if key != "tool_calls"}
-            others = [*messages[:i], silent, *messages[i + 1 :]]
-            without[f'the "tool_calls" of message {i + 1}'] = others, tools
-    for name, (said, described) in without.items():
-        try:
-            other = tokenizer.render(said, False, tools=described)
-        except ValueError:  # such as a template that needs a call before what a tool says
+def encode_each(
+    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str
+) -> Iterator[Example]:
+    """The examples in order, not cut; many conversations are rendered at a time."""
+    chats = ((c.messages, c.tools) for c in conversations if c.text is None)
+    rendered: Iterator[tuple[str, list[Turn]]] | None = None
+    for conversation in conversations:
+        if conversation.text is not None:
+            tokens = tokenizer.encode_text(conversation.text)
+            yield Example(tuple(tokens), (True,) * len(tokens))
             continue
-        if other == whole:
-            raise ValueError(f"the chat template must show {name}, and does not")
+        try:
+            if rendered is None:
+                rendered = tokenizer.require_template().render_with_turns(chats, targets == "assistant")
+            whole, turns = next(rendered)
+        except ValueError as error:
+            raise ValueError(f"{conversation.where}: {error}") from None
+        yield mark(tokenizer, whole, turns, everything=targets == "all")
 
 
 def mark(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], everything: bool) -> Example:

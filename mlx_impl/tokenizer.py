@@ -102,9 +102,12 @@ class ChatTokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> str:
         """The text that the model reads; ValueError when the template refuses the messages."""
+        return self.require_template().render(messages, add_generation_prompt, tools)
+
+    def require_template(self) -> ChatTemplate:
         if self.template is None:
             raise ValueError("the model must have a chat template for messages, and has none")
-        return self.template.render(messages, add_generation_prompt, tools)
+        return self.template
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None

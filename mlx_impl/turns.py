@@ -1,4 +1,4 @@
-"""Where a reply stands in a rendered conversation, for any chat template, in characters.
+"""Where a reply stands in a rendered conversation, for any chat template, in characters; and what it hides.
 
 A reply begins where the model is asked to go on: after the rendering of what comes before it with the
 generation prompt, where that is how the whole begins. It is not for a template that adds or strips thinking,
@@ -11,10 +11,12 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .rows import Message
 
 Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_prompt
+RenderTools = Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
 
 TARGETS = ("completion", "assistant", "all")  # the last reply, every reply, every token
 # Private use first: a template has no such character of its own, which would count as a second reply.
@@ -88,3 +90,24 @@ def same_before(one: str, other: str) -> int:
         else:
             most = middle - 1
     return least
+
+
+def require_tools_shown(
+    render: RenderTools, whole: str, messages: Sequence[Message], tools: Sequence[Any] | None
+) -> None:
+    """ValueError where the text is the same without the tools, or without the calls of a message."""
+    without: dict[str, tuple[Sequence[Message], Sequence[Any] | None]] = {}
+    if tools:
+        without['"tools"'] = messages, None
+    for i, message in enumerate(messages):
+        if message.get("tool_calls"):
+            silent = {key: value for key, value in message.items() if key != "tool_calls"}
+            others = [*messages[:i], silent, *messages[i + 1 :]]
+            without[f'the "tool_calls" of message {i + 1}'] = others, tools
+    for name, (said, described) in without.items():
+        try:
+            other = render(said, False, described)
+        except ValueError:  # such as a template that needs a call before what a tool says
+            continue
+        if other == whole:
+            raise ValueError(f"the chat template must show {name}, and does not")

@@ -46,8 +46,14 @@ def test_the_day_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that what was trained on yesterday can be rendered again."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert rendered("{{ strftime_now('%d %b %Y') }}") == "02 Jan 1970"
+    assert rendered("{{ strftime_now('%Z') }}") == "UTC"
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     assert rendered("{{ strftime_now('%Y') }}") >= "2025"
+
+
+def test_a_template_knows_one_moment() -> None:
+    template = ChatTemplate("{{ strftime_now('%H:%M:%S.%f') }}", {})
+    assert template.render(MESSAGES, False) == template.render(MESSAGES, True)
 
 
 def test_of_several_templates_that_for_tools_serves_tools() -> None:
@@ -74,53 +80,22 @@ def test_a_template_that_cannot_be_read_is_one_sentence(source: str) -> None:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely"),
         ("{% for i in range(1000000) %}{% endfor %}", "Range too big"),
-        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "1000000 steps"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-            "1000000 st",
-        ),
-        ("{{ 9 ** 9 ** 9 ** 9 }}", "takes a power"),
-        ("{{ 'x' * 10000000000 }}", "a product beyond"),
         ("{{ nothing * 2 }}", "undefined"),
         ("{{ messages.foo.bar }}", "undefined|no attribute"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
+        ("{{ raise_exception.__globals__.os }}", "unsafe"),
+        ("{{ strftime_now.__self__.__class__.x }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
+        ("{{ (messages | map(attribute='__class__') | list)[0].mro() }}", "unsafe|undefined"),
+        ("{% include '/etc/passwd' %}", "no loader"),
     ],
 )
 def test_whatever_a_template_does_wrong_is_one_sentence_soon(source: str, reason: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^the chat template refuses the messages: [^\n]*({reason})[^\n]*$"
     ):
-        rendered(source)
-
-
-DOUBLING = "{% set s = namespace(x='ab') %}{% for i in range(40) %}{% set s.x = WHAT %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' | center(3000000000) | length }}",
-        "{{ 'a'.ljust(3000000000) | length }}",
-        "{{ 'a\nb' | indent(3000000000) | length }}",
-        "{{ [1] | batch(3000000000, 0) | list | length }}",
-        "{{ ('%3000000000d' % 1) | length }}",
-        "{{ ('%*d' % (3000000000, 1)) | length }}",
-        "{{ '%.3000000000f' | format(1) | length }}",
-        "{{ '{:>3000000000}'.format(1) | length }}",
-        "{{ '{:{}}'.format(1, 3000000000) | length }}",
-        "{{ ('a' * 9999).replace('a', 'b' * 9999) | length }}",
-        "{{ (['a' * 9999] * 9999) | join | length }}",
-        "{{ ''.join(['a' * 9999] * 9999) | length }}",
-        "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
-        "{% for i in range(99999) %}" + "text " * 999 + "{% endfor %}",
-        "{% macro f() %}{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}{% endmacro %}{{ f() }}",
-        DOUBLING.replace("WHAT", "s.x + s.x"),
-        DOUBLING.replace("WHAT", "s.x ~ s.x"),
-        DOUBLING.replace("WHAT", "[s.x] + [s.x]").replace("'ab'", "[1]").replace("[s.x]", "s.x"),
-    ],
-)
-def test_what_a_template_makes_is_bounded(source: str) -> None:
-    with pytest.raises(ValueError, match=r"it makes something longer than 16777216$"):
         rendered(source)
 
 
