@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 from .rows import Message
-from .template_process import WatchedProcess
+from .template_process import give_back, watched_process
 from .turns import Turn
 
 Row = tuple[Sequence[Message], Sequence[dict[str, Any]] | None]  # messages, tools
@@ -30,7 +31,8 @@ class ChatTemplate:
         if not sources:
             raise ValueError("the chat template must be a text, or several with names, and is empty")
         given = {"sources": {**sources}, "special_texts": {**special_texts}, "moment": now().isoformat()}
-        self.process = WatchedProcess(to_json(given) + b"\n")
+        self.process = watched_process(to_json(given) + b"\n")
+        weakref.finalize(self, give_back, self.process)
         text_of(self.process.opening[0])
 
     def render(

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,27 @@ class WatchedProcess:
             return BrokenRule(TOO_LONG)
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         return BrokenRule(f"the process that renders the chat template has ended {how}")
+
+
+SPARE: list[WatchedProcess] = []  # at most one, which has no template any more: to start one takes 0.1 s
+
+
+def watched_process(first: bytes) -> WatchedProcess:
+    """One that has been told this line."""
+    with suppress(IndexError):
+        spare = SPARE.pop()
+        if spare.owner == os.getpid() and spare.child.poll() is None:
+            spare.first, spare.opening = first, spare.ask(first)
+            return spare
+    return WatchedProcess(first)
+
+
+def give_back(process: WatchedProcess) -> None:
+    """For the next template, if there is no spare one."""
+    if process.broken or SPARE:
+        process.end()
+    else:
+        SPARE.append(process)
 
 
 def end(child: subprocess.Popen[bytes], owner: int) -> None:

@@ -153,13 +153,17 @@ def answers(templates: Templates, request: dict[str, Any]) -> Iterator[bytes]:
 
 
 def serve() -> None:
-    """The first line that comes has the templates; until the parent closes the pipe."""
+    """A line has templates, the first one too, or asks for renderings; until the parent closes the pipe."""
     limit_itself()
-    lines = sys.stdin.buffer
-    templates = result_of(Templates, **json.loads(next(lines)))
-    say(to_line(None if isinstance(templates, Templates) else templates) + END)
-    for line in lines:
-        for answer in answers(templates, json.loads(line)):
+    templates: Any = None
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        if "sources" in request:
+            templates = None  # free those before
+            templates = result_of(Templates, **request)
+            say(to_line(None if isinstance(templates, Templates) else templates) + END)
+            continue
+        for answer in answers(templates, request):
             say(answer)
 
 

@@ -182,21 +182,32 @@ def test_threads_may_share_a_template() -> None:
 
 
 def test_a_worker_that_is_killed_is_one_sentence() -> None:
-    before = workers()
     template = ChatTemplate(TEMPLATE, {})
-    (worker,) = [worker for worker in workers() if worker not in before]
-    worker.kill()
+    template.process.child.kill()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^the process that renders the chat template .* by SIGKILL$"):
             template.render(MESSAGES, False)
 
 
-def test_a_template_that_is_no_more_leaves_no_process() -> None:
+def test_of_templates_that_are_no_more_one_process_is_left_for_the_next() -> None:
+    """It knows nothing of them."""
+    template_process.SPARE.clear()
     before = workers()
-    template = ChatTemplate(TEMPLATE, {})
-    assert len(workers()) == len(before) + 1
-    del template
-    assert workers() == before
+    templates = [ChatTemplate(TEMPLATE, {"eos_token": "x"}) for _ in range(3)]
+    assert len(workers()) == len(before) + 3
+    templates.clear()
+    (spare,) = set(workers()) - set(before)
+    template = ChatTemplate("{{ eos_token is defined }}", {})
+    assert set(workers()) - set(before) == {spare}
+    assert template.render(MESSAGES, False) == "False"
+
+
+def test_a_spare_process_that_has_ended_is_not_used() -> None:
+    template_process.SPARE.clear()
+    ChatTemplate(TEMPLATE, {})
+    template_process.SPARE[0].child.kill()
+    template_process.SPARE[0].child.wait()
+    assert ChatTemplate("x", {}).render(MESSAGES, False) == "x"
 
 
 def test_messages_that_are_no_json_are_one_sentence() -> None:
