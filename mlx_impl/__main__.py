@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .address_space import require_start
 from .blas import load_optimized_blas
 from .cli.parser import COMMANDS, parse_arguments
 
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_READER
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except MemoryError:
+        return fail("there is too little memory: Python could get no more")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_start(getattr(args, "blas", None))
     is_result_only = args.json or args.command != "train"  # standard output is for the result
     if "blas" in args:  # a command that multiplies matrices
         sentence = load_optimized_blas(args.blas).sentence

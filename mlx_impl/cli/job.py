@@ -12,10 +12,12 @@ from ..checkpoint import LoadedModel, load_model
 from ..config import LoRAConfig, TrainConfig
 from ..data import Example, num_inputs
 from ..examples import encode_file
+from ..fitting import require_memory
 from ..precision import to_dtype
 from ..rows import Conversation, read_conversations
 from ..state import digest_of_examples
 from ..trainer import LoRATrainer
+from .answers import require_memory_to_ask
 from .run_folder import RunFolder
 
 # Which file's questions are reported under which name.
@@ -100,6 +102,8 @@ def prepare(job: Job) -> Prepared:
             raise ValueError(f"{folder.path}: the run to resume must be unfinished, and has its report")
         trainer.resume(folder.state, examples)
     remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
+    remarks += require_memory(trainer, examples, valid_examples)
+    remarks += require_memory_to_ask(loaded, [c for asked in questions.values() for c in asked])
     return Prepared(job, loaded, folder, trainer, examples, valid_examples, questions, remarks)
 
 

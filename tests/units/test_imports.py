@@ -19,7 +19,8 @@ ORDER = [  # a module may import those before it
     "config", "files", "cpu_ops", "ops", "slots", "view", "recompute", "projection", "model", "precision",
     "quantized", "requantize", "targets", "lora", "loss", "rows", "batching", "data", "layout",
     "template_limits", "template", "tokenizer", "turns", "examples", "optim", "state", "guard", "train",
-    "pace", "trainer", "merging", "sampling", "generate", "streaming",
+    "memory", "address_space", "room", "pace", "trainer", "fitting",
+    "merging", "sampling", "generate", "streaming",
     "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
@@ -28,7 +29,7 @@ ORDER = [  # a module may import those before it
     "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file",
     "cli.run_folder", "cli.job", "cli.finetune", "cli.flags", "cli.lora_flags", "cli.settings", "cli.train",
     "cli.evaluate", "cli.generate", "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
-    "blas", "__main__",
+    "blas", "probe", "__main__",
 ]
 # fmt: on
 
