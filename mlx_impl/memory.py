@@ -7,7 +7,7 @@ Of B rows, T wide, of which N positions are computed outside of attention (`layo
     block        = N (4 D + 3 Q + 2 G + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
     work         = max(2 scores + mask + one block without its scores, 4 logits)
-    evaluation   = weights + max(N (4 D + 3 Q + 2 G) itemsize + max(3 scores + mask + 2 N F, 5 N F), 4 logits)
+    evaluation   = weights + state + max(N (4 D + 3 Q + 2 G) itemsize + max(3 scores + mask + 2 N F, 5 N F), 4 logits)
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
 D is the width, Q that of all queries, G of all keys, F of the feed-forward, S the keys seen, and `logits` are
@@ -67,6 +67,7 @@ class Shape:
     computed: int  # positions outside of attention
     targets: int  # positions that the head reads
     seen: int = 0  # tokens in the cache before these
+    masks: int = 1  # of attention: one for all rows, or of packed rows one each
 
     @property
     def keys(self) -> int:
@@ -95,7 +96,8 @@ def sizes_of(model: CausalLM) -> Sizes:
 def shape_of(batch: Batch) -> Shape:
     kept, (rows, width) = kept_slots(batch), batch.inputs_BT.shape
     computed = batch.inputs_BT.size if kept is None else len(kept.slot_S)
-    return Shape(rows, width, computed, int(batch.mask_BT.sum()))
+    masks = 1 if batch.segment_BT is None else rows
+    return Shape(rows, width, computed, int(batch.mask_BT.sum()), masks=masks)
 
 
 def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
@@ -105,8 +107,14 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
     if checkpointed:
         kept = num_blocks * shape.computed * sizes.config.hidden_size * sizes.itemsize + block
         work = max(work, 0 if sizes.keeps_scores else 4 * block)  # measured on a GPU
-    state = (3 * STATES + 2) * FLOAT * sizes.trained  # and gradients, of a batch and their sum
-    return sizes.weights + sizes.unpacked + state + max(kept + work, UPDATE * FLOAT * sizes.trained)
+    gradients = 2 * FLOAT * sizes.trained  # of a batch, and their sum
+    return (
+        sizes.weights
+        + sizes.unpacked
+        + state_bytes(sizes)
+        + gradients
+        + max(kept + work, UPDATE * FLOAT * sizes.trained)
+    )
 
 
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
@@ -116,7 +124,7 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
     attention = 3 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
     of_block = rest + max(attention + 2 * a_unit * c.intermediate_size, 5 * a_unit * c.intermediate_size)
-    return sizes.weights + max(of_block, head_bytes(sizes, shape))
+    return sizes.weights + state_bytes(sizes) + max(of_block, head_bytes(sizes, shape))
 
 
 def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
@@ -125,6 +133,10 @@ def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
     a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
     cache = 2 * prompts.rows * (prompts.keys + max_tokens) * a_token
     return evaluation_bytes(sizes, prompts) + cache
+
+
+def state_bytes(sizes: Sizes) -> int:
+    return 3 * STATES * FLOAT * sizes.trained
 
 
 def block_bytes(sizes: Sizes, shape: Shape) -> int:
@@ -148,7 +160,7 @@ def work_bytes(sizes: Sizes, shape: Shape) -> int:
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
     """Booleans, the bias made of them, and its gradient."""
-    return 6 * shape.width * shape.keys if sizes.keeps_scores else 0
+    return 6 * shape.masks * shape.width * shape.keys if sizes.keeps_scores else 0
 
 
 def head_bytes(sizes: Sizes, shape: Shape) -> int:

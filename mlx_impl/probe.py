@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+from .address_space import share_pools
 from .blas import load_optimized_blas
 
 STATUS = Path("/proc/self/status")
@@ -17,6 +18,7 @@ SIDE = 512  # of a matrix that a BLAS multiplies by several threads
 
 
 def start(blas: str | None) -> None:
+    share_pools()
     load_optimized_blas(blas)
     import gguf  # noqa: F401
     import mlx.core as mx

@@ -35,7 +35,7 @@ def read_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> dict[str, mx.arra
 
 
 def loading_bytes(folder: Path, dtype: mx.Dtype) -> int:
-    """The most that `read_folder` holds: every tensor as stored or as it becomes, and a copy of the largest."""
+    """The most that `read_folder` holds: each tensor as stored or as it becomes, a copy of the largest."""
     sizes = [0]
     for file, _ in shards(folder):
         try:
