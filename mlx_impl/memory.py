@@ -7,7 +7,8 @@ Of B rows, T wide, of which N positions are computed outside of attention (`layo
     block        = N (4 D + 3 Q + 2 G + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
     work         = max(2 scores + mask + one block without its scores, 4 logits)
-    evaluation   = weights + state + max(N (4 D + 3 Q + 2 G) itemsize + max(3 scores + mask + 2 N F, 5 N F), 4 logits)
+    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 N F, 5 N F), 4 logits)
+    rest         = N (4 D + 3 Q + 2 G) itemsize
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
 D is the width, Q that of all queries, G of all keys, F of the feed-forward, S the keys seen, and `logits` are
