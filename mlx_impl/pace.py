@@ -10,14 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .data import Batch, Window
-from .lora import lora_parameters
-from .loss import CHUNK_LOGITS
+from .memory_model import Shape, sizes_of, training_bytes
 from .model import CausalLM
-
-STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
 
 
 def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Iterator[Window]:
@@ -36,23 +32,7 @@ def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Ite
 
 
 def step_bytes(model: CausalLM, batch: Batch, checkpointed: bool) -> int:
-    """Weights, state, what the blocks keep for the backward pass, what one block and the head work with.
-
-    As of a batch whose padding is computed too: enough for one whose padding is not.
-    """
-    config, num_blocks = model.config, model.config.num_hidden_layers
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    trained = 4 * sum(array.size for array in lora_parameters(model).values())
-    queries, keys = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
-    # x and its norm, twice; q, the mix of values, and that in the order of tokens; k, v; gate, up, product
-    numbers = 4 * config.hidden_size + 3 * queries + 2 * keys + 3 * config.intermediate_size
-    itemsize = model.model.norm.weight.itemsize
-    block = batch.inputs_BT.size * itemsize * numbers
-    kept = (
-        batch.inputs_BT.size * itemsize * config.hidden_size * num_blocks
-        if checkpointed
-        else num_blocks * block
-    )
-    logits = 4 * min(CHUNK_LOGITS, int(batch.mask_BT.sum()) * config.vocab_size)
-    working = 5 * block if checkpointed else 2 * block  # a block made again, and its gradients
-    return weights + (3 * STATES + 2) * trained + kept + max(working, 4 * logits)
+    """As of a batch whose padding is computed too: enough for one whose padding is not."""
+    rows, width = batch.inputs_BT.shape
+    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()))
+    return training_bytes(sizes_of(model), shape, checkpointed)

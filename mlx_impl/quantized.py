@@ -66,6 +66,13 @@ def dequantize(model: nn.Module) -> None:
     model.update_modules(tree_unflatten(plain))
 
 
+def dense_numbers(model: nn.Module) -> int:
+    """How many numbers the packed weights unpack to."""
+    packed = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    modules = (module for _, module in model.named_modules() if isinstance(module, packed))
+    return sum(module.weight.size * 32 // module.bits for module in modules)
+
+
 def with_weight(module: nn.Module, weight_OI: mx.array) -> nn.Linear | nn.Embedding:
     """A plain linear or embedding with this weight in full, and the bias that the module has."""
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):

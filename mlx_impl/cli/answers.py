@@ -9,7 +9,9 @@ from functools import partial
 
 from rich.console import Console
 
-from ..generate import generate_all
+from ..checkpoint import LoadedModel
+from ..generate import MAX_ROWS, generate_all
+from ..memory_check import require_answers
 from ..model import CausalLM
 from ..rows import Conversation
 from ..tokenizer import ChatTokenizer
@@ -49,13 +51,23 @@ def ask(
 ) -> list[Answer]:
     """The model's greedy answers to all conversations that say what a right answer contains."""
     judged = [c for c in conversations if c.answer is not None]
-    prompts = [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in judged]
     groups = partial(counted, text="asking", console=console)
+    prompts = prompts_of(tokenizer, judged)
     replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids, groups)
     return [
         Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
         for c, reply in zip(judged, replies, strict=True)
     ]
+
+
+def prompts_of(tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
+    return [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in conversations]
+
+
+def require_memory_to_ask(loaded: LoadedModel, conversations: Sequence[Conversation]) -> list[str]:
+    """Remarks on what memory is short; ValueError where it is too little."""
+    prompts = prompts_of(loaded.tokenizer, conversations)
+    return require_answers(loaded.model, prompts, MAX_TOKENS, MAX_ROWS)
 
 
 def share_right(answers: Sequence[Answer]) -> float:

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from ..adapters import load_with_adapter
     from ..data import evaluation_batches
     from ..examples import encode_file
+    from ..memory_check import require_evaluation
     from ..precision import to_dtype
     from ..rows import read_conversations
     from ..train import evaluate
@@ -40,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
     with working("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
     encoded = encode_file(loaded.tokenizer, conversations, targets(args), args.max_seq_length)
-    for remark in encoded.remarks("test"):
-        console.print(remark)
     examples = encoded.examples
+    for remark in encoded.remarks("test") + require_evaluation(loaded.model, examples, args.batch_size):
+        console.print(remark)
     batches = evaluation_batches(examples, args.batch_size)
     num_batches = -(-len(examples) // args.batch_size)
     shown = counted(batches, num_batches, "evaluating", console)

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..adapters import load_with_adapter
     from ..generate import generate
+    from ..memory_check import require_answers
     from ..precision import to_dtype
     from ..sampling import Sampling
     from ..streaming import pieces
@@ -50,10 +51,13 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p)
     prompt = read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt
     said = messages(args.system, prompt)
-    with working("reading the model", make_console(stderr=True)):
+    console = make_console(stderr=True)
+    with working("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
     tokenizer = loaded.tokenizer
     prompt_tokens = tokenizer.encode_prompt(said)
+    for remark in require_answers(loaded.model, [prompt_tokens], args.max_tokens):
+        console.print(remark)
     mx.random.seed(args.seed)
     answer = generate(loaded.model, prompt_tokens, args.max_tokens, tokenizer.stop_ids, sampling)
     if not args.json:

@@ -12,12 +12,14 @@ from ..checkpoint import LoadedModel, load_model
 from ..config import LoRAConfig, TrainConfig
 from ..data import Example, num_inputs
 from ..examples import encode_file
+from ..memory_check import require_memory
 from ..places import require_apart
 from ..precision import to_dtype
 from ..rows import Conversation, read_conversations
 from ..state import digest_of_examples, require_same
 from ..trainer import LoRATrainer
 from . import manifest
+from .answers import require_memory_to_ask
 from .run_folder import RunFolder
 
 # Which file's questions are reported under which name.
@@ -102,6 +104,8 @@ def prepare(job: Job) -> Prepared:
     if job.resume:
         resume(folder, trainer, examples)
     remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
+    remarks += require_memory(trainer, examples, spread(examples, job.eval_examples), valid_examples)
+    remarks += require_memory_to_ask(loaded, [c for asked in questions.values() for c in asked])
     num_valid = len(valid_encoded.examples)
     return Prepared(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
 

@@ -6,6 +6,7 @@ which reorders the rows of Q and K of `llama`, where rope turns neighbours, and 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import gguf
 import numpy as np
 
 from ..config import ModelConfig
+from ..memory_limits import TooLittle, require_bytes
 from .gguf_config import config_from_metadata
 from .gguf_file import StoredTensor, one_line, read_container, shown
 
@@ -43,6 +45,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
         factors_P = None if factors is None else dequantized(ROPE_FACTORS, factors)
         config = config_from_metadata(metadata, tensors, factors_P)
         require_tensors(tensors, config)
+        require_bytes(f"reading {path.name}", loading_bytes(tensors))
         weights = {
             hugging_face_name(name): in_model_order(name, dequantized(name, tensor), metadata, config)
             for name, tensor in tensors.items()
@@ -51,9 +54,17 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
         raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"{path}: not a usable GGUF file: it lacks the key {error}") from None
+    except TooLittle:
+        raise
     except ValueError as error:
         raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
     return config, weights, metadata
+
+
+def loading_bytes(tensors: dict[str, StoredTensor]) -> int:
+    """The file, all of it in float32, and of the largest tensor a copy on the way."""
+    numbers = [math.prod(tensor.shape) for tensor in tensors.values()]
+    return sum(tensor.data.nbytes for tensor in tensors.values()) + 4 * (sum(numbers) + max(numbers))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

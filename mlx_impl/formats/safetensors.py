@@ -34,6 +34,18 @@ def read_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> dict[str, mx.arra
     return {name: array for name, array in weights.items() if not name.endswith(DERIVED)}
 
 
+def loading_bytes(folder: Path, dtype: mx.Dtype) -> int:
+    """The most that `read_folder` holds: each tensor as stored or as it becomes, a copy of the largest."""
+    sizes = [0]
+    for file, _ in shards(folder):
+        try:
+            arrays = mx.load(str(file), format="safetensors").values()  # lazy: no tensor is read
+        except (RuntimeError, ValueError):  # which reading it will say
+            continue
+        sizes += [max(a.nbytes, 0 if a.dtype == mx.uint32 else a.size * dtype.size) for a in arrays]
+    return sum(sizes) + max(sizes)
+
+
 def shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     """Every file, and the names of the tensors that an index says are in it."""
     if (folder / INDEX).exists():

@@ -20,7 +20,8 @@ ORDER = [  # a module may import those before it
     "projection", "model", "precision", "quantized", "requantize", "targets", "lora", "loss", "rows",
     "batching", "data", "layout",
     "turns", "template_worker", "template_process", "template", "tokenizer", "examples", "optim", "state",
-    "guard", "train", "pace", "trainer", "merging", "sampling", "generate", "streaming",
+    "guard", "train", "memory_model", "address_space", "memory_limits", "pace", "trainer", "memory_check",
+    "merging", "sampling", "generate", "streaming",
     "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
     "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
@@ -30,7 +31,7 @@ ORDER = [  # a module may import those before it
     "cli.manifest", "cli.run_place", "cli.run_folder", "cli.flags", "cli.job", "cli.finetune",
     "cli.lora_flags", "cli.settings", "cli.train", "cli.evaluate", "cli.generate", "cli.inspect",
     "cli.convert", "cli.fuse", "cli.parser",
-    "blas", "__main__",
+    "blas", "address_space_probe", "__main__",
 ]
 # fmt: on
 

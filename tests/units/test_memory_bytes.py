@@ -1,0 +1,120 @@
+"""The model of memory, held to a band around what MLX counts; and what it says of shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
+from mlx_impl.data import Example, evaluation_batches, training_windows
+from mlx_impl.memory_model import (
+    Shape,
+    Sizes,
+    answer_bytes,
+    evaluation_bytes,
+    shape_of,
+    sizes_of,
+    training_bytes,
+)
+from mlx_impl.model import CausalLM
+from mlx_impl.trainer import LoRATrainer
+from tests.ladder.cases import SPEC, random_rows
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+# Of the peak: too low an estimate ends in a signal, too high a one refuses what would do. How far MLX hands
+# its CPU work ahead differs from one time to the next, and is a part of the peak.
+LEAST, MOST = 0.8, 1.6
+NARROW = replace(SPEC, hidden_size=32, intermediate_size=64, num_attention_heads=4, head_dim=8)
+WIDE = replace(NARROW, hidden_size=64, intermediate_size=256, head_dim=16, num_hidden_layers=4)
+
+
+@dataclass(frozen=True)
+class Case:
+    config: ModelConfig
+    tokens: int
+    rows: int
+    lora: dict[str, Any]
+    training: dict[str, Any]
+
+
+def case(config: ModelConfig, tokens: int, rows: int = 1, dora: bool = False, **training: Any) -> Case:
+    return Case(config, tokens, rows, {"use_dora": dora}, training)
+
+
+CASES = {
+    "long": case(NARROW, 512),
+    "long, checkpointed": case(NARROW, 512, grad_checkpoint=True),
+    "many heads": case(replace(NARROW, num_attention_heads=12, num_key_value_heads=4), 256),
+    "many rows": case(WIDE, 64, 8, batch_size=8),
+    "wide, checkpointed": case(WIDE, 128, 4, grad_checkpoint=True),
+    "vocabulary": case(replace(WIDE, vocab_size=20000), 64, 2),
+    "packed": case(WIDE, 100, 12, batching="packed", max_seq_length=512, batch_size=2),
+    "DoRA": case(WIDE, 256, 2, dora=True),
+}
+
+
+def measured(run: Any) -> int:
+    """The peak of MLX's memory; before it nothing may be held that is not the trainer's."""
+    mx.synchronize()
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_need_is_near_what_mlx_counts(name: str) -> None:
+    case = CASES[name]
+    before = mx.get_active_memory()  # of other tests
+    tokens = random_rows(case.config.vocab_size, [case.tokens] * case.rows)
+    examples = [Example(tuple(map(int, row)), (True,) * len(row)) for row in tokens]
+    training = TrainConfig(iters=2, **{"batch_size": case.rows, **case.training})
+    model = CausalLM(case.config)
+    mx.eval(model.parameters())
+    trainer = LoRATrainer(model, LoRAConfig(rank=4, **case.lora), training, compiled=False)
+    sizes, checkpointed = sizes_of(model), training.grad_checkpoint
+    needs = {
+        "evaluation": max(
+            evaluation_bytes(sizes, shape_of(batch))
+            for batch in evaluation_batches(examples, training.batch_size)
+        ),
+        "training": max(
+            training_bytes(sizes, shape_of(batch), checkpointed)
+            for window in training_windows(examples, training)
+            for batch in window
+        ),
+    }
+    peaks = {
+        "evaluation": measured(lambda: trainer.evaluate(examples)) - before,
+        "training": measured(lambda: list(trainer.fit(examples))) - before,
+    }
+    shares = {what: needs[what] / peaks[what] for what in needs}
+    assert all(LEAST < share < MOST for share in shares.values()), shares
+
+
+SIZES = Sizes(SPEC, weights=1000, trained=10, itemsize=4, more=0, unpacked=0, keeps_scores=True)
+
+
+def test_a_cpu_keeps_the_attention_weights_of_every_block_a_gpu_none() -> None:
+    shape = Shape(2, 1024, 2048, 1)
+    scores = 2 * SPEC.num_attention_heads * 1024 * 1024 * 4
+    on_a_gpu = replace(SIZES, keeps_scores=False)
+    difference = training_bytes(SIZES, shape, False) - training_bytes(on_a_gpu, shape, False)
+    assert SPEC.num_hidden_layers * scores < difference < (SPEC.num_hidden_layers + 4) * scores
+
+
+def test_checkpointing_and_evaluation_hold_the_attention_weights_of_one_block() -> None:
+    shape = Shape(1, 2048, 2048, 1)
+    two, three = (replace(SIZES, config=replace(SPEC, num_hidden_layers=n)) for n in (2, 3))
+    a_hidden_state = 2048 * SPEC.hidden_size * 4
+    assert training_bytes(three, shape, True) - training_bytes(two, shape, True) == a_hidden_state
+    assert evaluation_bytes(three, shape) == evaluation_bytes(two, shape)
+
+
+def test_an_answer_needs_its_cache_twice() -> None:
+    shape, keys = Shape(1, 8, 8, 1), SPEC.num_key_value_heads * SPEC.head_dim
+    hundred, none = (answer_bytes(SIZES, shape, tokens) for tokens in (100, 0))
+    assert hundred - none == 2 * 100 * 2 * keys * SPEC.num_hidden_layers * 4
