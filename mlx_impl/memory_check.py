@@ -1,7 +1,7 @@
 """Whether a run fits into memory, asked before its first step; if not, which flags would help, and how much.
 
 The largest batch of the run is looked for among its own batches (`batching.window_rows`), or, where these are
-too many to go through, made of its longest rows. `memory_model.py` says what it needs, `memory_limits.py` what
+too many to go through, made of its longest rows. memory_model.py says what it needs, memory_limits.py what
 there is.
 """
 

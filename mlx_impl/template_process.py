@@ -24,6 +24,7 @@ import psutil
 
 MAX_SECONDS = 3  # of CPU time for a rendering; on the clock it would depend on what else runs
 MAX_BYTES = 2**30  # resident
+MAX_SPARE_BYTES = 2**27  # of a process that is kept for another template
 MAX_WAIT = 60  # seconds on the clock in which nothing is heard
 LOOK = 0.02  # seconds between two looks at a process that is at work
 MAX_RECEIVED = 2**28  # bytes: a text of 2**24 characters may take six times as many
@@ -159,11 +160,12 @@ def watched_process(first: bytes) -> WatchedProcess:
 
 
 def give_back(process: WatchedProcess) -> None:
-    """For the next template, if there is no spare one."""
-    if process.broken or SPARE:
-        process.end()
-    else:
-        SPARE.append(process)
+    """For the next template, if there is no spare one and this one holds little memory."""
+    with suppress(psutil.Error):
+        if not process.broken and not SPARE and process.watched.memory_info().rss < MAX_SPARE_BYTES:
+            SPARE.append(process)
+            return
+    process.end()
 
 
 def end(child: subprocess.Popen[bytes], owner: int) -> None:
