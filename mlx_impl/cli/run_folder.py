@@ -36,7 +36,8 @@ class RunFolder:
         """The manifest first: with it the new run takes the place of the old one, if there is one."""
         has_old = (self.path / manifest.NAME).exists()
         to_remove = (manifest.read(self.path).finished or {}) if has_old else {}
-        manifest.write(self.path, Manifest(anchored(settings), identity, VERSIONS, None, to_remove))
+        settings = anchored(settings)
+        manifest.write(self.path, Manifest(settings, identity, VERSIONS, None, to_remove))
         manifest.remove_the_run_before(self.path)
         self.go_on(settings)
         self.save_before(before)
@@ -44,7 +45,7 @@ class RunFolder:
     def go_on(self, settings: dict[str, Any]) -> None:
         """Write the settings, if the run was stopped before it had."""
         if not (self.path / "config.yaml").exists():
-            self.save_config(settings)
+            self.save_config(anchored(settings))
 
     def has_begun(self) -> bool:
         return (self.path / manifest.NAME).exists()
@@ -127,6 +128,6 @@ class RunFolder:
 
 
 def anchored(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same with absolute paths, so that a run can be resumed from any folder."""
+    """The same with absolute paths, so that a run can be resumed and repeated from any folder."""
     paths = {key: Path(settings[key]) for key in ("model", "data", "init_adapter") if key in settings}
     return settings | {key: str(path.absolute()) for key, path in paths.items() if path.exists()}

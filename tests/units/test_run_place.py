@@ -156,33 +156,23 @@ def test_a_model_folder_and_a_data_folder_hold_no_run(
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("path", ["IT", "IT/run", "IT/a/b"])
-@pytest.mark.parametrize("what", ["model", "data", "initial adapter", "--config file"])
-def test_a_run_stays_apart_from_what_it_reads(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    what: str, path: str,
-) -> None:  # fmt: skip
-    """It must not be it or lie in it; through a link neither."""
-    monkeypatch.chdir(tmp_path)
-    model, data = write_folder(tmp_path / "model"), write_data(tmp_path / "data")
-    first = ["train", *inputs, *TINY_RUN]
-    assert main([*first, "--adapter-path", "adapter"]) == 0
-    (tmp_path / "adapter" / "manifest.json").unlink()  # no finished run any more
-    (tmp_path / "config.yaml").write_text("rank: 2")
-    given = {"model": model, "data": data, "initial adapter": Path("adapter")}
-    (tmp_path / "link").symlink_to(given.get(what, tmp_path))
-    flags = (
-        ["--init-adapter", "adapter"]
-        if what == "initial adapter"
-        else ["--config", "config.yaml", "--rank", "2"]
-    )
-    before = contents(tmp_path)
-    run = path.replace("IT", "link")
-    command = ["train", "--model", str(model), "--data", str(data), "--iters", "1", "--blas", "off", *flags]
-    if what == "--config file" and path != "IT":
-        return  # in the folder of a settings file a run may lie
-    assert "another" in refusal([*command, "--adapter-path", run], capsys)
-    assert contents(tmp_path) == before
+@pytest.mark.parametrize("place", ["link", "link/run", "link/a/b"])
+@pytest.mark.parametrize("what", ["model", "data", "adapter"])
+def test_a_run_does_not_begin_in_what_it_reads(
+    inputs: list[str],
+    train: list[str],
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+    place: str,
+) -> None:
+    """Nor anywhere inside, nor through a link."""
+    (tmp_path / "link").symlink_to({"model": inputs[1], "data": inputs[3], "adapter": run}[what])
+    before = contents(tmp_path) | contents(tmp_path / "link")
+    command = ["train", *inputs, "--iters", "1", "--blas", "off", "--init-adapter", str(run)]
+    assert "another" in refusal([*command, "--adapter-path", place], capsys)
+    assert contents(tmp_path) | contents(tmp_path / "link") == before
 
 
 def test_a_run_does_not_replace_the_one_that_it_goes_on_from(
