@@ -1,15 +1,19 @@
 """Training runs killed at every act on the names of files, and what must hold afterwards.
 
-    python -m tests.killed_runs [--random N]    # all moments of all scenarios, then N at random moments
+    python -m tests.killed_runs                # all moments of all scenarios
+    python -m tests.killed_runs --random N     # N of each, by the clock
 
 A kill leaves what was there, or a run that goes on to the bit as if it had not been killed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_impl.__main__ import main
-from tests.kills import Ended, run_killed
+from tests.kills import LONGEST, Ended, run_killed
 from tests.tiny_folder import write_data, write_folder
 
 FLAGS = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", "1", "--steps-per-eval", "2",
@@ -127,20 +131,45 @@ def killed(bench: Bench, name: str, run: Path, at: int, when: str) -> Ended:
     return ended
 
 
-def every_moment() -> int:
-    root, count = Path(tempfile.mkdtemp()), 0
-    bench = Bench(root)
+def killed_by_the_clock(bench: Bench, name: str, run: Path, seconds: float) -> bool:
+    shutil.rmtree(run, ignore_errors=True)
+    SCENARIOS[name].before(bench, run)
+    ended = run_killed(main, bench.command(SCENARIOS[name], run), seconds=seconds)
+    if ended.was_killed:
+        require_nothing_lost(bench, name, run)
+    return ended.was_killed
+
+
+def at_random(bench: Bench, run: Path, count: int) -> int:
+    """Of each scenario so many, at moments spread over the time that a run takes."""
+    done = 0
+    for name in SCENARIOS:
+        start = time.monotonic()
+        assert not killed_by_the_clock(bench, name, run, LONGEST)
+        longest = time.monotonic() - start
+        rng = random.Random(name)
+        done += sum(killed_by_the_clock(bench, name, run, longest * rng.random()) for _ in range(count))
+    return done
+
+
+def every_moment(bench: Bench, run: Path) -> int:
+    count = 0
     for name in SCENARIOS:
         at, is_killed = 0, True
         while is_killed:
             at += 1
             for when in ("before", "after"):
-                is_killed = killed(bench, name, root / "run", at, when).was_killed
+                is_killed = killed(bench, name, run, at, when).was_killed
                 count += is_killed
         print(f"{name}: killed before and after each of {at - 1} calls", flush=True)
-    shutil.rmtree(root)
     return count
 
 
 if __name__ == "__main__":
-    print(every_moment(), "kills, nothing lost")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--random", type=int, metavar="N", help="N random moments of each, no others")
+    number = parser.parse_args().random
+    with tempfile.TemporaryDirectory() as folder:
+        bench, run = Bench(Path(folder)), Path(folder, "run")
+        count = every_moment(bench, run) if number is None else at_random(bench, run, number)
+    print(count, "kills, nothing lost")

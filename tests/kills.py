@@ -57,15 +57,19 @@ def run_killed(
     at: int | None = None,
     when: str = "before",
     calls: Sequence[str] = CALLS,
+    seconds: float | None = None,
 ) -> Ended:
-    """`act(*arguments)` in its own process, killed before or after the call number `at`, from 1."""
+    """`act(*arguments)` in its own process, killed before or after the call number `at`, or by the clock."""
     with tempfile.TemporaryDirectory() as folder:
         seen, output = Path(folder, "calls"), Path(folder, "output")
         seen.touch()
         output.touch()
         process = SERVER.Process(target=in_child, args=(act, arguments, at, when, calls, seen, output))
         process.start()
-        process.join(LONGEST)
+        process.join(LONGEST if seconds is None else seconds)
+        if process.exitcode is None and seconds is not None:
+            process.kill()
+            process.join()
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"not at its end after {LONGEST} seconds: {output.read_text('utf-8')}")

@@ -168,7 +168,7 @@ def test_a_run_does_not_begin_in_what_it_reads(
     place: str,
 ) -> None:
     """Nor anywhere inside, nor through a link."""
-    (tmp_path / "link").symlink_to({"model": inputs[1], "data": inputs[3], "adapter": run}[what])
+    (tmp_path / "link").symlink_to({"model": Path(inputs[1]), "data": Path(inputs[3]), "adapter": run}[what])
     before = contents(tmp_path) | contents(tmp_path / "link")
     command = ["train", *inputs, "--iters", "1", "--blas", "off", "--init-adapter", str(run)]
     assert "another" in refusal([*command, "--adapter-path", place], capsys)
