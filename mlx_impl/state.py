@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import LoRAConfig, TrainConfig, require_number
 from .data import Example
-from .files import one_line, whole_file, with_printable_keys
+from .files import one_line, require_file, whole_file, with_printable_keys
 from .model import CausalLM
 from .optim import LoRAOptimizer
 from .precision import dtype_of
@@ -91,8 +91,9 @@ def load_state(
     path: Path, identity: dict[str, Any], expected: dict[str, mx.array]
 ) -> tuple[dict[str, mx.array], Progress]:
     """The arrays and the progress; ValueError, by name, for what has changed since or does not fit."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: a run to resume must have this file, and there is none")
+    require_file(path)
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)

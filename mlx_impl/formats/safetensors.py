@@ -37,10 +37,10 @@ def read_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> dict[str, mx.arra
 def loading_bytes(folder: Path, dtype: mx.Dtype) -> int:
     """The most that `read_folder` holds: each tensor as stored or as it becomes, a copy of the largest."""
     sizes = [0]
-    for file, _ in shards(folder):
+    for file in (file for file, _ in shards(folder) if file.is_file()):  # what is none, reading it will say
         try:
             arrays = mx.load(str(file), format="safetensors").values()  # lazy: no tensor is read
-        except (RuntimeError, ValueError):  # which reading it will say
+        except (RuntimeError, ValueError):  # likewise
             continue
         sizes += [max(a.nbytes, 0 if a.dtype == mx.uint32 else a.size * dtype.size) for a in arrays]
     return sum(sizes) + max(sizes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from mlx_impl.__main__ import main
 from mlx_impl.adapters import save_adapter
 from mlx_impl.checkpoint import load_model
+from mlx_impl.cli.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig
 from mlx_impl.lora import add_lora
 from tests.tiny_folder import write_data, write_folder
@@ -19,6 +22,14 @@ OF_A_MODEL = (
     *("tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
     "additional_chat_templates/a.jinja",
 )
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A pipe that is opened all the same would hold the process for ever, in C: then it is ended."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
@@ -109,6 +120,23 @@ def test_of_what_fuse_copies(inputs: Path, capsys: pytest.CaptureFixture[str]) -
     assert error == f"error: {path}: must be a regular file, and is a named pipe"
     path.unlink()
     assert main(["fuse", *arguments, "--save-path", str(inputs / "out"), "--blas", "off"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "before.json", "metrics.jsonl", "training_state.safetensors"]
+)
+def test_of_a_run_to_resume(
+    inputs: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = inputs / "run"
+    train = ["train", "--model", str(inputs / "model"), "--data", str(inputs / "data"), "--iters", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda _: None)  # as if it had been killed before that
+        assert main([*train, "--adapter-path", str(run), "--blas", "off"]) == 0
+    replace(run / name, kind)
+    error = error_of(["train", "--resume", str(run)], capsys)
+    assert error.startswith(f"error: {run / name}: must ")
 
 
 def test_of_settings(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
