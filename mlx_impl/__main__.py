@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
 from .address_space import require_start
 from .blas import load_optimized_blas
+from .cli.commands import command_line
 from .cli.interrupt import Stopped, handling, stop_at_once
 from .cli.parser import COMMANDS, parse_arguments
 
@@ -39,12 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_READER
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}", error)
+    except RuntimeError as error:  # MLX's, such as a GPU's without memory
+        if not hasattr(error, "__notes__"):
+            raise
+        return fail(str(error), error)
     except MemoryError as error:
         return fail("there is too little memory: Python could get no more", error)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         if words[:1] == ["train"] and not hasattr(stop, "__notes__"):  # nothing is saved
-            stop.add_note(f"begin again with: {shlex.join(['python', '-m', 'mlx_impl', *words])}")
+            stop.add_note(f"begin again with: {command_line(*words)}")
         print_notes(stop)
         return stop.exit_code
     return 0

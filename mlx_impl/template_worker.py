@@ -30,7 +30,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .rows import Message, is_text
 from .turns import find_turns, require_tools_shown
 
-MAX_LENGTH = 2**24  # characters of a rendering
+# Characters of a rendering: so many, and for each byte of the request so many more.
+MAX_LENGTH, MAX_TIMES = 2**20, 16
 MAX_REASON = 1000  # characters of an error of the template's own
 MAX_ANSWERS = 2**20  # characters of several answers together: the rest is asked for again
 END = b"0\n"  # after the answers to a line
@@ -62,7 +63,7 @@ class Templates:
         del sandbox.globals["lipsum"]
         now = datetime.fromisoformat(moment).strftime
         sandbox.globals |= {"raise_exception": refuse, "strftime_now": now}
-        self.special_texts, self.last_sign = special_texts, time.monotonic()
+        self.special_texts, self.last_sign, self.most = special_texts, time.monotonic(), MAX_LENGTH
         try:
             self.templates = {name: compiled(sandbox, text) for name, text in sources.items()}
         except Exception as error:  # also of Python, which compiles what Jinja makes
@@ -82,8 +83,8 @@ class Templates:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_texts,
             )
-            if len(text) > MAX_LENGTH:
-                raise jinja2.TemplateError(f"it makes a text longer than {MAX_LENGTH}")
+            if len(text) > self.most:
+                raise jinja2.TemplateError(f"it makes a text longer than {self.most}")
         except Exception as error:  # a template is a program: whatever it does wrong
             raise ValueError(f"the chat template refuses the messages: {one_line(error)}") from None
         if not is_text(text):
@@ -163,6 +164,7 @@ def serve() -> None:
             templates = result_of(Templates, **request)
             say(to_line(None if isinstance(templates, Templates) else templates) + END)
             continue
+        templates.most = MAX_LENGTH + MAX_TIMES * len(line)
         for answer in answers(templates, request):
             say(answer)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 from rich.console import Console
@@ -22,6 +21,7 @@ from ..lora import count_parameters
 from ..places import free_folder
 from ..train import StepRecord, evaluate
 from .answers import Exam, ask, share_right
+from .commands import as_value, command_line
 from .console import counted, harmless, working
 from .flags import TRAIN_DEFAULTS
 from .interrupt import Interrupt, interrupt_requested
@@ -47,12 +47,21 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
             except NotFinite:
                 save(prepared, records[: prepared.trainer.step], console)
                 raise
+            except BrokenPipeError:  # nobody reads what is printed
+                if interrupt.requested is None:
+                    prepared.folder.save(prepared.trainer, prepared.train, prepared.base_name)
+                    raise
         after = examine(prepared, console, "after")
         report = make_report(prepared, before, after, records)
         prepared.folder.write_json("report.json", report)
         prepared.folder.finish()
-    print_answers(before.answers, after.answers, console)
-    console.print(f"report.json saved in {harmless(str(job.folder))}")
+    saved = f"report.json saved in {harmless(str(job.folder))}"
+    try:
+        print_answers(before.answers, after.answers, console)
+    except KeyboardInterrupt as stop:
+        stop.add_note(saved)
+        raise
+    console.print(saved)
     return report
 
 
@@ -68,6 +77,8 @@ def begin_or_go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[Ste
     with way_on(prepared):
         folder.go_on(job.settings)
         console.print(f"resumed:   {harmless(str(folder.path))}, after step {step}")
+        for change in folder.changed_programs():
+            console.print(f"           not to the bit, by another {change}")
         known, records = folder.read_before(step), folder.read_metrics(step)
         if known is None:  # stopped in the middle of its beginning
             known = examine(prepared, console, "before")
@@ -77,24 +88,25 @@ def begin_or_go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[Ste
 
 @contextmanager
 def way_on(prepared: Prepared) -> Iterator[None]:
-    """A stop within the block is given the command to go on with."""
-    folder = prepared.job.folder
+    """Whatever ends the run within the block is given the command to go on with."""
+    folder = as_value(prepared.job.folder)
     try:
         yield
     except NotFinite as stop:
         rate = min(prepared.trainer.training.learning_rate / 10, TRAIN_DEFAULTS.learning_rate)
-        flags = ["--config", folder / "config.yaml", "--init-adapter", folder, "--learning-rate", f"{rate:g}"]
-        flags += ["--adapter-path", free_folder(folder)]
-        stop.add_note(f"go on at a lower learning rate with: {train_command(*flags)}")
+        words = ["--config", f"{folder}/config.yaml", "--init-adapter", folder]
+        words += ["--learning-rate", f"{rate:g}", "--adapter-path", as_value(free_folder(Path(folder)))]
+        stop.add_note(f"go on at a lower learning rate with: {train_command(prepared.job, *words)}")
         raise
-    except (KeyboardInterrupt, OSError, RuntimeError) as stop:  # the last: what MLX raises
+    except (Exception, KeyboardInterrupt) as stop:
         if prepared.folder.has_begun():
-            stop.add_note(f"go on with: {train_command('--resume', folder)}")
+            stop.add_note(f"go on with: {train_command(prepared.job, '--resume', folder)}")
         raise
 
 
-def train_command(*flags: object) -> str:
-    return shlex.join(["python", "-m", "mlx_impl", "train", *map(str, flags)])
+def train_command(job: Job, *words: str) -> str:
+    blas = [] if job.blas is None else ["--blas", job.blas]
+    return command_line("train", *words, *blas)
 
 
 def save(prepared: Prepared, records: list[StepRecord], console: Console) -> None:
@@ -150,12 +162,9 @@ def fit(prepared: Prepared, records: list[StepRecord], console: Console, interru
     validate_where_due(prepared, console)  # also what a stop has prevented
     if is_exhausted(prepared, console):
         return
-    steps = trainer.fit(prepared.train)
     with folder.open_metrics(records) as metrics:
+        steps = recorded(trainer.fit(prepared.train), records, metrics)
         for record in with_progress(steps, trainer.step, trainer.training.iters, console):
-            records.append(record)
-            metrics.write(json.dumps(asdict(record)) + "\n")
-            metrics.flush()
             if interrupt.requested is not None:
                 break
             validate_where_due(prepared, console)
@@ -166,6 +175,15 @@ def fit(prepared: Prepared, records: list[StepRecord], console: Console, interru
                 break
         os.fsync(metrics.fileno())
         folder.require_metrics(metrics)
+
+
+def recorded(steps: Iterable[StepRecord], records: list[StepRecord], metrics: TextIO) -> Iterator[StepRecord]:
+    """The same records, kept and written down as they pass."""
+    for record in steps:
+        records.append(record)
+        metrics.write(json.dumps(asdict(record)) + "\n")
+        metrics.flush()
+        yield record
 
 
 def validate_where_due(prepared: Prepared, console: Console) -> None:

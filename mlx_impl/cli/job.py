@@ -51,6 +51,7 @@ class Job:
     eval_examples: int  # of training and of validation that the loss is computed over; -1: all
     compiled: bool | None
     settings: dict[str, Any]  # all of this again, as --config reads it
+    blas: str | None = None  # as it was given
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ def prepare(job: Job) -> Prepared:
     assert lora is not None
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
     trainer.belongs_to = {
+        "eval_examples": job.eval_examples,
         "the validation data": digest_of_examples(valid_examples),
         "the questions": {name: [c.question for c in cs] for name, cs in questions.items()},
         "steps_per_eval": job.steps_per_eval,
         "patience": job.patience,
-        "eval_examples": job.eval_examples,
     }
     if job.resume:
-        resume(folder, trainer, examples)
+        load_state_of(folder, trainer, examples)
     remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
     remarks += require_memory(trainer, examples, spread(examples, job.eval_examples), valid_examples)
     remarks += require_memory_to_ask(loaded, [c for asked in questions.values() for c in asked])
@@ -115,10 +116,14 @@ def require_apart_from_inputs(job: Job) -> None:
     inputs = {"data": job.data, "initial adapter": job.init_adapter, "--config file": job.config}
     if job.model is not None and Path(job.model).exists():
         inputs["model"] = Path(job.model)
-    require_apart(job.folder, {name: path for name, path in inputs.items() if path is not None})
+    given = {name: path for name, path in inputs.items() if path is not None}
+    for name, path in list(given.items()):  # a folder may be made of links to files in other places
+        links = [file for file in path.iterdir() if file.is_symlink()] if path.is_dir() else []
+        given |= {f"{name}'s file {file.name}": file.resolve() for file in links}
+    require_apart(job.folder, given)
 
 
-def resume(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
+def load_state_of(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
     """From the last save, or from the beginning where the run was stopped before the first."""
     begun = manifest.read(folder.path)
     require_same(folder.path, begun.identity, trainer.identity(examples))

@@ -24,6 +24,9 @@ TOKEN = re.compile(r"[0-9a-f]{16}")  # as PROCESS is made
 MOST_BYTES = 4096
 
 
+held: dict[Path, int] = {}  # the descriptors of this process's locks, by folder
+
+
 class InUse(ValueError):
     """Another process has the folder."""
 
@@ -43,11 +46,14 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             sentence = f"{folder}: must be a folder that can be written to: {error.strerror}"
             raise ValueError(sentence) from None
+        held[folder.absolute()] = descriptor
         try:
             yield
         finally:
+            del held[folder.absolute()]
             with suppress(OSError):  # a folder that is gone, or read-only by now
-                (folder / NAME).unlink()
+                if is_same(descriptor, folder / NAME):
+                    (folder / NAME).unlink()
             os.close(descriptor)
     finally:
         for path in reversed(made):
@@ -75,6 +81,7 @@ def take(folder: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_same(descriptor, path):  # else its last holder has just removed it
+                require_ours(descriptor, path)
                 remove_parts(folder, read(path))
                 write(descriptor)
                 return descriptor
@@ -85,6 +92,19 @@ def take(folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def require_ours(descriptor: int, path: Path) -> None:
+    """ValueError for a file that a lock would overwrite, under this name or another."""
+    if read(path) is None or os.fstat(descriptor).st_nlink > 1:
+        raise ValueError(f"{path}: a lock is to be here, and this is another file: move it away")
+
+
+def require_held(folder: Path) -> None:
+    """ValueError where the locked folder is no longer of this name: what is written would be another's."""
+    descriptor = held.get(folder.absolute())
+    if descriptor is not None and not is_same(descriptor, folder / NAME):
+        raise ValueError(f"{folder}: was moved away or replaced while this process used it")
 
 
 def is_same(descriptor: int, path: Path) -> bool:

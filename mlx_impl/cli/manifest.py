@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Manifest:
     versions: dict[str, str]
     finished: Digests | None = None  # None until the run is finished
     to_remove: Digests = field(default_factory=dict)  # of the run that stood here before
+    written: list[str] = field(default_factory=list)  # names that this run has written, or is about to
 
 
 def read(folder: Path) -> Manifest:
@@ -52,9 +54,11 @@ def read(folder: Path) -> Manifest:
         raise ValueError(f"{path}: is not what a run writes: {error}") from None
     objects = (manifest.settings, manifest.identity, manifest.versions, manifest.to_remove)
     finished = {} if manifest.finished is None else manifest.finished
-    if not all(isinstance(value, dict) for value in (*objects, finished)):
+    if not all(isinstance(value, dict) for value in (*objects, finished)) or not isinstance(
+        manifest.written, list
+    ):
         raise ValueError(f"{path}: is not what a run writes")
-    for name in (*finished, *manifest.to_remove):
+    for name in (*finished, *manifest.to_remove, *manifest.written):
         if name not in FILES:
             raise ValueError(f"{path}: a run writes no file {name!r}")
     return manifest
@@ -67,8 +71,32 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 def finish(folder: Path) -> None:
     """Write down what the files of this run hold."""
-    digests = {name: digest(folder / name) for name in FILES if (folder / name).is_file()}
-    write(folder, replace(read(folder), finished=digests))
+    manifest = read(folder)
+    digests = {name: digest(folder / name) for name in manifest.written if is_regular(folder / name)}
+    write(folder, replace(manifest, finished=digests))
+
+
+def claim(folder: Path, *names: str) -> None:
+    """Write down that the run writes these files, before it does; ValueError for one that is there already.
+
+    So a file of the user's that has such a name is told from one of the run's.
+    """
+    manifest = read(folder)
+    new = [name for name in names if name not in manifest.written]
+    for name in new:
+        if os.path.lexists(folder / name):
+            raise ValueError(f"{folder / name}: was not written by the run in this folder: move it away")
+    if new:
+        write(folder, replace(manifest, written=[*manifest.written, *new]))
+
+
+def require_own_files(folder: Path) -> None:
+    """ValueError where a name that the run writes, now or later, is taken by something else."""
+    written = read(folder).written
+    for name in FILES:
+        path = folder / name
+        if os.path.lexists(path) and not (name in written and is_regular(path)):
+            raise ValueError(f"{path}: was not written by the run in this folder: move it away")
 
 
 def digest(path: Path) -> str:

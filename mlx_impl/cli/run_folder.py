@@ -12,17 +12,20 @@ import mlx.core as mx
 
 from .. import __version__ as mlx_impl_version
 from ..adapters import save_adapter
+from ..blas import load_optimized_blas
 from ..data import Example
-from ..files import read_json_object, read_text, whole_file
+from ..files import one_line, read_json_object, read_text, whole_file
 from ..train import StepRecord
 from ..trainer import LoRATrainer
 from . import manifest
 from .answers import Answer, Exam
 from .config_file import to_yaml
 from .curve import save_loss_curve
+from .lock import require_held
 from .manifest import Manifest
 
 VERSIONS = {"mlx_impl": mlx_impl_version, "mlx": mx.__version__}
+OF_AN_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class RunFolder:
@@ -34,10 +37,11 @@ class RunFolder:
 
     def begin(self, settings: dict[str, Any], identity: dict[str, Any], before: Exam) -> None:
         """The manifest first: with it the new run takes the place of the old one, if there is one."""
+        require_held(self.path)
         has_old = (self.path / manifest.NAME).exists()
         to_remove = (manifest.read(self.path).finished or {}) if has_old else {}
         settings = anchored(settings)
-        manifest.write(self.path, Manifest(settings, identity, VERSIONS, None, to_remove))
+        manifest.write(self.path, Manifest(settings, identity, programs(), None, to_remove))
         manifest.remove_the_run_before(self.path)
         self.go_on(settings)
         self.save_before(before)
@@ -47,14 +51,27 @@ class RunFolder:
         if not (self.path / "config.yaml").exists():
             self.save_config(anchored(settings))
 
+    def changed_programs(self) -> list[str]:
+        """What the run that is resumed was computed with, where that is another now."""
+        now, before = programs(), manifest.read(self.path).versions
+        changed = [name for name in now if before.get(name) != now[name]]
+        return [f"{name}: it was {one_line(before.get(name))}, and is {now[name]}" for name in changed]
+
     def has_begun(self) -> bool:
         return (self.path / manifest.NAME).exists()
 
     def finish(self) -> None:
+        require_held(self.path)
         manifest.finish(self.path)
+
+    def claim(self, *names: str) -> None:
+        """Before these files are written: the folder is still this run's, and they are."""
+        require_held(self.path)
+        manifest.claim(self.path, *names)
 
     def save_config(self, settings: dict[str, Any]) -> None:
         """What `train --config` repeats the run with."""
+        self.claim("config.yaml")
         versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
         text = (
             f"# {versions}; repeat the run with: python -m mlx_impl train --config FILE\n{to_yaml(settings)}"
@@ -64,11 +81,13 @@ class RunFolder:
 
     def save(self, trainer: LoRATrainer, examples: list[Example], base_name: str) -> None:
         """The state to go on from, which is confirmed to be sound, and the adapter."""
+        self.claim(self.state.name, *OF_AN_ADAPTER)
         trainer.save(self.state, examples)
         save_adapter(trainer.model, trainer.lora, self.path, base_name)
 
     def save_best(self, trainer: LoRATrainer, base_name: str) -> None:
         folder = self.path / "best"
+        self.claim(*(f"best/{name}" for name in OF_AN_ADAPTER))
         if folder.is_symlink():
             raise ValueError(f"{folder}: must be a folder of the run, and is a link")
         folder.mkdir(exist_ok=True)
@@ -77,6 +96,7 @@ class RunFolder:
     def open_metrics(self, kept: list[StepRecord]) -> TextIO:
         """The metrics file with the lines of these records, open for more."""
         path = self.path / "metrics.jsonl"
+        self.claim(path.name)
         with whole_file(path) as part:
             part.write_text("".join(json.dumps(asdict(record)) + "\n" for record in kept), encoding="utf-8")
         return open(path, "a", encoding="utf-8")
@@ -120,11 +140,18 @@ class RunFolder:
         self.write_json("before.json", {"loss_nats": before.loss_nats, "answers": rows})
 
     def save_curve(self, records: list[StepRecord], trainer: LoRATrainer) -> None:
+        self.claim("loss.png")
         save_loss_curve(records, trainer.validation, self.path / "loss.png")
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
+        self.claim(name)
         with whole_file(self.path / name) as part:
             part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def programs() -> dict[str, str]:
+    """All that decides the last bits."""
+    return {**VERSIONS, "BLAS": load_optimized_blas("off").name or "MLX's own"}
 
 
 def anchored(settings: dict[str, Any]) -> dict[str, Any]:

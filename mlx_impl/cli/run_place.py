@@ -61,6 +61,7 @@ def run_to_resume(path: Path) -> Iterator[Path]:
         if manifest.read(path).finished is not None:
             raise ValueError(f"{path}: the run to resume must be unfinished, and is finished")
         manifest.remove_the_run_before(path)
+        manifest.require_own_files(path)
         yield path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -139,10 +140,18 @@ def run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     from .run_place import place_for_a_run, run_to_resume
 
     if args.resume is not None:
-        return run_to_resume(args.resume)
+        return run_to_resume(run_path("--resume", args.resume))
     if args.overwrite and args.adapter_path is None:
         raise ValueError("--overwrite needs the --adapter-path of a finished run")
-    return place_for_a_run(args.adapter_path, args.overwrite)
+    path = None if args.adapter_path is None else run_path("--adapter-path", args.adapter_path)
+    return place_for_a_run(path, args.overwrite)
+
+
+def run_path(flag: str, path: Path) -> Path:
+    """One that can be named in a command, whatever has been moved since."""
+    if not str(path).isprintable():
+        raise ValueError(f"{flag} must be a printable path, got {str(path)!r}")
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
 
 
 def job_of(args: argparse.Namespace, path: Path) -> Job:
@@ -178,4 +187,5 @@ def job_of(args: argparse.Namespace, path: Path) -> Job:
         eval_examples=args.eval_examples,
         compiled=args.compile,
         settings=resolved(args, lora, **named),
+        blas=args.blas,
     )

@@ -14,6 +14,7 @@ import pytest
 
 from mlx_impl.__main__ import main
 from mlx_impl.cli import flags
+from mlx_impl.cli.commands import command_line
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--blas", "off"]
@@ -238,8 +239,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_last_good_state(
     )
     assert not (run / "report.json").exists()
     assert main(["evaluate", *common, "--adapter-path", str(run), "--json"]) == 0
-    command = way_on.removeprefix("go on at a lower learning rate with: python -m mlx_impl ")
-    assert main([*shlex.split(command), "--blas", "off"]) == 0
+    command = way_on.removeprefix(f"go on at a lower learning rate with: {command_line()} ")
+    assert main(shlex.split(command)) == 0
     assert (tmp_path / "run-2" / "report.json").exists()
 
 

@@ -16,8 +16,11 @@ import pytest
 from mlx_impl import files
 from mlx_impl.__main__ import main
 from mlx_impl.adapters import save_adapter
+from mlx_impl.cli import manifest
 from mlx_impl.cli.answers import Exam
+from mlx_impl.cli.commands import command_line
 from mlx_impl.cli.curve import save_loss_curve
+from mlx_impl.cli.manifest import FILES, Manifest
 from mlx_impl.cli.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig
 from mlx_impl.formats.hf_config import read_config
@@ -75,6 +78,7 @@ def test_the_old_file_stays_and_no_part_of_the_new_one(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
+    manifest.write(folder, Manifest({}, {}, {}, written=[*FILES]))
     (folder / name).write_text("old")
     fill_the_disk(folder / name, monkeypatch)
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -103,10 +107,9 @@ def test_train_ends_with_one_sentence(
     file.parent.mkdir()
     fill_the_disk(file, monkeypatch)
     assert main(["train", *inputs, "--adapter-path", str(tmp_path / "run")]) == 2
-    run = file.parent.parent if file.parent.name == "best" else file.parent
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"error: {file}: No space left on device",
-        f"go on with: python -m mlx_impl train --resume {run}",
+        f"go on with: {command_line('train', '--resume', file.parent, '--blas', 'off')}",
     ]
     assert not list(tmp_path.rglob("*.part*"))
     assert not file.exists()
@@ -147,4 +150,4 @@ def test_a_disk_that_fills_while_metrics_grow_ends_with_one_sentence(
     assert main(["train", *inputs, "--adapter-path", str(tmp_path)]) == 2
     error, way_on = capsys.readouterr().err.splitlines()[-2:]
     assert error.startswith("error: ") and error.endswith("No space left on device")
-    assert way_on == f"go on with: python -m mlx_impl train --resume {tmp_path}"
+    assert way_on == f"go on with: {command_line('train', '--resume', tmp_path, '--blas', 'off')}"

@@ -16,7 +16,7 @@ import mlx_impl
 ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 ORDER = [  # a module may import those before it
-    "config", "files", "places", "journal", "folders", "cpu_ops", "ops", "slots", "view", "recompute",
+    "config", "blas", "files", "places", "journal", "folders", "cpu_ops", "ops", "slots", "view", "recompute",
     "projection", "model", "precision", "quantized", "requantize", "targets", "lora", "loss", "rows",
     "batching", "data", "layout",
     "turns", "template_worker", "template_process", "template", "tokenizer", "examples", "optim", "state",
@@ -27,11 +27,11 @@ ORDER = [  # a module may import those before it
     "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
     "formats.peft", "formats.mlx_lm", "formats.scale_folding", "formats.adapter_conversion",
     "checkpoint", "adapters", "fusing",
-    "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve", "cli.config_file", "cli.lock",
-    "cli.manifest", "cli.run_place", "cli.run_folder", "cli.flags", "cli.job", "cli.finetune",
-    "cli.lora_flags", "cli.settings", "cli.train", "cli.evaluate", "cli.generate", "cli.inspect",
-    "cli.convert", "cli.fuse", "cli.parser",
-    "blas", "address_space_probe", "__main__",
+    "cli.commands", "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve",
+    "cli.config_file", "cli.lock", "cli.manifest", "cli.run_place", "cli.run_folder", "cli.flags", "cli.job",
+    "cli.finetune", "cli.lora_flags", "cli.settings", "cli.train", "cli.evaluate", "cli.generate",
+    "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
+    "address_space_probe", "__main__",
 ]
 # fmt: on
 

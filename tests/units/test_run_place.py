@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli import lock
+from mlx_impl.cli import lock, manifest
+from mlx_impl.cli.commands import command_line
 from mlx_impl.cli.manifest import FILES
+from mlx_impl.cli.run_folder import RunFolder
 from mlx_impl.files import PROCESS
 from tests.tiny_folder import write_data, write_folder
 
@@ -239,11 +247,135 @@ def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     assert [lock.read(path) for path in (link, folder, text)] == [None] * 3
 
 
+def test_a_lock_does_not_overwrite_what_is_not_one(
+    train: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text of the user's under its name, and one that has another name too."""
+    precious = tmp_path / "precious"
+    for content in ("mine", '{"host": "h", "process": 1, "parts": "0123456789abcdef"}'):
+        precious.write_text(content)
+        os.link(precious, run / lock.NAME)
+        error = refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
+        assert "is not as" in error or "a lock is to be here, and this is another file" in error
+        assert precious.read_text() == content
+        (run / lock.NAME).unlink()
+
+
+def test_a_lock_that_its_last_holder_removes_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening and the locking the file has gone, and another process may have made a new one."""
+    real, calls = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / lock.NAME).unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / lock.NAME).exists()
+        with pytest.raises(lock.InUse), lock.locked(tmp_path):
+            pass
+
+
+def test_a_run_whose_folder_is_moved_away_writes_into_no_other(
+    train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last save is in the folder that was moved, and goes on from there."""
+    real = RunFolder.save
+
+    def save(self: RunFolder, *rest: Any) -> None:
+        real(self, *rest)
+        if not (tmp_path / "moved").exists():
+            (tmp_path / "run").rename(tmp_path / "moved")
+            write(tmp_path / "run", "adapter_model.safetensors", lock.NAME)
+
+    monkeypatch.setattr(RunFolder, "save", save)
+    capsys.readouterr()
+    assert main([*train, "--adapter-path", "run", "--save-every", "1"]) == 2
+    assert "run: was moved away or replaced while this process used it" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == {
+        name: f"the user's own {name}".encode() for name in (lock.NAME, "adapter_model.safetensors")
+    }
+    (tmp_path / "moved" / lock.NAME).unlink(missing_ok=True)
+    assert main(["train", "--resume", "moved", "--blas", "off"]) == 0
+
+
+@pytest.mark.parametrize("name", ["report.json", "loss.png"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_file_that_is_put_into_a_stopped_run_is_not_overwritten(
+    train: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    kind: str,
+) -> None:
+    """It is noticed before anything is trained."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_curve", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert main([*train, "--adapter-path", "run"]) == 143
+    write(tmp_path / "run", name if kind == "file" else f"{name}/x")
+    before = contents(tmp_path)
+    error = refusal(["train", "--resume", "run", "--blas", "off"], capsys)
+    assert f"run/{name}: was not written by the run in this folder: move it away" in error
+    assert contents(tmp_path) == before
+    (tmp_path / "run" / name).rename(tmp_path / "mine")
+    assert main(["train", "--resume", "run", "--blas", "off"]) == 0
+
+
+def test_what_was_changed_between_a_kill_and_a_resume_stays(run: Path) -> None:
+    """The new run has begun, and the old one is not yet removed."""
+    old = manifest.read(run)
+    manifest.write(run, replace(old, finished=None, to_remove=old.finished or {}, written=[]))
+    (run / "loss.png").write_text("mine")
+    manifest.remove_the_run_before(run)
+    assert set(contents(run)) == {"loss.png", "manifest.json"}
+    with pytest.raises(ValueError, match=r"loss\.png: was not written by the run in this folder"):
+        manifest.require_own_files(run)
+
+
+def test_an_initial_adapter_may_be_links_into_the_run_that_is_replaced(
+    inputs: list[str], train: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).symlink_to(run / "best" / name)
+    before = contents(run)
+    command = ["train", *inputs, "--iters", "1", "--blas", "off", "--init-adapter", "adapter"]
+    error = refusal([*command, "--adapter-path", "run", "--overwrite"], capsys)
+    assert "must not be, contain or lie inside the initial adapter's file adapter_" in error
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("name", ["-q", "nodir/../run", "a b"])
+def test_a_folder_of_any_name_is_named_in_the_command_to_go_on_with(
+    train: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_curve", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert main([*train, f"--adapter-path={name}"]) == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert main(shlex.split(last.removeprefix(f"go on with: {command_line()} "))) == 0
+
+
+def test_a_folder_whose_name_cannot_be_shown_is_refused(
+    train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refusal([*train, "--adapter-path", "a\x1b[2J"], capsys)
+    assert r"--adapter-path must be a printable path, got 'a\x1b[2J'" in error
+    assert not (tmp_path / "a\x1b[2J").exists()
+
+
 def test_metrics_that_vanish_during_a_run_are_an_error(
     train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlx_impl.cli.run_folder import RunFolder
-
     real = RunFolder.save_best
 
     def save_best(self: RunFolder, *rest: object) -> None:
@@ -251,7 +383,8 @@ def test_metrics_that_vanish_during_a_run_are_an_error(
         real(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunFolder, "save_best", save_best)
-    error = refusal([*train, "--adapter-path", "run", "--learning-rate", "0.01"], capsys)
+    assert main([*train, "--adapter-path", "run", "--learning-rate", "0.01"]) == 2
+    error = capsys.readouterr().err
     assert "run/metrics.jsonl: was removed or replaced while the run was going on" in error
 
 

@@ -17,10 +17,11 @@ import pytest
 
 from mlx_impl.__main__ import main
 from mlx_impl.cli import finetune
+from mlx_impl.cli.commands import command_line
 from mlx_impl.cli.run_folder import RunFolder
 from tests.tiny_folder import write_data, write_folder
 
-GO_ON = "go on with: python -m mlx_impl "
+GO_ON = f"go on with: {command_line()} "
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -64,7 +65,7 @@ def test_a_signal_saves_what_was_learned(inputs: list[str], tmp_path: Path, numb
     assert_saved(run)
     assert output.splitlines()[-2:] == [
         f"stopped by {signal.Signals(number).name}",
-        f"{GO_ON}train --resume {run}",
+        f"{GO_ON}train --resume {run} --blas off",
     ]
 
 
@@ -107,7 +108,7 @@ def test_what_was_stopped_before_anything_was_saved_is_begun_again(
     arguments = ["train", *inputs, "--adapter-path", str(run)]
     assert main(arguments) == 143
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"begin again with: {shlex.join(['python', '-m', 'mlx_impl', *arguments])}"
+    assert last == f"begin again with: {command_line(*arguments)}"
     assert not run.exists()
 
 
@@ -123,8 +124,8 @@ def test_a_full_disk_ends_with_the_command_to_go_on_with(
     error = capsys.readouterr().err.splitlines()
     assert error == [
         "error: some file: No space left on device",
-        f"{GO_ON}train --resume '{run}'",
+        f"{GO_ON}train --resume '{run}' --blas off",
     ]
     monkeypatch.undo()
-    assert main([*shlex.split(error[1].removeprefix(GO_ON)), "--blas", "off"]) == 0
+    assert main(shlex.split(error[1].removeprefix(GO_ON))) == 0
     assert (run / "report.json").exists()
