@@ -8,6 +8,7 @@ is proven in float64 runs on MLX's CPU device (`MlxTrainer.exact`, `on_the_cpu`)
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before a trainer is imported, and MLX with it
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup and a shell's & leave ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     blas, device = config.getoption("--blas"), config.getoption("--device")
     if blas is not None:
         from mlx_impl import load_optimized_blas

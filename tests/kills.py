@@ -78,10 +78,18 @@ def run_killed(
 
 
 def kills(
-    act: Callable[..., Any], *arguments: Any, before_each: Callable[[], object], calls: Sequence[str] = CALLS
+    act: Callable[..., Any],
+    *arguments: Any,
+    before_each: Callable[[], object],
+    calls: Sequence[str] = CALLS,
+    every: int = 1,
 ) -> Iterator[Ended]:
-    """Killed before the first call, after it, before the second, ...; ends when a run reaches its end."""
-    for at, when in ((at, when) for at in itertools.count(1) for when in ("before", "after")):
+    """Killed before the first call, after it, before the second, ...; ends when a run reaches its end.
+
+    Of these moments every so many is taken.
+    """
+    moments = ((at, when) for at in itertools.count(1) for when in ("before", "after"))
+    for at, when in itertools.islice(moments, 0, None, every):
         before_each()
         ended = run_killed(act, *arguments, at=at, when=when, calls=calls)
         if not ended.was_killed:

@@ -21,6 +21,9 @@ from mlx_impl.lora import add_lora
 from tests.kills import kills, run_killed
 from tests.tiny_folder import write_folder
 
+EVERY_KILL = int(
+    os.environ.get("EVERY_KILL", "5")
+)  # of the moments that there are; the nightly run takes all
 Contents = dict[str, bytes | str | None]
 
 
@@ -128,14 +131,14 @@ def test_killed_at_any_moment_nothing_is_lost_and_the_next_one_leaves_no_part(
     assert main(arguments_of(command, inputs, tmp_path / "whole")) == 0
     whole = {f"out/{name}": value for name, value in contents(tmp_path / "whole").items()}
     count = 0
-    for ended in kills(main, arguments, before_each=fresh):
+    for ended in kills(main, arguments, before_each=fresh, every=EVERY_KILL):
         count += 1
         was_done = whole.keys() <= contents(work).keys()
         again = arguments_of(command, inputs, work / "other") if was_done else arguments
         assert run_killed(main, again).code == 0
         left = {name: value for name, value in contents(work).items() if not name.startswith("other")}
         assert left == {"out": None, **whole, **theirs}, ended.calls
-    assert count > 30
+    assert count > 30 // EVERY_KILL
     assert contents(inputs[0].parent) == before
 
 
@@ -148,7 +151,7 @@ def test_killed_while_it_cleans_up_the_next_one_does(tmp_path: Path) -> None:
         work.mkdir()
         leftover(work / "first")
 
-    for ended in kills(fill, work / "out", before_each=fresh):
+    for ended in kills(fill, work / "out", before_each=fresh, every=EVERY_KILL):
         fill(work / "other")
         left = {path.name for path in work.iterdir()} - {"other", "out"}
         assert not left, ended.calls

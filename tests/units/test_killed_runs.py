@@ -9,7 +9,7 @@ import pytest
 
 from tests.killed_runs import SCENARIOS, Bench, killed
 
-NUM_MOMENTS = 12  # of each scenario, spread over all
+NUM_MOMENTS = 10  # of each scenario, spread over all
 
 
 @pytest.fixture(scope="module")

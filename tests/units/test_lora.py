@@ -123,7 +123,7 @@ def test_an_update_that_ruins_the_adapter_is_undone() -> None:
 
 def test_an_update_that_overflows_at_once_is_undone() -> None:
     """Its own loss and gradient are finite, so what was before it is sound."""
-    config = TrainConfig(iters=3, batch_size=2, learning_rate=1e38, loraplus_lr_ratio=1e10)
+    config = TrainConfig(iters=3, batch_size=2, learning_rate=3e37, loraplus_lr_ratio=10)
     trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2), config)
     with pytest.raises(NotFinite, match=r"the updated adapter is not finite at step 1, .* after step 0"):
         list(trainer.fit(EXAMPLES))

@@ -113,7 +113,7 @@ def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytes
         (HOSTILE["lists sorted in a loop"], "must render in 3 seconds of CPU time, and takes longer$"),
         (HOSTILE["powers while it is read"], "must render in 3 seconds of CPU time, and takes longer$"),
         (HOSTILE["many texts kept"], "must keep within 1 GiB of memory, and takes more$"),
-        (HOSTILE["a long answer"], "refuses the messages: it makes a text longer than 16777216$"),
+        (HOSTILE["a long answer"], "refuses the messages: it makes a text longer than 10[0-9]{5}$"),
     ],
 )
 def test_the_sentence_says_the_rule(source: str, rule: str) -> None:
