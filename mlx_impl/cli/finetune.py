@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TextIO
 
-import mlx.core as mx
 from rich.console import Console
 
 from ..data import evaluation_batches
 from ..guard import NotFinite
-from ..lora import count_parameters
-from ..places import free_folder
 from ..train import StepRecord, evaluate
-from .answers import Exam, ask, share_right
-from .commands import as_value, command_line
+from .answers import Exam, ask
 from .console import counted, harmless, working
-from .flags import TRAIN_DEFAULTS
 from .interrupt import Interrupt, interrupt_requested
 from .job import Job, Prepared, prepare, spread
 from .report import print_answers, with_progress
+from .stops import way_on
+from .summary import make_report, print_summary
 
 
 def finetune(job: Job, console: Console) -> dict[str, Any]:
@@ -48,8 +42,8 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
                 save(prepared, records[: prepared.trainer.step], console)
                 raise
             except BrokenPipeError:  # nobody reads what is printed
+                prepared.folder.save(prepared.trainer, prepared.train, prepared.base_name)
                 if interrupt.requested is None:
-                    prepared.folder.save(prepared.trainer, prepared.train, prepared.base_name)
                     raise
         after = examine(prepared, console, "after")
         report = make_report(prepared, before, after, records)
@@ -78,35 +72,12 @@ def begin_or_go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[Ste
         folder.go_on(job.settings)
         console.print(f"resumed:   {harmless(str(folder.path))}, after step {step}")
         for change in folder.changed_programs():
-            console.print(f"           not to the bit, by another {change}")
+            console.print(f"           not to the bit: {change}")
         known, records = folder.read_before(step), folder.read_metrics(step)
         if known is None:  # stopped in the middle of its beginning
             known = examine(prepared, console, "before")
             folder.save_before(known)
         return known, records
-
-
-@contextmanager
-def way_on(prepared: Prepared) -> Iterator[None]:
-    """Whatever ends the run within the block is given the command to go on with."""
-    folder = as_value(prepared.job.folder)
-    try:
-        yield
-    except NotFinite as stop:
-        rate = min(prepared.trainer.training.learning_rate / 10, TRAIN_DEFAULTS.learning_rate)
-        words = ["--config", f"{folder}/config.yaml", "--init-adapter", folder]
-        words += ["--learning-rate", f"{rate:g}", "--adapter-path", as_value(free_folder(Path(folder)))]
-        stop.add_note(f"go on at a lower learning rate with: {train_command(prepared.job, *words)}")
-        raise
-    except (Exception, KeyboardInterrupt) as stop:
-        if prepared.folder.has_begun():
-            stop.add_note(f"go on with: {train_command(prepared.job, '--resume', folder)}")
-        raise
-
-
-def train_command(job: Job, *words: str) -> str:
-    blas = [] if job.blas is None else ["--blas", job.blas]
-    return command_line("train", *words, *blas)
 
 
 def save(prepared: Prepared, records: list[StepRecord], console: Console) -> None:
@@ -116,26 +87,6 @@ def save(prepared: Prepared, records: list[StepRecord], console: Console) -> Non
     console.print(
         f"step {trainer.step}: adapter, training state and loss.png saved in {harmless(str(folder.path))}"
     )
-
-
-def print_summary(prepared: Prepared, console: Console) -> None:
-    trained, total = count_parameters(prepared.loaded.model)
-    training = prepared.trainer.training
-    base = total - trained
-    console.print(f"run:       {harmless(str(prepared.job.folder))}")
-    console.print(f"model:     {prepared.loaded.name}, {base:,} parameters, frozen")
-    console.print(f"adapter:   {trained:,} trainable parameters, {trained / base:.2%} of the model's")
-    data = prepared.job.data
-    if data.is_relative_to(Path.cwd()):
-        data = data.relative_to(Path.cwd())
-    sizes = f"{len(prepared.train)} training and {prepared.num_valid} validation examples"
-    console.print(f"data:      {harmless(str(data))}: {sizes}")
-    for remark in prepared.remarks:
-        console.print(f"           {remark}")
-    console.print(f"device:    {mx.default_device()}, computing in {prepared.job.dtype}")
-    micro = training.grad_accumulation_steps
-    batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)
-    console.print(f"training:  {training.iters} steps of {batches} examples")
 
 
 def examine(prepared: Prepared, console: Console, when: str) -> Exam:
@@ -205,28 +156,3 @@ def is_exhausted(prepared: Prepared, console: Console) -> bool:
     if is_due:
         console.print(f"stopped at step {trainer.step}: {patience} validations without a better loss")
     return is_due
-
-
-def make_report(prepared: Prepared, before: Exam, after: Exam, records: list[StepRecord]) -> dict[str, Any]:
-    validation = prepared.trainer.validation
-    best_step, best_nats = min(validation, key=lambda pair: pair[1]) if validation else (None, None)
-    return {
-        "model": prepared.loaded.name,
-        "num_trainable": count_parameters(prepared.loaded.model)[0],
-        "iters": prepared.trainer.step,
-        "train_examples": len(prepared.train),
-        "train_examples_evaluated": len(spread(prepared.train, prepared.job.eval_examples)),
-        "valid_examples": prepared.num_valid,
-        "valid_examples_evaluated": len(prepared.valid),
-        "loss_first": before.loss_nats,
-        "loss_last": after.loss_nats,
-        "valid_loss_first": validation[0][1] if validation else None,
-        "valid_loss_last": validation[-1][1] if validation else None,
-        "valid_loss_best": best_nats,
-        "valid_best_step": best_step,
-        **{f"{name}_before": share_right(answers) for name, answers in before.answers.items()},
-        **{f"{name}_after": share_right(answers) for name, answers in after.answers.items()},
-        "step_seconds_median": statistics.median(record.seconds for record in records),
-        "training_seconds": sum(record.seconds for record in records),
-        "peak_bytes": records[-1].peak_bytes,
-    }

@@ -55,7 +55,7 @@ class RunFolder:
         """What the run that is resumed was computed with, where that is another now."""
         now, before = programs(), manifest.read(self.path).versions
         changed = [name for name in now if before.get(name) != now[name]]
-        return [f"{name}: it was {one_line(before.get(name))}, and is {now[name]}" for name in changed]
+        return [f"{name} was {one_line(before.get(name))} and is {now[name]}" for name in changed]
 
     def has_begun(self) -> bool:
         return (self.path / manifest.NAME).exists()

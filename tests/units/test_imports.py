@@ -29,8 +29,8 @@ ORDER = [  # a module may import those before it
     "checkpoint", "adapters", "fusing",
     "cli.commands", "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve",
     "cli.config_file", "cli.lock", "cli.manifest", "cli.run_place", "cli.run_folder", "cli.flags", "cli.job",
-    "cli.finetune", "cli.lora_flags", "cli.settings", "cli.train", "cli.evaluate", "cli.generate",
-    "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
+    "cli.stops", "cli.summary", "cli.finetune", "cli.lora_flags", "cli.settings", "cli.train",
+    "cli.evaluate", "cli.generate", "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
     "address_space_probe", "__main__",
 ]
 # fmt: on

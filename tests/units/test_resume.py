@@ -253,6 +253,18 @@ def test_a_run_of_an_older_version_is_refused_and_told_how_to_go_on(
     assert f"begin again from its adapter with --init-adapter {run}" in error
 
 
+def test_a_run_that_goes_on_by_another_library_says_so(
+    model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_run(model, data, run, 4)
+    path = run / "manifest.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"versions": record["versions"] | {"BLAS": "another"}}))
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--blas", "off"]) == 0
+    assert "           not to the bit: BLAS was another and is MLX's own\n" in capsys.readouterr().out
+
+
 def test_a_state_that_was_lost_is_not_begun_anew(
     model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,21 @@ def test_a_terminal_that_is_closed_loses_no_step(inputs: list[str], tmp_path: Pa
     assert_saved(run)
 
 
+def test_a_reader_that_leaves_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
+    """`train | head`: the command to go on with is on standard error."""
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        command(inputs, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        wait_for_steps(run, process)
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(60) == 141
+    assert_saved(run)
+    assert error == f"{GO_ON}train --resume {run} --blas off\n"
+
+
 def test_nohup_is_heeded(inputs: list[str], tmp_path: Path) -> None:
     """A SIGHUP that is ignored when the program begins stays ignored."""
     run = tmp_path / "run"
