@@ -10,7 +10,7 @@ So a loop over `kills(...)` ends by itself:
         ...  # what must hold after this kill
 
 The processes are forked by a server that has imported this project, and has not used MLX: a kill costs what
-the act itself costs. The act and its arguments must be picklable: a function of a module.
+the act itself costs. Where there is a GPU they begin from nothing, and take a second or two longer. The act and its arguments must be picklable: a function of a module.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 CALLS = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "link", "symlink")  # of `os`
 PRELOAD = [
     "mlx_impl.cli.finetune",
@@ -36,7 +38,8 @@ PRELOAD = [
 ]
 LONGEST = 120  # seconds
 
-SERVER = multiprocessing.get_context("forkserver")
+# A GPU's driver does not live through a fork.
+SERVER = multiprocessing.get_context("spawn" if mx.is_available(mx.gpu) else "forkserver")
 SERVER.set_forkserver_preload(PRELOAD)
 
 

@@ -95,8 +95,10 @@ def require_own_files(folder: Path) -> None:
     written = read(folder).written
     for name in FILES:
         path = folder / name
-        if os.path.lexists(path) and not (name in written and is_regular(path)):
+        if os.path.lexists(path) and name not in written:
             raise ValueError(f"{path}: was not written by the run in this folder: move it away")
+        if os.path.lexists(path) and not is_regular(path):
+            raise ValueError(f"{path}: must be a regular file, as the run wrote it")
 
 
 def digest(path: Path) -> str:
