@@ -10,7 +10,8 @@ So a loop over `kills(...)` ends by itself:
         ...  # what must hold after this kill
 
 The processes are forked by a server that has imported this project, and has not used MLX: a kill costs what
-the act itself costs. Where there is a GPU they begin from nothing, and take a second or two longer. The act and its arguments must be picklable: a function of a module.
+the act itself costs. Where there is a GPU they begin from nothing, and take a second or two longer. The act
+and its arguments must be picklable: a function of a module.
 """
 
 from __future__ import annotations
