@@ -40,7 +40,7 @@ PRELOAD = [
 LONGEST = 120  # seconds
 
 # A GPU's driver does not live through a fork.
-SERVER = multiprocessing.get_context("spawn" if mx.is_available(mx.gpu) else "forkserver")
+SERVER: Any = multiprocessing.get_context("spawn" if mx.is_available(mx.gpu) else "forkserver")
 SERVER.set_forkserver_preload(PRELOAD)
 
 
