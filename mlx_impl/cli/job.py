@@ -78,7 +78,8 @@ def prepare(job: Job) -> Prepared:
     """Read everything and check it, the cheap things first."""
     to_dtype(job.dtype)
     folder = RunFolder(job.folder)
-    require_apart_from_inputs(job)
+    if not job.resume:
+        require_apart_from_inputs(job)
     train, valid, questions = read_data(job)
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")

@@ -128,6 +128,16 @@ def test_what_is_given_besides_may_say_the_same_again(
     assert_same_run(run, whole)
 
 
+def test_a_run_goes_on_with_the_settings_file_that_it_left(
+    model: str, data: Path, whole: Path, run: Path
+) -> None:
+    """It lies in the run's folder, in which no new run may begin; this one has begun there."""
+    stopped_run(model, data, run, 3)
+    config = ["--config", str(run / "config.yaml")]
+    assert main(["train", *config, "--resume", str(run), "--blas", "off"]) == 0
+    assert_same_run(run, whole)
+
+
 def test_a_run_can_be_resumed_from_another_folder_and_under_another_name(
     model: str, data: Path, whole: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
