@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_impl.files import read_json_object, whole_file
+from mlx_impl.disk.files import read_json_object, whole_file
 
 from .gate import SLACK
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_impl.files import whole_file
+from mlx_impl.disk.files import whole_file
 
 from .cases import CASES, Case
 from .interleave import interleave

@@ -36,9 +36,9 @@ def read_inputs(case: Case) -> Inputs:
 
 def geography(case: Case) -> Inputs:
     """The real model and questions. The loaders are imported here: random cases do without their packages."""
-    from mlx_impl.checkpoint import load_model, to_numpy
-    from mlx_impl.examples import encode_all
-    from mlx_impl.rows import read_conversations
+    from mlx_impl.files.checkpoint import load_model, to_numpy
+    from mlx_impl.text.examples import encode_all
+    from mlx_impl.text.rows import read_conversations
 
     loaded = load_model(None)
     examples = encode_all(loaded.tokenizer, read_conversations(GEOGRAPHY), "completion", 2048)

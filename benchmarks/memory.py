@@ -41,7 +41,7 @@ ATTENTION = (  # of every position of a row, padding too
     Kept("k and v, turned", "G", 2, "scores and mix: the gradients of q and of the weights"),
     Kept("attention weights", "HS", 1, "softmax and mix; a fused kernel on a GPU keeps none"),
 )
-BEFORE = (  # of the positions that a target sees (mlx_impl/layout.py)
+BEFORE = (  # of the positions that a target sees (mlx_impl/fast/layout.py)
     Kept("x, before attention", "D", 1, "the norm's input"),
     Kept("its norm", "D", 1, "the input of A in q, k, v"),
     Kept("A x of q, k, v", "R", 3, "the gradient of B"),

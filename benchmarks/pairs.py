@@ -101,8 +101,8 @@ def linears_of_one_input() -> tuple[Step, Step]:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from mlx_impl.fast.projection import project
     from mlx_impl.lora import LoRALinear
-    from mlx_impl.projection import project
 
     x_BTD = mx.random.normal((4, 64, 576))
     layers = [LoRALinear(nn.Linear(576, size, bias=False), 8, 2.0, 0.0) for size in (576, 192, 192)]
@@ -164,7 +164,7 @@ def rows_with_one_system_prompt() -> tuple[Step, Step]:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_impl import layout
+    from mlx_impl.fast import layout
     from mlx_impl.lora import add_lora
     from mlx_impl.model import CausalLM
     from mlx_impl.train import batch_loss, to_arrays

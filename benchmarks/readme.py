@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_impl.files import whole_file
+from mlx_impl.disk.files import whole_file
 
 README = Path(__file__).with_name("README.md")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_impl.data import Batch, target_positions
-from mlx_impl.layout import kept_slots
+from mlx_impl.fast.layout import kept_slots
 
 from .cases import Case
 from .inputs import Inputs

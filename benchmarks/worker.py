@@ -46,7 +46,7 @@ class Hello:
 
 def prepare(environment: dict[str, str]) -> str:
     """Before anything imports MLX: the environment, then the BLAS, in one sentence."""
-    from mlx_impl.blas import load_optimized_blas
+    from mlx_impl.machine.blas import load_optimized_blas
 
     os.environ.update(environment)
     return load_optimized_blas().sentence

@@ -16,36 +16,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import load_adapter, save_adapter
-    from .blas import load_optimized_blas
-    from .checkpoint import LoadedModel, load_model
     from .config import LoRAConfig, ModelConfig, TrainConfig
     from .data import Example
-    from .examples import encode_all
-    from .merging import Merged, merge, unmerge
-    from .rows import read_conversations
+    from .files.adapters import load_adapter, save_adapter
+    from .files.checkpoint import LoadedModel, load_model
+    from .machine.blas import load_optimized_blas
+    from .run.merging import Merged, merge, unmerge
+    from .run.trainer import LoRATrainer
+    from .text.examples import encode_all
+    from .text.rows import read_conversations
     from .train import StepRecord
-    from .trainer import LoRATrainer
 
 __version__ = "0.1.0"
 
 HOMES = {
     "Example": "data",
     "LoRAConfig": "config",
-    "LoRATrainer": "trainer",
-    "LoadedModel": "checkpoint",
+    "LoRATrainer": "run.trainer",
+    "LoadedModel": "files.checkpoint",
     "ModelConfig": "config",
-    "Merged": "merging",
+    "Merged": "run.merging",
     "StepRecord": "train",
     "TrainConfig": "config",
-    "encode_all": "examples",
-    "load_adapter": "adapters",
-    "load_model": "checkpoint",
-    "load_optimized_blas": "blas",
-    "merge": "merging",
-    "read_conversations": "rows",
-    "save_adapter": "adapters",
-    "unmerge": "merging",
+    "encode_all": "text.examples",
+    "load_adapter": "files.adapters",
+    "load_model": "files.checkpoint",
+    "load_optimized_blas": "machine.blas",
+    "merge": "run.merging",
+    "read_conversations": "text.rows",
+    "save_adapter": "files.adapters",
+    "unmerge": "run.merging",
 }
 
 __all__ = [

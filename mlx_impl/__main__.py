@@ -14,11 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .address_space import require_start
-from .blas import load_optimized_blas
-from .cli.commands import command_line
+from .cli.command_line import command_line
 from .cli.interrupt import Stopped, handling, stop_at_once
 from .cli.parser import COMMANDS, parse_arguments
+from .machine.address_space import require_start
+from .machine.blas import load_optimized_blas
 
 BAD_INPUT, NO_READER = 2, 141
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fail(message: str, error: Exception) -> int:
-    from .cli.console import print_error  # rich takes a tenth of a second
+    from .cli.screen.console import print_error  # rich takes a tenth of a second
 
     print_error(message)
     print_notes(error)

@@ -15,11 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import LoRAConfig
+from .fast.projection import LowRank
+from .fast.recompute import random_key
 from .model import CausalLM
-from .projection import LowRank
-from .quantized import dense_weight_OI, shape_OI
-from .recompute import random_key
-from .targets import select_targets
+from .targets import select_targets, shape_OI
 
 FACTORS = ("lora_a", "lora_b", "magnitude")
 
@@ -93,6 +92,13 @@ class DoRALinear(LoRALinear):
     def delta_OI(self) -> mx.array:
         stretch_O1 = (self.magnitude / self.length_O())[:, None]
         return (stretch_O1 - 1) * dense_weight_OI(self.linear) + stretch_O1 * super().delta_OI()
+
+
+def dense_weight_OI(module: nn.Module) -> mx.array:
+    """The weight of a linear or an embedding in full."""
+    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return module.weight
+    return mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
 
 
 def add_lora(model: CausalLM, config: LoRAConfig) -> None:

@@ -20,10 +20,10 @@ import mlx.nn as nn
 
 from . import ops
 from .config import ModelConfig
-from .projection import project, project_gated
-from .recompute import recomputed
-from .slots import Slots
-from .view import View, view_of
+from .fast.projection import project, project_gated
+from .fast.recompute import recomputed
+from .fast.slots import Slots
+from .fast.view import View, view_of
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:

@@ -14,9 +14,9 @@ import mlx.nn as nn
 
 from .config import LoRAConfig
 from .model import CausalLM
-from .quantized import LINEARS, shape_OI
 
 Number = TypeVar("Number", int, float)
+LINEARS = (nn.Linear, nn.QuantizedLinear)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,14 @@ def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
             )
         targets.append(Target(name, num_in, num_out, rank, scale))
     return targets
+
+
+def shape_OI(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
+    """The shape of the weight in full."""
+    num_out, num_columns = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        return num_out, num_columns * 32 // linear.bits
+    return num_out, num_columns
 
 
 def linears_of_last_blocks(model: CausalLM, num_layers: int) -> dict[str, nn.Linear]:

@@ -20,11 +20,11 @@ from mlx.utils import tree_map
 
 from .config import TrainConfig
 from .data import Batch, Window, target_positions
-from .guard import FiniteGuard
-from .layout import kept_slots
+from .fast.layout import kept_slots
 from .loss import head_nats
 from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, as_vectors, clip_gradients, learning_rate_of
+from .run.guard import FiniteGuard
 
 Arrays = list[Any]  # inputs_BT, positions_N, targets_N, mask_N, and what else the decoder is told
 Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)

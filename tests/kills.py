@@ -31,9 +31,9 @@ import mlx.core as mx
 
 CALLS = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "link", "symlink")  # of `os`
 PRELOAD = [
-    "mlx_impl.cli.finetune",
+    "mlx_impl.cli.training.finetune",
     "mlx_impl.cli.fuse",
-    "mlx_impl.fusing",
+    "mlx_impl.files.fusing",
     "mlx_impl.__main__",
     "tests.kills",
 ]

@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
+from mlx_impl.fast.pace import paced
 from mlx_impl.model import CausalLM
-from mlx_impl.pace import paced
+from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import train
-from mlx_impl.trainer import LoRATrainer
 
 
 class Ours:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .flags import add_json_flag, folder
+from .settings.flags import add_json_flag, folder
 
 HELP = "an adapter to PEFT's format or mlx-lm's, to the bit"
 
@@ -19,7 +19,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..adapters import convert_adapter
+    from ..files.adapters import convert_adapter
 
     source = convert_adapter(args.adapter_path, args.save_path, args.to)
     result = {"from": source, "to": args.to, "save_path": str(args.save_path)}

@@ -6,8 +6,8 @@ import argparse
 import json
 import math
 
-from . import flags
-from .flags import add_json_flag, folder, require_at_least, targets
+from .settings import flags
+from .settings.flags import add_json_flag, folder, require_at_least, targets
 
 HELP = "the loss over the test file"
 MAX_NATS = 700.0  # of which exp is still a float
@@ -24,14 +24,14 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..adapters import load_with_adapter
     from ..data import evaluation_batches
-    from ..examples import encode_file
-    from ..memory_check import require_evaluation
-    from ..precision import to_dtype
-    from ..rows import read_conversations
+    from ..files.adapters import load_with_adapter
+    from ..files.precision import to_dtype
+    from ..run.memory_check import require_evaluation
+    from ..text.examples import encode_file
+    from ..text.rows import read_conversations
     from ..train import evaluate
-    from .console import counted, make_console, working
+    from .screen.console import counted, make_console, working
 
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))

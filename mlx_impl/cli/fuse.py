@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from . import flags
-from .flags import add_json_flag, folder
+from .settings import flags
+from .settings.flags import add_json_flag, folder
 
 HELP = "a model folder with the adapter in its weights"
 
@@ -22,9 +22,9 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..checkpoint import load_model
-    from ..fusing import LITTLE, fuse
-    from ..places import require_apart, require_new_folder
+    from ..disk.places import require_apart, require_new_folder
+    from ..files.checkpoint import load_model
+    from ..files.fusing import LITTLE, fuse
 
     given = {"model": args.model, "adapter": args.adapter_path}  # before minutes of reading
     require_apart(args.save_path, {what: Path(path) for what, path in given.items() if path})

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable
 
 from ..config import require_seed
-from . import flags
-from .flags import add_json_flag, folder, number, require_at_least
+from .settings import flags
+from .settings.flags import add_json_flag, folder, number, require_at_least
 
 HELP = "the answer to a prompt"
 FROM_STANDARD_INPUT = "-"
@@ -37,13 +37,13 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
-    from ..adapters import load_with_adapter
+    from ..files.adapters import load_with_adapter
+    from ..files.precision import to_dtype
     from ..generate import generate
-    from ..memory_check import require_answers
-    from ..precision import to_dtype
+    from ..run.memory_check import require_answers
     from ..sampling import Sampling
-    from ..streaming import pieces
-    from .console import make_console, working
+    from ..text.streaming import pieces
+    from .screen.console import make_console, working
 
     require_at_least(1, "max_tokens", args.max_tokens)
     require_seed("seed", args.seed)
@@ -86,7 +86,7 @@ def read_prompt() -> str:
 
 
 def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
-    from ..rows import is_text
+    from ..text.rows import is_text
 
     said = {"system": system, "user": prompt}
     for role, flag in (("system", "--system"), ("user", "--prompt")):
@@ -97,7 +97,7 @@ def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
 
 def show(parts: Iterable[str]) -> None:
     """Each at once, control characters only into files; also what Ctrl-C cuts short ends its line."""
-    from .console import harmless
+    from .screen.console import harmless
 
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     try:

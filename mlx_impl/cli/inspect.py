@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import BATCHINGS, TrainConfig
-from . import flags
-from .flags import add_json_flag, number, require_at_least, targets
+from .settings import flags
+from .settings.flags import add_json_flag, number, require_at_least, targets
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data import Example
-    from ..examples import Encoded
-    from ..tokenizer import ChatTokenizer
+    from ..text.examples import Encoded
+    from ..text.tokenizer import ChatTokenizer
 
 HELP = "show what of the data is trained: no weights are read"
 FILES = ("train", "valid", "test")
@@ -36,10 +36,10 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..checkpoint import load_tokenizer
-    from ..examples import encode_file
-    from ..rows import read_conversations
-    from .console import make_console
+    from ..files.checkpoint import load_tokenizer
+    from ..text.examples import encode_file
+    from ..text.rows import read_conversations
+    from .screen.console import make_console
 
     for flag, least in (("batch_size", 1), ("max_seq_length", 1), ("num_examples", 0)):
         require_at_least(least, flag, getattr(args, flag))
@@ -109,7 +109,7 @@ def parts_of(tokenizer: ChatTokenizer, example: Example) -> list[Part]:
 def show(result: dict[str, Any], path: Path, console: Console) -> None:
     from rich.text import Text
 
-    from .console import harmless
+    from .screen.console import harmless
 
     is_coloured = console.color_system is not None and not console.no_color
     meaning = "targets are green" if is_coloured else f"targets stand between {OPEN} and {CLOSE}"

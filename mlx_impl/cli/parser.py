@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from . import convert, evaluate, fuse, generate, inspect, train
-from .config_file import read_config
-from .settings import closest, with_settings
+from .settings.config_file import read_config
+from .settings.settings import closest, with_settings
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -71,6 +71,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """Those of a run that is resumed, beneath all that is given."""
-    from .manifest import read
+    from .training.manifest import read
 
     return read(folder).settings

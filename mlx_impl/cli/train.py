@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import BATCHINGS, TrainConfig
-from . import flags
-from .flags import TRAIN_DEFAULTS, add_json_flag, folder, number, require_at_least, switch
-from .lora_flags import add_lora_flags, lora_config
-from .settings import resolved
+from .settings import flags
+from .settings.flags import TRAIN_DEFAULTS, add_json_flag, folder, number, require_at_least, switch
+from .settings.lora_flags import add_lora_flags, lora_config
+from .settings.settings import resolved
 
 if TYPE_CHECKING:
-    from .job import Job
+    from .training.job import Job
 
 HELP = "fine-tune a model and show what it learned"
 DEFAULT_EPOCHS = 5
@@ -116,8 +116,8 @@ def add_run_flags(group: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from .console import make_console
-    from .finetune import finetune
+    from .screen.console import make_console
+    from .training.finetune import finetune
 
     require_numbers(args)
     with run_folder(args) as path:
@@ -137,7 +137,7 @@ def require_numbers(args: argparse.Namespace) -> None:
 
 def run_folder(args: argparse.Namespace) -> AbstractContextManager[Path]:
     """The folder that the run has to itself within the block."""
-    from .run_place import place_for_a_run, run_to_resume
+    from .training.run_place import place_for_a_run, run_to_resume
 
     if args.resume is not None:
         return run_to_resume(run_path("--resume", args.resume))
@@ -155,7 +155,7 @@ def run_path(flag: str, path: Path) -> Path:
 
 
 def job_of(args: argparse.Namespace, path: Path) -> Job:
-    from .job import Job
+    from .training.job import Job
 
     settings = {
         field.name: getattr(args, field.name) for field in fields(TrainConfig) if field.name != "iters"

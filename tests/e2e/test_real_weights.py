@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_impl.checkpoint import default_model_path
 from mlx_impl.config import ModelConfig
-from mlx_impl.formats.gguf import read_gguf
-from mlx_impl.formats.gguf_tokenizer import tokenizer_from_gguf
-from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.files.checkpoint import default_model_path
+from mlx_impl.files.formats.gguf import read_gguf
+from mlx_impl.files.formats.gguf_tokenizer import tokenizer_from_gguf
+from mlx_impl.text.tokenizer import ChatTokenizer
 from reference.generate import greedy
 from reference.model import CausalLM, load_arrays
 from tests.derived import FACTOR, assert_within_rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mlx_impl.blas import load_optimized_blas
+from mlx_impl.machine.blas import load_optimized_blas
 
 
 def main(path: str, *tokens: str) -> None:
@@ -12,7 +12,7 @@ def main(path: str, *tokens: str) -> None:
     import mlx.core as mx
     import numpy as np
 
-    from mlx_impl.checkpoint import load_model
+    from mlx_impl.files.checkpoint import load_model
 
     logits_BTV = load_model(None).model(mx.array([[int(token) for token in tokens]]))
     np.save(path, np.array(logits_BTV[0]))

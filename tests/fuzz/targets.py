@@ -10,22 +10,22 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_impl.adapters import load_adapter, save_adapter
-from mlx_impl.checkpoint import load_model
-from mlx_impl.cli import lock, manifest
-from mlx_impl.cli.answers import Answer, Exam
 from mlx_impl.cli.parser import parse_arguments
-from mlx_impl.cli.run_folder import RunFolder
+from mlx_impl.cli.training import lock, manifest
+from mlx_impl.cli.training.answers import Answer, Exam
+from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig, TrainConfig
-from mlx_impl.examples import encode_all
-from mlx_impl.formats.hf_config import read_config
-from mlx_impl.formats.hf_tokenizer import tokenizer_from_folder
+from mlx_impl.files.adapters import load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.files.formats.hf_config import read_config
+from mlx_impl.files.formats.hf_tokenizer import tokenizer_from_folder
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer
-from mlx_impl.rows import read_conversations
-from mlx_impl.state import Progress, load_state, save_state, snapshot
-from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.run.state import Progress, load_state, save_state, snapshot
+from mlx_impl.text.examples import encode_all
+from mlx_impl.text.rows import read_conversations
+from mlx_impl.text.tokenizer import ChatTokenizer
 from mlx_impl.train import StepRecord
 from tests.fuzz.mutations import BYTES, JSON, LINES, SAFETENSORS, Mutation, mutate_progress
 from tests.tiny_folder import LINEARS, TEMPLATE, conversation_line, write_folder

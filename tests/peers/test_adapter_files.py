@@ -20,10 +20,10 @@ import torch
 import transformers
 from mlx.utils import tree_flatten
 
-from mlx_impl.adapters import convert_adapter, load_adapter, save_adapter
-from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
-from mlx_impl.fusing import fuse
+from mlx_impl.files.adapters import convert_adapter, load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.files.fusing import fuse
 from mlx_impl.lora import add_lora, lora_parameters
 from tests.derived import UNIT_ROUNDOFF, compare, within
 from tests.peers.twin import peft_config

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.units.test_examples import CASES, TOOLS, byte_level
 
 MESSAGES: list[dict[str, Any]] = [

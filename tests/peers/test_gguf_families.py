@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from mlx_impl.checkpoint import load_model
+from mlx_impl.files.checkpoint import load_model
 from tests.derived import assert_within_rounding
 from tests.gguf_files import FAMILIES, LLAMA, Q, random_weights, stored, write_family
 from tests.peers.cases import longest_sum, random_batch

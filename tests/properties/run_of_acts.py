@@ -23,12 +23,12 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mlx_impl import merging
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Example, evaluation_batches, training_windows
-from mlx_impl.merging import Merged
+from mlx_impl.run import merging
+from mlx_impl.run.merging import Merged
+from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import StepRecord
-from mlx_impl.trainer import LoRATrainer
 from tests.derived import UNIT_ROUNDOFF, noise_of, require, require_same_bits
 from tests.ladder.protocol import Arrays
 from tests.properties.agreement import UNIT_ROUNDOFF_64, in_double, verdicts

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from mlx_impl import merging, trainer
 from mlx_impl.config import TrainConfig
 from mlx_impl.generate import generate
 from mlx_impl.lora import lora_layers
+from mlx_impl.run import merging, trainer
 from tests.derived import Divergence
 from tests.ladder.cases import named_case
 from tests.properties.run_of_acts import RunOfActs

@@ -16,13 +16,13 @@ from mlx_impl import ops
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
 from mlx_impl.generate import generate, generate_all
-from mlx_impl.guard import FiniteGuard
 from mlx_impl.lora import Dropout, add_lora, lora_layers, lora_parameters
 from mlx_impl.loss import next_token_nats
-from mlx_impl.merging import Merged, merge, unmerge
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer, learning_rate_of
-from mlx_impl.state import Progress, load_state, restore, save_state, snapshot
+from mlx_impl.run.guard import FiniteGuard
+from mlx_impl.run.merging import Merged, merge, unmerge
+from mlx_impl.run.state import Progress, load_state, restore, save_state, snapshot
 from mlx_impl.train import StepRecord, apply_mean, batch_loss, evaluate, to_arrays, train
 from tests.ladder.protocol import Arrays, Dialect
 from tests.trainers.every_slot import every_slot

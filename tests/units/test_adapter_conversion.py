@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.adapters import convert_adapter, load_adapter, save_adapter
-from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
-from mlx_impl.formats.scale_folding import alpha_for
+from mlx_impl.files.adapters import convert_adapter, load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.files.formats.scale_folding import alpha_for
 from mlx_impl.lora import add_lora, lora_parameters
 from tests.tiny_folder import write_data, write_folder
 

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl.adapters import load_adapter, save_adapter
-from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
+from mlx_impl.files.adapters import load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
 from tests.tiny_folder import write_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_impl.cli.answers import Answer, share_right
+from mlx_impl.cli.training.answers import Answer, share_right
 
 
 @pytest.mark.parametrize(

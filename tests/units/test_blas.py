@@ -1,4 +1,4 @@
-"""`mlx_impl.blas`: which BLAS MLX's CPU matmuls run on, proved by the dynamic linker's own log."""
+"""`mlx_impl.machine.blas`: which BLAS MLX's CPU matmuls run on, proved by the dynamic linker's own log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 import pytest
 
-from mlx_impl import blas
+from mlx_impl.machine import blas
 
 NAMES = ("MKL", "OpenBLAS", "PyTorch's")
 ROOT = Path(blas.__file__).parents[1]
@@ -36,7 +36,7 @@ def run_python(code: str, **environment: str) -> Any:
 
 MULTIPLY = """
 import json, sys
-from mlx_impl.blas import load_optimized_blas
+from mlx_impl.machine.blas import load_optimized_blas
 first, second = load_optimized_blas(), load_optimized_blas()
 import mlx.core as mx
 import numpy as np
@@ -180,7 +180,7 @@ def test_pytorch_imported_afterwards_is_right_too(path: str) -> None:
 
 def test_importing_the_module_does_not_import_mlx() -> None:
     """A module that came after MLX could do nothing."""
-    code = "import json, sys, mlx_impl.blas; print(json.dumps('mlx.core' in sys.modules))"
+    code = "import json, sys, mlx_impl.machine.blas; print(json.dumps('mlx.core' in sys.modules))"
     assert run_python(code) is False
 
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl import checkpoint
-from mlx_impl.checkpoint import load_model, to_numpy
+from mlx_impl.files import checkpoint
+from mlx_impl.files.checkpoint import load_model, to_numpy
 from tests.tiny_folder import tiny_weights, write_folder, write_gguf
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli import flags
-from mlx_impl.cli.commands import command_line
+from mlx_impl.cli.command_line import command_line
+from mlx_impl.cli.settings import flags
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--blas", "off"]

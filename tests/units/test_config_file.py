@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli.lora_flags import lora_config
 from mlx_impl.cli.parser import parse_arguments
+from mlx_impl.cli.settings.lora_flags import lora_config
 from mlx_impl.config import LoRAConfig
 from tests.tiny_folder import write_data, write_folder
 
@@ -242,7 +242,7 @@ def test_a_run_that_starts_from_an_adapter_leaves_its_settings_to_it(
 def test_a_file_that_would_take_long_is_refused_for_its_size(
     tmp_path: Path, name: str, text: str, most: int
 ) -> None:
-    from mlx_impl.cli.config_file import read_config
+    from mlx_impl.cli.settings.config_file import read_config
 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"{name}: must have at most {most} bytes, and has {len(text)}"):
@@ -250,7 +250,7 @@ def test_a_file_that_would_take_long_is_refused_for_its_size(
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    from mlx_impl.cli.config_file import read_config
+    from mlx_impl.cli.settings.config_file import read_config
 
     os.mkfifo(tmp_path / "a.yaml")
     with pytest.raises(ValueError, match=r"a.yaml: must be a regular file, and is a named pipe"):
@@ -303,7 +303,7 @@ def test_an_empty_model_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
-    from mlx_impl.cli.config_file import read_config, to_yaml
+    from mlx_impl.cli.settings.config_file import read_config, to_yaml
 
     texts = {
         str(n): text for n, text in enumerate(("off", "1e5", "010", "null", "~", "2024-01-01", "é: #", ""))

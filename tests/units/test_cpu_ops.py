@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl import cpu_ops
+from mlx_impl.fast import cpu_ops
 from tests.derived import UNIT_ROUNDOFF, require, within_bfloat16, within_exact
 from tests.ladder.cases import random_array
 from tests.ladder.protocol import Arrays

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_impl.cli.curve import draw, save_loss_curve, smoothed
+from mlx_impl.cli.screen.curve import draw, save_loss_curve, smoothed
 from mlx_impl.train import StepRecord
 
 

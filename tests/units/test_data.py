@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_impl.checkpoint import load_model
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import (
     Example,
@@ -17,9 +16,10 @@ from mlx_impl.data import (
     target_positions,
     training_windows,
 )
-from mlx_impl.examples import encode
-from mlx_impl.rows import Conversation
-from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.text.examples import encode
+from mlx_impl.text.rows import Conversation
+from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.tiny_folder import write_folder
 
 EXAMPLES = [Example((n,) * (n + 2), (False,) + (True,) * (n + 1)) for n in range(1, 8)]

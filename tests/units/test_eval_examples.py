@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli import console
-from mlx_impl.cli.job import spread
+from mlx_impl.cli.screen import console
+from mlx_impl.cli.training.job import spread
 from mlx_impl.data import Example
 from tests.tiny_folder import write_data, write_folder
 

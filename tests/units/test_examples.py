@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mlx_impl.examples import encode, encode_all, encode_file
-from mlx_impl.rows import Conversation
-from mlx_impl.tokenizer import ChatTokenizer
-from mlx_impl.turns import same_before
+from mlx_impl.text.examples import encode, encode_all, encode_file
+from mlx_impl.text.rows import Conversation
+from mlx_impl.text.tokenizer import ChatTokenizer
+from mlx_impl.text.turns import same_before
 
 SPECIAL = [
     "<s>",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_impl import files
-from mlx_impl.files import read_json_object, read_text, remove_parts_of, require_file, whole_file
+from mlx_impl.disk import files
+from mlx_impl.disk.files import read_json_object, read_text, remove_parts_of, require_file, whole_file
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:

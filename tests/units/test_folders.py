@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.adapters import save_adapter
-from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
-from mlx_impl.folders import whole_folder
+from mlx_impl.disk.folders import whole_folder
+from mlx_impl.files.adapters import save_adapter
+from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora
 from tests.kills import kills, run_killed
 from tests.tiny_folder import write_folder

@@ -13,20 +13,20 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_impl import files
 from mlx_impl.__main__ import main
-from mlx_impl.adapters import save_adapter
-from mlx_impl.cli import manifest
-from mlx_impl.cli.answers import Exam
-from mlx_impl.cli.commands import command_line
-from mlx_impl.cli.curve import save_loss_curve
-from mlx_impl.cli.manifest import FILES, Manifest
-from mlx_impl.cli.run_folder import RunFolder
+from mlx_impl.cli.command_line import command_line
+from mlx_impl.cli.screen.curve import save_loss_curve
+from mlx_impl.cli.training import manifest
+from mlx_impl.cli.training.answers import Exam
+from mlx_impl.cli.training.manifest import FILES, Manifest
+from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig
-from mlx_impl.formats.hf_config import read_config
+from mlx_impl.disk import files
+from mlx_impl.files.adapters import save_adapter
+from mlx_impl.files.formats.hf_config import read_config
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.state import Progress, save_state
+from mlx_impl.run.state import Progress, save_state
 from mlx_impl.train import StepRecord
 from tests.tiny_folder import write_data, write_folder
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.adapters import load_adapter, save_adapter
-from mlx_impl.checkpoint import load_model
 from mlx_impl.config import LoRAConfig
-from mlx_impl.folders import whole_folder
-from mlx_impl.formats import hf_folder
-from mlx_impl.fusing import Survival, fuse
+from mlx_impl.disk.folders import whole_folder
+from mlx_impl.files.adapters import load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.files.formats import hf_folder
+from mlx_impl.files.fusing import Survival, fuse
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
 from tests.derived import UNIT_ROUNDOFF, within

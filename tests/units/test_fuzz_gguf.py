@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_impl.checkpoint import load_model, to_numpy
 from mlx_impl.config import ModelConfig
-from mlx_impl.formats.gguf_file import read_container
+from mlx_impl.files.checkpoint import load_model, to_numpy
+from mlx_impl.files.formats.gguf_file import read_container
 from tests.gguf_files import FAMILIES, random_weights, sentencepiece_metadata, write_family
 
 SPECS = {name: replace(FAMILIES[name][1], num_hidden_layers=1) for name in ("llama", "qwen2", "qwen3")}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.checkpoint import load_model
+from mlx_impl.files.checkpoint import load_model
 from tests.tiny_folder import write_folder
 
 COMMAND = [sys.executable, "-m", "mlx_impl", "generate", "--blas", "off"]

@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 
-from mlx_impl.checkpoint import load_model, to_numpy
 from mlx_impl.config import ModelConfig, RopeScaling
-from mlx_impl.formats.gguf import read_gguf
-from mlx_impl.formats.gguf_file import read_container
+from mlx_impl.files.checkpoint import load_model, to_numpy
+from mlx_impl.files.formats.gguf import read_gguf
+from mlx_impl.files.formats.gguf_file import read_container
 from tests.gguf_files import FAMILIES, LLAMA, Q, random_weights, write_family
 
 LONG = replace(LLAMA, head_dim=16, rope_theta=500000.0)  # some frequencies kept, some blended, some divided

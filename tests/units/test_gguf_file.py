@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_impl.formats.gguf import read_gguf
-from mlx_impl.formats.gguf_file import read_container
+from mlx_impl.files.formats.gguf import read_gguf
+from mlx_impl.files.formats.gguf_file import read_container
 
 U32, F32 = 4, 0  # the numbers of a value type, and of a tensor type
 Key = tuple[str, int, bytes]

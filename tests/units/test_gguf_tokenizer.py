@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlx_impl.checkpoint import load_model
-from mlx_impl.formats.gguf_file import read_container
-from mlx_impl.formats.gguf_tokenizer import pipeline, tokenizer_from_gguf
-from mlx_impl.formats.gguf_vocabulary import read_vocabulary
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.files.formats.gguf_file import read_container
+from mlx_impl.files.formats.gguf_tokenizer import pipeline, tokenizer_from_gguf
+from mlx_impl.files.formats.gguf_vocabulary import read_vocabulary
 from tests.gguf_files import byte_level_metadata, write, write_family
 from tests.tiny_folder import TEMPLATE
 

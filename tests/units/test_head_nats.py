@@ -15,9 +15,9 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_impl import loss
+from mlx_impl.files.quantized import Packing, dequantize, pack
 from mlx_impl.loss import head_nats, next_token_nats
 from mlx_impl.model import CausalLM
-from mlx_impl.quantized import Packing, dequantize, pack
 from tests.derived import compare, require, require_same_names, within_bfloat16, within_exact
 from tests.ladder.cases import SPEC, random_array
 from tests.ladder.protocol import Arrays

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlx_impl.config import ModelConfig, RopeScaling
-from mlx_impl.formats.hf_config import read_config
+from mlx_impl.files.formats.hf_config import read_config
 
 Config = dict[str, Any]
 

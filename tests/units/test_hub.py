@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlx_impl.checkpoint import load_model, load_tokenizer
-from mlx_impl.formats.hub import find_model
+from mlx_impl.files.checkpoint import load_model, load_tokenizer
+from mlx_impl.files.formats.hub import find_model
 from tests.tiny_folder import write_folder
 
 NAME, COMMIT = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,26 +15,18 @@ import pytest
 import mlx_impl
 
 ROOT = Path(__file__).resolve().parents[2]
-# fmt: off
-ORDER = [  # a module may import those before it
-    "config", "blas", "files", "places", "journal", "folders", "cpu_ops", "ops", "slots", "view", "recompute",
-    "projection", "model", "precision", "quantized", "requantize", "targets", "lora", "loss", "rows",
-    "batching", "data", "layout",
-    "turns", "template_worker", "template_process", "template", "tokenizer", "examples", "optim", "state",
-    "guard", "train", "memory_model", "address_space", "memory_limits", "pace", "trainer", "memory_check",
-    "merging", "sampling", "generate", "streaming",
-    "formats.gguf_file", "formats.gguf_config", "formats.gguf", "formats.gguf_vocabulary",
-    "formats.gguf_tokenizer", "formats.hf_keys", "formats.hf_tokenizer", "formats.mlx_quantization",
-    "formats.hf_config", "formats.safetensors", "formats.hub", "formats.hf_folder", "formats.factors",
-    "formats.peft", "formats.mlx_lm", "formats.scale_folding", "formats.adapter_conversion",
-    "checkpoint", "adapters", "fusing",
-    "cli.commands", "cli.console", "cli.interrupt", "cli.answers", "cli.report", "cli.curve",
-    "cli.config_file", "cli.lock", "cli.manifest", "cli.run_place", "cli.run_folder", "cli.flags", "cli.job",
-    "cli.stops", "cli.summary", "cli.finetune", "cli.lora_flags", "cli.settings", "cli.train",
-    "cli.evaluate", "cli.generate", "cli.inspect", "cli.convert", "cli.fuse", "cli.parser",
-    "address_space_probe", "__main__",
-]
-# fmt: on
+PATTERN = ""  # the modules at the top of mlx_impl
+# Each folder, and the folders whose modules it may import beside its own.
+MAY_IMPORT = {
+    PATTERN: ("fast", "run"),
+    "disk": (),
+    "machine": (),
+    "fast": (PATTERN,),
+    "text": (PATTERN, "disk"),
+    "files": (PATTERN, "disk", "machine", "text"),
+    "run": (PATTERN, "disk", "machine", "fast", "files"),
+    "cli": (PATTERN, "disk", "machine", "fast", "text", "files", "run"),
+}
 
 
 def dotted(path: Path) -> str:
@@ -66,19 +59,31 @@ def test_the_reference_imports_no_mlx_and_of_mlx_impl_only_its_configuration(pat
     assert all(name.startswith("mlx_impl.config") for name in ours)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_arrows_point_down(name: str) -> None:
-    """Each module imports only modules that stand before it in the reading order."""
-    allowed = set(ORDER[: ORDER.index(name)])
-    path = ROOT / "mlx_impl" / f"{name.replace('.', '/')}.py"
-    own = {n.removeprefix("mlx_impl.") for n in imported(path) if n.startswith("mlx_impl.")}
-    assert {n for n in own if n in ORDER} <= allowed
-
-
-def test_the_order_names_every_module() -> None:
+def modules() -> dict[str, Path]:
+    """The modules of mlx_impl by dotted name; packages and the program itself left out."""
     paths = (ROOT / "mlx_impl").rglob("*.py")
-    modules = {dotted(path).removeprefix("mlx_impl.") for path in paths if path.stem != "__init__"}
-    assert modules == set(ORDER)
+    return {dotted(p).removeprefix("mlx_impl."): p for p in paths if p.stem not in ("__init__", "__main__")}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Those of mlx_impl that it imports, also inside functions."""
+    return {name.removeprefix("mlx_impl.") for name in imported(path)} & modules().keys()
+
+
+def folder_of(module: str) -> str:
+    return module.partition(".")[0] if "." in module else PATTERN
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_from_folders_below_its_own(name: str) -> None:
+    folder = folder_of(name)
+    used = {folder_of(module) for module in imported_modules(modules()[name])}
+    assert used <= {folder, *MAY_IMPORT[folder]}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: imported_modules(path) for name, path in modules().items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_importing_the_package_imports_no_mlx() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example, training_windows
-from mlx_impl.guard import NotFinite
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
-from mlx_impl.state import snapshot
-from mlx_impl.trainer import LoRATrainer
+from mlx_impl.run.guard import NotFinite
+from mlx_impl.run.state import snapshot
+from mlx_impl.run.trainer import LoRATrainer
 from tests.ladder.cases import SPEC
 
 TOKENS = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])

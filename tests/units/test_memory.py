@@ -25,11 +25,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_impl import ops, projection, recompute
+from mlx_impl import ops
 from mlx_impl.config import LoRAConfig
+from mlx_impl.fast import projection, recompute
+from mlx_impl.fast.projection import project
 from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.projection import project
 from mlx_impl.train import add_up, batch_loss
 from tests.ladder.cases import SPEC as NARROW
 from tests.ladder.cases import random_rows

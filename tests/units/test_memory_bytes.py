@@ -10,7 +10,7 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, evaluation_batches, training_windows
-from mlx_impl.memory_model import (
+from mlx_impl.fast.memory_model import (
     Shape,
     Sizes,
     answer_bytes,
@@ -20,7 +20,7 @@ from mlx_impl.memory_model import (
     training_bytes,
 )
 from mlx_impl.model import CausalLM
-from mlx_impl.trainer import LoRATrainer
+from mlx_impl.run.trainer import LoRATrainer
 from tests.ladder.cases import SPEC, random_rows
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from mlx_impl import memory_check
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Example, training_windows
-from mlx_impl.memory_check import Run, judged, require_answers, verdict
-from mlx_impl.memory_limits import Limit, TooLittle
-from mlx_impl.memory_model import Sizes, shape_of, training_bytes
+from mlx_impl.fast.memory_model import Sizes, shape_of, training_bytes
+from mlx_impl.machine.memory_limits import Limit, TooLittle
 from mlx_impl.model import CausalLM
+from mlx_impl.run import memory_check
+from mlx_impl.run.memory_check import Run, judged, require_answers, verdict
 from tests.ladder.cases import SPEC
 
 SIZES = Sizes(SPEC, weights=1000, trained=10, itemsize=4, more=0, unpacked=0, keeps_scores=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_impl import memory_limits
-from mlx_impl.memory_limits import (
+from mlx_impl.machine import memory_limits
+from mlx_impl.machine.memory_limits import (
     MAPPED,
     Limit,
     TooLittle,

@@ -9,9 +9,9 @@ from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig
 from mlx_impl.lora import add_lora, lora_parameters
-from mlx_impl.merging import merge, unmerge
 from mlx_impl.model import CausalLM
-from mlx_impl.state import digest_of_base
+from mlx_impl.run.merging import merge, unmerge
+from mlx_impl.run.state import digest_of_base
 from tests.ladder.cases import SPEC
 
 

@@ -11,8 +11,8 @@ from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer, as_factors, as_vectors
-from mlx_impl.state import restore, snapshot
-from mlx_impl.trainer import LoRATrainer
+from mlx_impl.run.state import restore, snapshot
+from mlx_impl.run.trainer import LoRATrainer
 from tests.ladder.cases import SPEC, VARIANTS
 from tests.units.test_lora import EXAMPLES
 

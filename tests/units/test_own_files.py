@@ -73,7 +73,7 @@ def test_the_fixtures_are_written_over_committed_ones_only(repository: Path) -> 
         "fixtures/make_fixtures.py",
         "fixtures/own_files.py",
         "mlx_impl/__init__.py",
-        "mlx_impl/files.py",
+        "mlx_impl/disk/files.py",
     ):
         (repository / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, repository / name)

@@ -9,12 +9,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_impl import ops, pace
+from mlx_impl import ops
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Example, make_batch
+from mlx_impl.fast import pace
+from mlx_impl.fast.pace import paced, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.pace import paced, step_bytes
 from tests.ladder.cases import SPEC
 
 BEFORE = 10**12  # bytes: no limit for a model as small as this
@@ -64,7 +65,7 @@ def test_the_limit_is_given_back_however_the_run_ends(num_read: int, limits: lis
 
 
 def test_a_cpu_is_left_alone(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_impl.pace.mx.default_device", lambda: mx.cpu)
+    monkeypatch.setattr("mlx_impl.fast.pace.mx.default_device", lambda: mx.cpu)
     assert list(paced([SHORT, LONG], adapted(), checkpointed=False)) == [SHORT, LONG]
     assert limits == [BEFORE]
 

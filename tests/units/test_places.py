@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_impl.places import free_folder, is_empty, require_apart, require_new_folder
+from mlx_impl.disk.places import free_folder, is_empty, require_apart, require_new_folder
 
 
 def test_what_file_browsers_leave_does_not_count(tmp_path: Path) -> None:

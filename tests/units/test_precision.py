@@ -12,15 +12,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_impl.__main__ import main
-from mlx_impl.adapters import load_adapter, save_adapter
-from mlx_impl.checkpoint import load_model, to_numpy
-from mlx_impl.cli.config_file import read_config
+from mlx_impl.cli.settings.config_file import read_config
 from mlx_impl.config import LoRAConfig, TrainConfig
-from mlx_impl.formats.safetensors import load, types
-from mlx_impl.fusing import fuse
+from mlx_impl.files.adapters import load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_model, to_numpy
+from mlx_impl.files.formats.safetensors import load, types
+from mlx_impl.files.fusing import fuse
+from mlx_impl.files.precision import dtype_of
 from mlx_impl.lora import lora_parameters
-from mlx_impl.precision import dtype_of
-from mlx_impl.trainer import LoRATrainer
+from mlx_impl.run.trainer import LoRATrainer
 from tests.derived import within_bfloat16
 from tests.tiny_folder import tiny_weights, write_data, write_folder, write_gguf
 from tests.units.test_quantized import EVERYTHING, EXAMPLES, quantize_folder

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_impl.fast.projection import LowRank, low_rank_of, project, project_gated
 from mlx_impl.lora import DoRALinear, LoRALinear
-from mlx_impl.projection import LowRank, low_rank_of, project, project_gated
 from tests.derived import Verdict, compare, require, require_same_names, within_bfloat16, within_exact
 from tests.ladder.cases import random_array
 from tests.ladder.protocol import Arrays

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_impl import lora, merging
-from mlx_impl.checkpoint import load_model, to_numpy
+from mlx_impl import lora
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example
-from mlx_impl.trainer import LoRATrainer
+from mlx_impl.files.checkpoint import load_model, to_numpy
+from mlx_impl.run import merging
+from mlx_impl.run.trainer import LoRATrainer
 from tests.derived import compare
 from tests.tiny_folder import tiny_weights, write_folder
 

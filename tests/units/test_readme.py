@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import mlx_impl
-from mlx_impl import checkpoint
 from mlx_impl.cli.parser import make_parser
+from mlx_impl.files import checkpoint
 from tests.tiny_folder import write_folder
 from tests.trainers.twins import TWINS
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.adapters import save_adapter
-from mlx_impl.checkpoint import load_model
-from mlx_impl.cli.run_folder import RunFolder
+from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig
+from mlx_impl.files.adapters import save_adapter
+from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora
 from tests.tiny_folder import write_data, write_folder
 

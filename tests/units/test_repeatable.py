@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from mlx_impl.layout import kept_slots
+from mlx_impl.fast.layout import kept_slots
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer

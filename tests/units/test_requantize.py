@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_impl.requantize import pack, requantize
+from mlx_impl.files.requantize import pack, requantize
 
 BITS = (2, 3, 4, 5, 6, 8)
 

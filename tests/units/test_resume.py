@@ -15,8 +15,8 @@ import pytest
 
 from mlx_impl.__main__ import main
 from mlx_impl.data import Example
+from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import StepRecord
-from mlx_impl.trainer import LoRATrainer
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 # Eight updates; validated after 3, 6 and 8, saved after 2, 4, 6 and 8.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_impl.rows import MAX_LINE_BYTES, Conversation, is_text, read_conversations
+from mlx_impl.text.rows import MAX_LINE_BYTES, Conversation, is_text, read_conversations
 from tests.tiny_folder import conversation_line
 
 USER = {"role": "user", "content": "Hi?"}

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli import lock, manifest
-from mlx_impl.cli.commands import command_line
-from mlx_impl.cli.manifest import FILES
-from mlx_impl.cli.run_folder import RunFolder
-from mlx_impl.files import PROCESS
+from mlx_impl.cli.command_line import command_line
+from mlx_impl.cli.training import lock, manifest
+from mlx_impl.cli.training.manifest import FILES
+from mlx_impl.cli.training.run_folder import RunFolder
+from mlx_impl.disk.files import PROCESS
 from tests.tiny_folder import write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "2", "--batch-size", "4", "--num-questions", "0", "--blas", "off"]
@@ -226,8 +226,8 @@ def test_a_crash_releases_the_lock_and_its_temporary_files_go(train: list[str], 
     code = f"""
 import os, sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
 from pathlib import Path
-from mlx_impl.cli.lock import locked
-from mlx_impl.files import whole_file
+from mlx_impl.cli.training.lock import locked
+from mlx_impl.disk.files import whole_file
 with locked(Path("run")), whole_file(Path("run/manifest.json")) as part:
     part.write_text("half"); print(part.name, flush=True); os.kill(os.getpid(), 9)
 """

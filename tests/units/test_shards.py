@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl.checkpoint import load_model, to_numpy
-from mlx_impl.formats.safetensors import INDEX, read_folder
+from mlx_impl.files.checkpoint import load_model, to_numpy
+from mlx_impl.files.formats.safetensors import INDEX, read_folder
 from tests.tiny_folder import tiny_weights, write_folder
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -25,10 +25,10 @@ from mlx_impl.data import (
     target_positions,
     training_windows,
 )
-from mlx_impl.layout import SLOTS, KeptSlots, kept_slots, shared_columns
+from mlx_impl.fast.layout import SLOTS, KeptSlots, kept_slots, shared_columns
+from mlx_impl.fast.slots import Slots
 from mlx_impl.lora import add_lora
 from mlx_impl.model import Block, CausalLM, Decoder
-from mlx_impl.slots import Slots
 from mlx_impl.train import batch_loss, to_arrays
 from tests.derived import Divergence, require, within_exact
 from tests.ladder.cases import SPEC, random_array

@@ -13,12 +13,12 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example
-from mlx_impl.guard import NotFinite
 from mlx_impl.lora import count_parameters, lora_parameters
-from mlx_impl.merging import merge, unmerge
 from mlx_impl.model import CausalLM
-from mlx_impl.state import digest_of_base
-from mlx_impl.trainer import LoRATrainer
+from mlx_impl.run.guard import NotFinite
+from mlx_impl.run.merging import merge, unmerge
+from mlx_impl.run.state import digest_of_base
+from mlx_impl.run.trainer import LoRATrainer
 from tests.ladder.cases import SPEC
 
 EXAMPLES = [Example(tuple(range(n, 2 * n)), (False,) + (True,) * (n - 1)) for n in range(3, 12)]

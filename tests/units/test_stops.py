@@ -16,9 +16,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli import finetune
-from mlx_impl.cli.commands import command_line
-from mlx_impl.cli.run_folder import RunFolder
+from mlx_impl.cli.command_line import command_line
+from mlx_impl.cli.training import finetune
+from mlx_impl.cli.training.run_folder import RunFolder
 from tests.tiny_folder import write_data, write_folder
 
 GO_ON = f"go on with: {command_line()} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_impl.template import ChatTemplate
+from mlx_impl.text.template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "a<b"}, {"role": "assistant", "content": "é"}]
 TOOLS = [{"name": "now", "parameters": {"z": 1, "a": "<"}}]

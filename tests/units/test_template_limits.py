@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlx_impl import template_process
-from mlx_impl.examples import encode_all, encode_each
-from mlx_impl.rows import Conversation
-from mlx_impl.template import ChatTemplate
+from mlx_impl.text import template_process
+from mlx_impl.text.examples import encode_all, encode_each
+from mlx_impl.text.rows import Conversation
+from mlx_impl.text.template import ChatTemplate
 from tests.tiny_folder import TEMPLATE
 from tests.units.test_examples import CHATML, tokenizer_for
 
@@ -90,7 +90,9 @@ def workers() -> list[psutil.Process]:
     gc.collect()
     while template_process.SPARE:
         template_process.SPARE.pop().end()
-    return [p for p in psutil.Process().children() if "mlx_impl.template_worker" in " ".join(p.cmdline())]
+    return [
+        p for p in psutil.Process().children() if "mlx_impl.text.template_worker" in " ".join(p.cmdline())
+    ]
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
@@ -253,7 +255,7 @@ def test_a_worker_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monkey
 
 
 def test_a_program_that_went_to_another_folder_still_renders(tmp_path: Path) -> None:
-    move = f"import os, mlx_impl.template as t; os.chdir({str(tmp_path)!r}); "
+    move = f"import os, mlx_impl.text.template as t; os.chdir({str(tmp_path)!r}); "
     ended_well(move + "assert t.ChatTemplate('x', {}).render([], False) == 'x'")
 
 
@@ -270,7 +272,7 @@ def ended_well(code: str) -> None:
 
 SCRIPT = f"""
 import sys, psutil
-from mlx_impl.template import ChatTemplate
+from mlx_impl.text.template import ChatTemplate
 messages = [{{"role": "user", "content": "a"}}]
 template = ChatTemplate({"{% if messages %}" + HOSTILE["loops in loops"] + "{% endif %}"!r}, {{}})
 print(*[child.pid for child in psutil.Process().children()], flush=True)
@@ -296,8 +298,11 @@ def test_no_process_remains_of_a_program_that_is_ended(act: str, number: signal.
 
 def test_a_worker_imports_no_mlx_and_its_parent_no_jinja2() -> None:
     check = "import sys; sys.exit(any(name.split('.')[0] == {!r} for name in sys.modules))"
-    parent = "import mlx_impl.template as t; assert t.ChatTemplate('x', {}).render([], False) == 'x'; "
-    for code in ("import mlx_impl.template_worker; " + check.format("mlx"), parent + check.format("jinja2")):
+    parent = "import mlx_impl.text.template as t; assert t.ChatTemplate('x', {}).render([], False) == 'x'; "
+    for code in (
+        "import mlx_impl.text.template_worker; " + check.format("mlx"),
+        parent + check.format("jinja2"),
+    ):
         ended_well(code)
 
 
@@ -318,7 +323,7 @@ def test_after_ctrl_c_in_a_rendering_the_template_serves_again(monkeypatch: pyte
 def test_a_forked_process_has_a_worker_of_its_own() -> None:
     code = """
 import os
-from mlx_impl.template import ChatTemplate
+from mlx_impl.text.template import ChatTemplate
 template = ChatTemplate("{{ messages[0].content }}", {})
 template.render([{"content": "first"}], False)
 if not os.fork():

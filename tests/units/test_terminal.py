@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from mlx_impl.cli.console import harmless
+from mlx_impl.cli.screen.console import harmless
 from tests.tiny_folder import write_data, write_folder
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*([a-zA-Z])")

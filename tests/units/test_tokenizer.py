@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from mlx_impl.checkpoint import load_model
-from mlx_impl.examples import encode
-from mlx_impl.rows import Conversation
-from mlx_impl.tokenizer import ChatTokenizer
+from mlx_impl.files.checkpoint import load_model
+from mlx_impl.text.examples import encode
+from mlx_impl.text.rows import Conversation
+from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.tiny_folder import TEMPLATE, write_folder
 
 CHAT = Conversation(

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_impl.fast.view import positions, view_of
 from mlx_impl.generate import empty_caches
 from mlx_impl.model import CausalLM
-from mlx_impl.view import positions, view_of
 from tests.derived import compare
 from tests.ladder.cases import SPEC
 

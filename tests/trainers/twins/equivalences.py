@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_impl.fast.recompute import random_key
 from mlx_impl.lora import Dropout
 from mlx_impl.optim import clip_gradients, learning_rate_of
-from mlx_impl.recompute import random_key
 from mlx_impl.train import add_up, batch_loss, to_arrays, train
 from tests.trainers.twins.loss import batches
 from tests.trainers.twins.twin import Patches, Twin, lora_call, with_add_up
@@ -228,7 +228,7 @@ TWINS = [
         "Dropout stays on when the model is evaluated.",
         {
             "mlx_impl.lora.Dropout.__call__": always_dropping,
-            "mlx_impl.projection.low_rank_of": lambda linear: None,
+            "mlx_impl.fast.projection.low_rank_of": lambda linear: None,
         },
     ),
     Twin(

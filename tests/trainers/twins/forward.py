@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from mlx_impl import ops
 from mlx_impl.config import ModelConfig
+from mlx_impl.fast.view import View, view_of
 from mlx_impl.model import CausalLM, Decoder, rope_frequencies
-from mlx_impl.view import View, view_of
 from tests.trainers.twins.twin import Patches, Twin
 
 head, decode = CausalLM.head, Decoder.__call__
@@ -108,7 +108,7 @@ TWINS = [
         "The biases of queries, keys and values are loaded and never added.",
         {
             "mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T,
-            "mlx_impl.projection.low_rank_of": lambda linear: None,
+            "mlx_impl.fast.projection.low_rank_of": lambda linear: None,
         },
         cases=("qkv bias",),
     ),

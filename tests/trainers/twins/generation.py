@@ -8,7 +8,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl import cpu_ops
+from mlx_impl.fast import cpu_ops
 from mlx_impl.generate import generate_all, until
 from mlx_impl.lora import lora_layers
 from mlx_impl.model import KeyValueCache

@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_impl.fast.projection import LowRank, products, project
 from mlx_impl.loss import head_nats
 from mlx_impl.model import CausalLM, Decoder
 from mlx_impl.optim import LoRAOptimizer
-from mlx_impl.projection import LowRank, products, project
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.twins.twin import Patches, Twin, lora_call
 
@@ -64,7 +64,7 @@ def with_fillings_backwards(
 def of_parts(change: Callable[[int, LowRank], LowRank]) -> Patches:
     """Linears of one input, each changed by its place among them."""
     return {
-        "mlx_impl.projection.products": lambda x, parts: products(
+        "mlx_impl.fast.projection.products": lambda x, parts: products(
             x, [change(place, part) for place, part in enumerate(parts)]
         )
     }
@@ -199,7 +199,7 @@ TWINS = [
         "shared-prompt-learned-from-one-row",
         5,
         "A prompt that all rows begin with is computed once, and gets the gradient of the first row alone.",
-        {"mlx_impl.slots.Slots.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
+        {"mlx_impl.fast.slots.Slots.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
     ),
     Twin(
         "base-trained",

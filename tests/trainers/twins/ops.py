@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl import cpu_ops, ops
-from mlx_impl.projection import project
+from mlx_impl import ops
+from mlx_impl.fast import cpu_ops
+from mlx_impl.fast.projection import project
 from tests.trainers.twins.twin import Twin
 
 attention, rms_norm, rope, logsumexp = ops.attention, ops.rms_norm, ops.rope, ops.logsumexp

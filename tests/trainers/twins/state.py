@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from mlx_impl.files.quantized import with_weight
 from mlx_impl.lora import lora_layers
-from mlx_impl.merging import Merged, merge
-from mlx_impl.quantized import with_weight
-from mlx_impl.state import restore, snapshot
+from mlx_impl.run.merging import Merged, merge
+from mlx_impl.run.state import restore, snapshot
 from mlx_impl.train import begin_update
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.twins.twin import Patches, Twin

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.optimizers
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_impl.guard import FiniteGuard
 from mlx_impl.optim import AdamW, LoRAOptimizer, as_factors, as_vectors, clip_gradients, learning_rate_of
+from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.train import add_up, begin_update
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.twins.twin import Patches, Twin, with_add_up

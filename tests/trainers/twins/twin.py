@@ -37,7 +37,7 @@ def lora_call(broken: Callable[[Any, Any], Any]) -> Patches:
     """Another `LoRALinear.__call__`, which is what runs once no linear is computed with its neighbours."""
     return {
         "mlx_impl.lora.LoRALinear.__call__": broken,
-        "mlx_impl.projection.low_rank_of": lambda linear: None,
+        "mlx_impl.fast.projection.low_rank_of": lambda linear: None,
     }
 
 

@@ -1,0 +1,61 @@
+"""What is said of a run: a few lines before it begins, and its report when it has ended."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from rich.console import Console
+
+from ...lora import count_parameters
+from ...train import StepRecord
+from ..training.answers import Exam, share_right
+from ..training.job import Prepared, spread
+from .console import harmless
+
+
+def print_summary(prepared: Prepared, console: Console) -> None:
+    trained, total = count_parameters(prepared.loaded.model)
+    training = prepared.trainer.training
+    base = total - trained
+    console.print(f"run:       {harmless(str(prepared.job.folder))}")
+    console.print(f"model:     {prepared.loaded.name}, {base:,} parameters, frozen")
+    console.print(f"adapter:   {trained:,} trainable parameters, {trained / base:.2%} of the model's")
+    data = prepared.job.data
+    if data.is_relative_to(Path.cwd()):
+        data = data.relative_to(Path.cwd())
+    sizes = f"{len(prepared.train)} training and {prepared.num_valid} validation examples"
+    console.print(f"data:      {harmless(str(data))}: {sizes}")
+    for remark in prepared.remarks:
+        console.print(f"           {remark}")
+    console.print(f"device:    {mx.default_device()}, computing in {prepared.job.dtype}")
+    micro = training.grad_accumulation_steps
+    batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)
+    console.print(f"training:  {training.iters} steps of {batches} examples")
+
+
+def make_report(prepared: Prepared, before: Exam, after: Exam, records: list[StepRecord]) -> dict[str, Any]:
+    validation = prepared.trainer.validation
+    best_step, best_nats = min(validation, key=lambda pair: pair[1]) if validation else (None, None)
+    return {
+        "model": prepared.loaded.name,
+        "num_trainable": count_parameters(prepared.loaded.model)[0],
+        "iters": prepared.trainer.step,
+        "train_examples": len(prepared.train),
+        "train_examples_evaluated": len(spread(prepared.train, prepared.job.eval_examples)),
+        "valid_examples": prepared.num_valid,
+        "valid_examples_evaluated": len(prepared.valid),
+        "loss_first": before.loss_nats,
+        "loss_last": after.loss_nats,
+        "valid_loss_first": validation[0][1] if validation else None,
+        "valid_loss_last": validation[-1][1] if validation else None,
+        "valid_loss_best": best_nats,
+        "valid_best_step": best_step,
+        **{f"{name}_before": share_right(answers) for name, answers in before.answers.items()},
+        **{f"{name}_after": share_right(answers) for name, answers in after.answers.items()},
+        "step_seconds_median": statistics.median(record.seconds for record in records),
+        "training_seconds": sum(record.seconds for record in records),
+        "peak_bytes": records[-1].peak_bytes,
+    }

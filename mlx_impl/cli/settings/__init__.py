@@ -1,0 +1,1 @@
+"""Flags and the settings file, and how they become configurations."""

@@ -1,0 +1,171 @@
+"""How much memory a step, an evaluation and an answer need, from the shapes of what they read.
+
+Of B rows, T wide, of which N positions are computed outside of attention (`layout.py`), in bytes:
+
+    training     = weights + state + max(kept + work, update)
+    kept         = L blocks;  checkpointed: L hidden states and one block
+    block        = N (4 D + 3 Q + 2 G + 3 F + more) itemsize + scores
+    scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
+    work         = max(2 scores + mask + one block without its scores, 4 logits)
+    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 N F, 5 N F), 4 logits)
+    rest         = N (4 D + 3 Q + 2 G) itemsize
+    an answer    = an evaluation of the prompt + both copies of the key/value cache
+
+D is the width, Q that of all queries, G of all keys, F of the feed-forward, S the keys seen, and `logits` are
+those of one chunk of the loss. `more` is what linears keep that `projection.py` does not compute: inputs
+after dropout, DoRA's directions. State are the factors and moments of now and of the two updates before,
+which `guard.py` knows; `update` makes new ones. The numbers in these equations that no tensor explains are
+measured, and tests/units/test_memory_need.py holds what comes out to a band around MLX's own count of a peak:
+MLX hands its device work ahead of what is done, and that holds memory too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx.utils import tree_flatten
+
+from .. import ops
+from ..config import ModelConfig
+from ..data import Batch
+from ..lora import DoRALinear, lora_layers
+from ..loss import CHUNK_LOGITS
+from ..model import CausalLM
+from ..targets import shape_OI
+from .layout import kept_slots
+
+STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
+UPDATE = 6  # more numbers a trained one while an update is computed: terms of Adam's sums
+FLOAT = 4  # bytes of what is float32 whatever the model's type is
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model brings: bytes, and numbers a position."""
+
+    config: ModelConfig
+    weights: int  # bytes of all parameters, the factors too
+    trained: int  # numbers
+    itemsize: int  # of a hidden state
+    more: int  # numbers a position of a block that only unfused linears keep
+    unpacked: int  # bytes of weights that DoRA keeps beside the stored ones
+    keeps_scores: bool  # attention on a CPU
+
+    @property
+    def a_position(self) -> int:
+        """Numbers that a block keeps: x and its norm, twice; q, the mix, both orders; k, v; the gate's."""
+        c = self.config
+        queries, keys = (c.head_dim * n for n in (c.num_attention_heads, c.num_key_value_heads))
+        return 4 * c.hidden_size + 3 * queries + 2 * keys + 3 * c.intermediate_size + self.more
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one batch."""
+
+    rows: int
+    width: int  # of a row, with padding
+    computed: int  # positions outside of attention
+    targets: int  # positions that the head reads
+    seen: int = 0  # tokens in the cache before these
+    masks: int = 1  # of attention: one for all rows, or of packed rows one each
+
+    @property
+    def keys(self) -> int:
+        return self.seen + self.width
+
+
+def sizes_of(model: CausalLM) -> Sizes:
+    layers = lora_layers(model).values()
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    itemsize = model.model.norm.weight.itemsize
+    more, unpacked = 0, 0
+    for layer in layers:
+        num_out, num_in = shape_OI(layer.linear)
+        more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
+        more += num_out if layer.low_rank() is None else 0
+        if isinstance(layer, DoRALinear):
+            more += num_out
+            unpacked += num_out * num_in * itemsize if "scales" in layer.linear else 0
+    trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
+    num_blocks = model.config.num_hidden_layers
+    weights = sum(array.nbytes for array in arrays)
+    keeps_scores = not ops.on_gpu()
+    return Sizes(model.config, weights, trained, itemsize, more // num_blocks, unpacked, keeps_scores)
+
+
+def shape_of(batch: Batch) -> Shape:
+    kept, (rows, width) = kept_slots(batch), batch.inputs_BT.shape
+    computed = batch.inputs_BT.size if kept is None else len(kept.slot_S)
+    masks = 1 if batch.segment_BT is None else rows
+    return Shape(rows, width, computed, int(batch.mask_BT.sum()), masks=masks)
+
+
+def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
+    """The most that an update of this batch holds at once; the equation is above."""
+    num_blocks, block = sizes.config.num_hidden_layers, block_bytes(sizes, shape)
+    kept, work = num_blocks * block, work_bytes(sizes, shape)
+    if checkpointed:
+        kept = num_blocks * shape.computed * sizes.config.hidden_size * sizes.itemsize + block
+        work = max(work, 0 if sizes.keeps_scores else 4 * block)  # measured on a GPU
+    gradients = 2 * FLOAT * sizes.trained  # of a batch, and their sum
+    return (
+        sizes.weights
+        + sizes.unpacked
+        + state_bytes(sizes)
+        + gradients
+        + max(kept + work, UPDATE * FLOAT * sizes.trained)
+    )
+
+
+def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
+    """The most that the loss over this batch holds at once: of the blocks one at a time."""
+    c, scores = sizes.config, scores_bytes(sizes, shape)
+    a_unit = shape.computed * sizes.itemsize
+    rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
+    attention = 3 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
+    of_block = rest + max(attention + 2 * a_unit * c.intermediate_size, 5 * a_unit * c.intermediate_size)
+    return sizes.weights + state_bytes(sizes) + max(of_block, head_bytes(sizes, shape))
+
+
+def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
+    """Of reading the prompts and then writing so many tokens: a longer cache is a new one beside the old."""
+    c = sizes.config
+    a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
+    cache = 2 * prompts.rows * (prompts.keys + max_tokens) * a_token
+    return evaluation_bytes(sizes, prompts) + cache
+
+
+def state_bytes(sizes: Sizes) -> int:
+    return 3 * STATES * FLOAT * sizes.trained
+
+
+def block_bytes(sizes: Sizes, shape: Shape) -> int:
+    return shape.computed * sizes.a_position * sizes.itemsize + scores_bytes(sizes, shape)
+
+
+def scores_bytes(sizes: Sizes, shape: Shape) -> int:
+    if not sizes.keeps_scores:
+        return 0
+    return shape.rows * sizes.config.num_attention_heads * shape.width * shape.keys * sizes.itemsize
+
+
+def work_bytes(sizes: Sizes, shape: Shape) -> int:
+    """What one block, or the head, works with beside what is kept."""
+    scores = scores_bytes(sizes, shape)
+    of_block = (
+        2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block_bytes(sizes, shape) - scores
+    )
+    return max(of_block, head_bytes(sizes, shape))
+
+
+def mask_bytes(sizes: Sizes, shape: Shape) -> int:
+    """Booleans, the bias made of them, and its gradient."""
+    return 6 * shape.masks * shape.width * shape.keys if sizes.keeps_scores else 0
+
+
+def head_bytes(sizes: Sizes, shape: Shape) -> int:
+    """Logits, shifted, their exponentials, the gradient: of one chunk, or on a CPU of the next ones too."""
+    logits = shape.targets * sizes.config.vocab_size
+    chunks = 2.3 if sizes.keeps_scores else 1.0
+    return int(4 * FLOAT * min(logits, chunks * CHUNK_LOGITS))

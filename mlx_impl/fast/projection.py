@@ -1,0 +1,148 @@
+"""Linears of one input together, with the gradient of their low-rank updates written out.
+
+For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021, "LoRA", eq. 3):
+
+    h_j = s_j x A_j            y_j = x W_j^T + h_j B_j          (all A_j side by side: one matmul)
+    dh_j = s_j dy_j B_j^T      dx = sum_j dy_j W_j + dh_j A_j^T
+    dA_j = x^T dh_j            dB_j = h_j^T dy_j
+
+Automatic differentiation of `LoRALinear.__call__`, which the tests compare with, gives the same numbers with
+more passes over memory. Here each sum is formed by the matmul that makes its last term (`mx.addmm`), the
+factors are rounded to the type of x and not x widened to theirs, and h and dh lie on their sides, so that the
+part of each linear is a piece of memory and needs no copy. The factors' gradients come in the type of x, in
+which they were computed, and are widened once, all together (`optim.as_vectors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from . import cpu_ops
+
+
+class LowRank(NamedTuple):
+    """y = x W^T + bias + scale * (x A) B."""
+
+    weight_OI: mx.array
+    bias_O: mx.array | None
+    a_IR: mx.array
+    b_RO: mx.array
+    scale: float
+
+
+def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
+    """[linear(x) for linear in linears], those that are plain LoRA by one function."""
+    low_ranks = {j: parts for j, linear in enumerate(linears) if (parts := low_rank_of(linear))}
+    y_of: dict[int, mx.array] = {}
+    if low_ranks:
+        y_of = dict(zip(low_ranks, products(x_BTI.flatten(0, -2), [*low_ranks.values()]), strict=True))
+    shape = x_BTI.shape[:-1]
+    return [y_of[j].reshape(*shape, -1) if j in y_of else linear(x_BTI) for j, linear in enumerate(linears)]
+
+
+def low_rank_of(linear: nn.Module) -> LowRank | None:
+    return cast(LowRank | None, linear.low_rank()) if hasattr(linear, "low_rank") else None
+
+
+def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
+    """linear(silu(gate) * up); on a CPU the product is not kept for the gradient but made again."""
+    low_rank = low_rank_of(linear)
+    if ops.on_gpu() or low_rank is None:
+        return project(ops.gated(gate_BTF, up_BTF), linear)[0]
+    group = Group([low_rank])
+
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def forward(gate_NF: mx.array, up_NF: mx.array, *factors: mx.array) -> list[mx.array]:
+        product_NF, s_NF = cpu_ops.gate(gate_NF, up_NF)
+        return [*group.forward(product_NF, factors), s_NF]
+
+    @forward.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
+        gate_NF, up_NF = mx.depends(list(primals[:2]), [cotangents[0]])  # not before its gradient is here
+        product_NF = cpu_ops.gate_again(gate_NF, up_NF, outputs[-1])
+        d_NF, *gradients = group.backward(product_NF, cotangents, outputs)
+        return [*cpu_ops.gate_gradient(gate_NF, up_NF, outputs[-1], d_NF), *gradients]
+
+    y_NO = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *group.factors)[0]
+    return mx.unflatten(y_NO, 0, gate_BTF.shape[:-1])
+
+
+def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
+    """y_j of each part; differentiable by x and by the factors, not by weights and biases."""
+    group = Group(parts)
+
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def forward(x_NI: mx.array, *factors: mx.array) -> list[mx.array]:
+        return group.forward(x_NI, factors)
+
+    @forward.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
+        return group.backward(primals[0], cotangents, outputs)
+
+    return list(forward(x_NI, *group.factors))[: len(parts)]
+
+
+class Group:
+    """Linears of one input: their outputs, and the gradients of the input and of the factors."""
+
+    def __init__(self, parts: list[LowRank]) -> None:
+        self.parts = parts
+        self.factors = [part.a_IR for part in parts] + [part.b_RO for part in parts]
+        ends = accumulate((part.a_IR.shape[1] for part in parts), initial=0)
+        self.rows = [slice(*of_part) for of_part in pairwise(ends)]
+
+    def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
+        """Each y; then what is needed again, so as not to be made again."""
+        a_RI, bs_RO = rounded(factors, x_NI.dtype)
+        h_RN = scaled(a_RI @ x_NI.T, self.parts)
+        lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
+        ys_NO = [with_base(low_NO, x_NI, part) for low_NO, part in zip(lows_NO, self.parts, strict=True)]
+        return [*ys_NO, h_RN, a_RI, *bs_RO]
+
+    def backward(
+        self, x_NI: mx.array, dys: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> list[mx.array]:
+        num = len(self.parts)
+        dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
+        dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
+        dh_RN = scaled(dh_RN, self.parts)
+        da_RI = dh_RN @ x_NI
+        dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
+        gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]
+        # The factors' gradients first: MLX would else keep x and every dy until the end of the backward pass.
+        (dh_RN,) = mx.depends([dh_RN], gradients)
+        dx_NI = dh_RN.T @ a_RI
+        for dy_NO, part in zip(dys_NO, self.parts, strict=True):
+            dx_NI = mx.addmm(dx_NI, dy_NO, part.weight_OI)
+        return [dx_NI, *gradients]
+
+
+def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
+    """[A_1 ... A_n]^T and each B_j, in the type of x.
+
+    A always lies in memory as A^T, as the optimizer hands it over (`optim.as_factors`): a GPU's matmul may
+    round a matrix differently from its transpose, and factors loaded would give other bits than updated ones.
+    """
+    num = len(factors) // 2
+    a_RI = mx.concatenate([a_IR.T for a_IR in factors[:num]]) if num > 1 else mx.contiguous(factors[0].T)
+    return a_RI.astype(dtype), [b_RO.astype(dtype) for b_RO in factors[num:]]
+
+
+def scaled(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
+    """Each linear's rows by its scale."""
+    if len({part.scale for part in parts}) == 1:
+        return parts[0].scale * h_RN
+    scale_R1 = [[part.scale] for part in parts for _ in range(part.a_IR.shape[1])]
+    return mx.array(scale_R1, h_RN.dtype) * h_RN
+
+
+def with_base(low_NO: mx.array, x_NI: mx.array, part: LowRank) -> mx.array:
+    """x W^T + bias + the low-rank update."""
+    y_NO = mx.addmm(low_NO, x_NI, part.weight_OI.T)
+    return y_NO if part.bias_O is None else y_NO + part.bias_O

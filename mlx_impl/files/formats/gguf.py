@@ -1,0 +1,161 @@
+"""A GGUF file of the Llama family -> configuration, weights under Hugging Face's names, metadata.
+
+The `gguf` package dequantizes, in NumPy. Source: llama.cpp's names of the tensors and its conversion script,
+which reorders the rows of Q and K of `llama`, where rope turns neighbours, and leaves Qwen's as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from ...config import ModelConfig
+from ...machine.memory_limits import TooLittle, require_bytes
+from .gguf_config import config_from_metadata
+from .gguf_file import StoredTensor, one_line, read_container, shown
+
+HUGGING_FACE_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
+    """float32 weights, dequantized; ValueError in one sentence where the file cannot be used."""
+    try:
+        metadata, tensors = read_container(path)
+        factors = tensors.pop(ROPE_FACTORS, None)
+        factors_P = None if factors is None else dequantized(ROPE_FACTORS, factors)
+        config = config_from_metadata(metadata, tensors, factors_P)
+        require_tensors(tensors, config)
+        require_bytes(f"reading {path.name}", loading_bytes(tensors))
+        weights = {
+            hugging_face_name(name): in_model_order(name, dequantized(name, tensor), metadata, config)
+            for name, tensor in tensors.items()
+        }
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: not a usable GGUF file: it lacks the key {error}") from None
+    except TooLittle:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
+    return config, weights, metadata
+
+
+def loading_bytes(tensors: dict[str, StoredTensor]) -> int:
+    """The file, all of it in float32, and of the largest tensor a copy on the way."""
+    numbers = [math.prod(tensor.shape) for tensor in tensors.values()]
+    return sum(tensor.data.nbytes for tensor in tensors.values()) + 4 * (sum(numbers) + max(numbers))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What stands before the weights, of which none is read."""
+    try:
+        return read_container(path)[0]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
+
+
+def require_tensors(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """ValueError that names the first tensor that is missing, has no place, or has another shape."""
+    last = f"blk.{config.num_hidden_layers - 1}.attn_norm.weight"
+    if last not in tensors:  # before a wrong number of blocks makes a long list
+        raise ValueError(f"the tensor {last} is missing")
+    expected = stored_shapes(config)
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"the tensor {name} is missing")
+        if name not in expected:
+            raise ValueError(f"the tensor {shown(name)} has no place in this model")
+        if tensors[name].shape != expected[name]:
+            raise ValueError(
+                f"the tensor {name} must have the shape {expected[name]}, got {tensors[name].shape}"
+            )
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, under llama.cpp's names."""
+    V, D, F, K = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads * K, config.num_key_value_heads * K
+    block: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (D,),
+        "attn_q.weight": (heads, D),
+        "attn_k.weight": (kv_heads, D),
+        "attn_v.weight": (kv_heads, D),
+        "attn_output.weight": (D, heads),
+        "ffn_norm.weight": (D,),
+        "ffn_gate.weight": (F, D),
+        "ffn_up.weight": (F, D),
+        "ffn_down.weight": (D, F),
+    }
+    if config.qkv_bias:
+        block |= {"attn_q.bias": (heads,), "attn_k.bias": (kv_heads,), "attn_v.bias": (kv_heads,)}
+    if config.qk_norm:
+        block |= {"attn_q_norm.weight": (K,), "attn_k_norm.weight": (K,)}
+    shapes = {f"blk.{n}.{name}": block[name] for n in range(config.num_hidden_layers) for name in block}
+    if not config.tie_word_embeddings:
+        shapes["output.weight"] = (V, D)
+    return shapes | {"token_embd.weight": (V, D), "output_norm.weight": (D,)}
+
+
+def dequantized(name: str, tensor: StoredTensor) -> np.ndarray:
+    """float32; ValueError where the package does not dequantize the type, or a value is not finite."""
+    try:
+        with np.errstate(all="ignore"):  # damaged scales: what comes of them is looked at below
+            weight = gguf.quants.dequantize(tensor.data, tensor.type).astype(np.float32, copy=False)
+    except NotImplementedError:
+        raise ValueError(
+            f"the tensor {name} is of type {tensor.type.name}, which the gguf package does not dequantize"
+        ) from None
+    if not np.isfinite(weight).all():
+        raise ValueError(
+            f"the tensor {name} must be finite, and {np.sum(~np.isfinite(weight))} values are not"
+        )
+    return weight.reshape(tensor.shape)
+
+
+def in_model_order(
+    name: str, weight: np.ndarray, metadata: dict[str, Any], config: ModelConfig
+) -> np.ndarray:
+    """Of `llama` Q and K, weights and biases, come back to the model's order of rows."""
+    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+    of_name = next((heads[part] for part in heads if part in name), None)
+    if metadata["general.architecture"] != "llama" or of_name is None:
+        return weight
+    return unpermute(weight, of_name)
+
+
+def unpermute(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows from llama.cpp's order, where rope's pairs are neighbours, to halves that are K/2 apart."""
+    pairs = weight_OI.reshape(num_heads, -1, 2, *weight_OI.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight_OI.shape)
+
+
+def hugging_face_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
+    stem, _, suffix = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, number, stem = stem.split(".", 2)
+        return f"model.layers.{number}.{HUGGING_FACE_NAMES[stem]}.{suffix}"
+    return f"{HUGGING_FACE_NAMES[stem]}.{suffix}"

@@ -1,0 +1,76 @@
+"""The tokenizer of a Hugging Face folder: `tokenizer.json`, its special tokens, its chat template.
+
+Source: the files that transformers writes: `tokenizer_config.json` with `eos_token`, `bos_token` and
+`chat_template` (a text, or a list of {"name", "template"}), or the template in `chat_template.jinja` and
+others in `additional_chat_templates/`; `generation_config.json` with further tokens that end an answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ...disk.files import MOST_JSON_BYTES, one_line, read_json_object, read_text, require_file
+from ...text.tokenizer import ChatTokenizer
+
+
+def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
+    """ValueError names the file that is missing or cannot be used. A model may lack a chat template."""
+    require_file(folder / "tokenizer.json", MOST_JSON_BYTES)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: not a readable tokenizer: {one_line(error)}"
+        ) from None
+    path = folder / "tokenizer_config.json"
+    config = read_json_object(path)
+    templates, eos_ids = read_templates(folder, config), read_eos_ids(folder)
+    try:
+        eos, bos = (token_text(config.get(name)) for name in ("eos_token", "bos_token"))
+        return ChatTokenizer(tokenizer, templates or None, eos, bos, eos_ids)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def token_text(value: Any) -> str:
+    """A special token as `tokenizer_config.json` has it: a text, an object with "content", or null."""
+    text = value.get("content") if isinstance(value, dict) else value or ""
+    if not isinstance(text, str):
+        raise ValueError(f"a special token must be a text, got {value!r}")
+    return text
+
+
+def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name; files of their own come before what stands in the configuration."""
+    found = config.get("chat_template")
+    named = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
+    try:
+        templates = {str(entry["name"]): entry["template"] for entry in named}
+        if not all(isinstance(text, str) for text in templates.values()):
+            raise TypeError
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(
+            f'{folder / "tokenizer_config.json"}: "chat_template" must be a text, or a list of objects with '
+            f'the texts "name" and "template"'
+        ) from None
+    files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    for name, file in files.items():
+        templates[name] = read_text(file)
+    return templates
+
+
+def read_eos_ids(folder: Path) -> list[int]:
+    """The tokens that end an answer, where the folder has a `generation_config.json` that lists them."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return []
+    value = read_json_object(path).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(number, int) and number >= 0 for number in ids):
+        raise ValueError(f'{path}: "eos_token_id" must be a token number or a list of them, got {value!r}')
+    return ids

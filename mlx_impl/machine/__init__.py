@@ -1,0 +1,1 @@
+"""What this machine brings: its memory, its address space, the BLAS that multiplies matrices on a CPU."""

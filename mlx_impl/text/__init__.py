@@ -1,0 +1,1 @@
+"""Lines of data -> conversations -> chat template -> tokens with their targets marked."""
