@@ -56,7 +56,7 @@ AFTER = (  # of the same, but in the last block of the targets alone
     Kept("sigmoid(gate)", "F", 1, "the gradient of silu; a GPU makes it again instead"),
     Kept("A x of o, gate, up, down", "R", 4, "the gradient of B"),
 )
-HEAD = (  # of target positions, rounded up as `data.shape_size` says
+HEAD = (  # of target positions, rounded up as `data.bucket_size` says
     Kept("the last hidden state there", "D", 1, "what the head reads"),
     Kept("its gradient", "D", 1, "what the head's chunk gives"),
     Kept("logits, shifted, their exponentials, gradient", "V", 4, "of one chunk: loss.py has at most 2**25"),

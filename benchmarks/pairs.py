@@ -122,7 +122,7 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
     """The loss of 64 targets over SmolLM2's vocabulary, and its gradient by the hidden state."""
     import mlx.core as mx
 
-    from mlx_impl.loss import head_nats, next_token_nats
+    from mlx_impl.fast.head import head_nats, next_token_nats
 
     N, D, V = 64, 576, 49152
     x_ND, head_VD = mx.random.normal((N, D)), mx.random.normal((V, D)) / math.sqrt(D)

@@ -1,7 +1,8 @@
-"""Examples, tokens with their targets marked -> padded batches. NumPy only.
+"""Examples (tokens and which of them are targets) -> padded or packed batches -> windows. NumPy only.
 
-Each token carries its own mark "this one is a target" from the tokenizer to the loss, so padding, prompt and
-answer cannot be confused. Differs from reference/: the reference is handed these arrays.
+Each token is marked as a target or not, from the tokenizer to the loss, so padding, prompt and answer cannot
+be confused. Differs from reference/data.py: rows are padded to a few shape buckets, because `mx.compile`
+traces a step again for each new shape.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 from .batching import Row, rows_of, window_rows
 from .config import TrainConfig
 
-SMALLEST = 8  # of sizes, see shape_size
-WIDTHS, TARGETS = 4, 4  # sizes an octave
+SMALLEST_BUCKET = 8
+WIDTH_BUCKETS = 4  # an octave
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token numbers, and of each whether the model is trained to predict it."""
+    """Token ids, and for each whether the model is trained to predict it."""
 
     tokens: tuple[int, ...]
     is_target: tuple[bool, ...]
@@ -30,19 +31,19 @@ class Example:
 class Batch(NamedTuple):
     inputs_BT: np.ndarray
     targets_BT: np.ndarray  # the token after each input
-    mask_BT: np.ndarray  # whether that token counts
-    num_tokens: int  # inputs that are no padding
-    numbers: tuple[int, ...] = ()  # which examples of the file these are, from 0
-    segment_BT: np.ndarray | None = None  # of packed rows: which example of its row an input belongs to
+    mask_BT: np.ndarray  # whether that token is a target
+    num_tokens: int  # inputs, padding not counted
+    numbers: tuple[int, ...] = ()  # which examples these are, from 0
+    segment_BT: np.ndarray | None = None  # in packed rows: which example of its row an input belongs to
 
 
-Window = list[Batch]  # the batches of one optimizer update
+Window = list[Batch]  # the micro-batches of one optimizer update
 
 
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
     """Rows padded on the right to a common width; position t predicts token t + 1."""
     longest = max(1, *(len(example.tokens) - 1 for example in examples))
-    width = shape_size(longest, WIDTHS)
+    width = bucket_size(longest, WIDTH_BUCKETS)
     tokens = np.zeros((len(examples), width + 1), dtype=np.int32)
     is_target = np.zeros((len(examples), width + 1), dtype=bool)
     for row, example in enumerate(examples):
@@ -58,11 +59,13 @@ def make_plain_batch(examples: Sequence[Example], rows: Sequence[Row]) -> Batch:
 
 
 def make_packed_batch(examples: Sequence[Example], rows: Sequence[Row]) -> Batch:
-    """Rows of several examples one after another, each cut off from the next.
+    """Sequence packing: rows of several examples, each with its own segment number.
 
-    An example of n tokens has n - 1 inputs, and its last target is its own last token: no target crosses.
+    An example of n tokens has n - 1 inputs and its own last token as last target, so none predicts the next
+    example's first token.
     """
-    width = shape_size(max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows)), WIDTHS)
+    longest = max(1, *(sum(num_inputs(examples[i]) for i in row) for row in rows))
+    width = bucket_size(longest, WIDTH_BUCKETS)
     inputs_BT, targets_BT = np.zeros((2, len(rows), width), dtype=np.int32)
     mask_BT = np.zeros((len(rows), width), dtype=bool)
     segment_BT = np.full((len(rows), width), -1, dtype=np.int32)
@@ -80,28 +83,19 @@ def num_inputs(example: Example) -> int:
     return max(0, len(example.tokens) - 1)
 
 
-def shape_size(size: int, an_octave: int) -> int:
-    """At least `size`, and one of few: of so many (a power of two) between n and 2n.
+def bucket_size(size: int, buckets: int) -> int:
+    """`size` rounded up to a shape bucket; `buckets` (a power of two) of them lie between n and 2n.
 
-    A compiled step is traced anew for every shape of a batch, which is its rows, width, slots and targets: by
-    unequal rows a few hundred in a thousand batches, by packed rows a handful.
+    A compiled step is traced again for every new shape of a batch. Buckets keep these to a few.
     """
-    step = max(SMALLEST, (1 << (size - 1).bit_length()) // 2 // an_octave)
+    step = max(SMALLEST_BUCKET, (1 << (size - 1).bit_length()) // 2 // buckets)
     return -(-size // step) * step
-
-
-def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """positions_N in the flattened batch that have a target, the targets_N, and mask_N: False is filling."""
-    positions_N = np.flatnonzero(batch.mask_BT).astype(np.int32)
-    filling = shape_size(max(1, len(positions_N)), TARGETS) - len(positions_N)
-    padded_N = np.pad(positions_N, (0, filling))
-    return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)
 
 
 def training_windows(
     examples: Sequence[Example], config: TrainConfig, first_step: int = 0
 ) -> Iterator[Window]:
-    """The windows of the updates from `first_step` to the last; `batching` says which examples they have."""
+    """The windows of the updates from `first_step` to the last; `batching.py` chooses their examples."""
     if not examples:
         raise ValueError("training needs at least one example, got none")
     lengths = [num_inputs(example) for example in examples]
@@ -123,7 +117,7 @@ def require_tokens(examples: Sequence[Example], vocab_size: int) -> None:
 
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
-    """Every example once, neighbours of like length together to save padding."""
+    """Every example once, sorted by length to save padding."""
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     for start in range(0, len(ordered), batch_size):
         yield make_batch(ordered[start : start + batch_size])

@@ -4,8 +4,8 @@ Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [
 eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
 only, where PEFT drops the base layer's input too.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from reference/lora.py: `freeze` for `requires_grad_`; which linears, and of which rank, says
-`targets.py`.
+Differs from reference/lora.py: `freeze` for `requires_grad_`; the base may be quantized or in bfloat16, the
+factors stay float32.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import LoRAConfig
-from .fast.projection import LowRank
-from .fast.recompute import random_key
 from .model import CausalLM
+from .recompute import next_key
 from .targets import select_targets, shape_OI
 
 FACTORS = ("lora_a", "lora_b", "magnitude")
 
 
 class Dropout(nn.Module):
-    """x * mask / (1 - p) with a mask of independent ones and zeros, p the share of zeros; x in evaluation."""
+    """In training x * mask / (1 - p), each element of the mask 0 with probability p, else 1."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -33,14 +32,11 @@ class Dropout(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.training or self.p == 0:
             return x
-        return x * mx.random.bernoulli(1 - self.p, x.shape, random_key()) / (1 - self.p)
+        return x * mx.random.bernoulli(1 - self.p, x.shape, next_key()) / (1 - self.p)
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O).
-
-    This says what is computed; `projection.py` computes the same for linears that share an input, faster.
-    """
+    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -56,15 +52,9 @@ class LoRALinear(nn.Module):
         return self.linear(x_BTI) + self.scale * self.update_BTO(x_BTI)
 
     def update_BTO(self, x_BTI: mx.array) -> mx.array:
-        """The factors are float32, and rounded to the type of x; A lies in memory as in `project`."""
-        a_RI = mx.contiguous(self.lora_a.T).astype(x_BTI.dtype)
-        return (self.dropout(x_BTI) @ a_RI.T) @ self.lora_b.astype(x_BTI.dtype)
-
-    def low_rank(self) -> LowRank | None:
-        """What `project` computes with; None where only `__call__` will do: dropout, packed weights."""
-        if (self.training and self.dropout.p > 0) or type(self.linear) is not nn.Linear:
-            return None
-        return LowRank(self.linear.weight, self.linear.get("bias"), self.lora_a, self.lora_b, self.scale)
+        """(dropout(x) A) B, the float32 factors rounded to the type of x."""
+        a_IR, b_RO = self.lora_a.astype(x_BTI.dtype), self.lora_b.astype(x_BTI.dtype)
+        return (self.dropout(x_BTI) @ a_IR) @ b_RO
 
     def delta_OI(self) -> mx.array:
         """What the adapter adds to the base weight."""
@@ -83,9 +73,6 @@ class DoRALinear(LoRALinear):
         y_BTO = (self.magnitude / self.length_O()).astype(x_BTI.dtype) * direction_BTO
         return y_BTO + self.linear.bias if "bias" in self.linear else y_BTO
 
-    def low_rank(self) -> None:
-        return None
-
     def length_O(self) -> mx.array:
         return mx.stop_gradient(mx.linalg.norm(dense_weight_OI(self.linear) + super().delta_OI(), axis=1))
 
@@ -102,20 +89,21 @@ def dense_weight_OI(module: nn.Module) -> mx.array:
 
 
 def add_lora(model: CausalLM, config: LoRAConfig) -> None:
-    """Freeze the model, then wrap the targeted linears; what is new is what trains.
+    """Freeze the model, then wrap the targeted linears, whose factors are then all that trains.
 
-    MLX: freeze first. A module made after `freeze()` is trainable; frozen after it with the rest, it is not.
-    Raises ValueError, the model untouched, when the configuration does not fit it or it has an adapter.
+    MLX: freeze first. A module made after `freeze()` is trainable; frozen together with the rest, it is not.
+    Raises ValueError, and leaves the model as it was, when the configuration does not fit it or when it
+    carries an adapter already.
     """
     if lora_layers(model):
-        raise ValueError("a model can carry one adapter, and this one carries one already")
+        raise ValueError("a model can carry one adapter, and this one has one already")
     targets = select_targets(model, config)
     linears = dict(model.named_modules())
     kind = DoRALinear if config.use_dora else LoRALinear
     model.freeze()
     wrapped = [(t.name, kind(linears[t.name], t.rank, t.scale, config.dropout)) for t in targets]
     model.update_modules(tree_unflatten(wrapped))
-    model.lora = config  # so that nobody takes the adapter for another
+    model.lora = config
 
 
 def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:
@@ -124,14 +112,13 @@ def lora_layers(model: CausalLM) -> dict[str, LoRALinear]:
 
 
 def lora_parameters(model: CausalLM) -> dict[str, mx.array]:
-    """The trainable parameters by name; ValueError if any is no LoRA factor, or if there is none."""
+    """The trainable parameters by name; ValueError when there is none, or one that is not a LoRA factor."""
     trainable = dict(tree_flatten(model.trainable_parameters()))
-    strangers = [n for n in trainable if n.rpartition(".")[2] not in FACTORS]
-    if strangers or not trainable:
-        raise ValueError(
-            f"only LoRA factors may be trainable, and at least one must be: "
-            f"{len(trainable)} are, among them {', '.join(strangers[:3]) or 'no stranger'}"
-        )
+    others = [name for name in trainable if name.rpartition(".")[2] not in FACTORS]
+    if others:
+        raise ValueError(f"only LoRA factors may be trainable, and {', '.join(others[:3])} are too")
+    if not trainable:
+        raise ValueError("at least one LoRA factor must be trainable, and none is")
     return trainable
 
 

@@ -3,9 +3,8 @@
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
-Differs from reference/model.py: `__call__` for `forward`, primitives from `ops`, a key/value cache, rows that
-hold several examples (`view.py`), slots that are left out (`slots.py`: then x_BTD is one row of what is
-left, but in attention), blocks that may be recomputed in the backward pass.
+Differs from reference/model.py: `__call__` for `forward`; a key/value cache in attention; gradient
+checkpointing by `mx.checkpoint`, for which dropout needs an explicit key.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
 from .config import ModelConfig
-from .fast.projection import project, project_gated
-from .fast.recompute import recomputed
-from .fast.slots import Slots
-from .fast.view import View, view_of
+from .recompute import recomputed
+
+Position = int | mx.array  # as in `ops.rope`
+Mask = mx.array | None  # as in `ops.attention`
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
@@ -38,30 +37,44 @@ def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
     stretched = []
     for frequency in frequencies:
         turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-        kept = min(max((turns - low) / (high - low), 0), 1)  # the share that is left unstretched
+        kept = min(max((turns - low) / (high - low), 0), 1)  # how much of it is left as it is
         stretched.append(kept * frequency + (1 - kept) * frequency / scaling.factor)
     return tuple(stretched)
 
 
-class KeyValueCache:
-    """The keys and values of one attention layer for the tokens seen so far."""
+def attention_mask(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> Mask:
+    """mask_B1TS: whether query t, after `offset` cached tokens, attends key s. None: causal, all of the past.
 
-    def __init__(self) -> None:
-        self.k_BGSK: mx.array | None = None
-        self.v_BGSK: mx.array | None = None
+    A sliding window is the last `window` tokens, the query's own included (Mistral). In packed rows a query
+    attends its own example only (block-diagonal attention); a cache is not supported there.
+    """
+    S = offset + T
+    if segment_BT is None and (window is None or window >= S):
+        return None
+    query_T1, key_S = mx.arange(offset, S)[:, None], mx.arange(S)
+    mask_TS = key_S <= query_T1
+    if window is not None:
+        mask_TS = mask_TS & (query_T1 - key_S < window)
+    if segment_BT is None:
+        return mask_TS[None, None]
+    return (mask_TS & (segment_BT[:, :, None] == segment_BT[:, None, :]))[:, None]
+
+
+def position_ids(segment_BT: mx.array) -> mx.array:
+    """position_BT of packed rows: counted from 0 in each example."""
+    time_T = mx.arange(segment_BT.shape[1])
+    is_same_BT = segment_BT[:, 1:] == segment_BT[:, :-1]
+    start_BT = mx.pad(mx.where(is_same_BT, 0, time_T[1:]), [(0, 0), (1, 0)])
+    return time_T - mx.cummax(start_BT, axis=1)
+
+
+class Cache(Protocol):
+    """The keys and values of one attention layer for the tokens before these."""
 
     @property
-    def num_seen(self) -> int:
-        return 0 if self.k_BGSK is None else int(self.k_BGSK.shape[2])
+    def num_tokens(self) -> int: ...
 
-    def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
-        """All keys and values with the new ones; a row seen alone is shared by every new row."""
-        if self.k_BGSK is not None and self.v_BGSK is not None:
-            seen = (k_BGTK.shape[0], *self.k_BGSK.shape[1:])
-            k_BGTK = mx.concatenate([mx.broadcast_to(self.k_BGSK, seen), k_BGTK], axis=2)
-            v_BGTK = mx.concatenate([mx.broadcast_to(self.v_BGSK, seen), v_BGTK], axis=2)
-        self.k_BGSK, self.v_BGSK = k_BGTK, v_BGTK
-        return k_BGTK, v_BGTK
+    def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]: ...
 
 
 class RMSNorm(nn.Module):
@@ -92,18 +105,24 @@ class Attention(nn.Module):
         self.head_dim, self.qk_norm = K, config.qk_norm
         self.frequency_P = rope_frequencies(config)
 
-    def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
+    def __call__(
+        self,
+        x_BTD: mx.array,
+        position: int | mx.array,
+        mask_B1TS: mx.array | None,
+        cache: Cache | None = None,
+    ) -> mx.array:
         q_BHTK, k_BGSK, v_BGSK = (
-            view.split_heads(y_BTO, y_BTO.shape[-1] // self.head_dim)
-            for y_BTO in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            mx.unflatten(linear(x_BTD), -1, (-1, self.head_dim)).swapaxes(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
             q_BHTK, k_BGSK = self.q_norm(q_BHTK), self.k_norm(k_BGSK)
-        q_BHTK, k_BGSK = view.turn(q_BHTK, self.frequency_P), view.turn(k_BGSK, self.frequency_P)
-        if cache:
+        q_BHTK, k_BGSK = (ops.rope(x, self.frequency_P, position) for x in (q_BHTK, k_BGSK))
+        if cache is not None:
             k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
-        mix_BHTK = view.attend(q_BHTK, k_BGSK, v_BGSK)
-        return project(view.wanted(view.merge_heads(mix_BHTK)), self.o_proj)[0]
+        mix_BHTK = ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+        return self.o_proj(mix_BHTK.swapaxes(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -117,8 +136,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=False)
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
-        gate_BTF, up_BTF = project(x_BTD, self.gate_proj, self.up_proj)
-        return project_gated(gate_BTF, up_BTF, self.down_proj)
+        return self.down_proj(ops.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Block(nn.Module):
@@ -131,8 +149,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x_BTD: mx.array, view: View, cache: KeyValueCache | None = None) -> mx.array:
-        x_BTD = view.wanted(x_BTD) + self.self_attn(self.input_layernorm(x_BTD), view, cache)
+    def __call__(
+        self,
+        x_BTD: mx.array,
+        position: int | mx.array,
+        mask_B1TS: mx.array | None,
+        cache: Cache | None = None,
+    ) -> mx.array:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), position, mask_B1TS, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -145,45 +169,23 @@ class Decoder(nn.Module):
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window = config.sliding_window
-        self.grad_checkpoint = False  # in training, recompute each block instead of keeping it
+        self.grad_checkpoint = False  # in training, recompute each block's activations in the backward pass
 
     def __call__(
         self,
         tokens_BT: mx.array,
-        caches: list[KeyValueCache] | None = None,
-        segment_BT: mx.array | None = None,  # of packed rows: which example a token belongs to
+        segment_BT: mx.array | None = None,  # in packed rows: which example each token belongs to
+        caches: Sequence[Cache] = (),
     ) -> mx.array:
-        view = view_of(tokens_BT.shape[1], caches[0].num_seen if caches else 0, self.window, segment_BT)
-        return self.blocks(self.embed_tokens(tokens_BT), [view] * len(self.layers), caches)
-
-    def at_targets(
-        self,
-        tokens_BT: mx.array,
-        positions_N: mx.array,
-        kept: Sequence[mx.array] | None = None,
-        segment_BT: mx.array | None = None,
-    ) -> mx.array:
-        """(N, D): the last hidden states at these positions of the flattened (B, T), and little else.
-
-        `kept` has the fields of `layout.KeptSlots`, which slots they see; without it all are computed.
-        """
-        view = view_of(tokens_BT.shape[1], 0, self.window, segment_BT)
-        if kept:
-            slots = Slots(*kept)
-            view = replace(view, slots=slots)
-            tokens_BT = tokens_BT.flatten()[slots.slot_S][None]
-        last = replace(view, wanted_N=positions_N)
-        views = [view] * (len(self.layers) - 1) + [last]
-        return self.blocks(self.embed_tokens(tokens_BT), views).squeeze(0)  # a view, where [0] copies
-
-    def blocks(
-        self, x_BTD: mx.array, views: list[View], caches: list[KeyValueCache] | None = None
-    ) -> mx.array:
-        for number, (layer, view) in enumerate(zip(self.layers, views, strict=True)):
+        offset = caches[0].num_tokens if caches else 0
+        position = offset if segment_BT is None else position_ids(segment_BT)
+        mask_B1TS = attention_mask(tokens_BT.shape[1], offset, self.window, segment_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
+        for number, layer in enumerate(self.layers):
             if self.grad_checkpoint and self.training:
-                x_BTD = recomputed(layer, x_BTD, view)
+                x_BTD = recomputed(layer, x_BTD, position, mask_B1TS)
             else:
-                x_BTD = layer(x_BTD, view, caches[number] if caches else None)
+                x_BTD = layer(x_BTD, position, mask_B1TS, caches[number] if caches else None)
         return self.norm(x_BTD)
 
 
@@ -197,8 +199,8 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def __call__(self, tokens_BT: mx.array) -> mx.array:
-        return self.head(self.model(tokens_BT))
+    def __call__(self, tokens_BT: mx.array, segment_BT: mx.array | None = None) -> mx.array:
+        return self.head(self.model(tokens_BT, segment_BT))
 
     def head(self, x_BTD: mx.array) -> mx.array:
         if self.config.tie_word_embeddings:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,15 +19,14 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .config import TrainConfig
-from .data import Batch, Window, target_positions
-from .fast.layout import kept_slots
-from .loss import head_nats
+from .data import Batch, Window
+from .loss import next_token_nats
 from .model import CausalLM, in_evaluation
-from .optim import LoRAOptimizer, as_vectors, clip_gradients, learning_rate_of
-from .run.guard import FiniteGuard
+from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
 
-Arrays = list[Any]  # inputs_BT, positions_N, targets_N, mask_N, and what else the decoder is told
-Sums = tuple[tuple[mx.array, mx.array], Any]  # ((nats, number of targets), gradients of the nats)
+Arrays = list[Any]  # a batch in MLX
+Nats = tuple[mx.array, mx.array]  # their sum over the targets, and the number of targets
+Sums = tuple[Nats, Any]  # and the gradients of the sum, a tree
 
 
 @dataclass(frozen=True)
@@ -39,59 +38,56 @@ class StepRecord:
     grad_norm: float  # of the mean's gradient, before clipping
     learning_rate: float
     num_targets: int
-    num_tokens: int  # read by the model, padding not counted
+    num_tokens: int  # input tokens, padding not counted
     seconds: float
     peak_bytes: int
 
 
+class Loss(NamedTuple):
+    """How a batch becomes a loss and gradients. `fast/` has one that computes the same numbers sooner."""
+
+    to_arrays: Callable[[Batch], Arrays]
+    batch_loss: Callable[[CausalLM, Arrays], Nats]
+    flatten_grads: Callable[[Any], Any]  # the tree of gradients as the optimizer takes them
+
+
 def to_arrays(batch: Batch) -> Arrays:
-    """The batch in MLX, of the targets only their positions in it, so that the head is spared the rest."""
-    layout: dict[str, Any] = {}
-    if batch.segment_BT is not None:
-        layout["segment_BT"] = mx.array(batch.segment_BT)
-    if kept := kept_slots(batch):
-        layout["kept"] = [mx.array(array) for array in kept if array is not None]
-    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), layout]
+    """inputs_BT, targets_BT, mask_BT, and segment_BT or None."""
+    arrays = (batch.inputs_BT, batch.targets_BT, batch.mask_BT, batch.segment_BT)
+    return [None if array is None else mx.array(array) for array in arrays]
 
 
-def batch_loss(model: CausalLM, arrays: Arrays) -> tuple[mx.array, mx.array]:
+def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
     """The sum of nats over the targets, which is differentiated, and their number."""
-    inputs_BT, positions_N, targets_N, mask_N, layout = arrays
-    x_ND = model.model.at_targets(inputs_BT, positions_N, **layout)  # padding and prompts need no head
-    return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
+    inputs_BT, targets_BT, mask_BT, segment_BT = arrays
+    return next_token_nats(model(inputs_BT, segment_BT), targets_BT, mask_BT)
 
 
-def in_vectors(sums: Sums) -> Sums:
-    """The gradients of all A as one vector, of all B as another."""
-    return sums[0], as_vectors(sums[1])
+PLAIN = Loss(to_arrays, batch_loss, flatten_grads=lambda tree: tree)
 
 
-def begin_update(optimizer: LoRAOptimizer, step: int, config: TrainConfig) -> None:
-    """Learning rate and random numbers of an update follow from its number alone, as its examples do."""
-    optimizer.set_learning_rate(learning_rate_of(step, config))
-    mx.random.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0]))
+def seed_random(seed: int, step: int, micro_batch: int) -> None:
+    """Dropout depends on these three numbers alone: not on what ran before, nor on which machine runs it."""
+    mx.random.seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0]))
 
 
-def add_up(parts: Iterable[Sums]) -> Sums:
-    """The sums over a window's batches, one batch in memory at a time."""
-    parts = iter(parts)
-    sums = next(parts)
-    for part in parts:
-        mx.eval(sums)  # before the next batch is begun
-        sums = tree_map(mx.add, sums, part)
+def add_up(parts: Iterable[Callable[[], Sums]]) -> Sums:
+    """Gradient accumulation: the sums over an update's micro-batches, one of them in memory at a time."""
+    first, *others = parts
+    sums = first()
+    for part in others:
+        mx.eval(sums)  # before the next micro-batch begins
+        sums = tree_map(mx.add, sums, part())
     return sums
 
 
-def apply_mean(
-    model: CausalLM, optimizer: LoRAOptimizer, max_grad_norm: float, sums: Sums
-) -> tuple[mx.array, mx.array]:
-    """Update by the gradient of the mean over all targets; its norm, and whether all is finite since."""
-    (nats, num_targets), grads = sums
-    mean_grads = tree_map(lambda grad: grad / num_targets, grads)  # once, over everything
+def apply_mean(model: CausalLM, optimizer: LoRAOptimizer, max_grad_norm: float, sums: Sums) -> mx.array:
+    """Update by the gradient of the mean over all targets; its norm before clipping."""
+    (_, num_targets), grads = sums
+    mean_grads = tree_map(lambda grad: grad / num_targets, grads)  # once, over all micro-batches
     clipped, norm = clip_gradients(mean_grads, max_grad_norm)
     optimizer.update(model, clipped)
-    numbers = [nats, norm, *optimizer.factors.values()]
-    return norm, mx.stack([(x - x).sum() for x in numbers]).sum() == 0  # infinity less infinity is no number
+    return norm
 
 
 def train(
@@ -99,33 +95,46 @@ def train(
     optimizer: LoRAOptimizer,
     windows: Iterable[Window],
     config: TrainConfig,
-    compiled: bool,
-    guard: FiniteGuard | None = None,
+    first_step: int = 0,
+    compiled: bool = False,
+    loss: Loss = PLAIN,
+    reduce: Callable[[Iterable[Callable[[], Sums]]], Sums] = add_up,
+    check: Callable[[Window, StepRecord], None] = lambda window, record: None,
 ) -> Iterator[StepRecord]:
-    """One update a window, one record an update. Raises NotFinite, the last good state restored.
+    """One optimizer update a window of micro-batches; yields what each update did.
 
-    The guard knows how many updates are done; without one it is a new run.
+    A run that is resumed begins at `first_step`. `check` may raise to stop the run.
     """
     model.train()
     model.model.grad_checkpoint = config.grad_checkpoint
     optimizer.init(model.trainable_parameters())
-    guard = FiniteGuard(model, optimizer, 0) if guard is None else guard
     start = time.perf_counter()
 
-    loss_and_grads = nn.value_and_grad(model, batch_loss)  # of what freeze() left trainable
+    loss_and_grads = nn.value_and_grad(model, loss.batch_loss)  # of what freeze() left trainable
     state = [model.state, optimizer.state, mx.random.state]  # all that a step reads and writes
     prepare: Callable = partial(mx.compile, inputs=state, outputs=state) if compiled else lambda f: f
-    sum_gradients = prepare(lambda arrays: in_vectors(loss_and_grads(model, arrays)))
-    update = prepare(lambda sums: apply_mean(model, optimizer, config.max_grad_norm, sums))
-    for step, window in enumerate(windows, guard.updates_done):
-        begin_update(optimizer, step, config)
-        sums = add_up(sum_gradients(to_arrays(batch)) for batch in window)
-        norm, is_finite = update(sums)
-        mx.eval(state, sums[0], norm, is_finite)  # before this line nothing has run
+
+    @prepare
+    def sum_gradients(arrays: Arrays) -> Sums:
+        nats, grads = loss_and_grads(model, arrays)
+        return nats, loss.flatten_grads(grads)
+
+    @prepare
+    def update(sums: Sums) -> mx.array:
+        return apply_mean(model, optimizer, config.max_grad_norm, sums)
+
+    def part(step: int, micro_batch: int, batch: Batch) -> Sums:
+        seed_random(config.seed, step, micro_batch)
+        return sum_gradients(loss.to_arrays(batch))
+
+    for step, window in enumerate(windows, first_step):
+        optimizer.set_learning_rate(learning_rate_of(step, config))
+        sums = reduce(partial(part, step, number, batch) for number, batch in enumerate(window))
+        norm = update(sums)
+        mx.eval(state, sums[0], norm)  # before this line nothing has run
 
         nats, num_targets = (number.item() for number in sums[0])
-        guard.check(window, nats, norm.item(), is_finite.item())
-        yield StepRecord(
+        record = StepRecord(
             step=step + 1,
             loss_nats=nats / num_targets,
             grad_norm=norm.item(),
@@ -135,15 +144,17 @@ def train(
             seconds=time.perf_counter() - start,
             peak_bytes=mx.get_peak_memory(),
         )
-        start = time.perf_counter()  # what is done between two steps is not the step's
+        check(window, record)
+        yield record
+        start = time.perf_counter()  # time between two updates is not counted
 
 
-def evaluate(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:
+def evaluate(model: CausalLM, batches: Iterable[Batch], loss: Loss = PLAIN) -> tuple[float, int]:
     """Nats per target over all batches (the sum of the sums over the sum of the counts), and that count."""
     total_nats, total_targets = 0.0, 0
     with in_evaluation(model):
         for batch in batches:
-            nats, num_targets = batch_loss(model, to_arrays(batch))
+            nats, num_targets = loss.batch_loss(model, loss.to_arrays(batch))
             total_nats += nats.item()
             total_targets += num_targets.item()
     if total_targets == 0:

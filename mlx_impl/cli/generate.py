@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files.precision import to_dtype
     from ..generate import generate
     from ..run.memory_check import require_answers
-    from ..sampling import Sampling
+    from ..run.sampling import Sampling
     from ..text.streaming import pieces
     from .screen.console import make_console, working
 

@@ -11,6 +11,8 @@ import math
 
 import mlx.core as mx
 
+from ..ops import widened
+
 PIECE = 1024  # terms
 
 
@@ -21,11 +23,6 @@ def exp(x: mx.array, sign: int = 1) -> mx.array:
     1e-9 x. The eighth of x is exact.
     """
     return mx.power(mx.array(math.exp(8), x.dtype), x * (sign / 8))
-
-
-def widened(x: mx.array) -> mx.array:
-    """In float32 at least."""
-    return x.astype(mx.float32) if x.itemsize < 4 else x
 
 
 def row_sums(x: mx.array) -> mx.array:
@@ -45,7 +42,7 @@ def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: m
     return mix_BHTK
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
+@mx.custom_function
 def _mixed(
     q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, bias_B1TS: mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -57,7 +54,7 @@ def _mixed(
     return (w_BGXS @ v_BGSK).reshape(q_BHTK.shape), w_BGXS
 
 
-@_mixed.vjp  # type: ignore[untyped-decorator]
+@_mixed.vjp
 def _mixed_gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
     """dv = w^T d;  dw = d v^T;  dscores = w (dw - <w, dw>)."""
     q_BHTK, k_BGSK, v_BGSK, bias_B1TS = primals
@@ -78,10 +75,10 @@ def in_groups(x_BHTK: mx.array, k_BGSK: mx.array) -> mx.array:
 def gate(gate_BTF: mx.array, up_BTF: mx.array) -> tuple[mx.array, mx.array]:
     """silu(gate) * up, and s = sigmoid(gate), kept for the gradient: an exponential is dear."""
     s_BTF = (1 / (1 + exp(widened(gate_BTF), -1))).astype(gate_BTF.dtype)  # 0 where the power is infinite
-    return gate_again(gate_BTF, up_BTF, s_BTF), s_BTF
+    return gate_product(gate_BTF, up_BTF, s_BTF), s_BTF
 
 
-def gate_again(gate_BTF: mx.array, up_BTF: mx.array, s_BTF: mx.array) -> mx.array:
+def gate_product(gate_BTF: mx.array, up_BTF: mx.array, s_BTF: mx.array) -> mx.array:
     return gate_BTF * s_BTF * up_BTF
 
 

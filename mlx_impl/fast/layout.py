@@ -1,63 +1,44 @@
-"""Which slots of a batch are computed: those that a target sees, each once. NumPy only.
-
-In a causal model a target sees its row up to itself, so padding is seen by none; and what all rows begin
-with, such as the system prompt of a chat, has the same hidden states in each. `slots.py` moves tokens between
-the slots by what is decided here.
-"""
+"""How the tokens of a batch are laid out: position ids, attention mask, and the positions to compute."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import numpy as np
+import mlx.core as mx
 
-from ..data import Batch, shape_size
-
-SLOTS = 8  # sizes an octave: more than of rows and targets, most of a step is computed of them
-WORTH_IT = 1 / 16  # of the slots that a target sees: sharing that saves less is not worth its sum over rows
+from . import ops
+from .unpadding import Unpadding
 
 
-class KeptSlots(NamedTuple):
-    """Of rows `a b x y` and `a b z _`, every letter seen, with two shared columns and one filler, `a` again:
+@dataclass(frozen=True)
+class Layout:
+    """What attention needs of a batch, and what a block may leave out."""
 
-    slot_S = [0 1 2 3 6 4];  place_BT = [[0 1 2 3] [0 1 4 5]];  home_BT = [[0 1 2 3] [5 5 4 5]]
-    """
+    position: int | mx.array = 0  # as in `ops.rope`
+    mask_B1TS: mx.array | None = None  # as in `ops.attention`
+    unpadding: Unpadding | None = None  # outside attention x_BTD is one row of the kept positions: (1, S, D)
+    targets_N: mx.array | None = None  # in a last block: the positions in (B, T) needed after attention
 
-    slot_S: np.ndarray  # of each kept one, where it stands in the flattened (B, T): shared, seen, fillers
-    place_BT: np.ndarray  # of each slot, which of the kept has its value; a filler's where none sees it
-    home_BT: np.ndarray  # of each slot, which of the kept stands just there; else a filler
-    is_seen_S: np.ndarray  # whether a target sees the kept one; if not, it is a filler
-    is_shared_S: np.ndarray | None  # whether it is one for all rows with a target; None where none is
+    def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
+        """(B, T, H * K) or (1, S, H * K) to (B, H, T, K)."""
+        if self.unpadding:
+            return self.unpadding.scatter(x_BTO, H)
+        return mx.unflatten(x_BTO, -1, (H, -1)).swapaxes(1, 2)
 
+    def merge_heads(self, x_BHTK: mx.array) -> mx.array:
+        """(B, H, T, K) to (B, T, H * K) or (1, S, H * K)."""
+        return self.unpadding.gather(x_BHTK) if self.unpadding else x_BHTK.swapaxes(1, 2).flatten(2)
 
-def kept_slots(batch: Batch) -> KeptSlots | None:
-    """None where all are. One or more are fillers: seen by no target, they stand for what is left out."""
-    mask_BT, T = batch.mask_BT, batch.mask_BT.shape[1]
-    is_needed_BT = np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
-    num_shared = shared_columns(batch, is_needed_BT)
-    is_shared_BT = is_needed_BT & (np.arange(T) < num_shared)
-    shared, repeated = np.split(np.flatnonzero(is_shared_BT), [num_shared])  # row by row: the first has them
-    seen = np.append(shared, np.flatnonzero(is_needed_BT & ~is_shared_BT))
-    others = np.append(repeated, np.flatnonzero(~is_needed_BT))  # a token that counts, where there is one
-    size = shape_size(len(seen) + 1, SLOTS)
-    if size >= mask_BT.size:
-        return None
-    slot_S = np.append(seen, others[: size - len(seen)]).astype(np.int32)
-    home_BT = np.full(mask_BT.shape, len(seen), np.int32)
-    home_BT.flat[slot_S] = np.arange(size)
-    place_BT = np.where(is_shared_BT, np.arange(T, dtype=np.int32), home_BT)
-    is_shared_S = np.arange(size) < num_shared if num_shared else None
-    return KeptSlots(slot_S, place_BT, home_BT, np.arange(size) < len(seen), is_shared_S)
+    def select_targets(self, x_BTD: mx.array) -> mx.array:
+        """In a last block (1, N, D), the positions with a target; else x as it is."""
+        if self.targets_N is None:
+            return x_BTD
+        if self.unpadding:
+            return self.unpadding.at(x_BTD, self.targets_N)
+        return x_BTD.flatten(0, 1)[self.targets_N][None]
 
+    def rope(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
+        return ops.rope(x_BHTK, frequency_P, self.position)
 
-def shared_columns(batch: Batch, is_needed_BT: np.ndarray) -> int:
-    """How many columns at the start all rows with a target have in common; 0 where that saves too little."""
-    rows = np.flatnonzero(is_needed_BT[:, 0])
-    if len(rows) < 2:
-        return 0
-    is_alike_T = is_needed_BT[rows].all(axis=0)
-    for array_BT in (batch.inputs_BT, batch.segment_BT):
-        if array_BT is not None:
-            is_alike_T &= (array_BT[rows] == array_BT[rows[0]]).all(axis=0)
-    length = int(np.append(is_alike_T, False).argmin())
-    return length if (len(rows) - 1) * length >= WORTH_IT * is_needed_BT.sum() else 0
+    def attend(self, q_BHTK: mx.array, k_BHTK: mx.array, v_BHTK: mx.array) -> mx.array:
+        return ops.attention(q_BHTK, k_BHTK, v_BHTK, self.mask_B1TS)

@@ -25,14 +25,15 @@ from dataclasses import dataclass
 
 from mlx.utils import tree_flatten
 
-from .. import ops
 from ..config import ModelConfig
 from ..data import Batch
 from ..lora import DoRALinear, lora_layers
-from ..loss import CHUNK_LOGITS
 from ..model import CausalLM
 from ..targets import shape_OI
-from .layout import kept_slots
+from . import ops
+from .head import CHUNK_LOGITS
+from .kept_positions import kept_positions
+from .projection import low_rank_of
 
 STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
 UPDATE = 6  # more numbers a trained one while an update is computed: terms of Adam's sums
@@ -83,7 +84,7 @@ def sizes_of(model: CausalLM) -> Sizes:
     for layer in layers:
         num_out, num_in = shape_OI(layer.linear)
         more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
-        more += num_out if layer.low_rank() is None else 0
+        more += num_out if low_rank_of(layer) is None else 0
         if isinstance(layer, DoRALinear):
             more += num_out
             unpacked += num_out * num_in * itemsize if "scales" in layer.linear else 0
@@ -95,8 +96,8 @@ def sizes_of(model: CausalLM) -> Sizes:
 
 
 def shape_of(batch: Batch) -> Shape:
-    kept, (rows, width) = kept_slots(batch), batch.inputs_BT.shape
-    computed = batch.inputs_BT.size if kept is None else len(kept.slot_S)
+    kept, (rows, width) = kept_positions(batch), batch.inputs_BT.shape
+    computed = batch.inputs_BT.size if kept is None else len(kept.kept_S)
     masks = 1 if batch.segment_BT is None else rows
     return Shape(rows, width, computed, int(batch.mask_BT.sum()), masks=masks)
 

@@ -6,24 +6,23 @@ For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021
     dh_j = s_j dy_j B_j^T      dx = sum_j dy_j W_j + dh_j A_j^T
     dA_j = x^T dh_j            dB_j = h_j^T dy_j
 
-Automatic differentiation of `LoRALinear.__call__`, which the tests compare with, gives the same numbers with
-more passes over memory. Here each sum is formed by the matmul that makes its last term (`mx.addmm`), the
-factors are rounded to the type of x and not x widened to theirs, and h and dh lie on their sides, so that the
-part of each linear is a piece of memory and needs no copy. The factors' gradients come in the type of x, in
-which they were computed, and are widened once, all together (`optim.as_vectors`).
+Automatic differentiation of `LoRALinear.__call__` gives the same numbers with more passes over memory. Here
+`mx.addmm` adds within the matmul, the factors are rounded to the type of x (not x widened to theirs), and h
+and dh are kept transposed, so that each linear's slice is contiguous. The factors' gradients have the type of
+x, and are widened all at once (`vectors.as_vectors`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ops
-from . import cpu_ops
+from ..lora import LoRALinear
+from . import cpu_ops, ops
 
 
 class LowRank(NamedTuple):
@@ -47,7 +46,13 @@ def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
-    return cast(LowRank | None, linear.low_rank()) if hasattr(linear, "low_rank") else None
+    """Its parts, if it is plain LoRA; None for DoRA, a quantized base, active dropout, or no adapter."""
+    if type(linear) is not LoRALinear or type(linear.linear) is not nn.Linear:
+        return None
+    if linear.training and linear.dropout.p > 0:
+        return None
+    base = linear.linear
+    return LowRank(base.weight, base.get("bias"), linear.lora_a, linear.lora_b, linear.scale)
 
 
 def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
@@ -57,15 +62,15 @@ def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx
         return project(ops.gated(gate_BTF, up_BTF), linear)[0]
     group = Group([low_rank])
 
-    @mx.custom_function  # type: ignore[untyped-decorator]
+    @mx.custom_function
     def forward(gate_NF: mx.array, up_NF: mx.array, *factors: mx.array) -> list[mx.array]:
         product_NF, s_NF = cpu_ops.gate(gate_NF, up_NF)
         return [*group.forward(product_NF, factors), s_NF]
 
-    @forward.vjp  # type: ignore[untyped-decorator]
+    @forward.vjp
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         gate_NF, up_NF = mx.depends(list(primals[:2]), [cotangents[0]])  # not before its gradient is here
-        product_NF = cpu_ops.gate_again(gate_NF, up_NF, outputs[-1])
+        product_NF = cpu_ops.gate_product(gate_NF, up_NF, outputs[-1])
         d_NF, *gradients = group.backward(product_NF, cotangents, outputs)
         return [*cpu_ops.gate_gradient(gate_NF, up_NF, outputs[-1], d_NF), *gradients]
 
@@ -77,11 +82,11 @@ def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
     """y_j of each part; differentiable by x and by the factors, not by weights and biases."""
     group = Group(parts)
 
-    @mx.custom_function  # type: ignore[untyped-decorator]
+    @mx.custom_function
     def forward(x_NI: mx.array, *factors: mx.array) -> list[mx.array]:
         return group.forward(x_NI, factors)
 
-    @forward.vjp  # type: ignore[untyped-decorator]
+    @forward.vjp
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         return group.backward(primals[0], cotangents, outputs)
 

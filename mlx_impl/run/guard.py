@@ -1,22 +1,44 @@
-"""The finite guard: when the numbers end, back to the last state known to be sound, and a word on why.
+"""The finite guard: on NaN or infinity, roll back to the last good state and raise with the cause.
 
-A finite loss and gradient say of the adapter that they were computed with that it is sound, which the update
-that made it could not know. So two states are kept. MLX never changes an array: that costs references, and
-memory for two copies of what trains.
+A finite loss and gradient show that the adapter they were computed with is good; the update that made it
+could not know that yet. So two states are kept. MLX never changes an array: a snapshot is references, and
+costs the memory of the old factors and moments only.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..data import Window
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
-from .state import restore, snapshot
+from ..train import StepRecord
+
+Named = dict[str, mx.array]
+
+
+class Snapshot(NamedTuple):
+    """Every array that an update changes, by name."""
+
+    factors: Named
+    state: Named  # the optimizer's
+
+
+def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> Snapshot:
+    return Snapshot(dict(tree_flatten(model.trainable_parameters())), dict(tree_flatten(optimizer.state)))
+
+
+def restore(model: CausalLM, optimizer: LoRAOptimizer, before: Snapshot) -> None:
+    model.update(tree_unflatten(list(before.factors.items())))
+    optimizer.state = tree_unflatten(list(before.state.items()))
 
 
 class NotFinite(ValueError):
-    """Loss, gradient or adapter is no number any more; the model is as it was when all of them last were."""
+    """Loss, gradient or adapter is NaN or infinite; the model is rolled back to the last good state."""
 
     def __init__(self, message: str, updates_done: int) -> None:
         super().__init__(message)
@@ -24,36 +46,46 @@ class NotFinite(ValueError):
 
 
 class FiniteGuard:
-    """Knows two states: that of now, and the last whose loss was finite."""
+    """Keeps two states: the present one, and the last one whose loss was finite."""
 
     def __init__(self, model: CausalLM, optimizer: LoRAOptimizer, updates_done: int) -> None:
         self.model, self.optimizer, self.updates_done = model, optimizer, updates_done
-        self.now = snapshot(optimizer)
-        self.sound = (updates_done, self.now)
+        self.now = snapshot(model, optimizer)
+        self.good = (updates_done, self.now)
 
-    def check(self, window: Window, loss_nats: float, norm: float, is_finite: bool) -> None:
-        """After each update; NotFinite, with the last sound state restored, unless all of it is finite."""
-        was_sound = math.isfinite(loss_nats) and math.isfinite(norm)
-        if was_sound:
-            self.sound = (self.updates_done, self.now)
-        step = self.updates_done + 1
-        if not is_finite:
-            what = "updated adapter" if was_sound else "gradient" if math.isfinite(loss_nats) else "loss"
+    def check(self, window: Window, record: StepRecord) -> None:
+        """After each update: roll back and raise NotFinite unless all of it is finite."""
+        loss_is_finite = math.isfinite(record.loss_nats)
+        was_good = loss_is_finite and math.isfinite(record.grad_norm)
+        if was_good:
+            self.good = (self.updates_done, self.now)
+        after = snapshot(self.model, self.optimizer)
+        if not (was_good and are_finite(after)):
+            what = "updated adapter" if was_good else "gradient" if loss_is_finite else "loss"
             numbers = ", ".join(str(number + 1) for batch in window for number in batch.numbers)
-            self.go_back(f"the {what} is not finite at step {step}, on the examples {numbers or 'given'}")
-        self.updates_done, self.now = step, snapshot(self.optimizer)
+            self.roll_back(
+                f"the {what} is not finite at step {record.step}, on the examples {numbers or 'given'}"
+            )
+        self.updates_done, self.now = record.step, after
 
     def confirm(self, loss_nats: float) -> None:
-        """After a loss that was computed between two updates; NotFinite as above."""
+        """After a loss computed between two updates: roll back and raise NotFinite unless it is finite."""
         if not math.isfinite(loss_nats):
-            self.go_back(f"the loss after step {self.updates_done} is not finite")
-        self.sound = (self.updates_done, self.now)
+            self.roll_back(f"the loss after step {self.updates_done} is not finite")
+        self.good = (self.updates_done, self.now)
 
-    def go_back(self, reason: str) -> None:
-        self.updates_done, self.now = self.sound
+    def roll_back(self, reason: str) -> None:
+        self.updates_done, self.now = self.good
         restore(self.model, self.optimizer, self.now)
         raise NotFinite(
-            f"{reason}; the adapter is as it was after step {self.updates_done}, the last known to be sound: "
-            f"begin again from it or from none, with a lower learning rate",
+            f"{reason}; the adapter is back at step {self.updates_done}, the last good one: restart from it "
+            f"or from scratch with a lower learning rate",
             self.updates_done,
         )
+
+
+def are_finite(state: Snapshot) -> bool:
+    """Whether all factors are; x - x is NaN where x is infinite or NaN."""
+    vectors = {name: array for name, array in state.state.items() if name.startswith("factors.")}
+    factors = vectors or state.factors  # the same numbers, in fewer arrays
+    return bool((mx.stack([(x - x).sum() for x in factors.values()]).sum() == 0).item())

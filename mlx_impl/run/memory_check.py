@@ -14,15 +14,15 @@ from typing import Any
 from ..batching import Row, rows_of, window_rows
 from ..config import TrainConfig
 from ..data import (
-    WIDTHS,
+    WIDTH_BUCKETS,
     Example,
+    bucket_size,
     evaluation_batches,
     make_packed_batch,
     make_plain_batch,
     num_inputs,
-    shape_size,
 )
-from ..fast.layout import SLOTS
+from ..fast.kept_positions import KEPT_BUCKETS
 from ..fast.memory_model import (
     Shape,
     Sizes,
@@ -158,8 +158,8 @@ def largest_update(run: Run, need_of: Callable[[Shape], int]) -> int:
 
     def about(batch: Sequence[Row]) -> int:
         each = [sum(lengths[i] for i in row) for row in batch]
-        width = shape_size(max(1, *each), WIDTHS)
-        computed = min(len(batch) * width, shape_size(sum(each) + 1, SLOTS))
+        width = bucket_size(max(1, *each), WIDTH_BUCKETS)
+        computed = min(len(batch) * width, bucket_size(sum(each) + 1, KEPT_BUCKETS))
         return need_of(Shape(len(batch), width, computed, sum(targets[i] for row in batch for i in row)))
 
     make = make_packed_batch if run.training.batching == "packed" else make_plain_batch

@@ -1,9 +1,9 @@
-"""The training state, out and in: what a run needs to go on to the bit as if it had never stopped.
+"""The training state, saved and loaded: what a run needs to resume bit-exactly.
 
-That is the adapter, the optimizer and the number of updates done: which examples come next
-(`batching.window_rows`) and what is drawn at random (`train.begin_update`) follow from that number and the
-seeds. Beside them stands what they belong to, so that a run is not continued with another model, other data
-or another configuration. One file, replaced whole or not at all.
+That is the factors, the optimizer's state and the number of updates done. Which examples come next
+(`batching.window_rows`) and the random numbers (`train.seed_random`) follow from that number and the seeds.
+The file also says which model, data and settings the state belongs to, so that no run is resumed with others.
+The arrays are named by factor, whichever optimizer wrote them. One file, written whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import LoRAConfig, TrainConfig, require_number
 from ..data import Example
 from ..disk.files import one_line, require_file, whole_file, with_printable_keys
+from ..fast.vectors import VectorOptimizer, as_factors
 from ..files.precision import dtype_of
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
 
-FORMAT = "mlx-lora-training-state-3"
+FORMAT = "mlx-lora-training-state-4"
 Validation = list[tuple[int, float]]  # (updates done, nats per target)
 
 
@@ -39,21 +40,28 @@ class Progress:
     identity: dict[str, Any]
 
 
-def snapshot(optimizer: LoRAOptimizer) -> dict[str, mx.array]:
-    """Every array that an update changes, by name. MLX never changes an array, so references are a copy."""
-    return dict(tree_flatten(optimizer.state))
+def state_arrays(model: CausalLM, optimizer: LoRAOptimizer) -> dict[str, mx.array]:
+    """The factors and the optimizer's state, by name; the same names for both kinds of optimizer."""
+    is_vector = isinstance(optimizer, VectorOptimizer)
+    state = optimizer.tree_state(model) if is_vector else optimizer.state
+    return dict(tree_flatten({"factors": model.trainable_parameters(), "optimizer": state}))
 
 
-def restore(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.array]) -> None:
-    """Put a snapshot back."""
-    optimizer.state = tree_unflatten(list(arrays.items()))
-    optimizer.hand_over(model)
+def load_arrays(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.array]) -> None:
+    """The inverse of `state_arrays`."""
+    tree = tree_unflatten(list(arrays.items()))
+    model.update(tree["factors"])
+    if isinstance(optimizer, VectorOptimizer):
+        optimizer.load_tree_state(model, tree["optimizer"])
+        model.update(as_factors(optimizer.factors, model.trainable_parameters()))
+    else:
+        optimizer.state = tree["optimizer"]
 
 
 def identify(
     model: CausalLM, base_digest: str, examples: Sequence[Example], lora: LoRAConfig, training: TrainConfig
 ) -> dict[str, Any]:
-    """What a state belongs to: digests of the frozen weights and of the examples, and every setting."""
+    """What a state belongs to: digests of the frozen weights and of the examples, and all settings."""
     return {
         "dtype": dtype_of(model),  # before the weights, which differ where it does
         "the model's weights": base_digest,

@@ -1,4 +1,4 @@
-"""The trainer as a program calls it: model and configurations in, step records out, the adapter in place.
+"""The trainer as a program calls it: model and configurations in, step records out, the adapter in the model.
 
 trainer = LoRATrainer(model, LoRAConfig(rank=8), TrainConfig(iters=60))
 for record in trainer.fit(examples):
@@ -7,7 +7,7 @@ for record in trainer.fit(examples):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,40 +15,59 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import LoRAConfig, TrainConfig
-from ..data import Example, evaluation_batches, require_tokens, training_windows
+from ..data import Batch, Example, Window, evaluation_batches, require_tokens, training_windows
+from ..fast.forward import FAST
 from ..fast.pace import paced
+from ..fast.vectors import VectorOptimizer
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
-from ..train import StepRecord, evaluate, train
+from ..train import PLAIN, Loss, StepRecord, evaluate, train
 from .guard import FiniteGuard, NotFinite
-from .state import Progress, Validation, digest_of_base, identify, load_state, restore, save_state, snapshot
+from .state import (
+    Progress,
+    Validation,
+    digest_of_base,
+    identify,
+    load_arrays,
+    load_state,
+    save_state,
+    state_arrays,
+)
 
 
 class LoRATrainer:
-    """LoRA factors in place, everything else frozen, an optimizer ready.
+    """LoRA factors in the model, everything else frozen, an optimizer ready.
 
-    A model that carries an adapter already, of this same configuration, keeps it and trains on.
+    A model that carries an adapter of this same configuration keeps it and trains on.
     `compiled=None` compiles on a GPU; on a CPU each new shape would cost seconds for a few percent.
+    `plain=True` trains by the pattern alone, without `fast/`: slower, the first thing to try when a run
+    looks wrong. Each of the two resumes what the other saved.
     Raises ValueError when anything but LoRA factors would be trained.
     """
 
     def __init__(
-        self, model: CausalLM, lora: LoRAConfig, training: TrainConfig, compiled: bool | None = None
+        self,
+        model: CausalLM,
+        lora: LoRAConfig,
+        training: TrainConfig,
+        compiled: bool | None = None,
+        plain: bool = False,
     ) -> None:
         mx.random.seed(training.seed)
         if not lora_layers(model):
             add_lora(model, lora)
         if model.lora != lora:
-            raise ValueError(f"the model's adapter must be of the configuration given, and is {model.lora}")
+            raise ValueError(f"the model's adapter must have the given configuration, and has {model.lora}")
         lora_parameters(model)  # raises if anything else is trainable
         self.model, self.lora, self.training = model, lora, training
-        self.optimizer = LoRAOptimizer(training)
+        self.optimizer: LoRAOptimizer = (LoRAOptimizer if plain else VectorOptimizer)(training)
         self.optimizer.init(model.trainable_parameters())
+        self.loss: Loss = PLAIN if plain else FAST
         self.compiled = mx.default_device() == mx.gpu if compiled is None else compiled
         self.guard = FiniteGuard(model, self.optimizer, updates_done=0)
         self.validation: Validation = []
-        self.belongs_to: dict[str, Any] = {}  # what else a saved run may not be resumed without
+        self.resume_identity: dict[str, Any] = {}  # what else must be the same when a saved run is resumed
 
     @property
     def step(self) -> int:
@@ -58,22 +77,39 @@ class LoRATrainer:
     def fit(self, examples: Sequence[Example]) -> Iterator[StepRecord]:
         """Train up to update `training.iters`; stop reading the iterator to stop earlier.
 
-        Raises NotFinite, the last sound state restored, when the numbers end.
+        Raises NotFinite, rolled back to the last good state, on NaN or infinity.
         """
-        self.require_adapter()
         require_tokens(examples, self.model.config.vocab_size)
-        windows = training_windows(examples, self.training, self.step)
-        windows = paced(windows, self.model, self.training.grad_checkpoint)
+        yield from self.fit_windows(training_windows(examples, self.training, self.step))
+
+    def fit_windows(self, windows: Iterable[Window]) -> Iterator[StepRecord]:
+        """`fit` on micro-batches of your own: one update a window, beginning at update `step`."""
+        self.require_adapter()
+        if self.loss is FAST:
+            windows = paced(windows, self.model, self.training.grad_checkpoint)
         try:
-            yield from train(self.model, self.optimizer, windows, self.training, self.compiled, self.guard)
+            yield from train(
+                self.model,
+                self.optimizer,
+                windows,
+                self.training,
+                first_step=self.step,
+                compiled=self.compiled,
+                loss=self.loss,
+                check=self.guard.check,
+            )
         except NotFinite:
-            self.forget_what_was_undone()
+            self.drop_undone_validations()
             raise
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Nats per target over all the examples, dropout off; the same for every batch size."""
         require_tokens(examples, self.model.config.vocab_size)
-        return evaluate(self.model, evaluation_batches(examples, self.training.batch_size))[0]
+        return self.evaluate_batches(evaluation_batches(examples, self.training.batch_size))
+
+    def evaluate_batches(self, batches: Iterable[Batch]) -> float:
+        """`evaluate` on batches of your own."""
+        return evaluate(self.model, batches, self.loss)[0]
 
     def validate(self, examples: Sequence[Example]) -> float:
         """Evaluate, and remember the result for this step; raises NotFinite as `fit` does."""
@@ -82,16 +118,16 @@ class LoRATrainer:
         return loss_nats
 
     def confirm(self, examples: Sequence[Example]) -> float:
-        """The loss, which shows whether the last update left a sound adapter; raises NotFinite if not."""
+        """The loss, which shows whether the last update left a good adapter; raises NotFinite if not."""
         loss_nats = self.evaluate(examples)
         try:
             self.guard.confirm(loss_nats)
         except NotFinite:
-            self.forget_what_was_undone()
+            self.drop_undone_validations()
             raise
         return loss_nats
 
-    def forget_what_was_undone(self) -> None:
+    def drop_undone_validations(self) -> None:
         self.validation = [(step, loss_nats) for step, loss_nats in self.validation if step <= self.step]
 
     def validations_since_best(self) -> int:
@@ -106,14 +142,14 @@ class LoRATrainer:
         self.require_adapter()
         self.confirm(examples[: self.training.batch_size])
         progress = Progress(self.step, self.validation, self.identity(examples))
-        save_state(path, snapshot(self.optimizer), progress)
+        save_state(path, state_arrays(self.model, self.optimizer), progress)
 
     def resume(self, path: Path, examples: Sequence[Example]) -> None:
-        """Go on where the saved run was: `fit` then does what it would have done, to the bit."""
+        """Load a saved state: `fit` then continues bit-exactly."""
         self.require_adapter()
-        expected = snapshot(self.optimizer)
+        expected = state_arrays(self.model, self.optimizer)
         arrays, progress = load_state(path, self.identity(examples), expected)
-        restore(self.model, self.optimizer, arrays)
+        load_arrays(self.model, self.optimizer, arrays)
         self.guard = FiniteGuard(self.model, self.optimizer, progress.step)
         self.validation = [(step, loss_nats) for step, loss_nats in progress.validation]
 
@@ -122,9 +158,9 @@ class LoRATrainer:
             raise ValueError("the model must carry its adapter, and does not: unmerge a merged one first")
 
     def identity(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What a saved run belongs to, by names that a refusal can use."""
+        """What a saved run belongs to, by names that an error message can use."""
         parts = identify(self.model, self.base_digest, examples, self.lora, self.training)
-        return {**parts, "compiling": self.compiled, **self.belongs_to}
+        return {**parts, "compiling": self.compiled, **self.resume_identity}
 
     @cached_property
     def base_digest(self) -> str:

@@ -11,7 +11,11 @@ import pytest
 from tests.ladder.plugin import DEFAULT_TRAINER
 from tests.ladder.protocol import REQUIRED, Dialect
 
-ALIASES = {"mlx_impl": DEFAULT_TRAINER, "reference": "tests.trainers.reference:ReferenceTrainer"}
+ALIASES = {
+    "mlx_impl": DEFAULT_TRAINER,
+    "plain": "tests.trainers.mlx_impl:PlainTrainer",
+    "reference": "tests.trainers.reference:ReferenceTrainer",
+}
 
 
 def load_trainer(name: str) -> Any:

@@ -115,3 +115,14 @@ def logsumexp(x: np.ndarray) -> np.ndarray:
 
 def logsumexp_pullback(x: np.ndarray, g: np.ndarray) -> np.ndarray:
     return softmax(x) * g[..., None]
+
+
+def cross_entropy(
+    logits_NV: np.ndarray, targets_N: np.ndarray, mask_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """-log softmax(logits)[target] where the mask is, else 0; and softmax - onehot, else 0."""
+    rows_N = np.arange(len(targets_N))
+    nats_N = logsumexp(logits_NV) - logits_NV[rows_N, targets_N]
+    gradient_NV = softmax(logits_NV)
+    gradient_NV[rows_N, targets_N] -= 1
+    return np.where(mask_N, nats_N, 0), np.where(mask_N[:, None], gradient_NV, 0)

@@ -18,7 +18,7 @@ from tests.ladder.cases import Case, named_case
 from tests.ladder.contract import ARRAYS, EACH_UPDATE, LOGITS, NATS, TOKENS
 from tests.ladder.door import ALIASES, load_trainer
 from tests.ladder.protocol import Dialect
-from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer
 from tests.trainers.reference import ReferenceTrainer
 
 COMPLETE = (
@@ -173,5 +173,6 @@ def test_the_readme_lists_every_field_of_a_dialect_with_its_default() -> None:
 
 
 def test_the_short_names_are_those_of_the_trainers_at_hand() -> None:
-    """`--trainer mlx_impl`, `--trainer reference`."""
-    assert [load_trainer(name) for name in ALIASES.values()] == [MlxTrainer, ReferenceTrainer]
+    """`--trainer mlx_impl`, `--trainer plain`, `--trainer reference`."""
+    expected = [MlxTrainer, PlainTrainer, ReferenceTrainer]
+    assert [load_trainer(name) for name in ALIASES.values()] == expected

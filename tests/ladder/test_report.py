@@ -157,7 +157,7 @@ def without_share(line: str) -> str:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        ("nonsense", "must be module:Class, or mlx_impl or reference, got 'nonsense'"),
+        ("nonsense", "must be module:Class, or mlx_impl or plain or reference, got 'nonsense'"),
         ("tests.no_such:Trainer", "No module named 'tests.no_such'"),
         ("tests.trainers.reference:NoSuch", "has no attribute 'NoSuch'"),
         ("tests.ladder.cases:Case", "the class must have dialect, logits, loss, gradients, train"),

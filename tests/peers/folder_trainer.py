@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 from mlx_impl import load_model
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Batch, Example, make_batch
-from mlx_impl.generate import generate, generate_all
+from mlx_impl.fast.decode import generate_all
+from mlx_impl.generate import generate
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.train import batch_loss, to_arrays

@@ -25,30 +25,20 @@ def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
     return weight_D * x_BTD * mx.rsqrt(mx.square(x_BTD).mean(axis=-1, keepdims=True) + eps)
 
 
-def rope(x_BHTK: mx.array, frequency_P: Sequence[float], offset: int = 0) -> mx.array:
-    times_T = np.arange(offset, offset + x_BHTK.shape[2])
-    angle_TP = np.outer(times_T, np.array(frequency_P))
-    cos, sin = (mx.array(f(angle_TP), x_BHTK.dtype) for f in (np.cos, np.sin))
-    left, right = mx.split(x_BHTK, 2, axis=-1)
-    return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-
-
-def rope_at(x_BHTK: mx.array, frequency_P: Sequence[float], position_BT: mx.array) -> mx.array:
-    angle_B1TP = np.array(position_BT)[:, None, :, None] * np.array(frequency_P)
+def rope(x_BHTK: mx.array, frequency_P: Sequence[float], position: int | mx.array) -> mx.array:
+    position_BT = (
+        position + np.arange(x_BHTK.shape[2])[None] if isinstance(position, int) else np.array(position)
+    )
+    angle_B1TP = position_BT[:, None, :, None] * np.array(frequency_P)
     cos, sin = (mx.array(f(angle_B1TP), x_BHTK.dtype) for f in (np.cos, np.sin))
     left, right = mx.split(x_BHTK, 2, axis=-1)
     return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
-    T, S = q_BHTK.shape[2], k_BGSK.shape[2]
-    is_past_TS = mx.arange(S) <= mx.arange(S - T, S)[:, None]
-    return masked_attention(q_BHTK, k_BGSK, v_BGSK, is_past_TS[None, None])
-
-
-def masked_attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array) -> mx.array:
-    B, H, T, K = q_BHTK.shape
-    G = k_BGSK.shape[1]
+def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array | None) -> mx.array:
+    (B, H, T, K), (_, G, S, _) = q_BHTK.shape, k_BGSK.shape
+    if mask_B1TS is None:
+        mask_B1TS = (mx.arange(S) <= mx.arange(S - T, S)[:, None])[None, None]
     q_BGNTK = q_BHTK.reshape(B, G, H // G, T, K)
     scores_BGNTS = q_BGNTK @ k_BGSK[:, :, None].swapaxes(-1, -2) / math.sqrt(K)
     scores_BGNTS = mx.where(mask_B1TS[:, :, None], scores_BGNTS, -math.inf)
@@ -70,6 +60,6 @@ def logsumexp(x_NV: mx.array) -> mx.array:
 def in_place_of_production() -> Iterator[None]:
     """All of them swapped into `mlx_impl.ops` at once."""
     with ExitStack() as stack:
-        for function in (rms_norm, rope, rope_at, attention, masked_attention, silu, logsumexp):
+        for function in (rms_norm, rope, attention, silu, logsumexp):
             stack.enter_context(patch.object(ops, function.__name__, function))
         yield

@@ -1,44 +1,41 @@
-"""`mlx_impl` behind the ladder's face, with every capability."""
+"""`mlx_impl` as the ladder sees a trainer, with every capability: what ships, and the plain pattern alone.
+
+Both train, evaluate, save and resume by `LoRATrainer`, as a user does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_impl import ops
+import mlx_impl.fast.ops
+import mlx_impl.ops
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
-from mlx_impl.data import Batch
-from mlx_impl.generate import generate, generate_all
-from mlx_impl.lora import Dropout, add_lora, lora_layers, lora_parameters
+from mlx_impl.data import Batch, Example
+from mlx_impl.fast.decode import generate_all
+from mlx_impl.fast.forward import FAST
+from mlx_impl.fast.vectors import VectorOptimizer, as_factors
+from mlx_impl.generate import generate
+from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
-from mlx_impl.optim import LoRAOptimizer, learning_rate_of
-from mlx_impl.run.guard import FiniteGuard
+from mlx_impl.optim import learning_rate_of
 from mlx_impl.run.merging import Merged, merge, unmerge
-from mlx_impl.run.state import Progress, load_state, restore, save_state, snapshot
-from mlx_impl.train import StepRecord, apply_mean, batch_loss, evaluate, to_arrays, train
+from mlx_impl.run.trainer import LoRATrainer
+from mlx_impl.train import PLAIN, Loss, StepRecord, apply_mean
 from tests.ladder.protocol import Arrays, Dialect
-from tests.trainers.every_slot import every_slot
 from tests.trainers.exact_ops import in_place_of_production
+from tests.trainers.given_masks import with_given_masks
 
-
-class FixedDropout(Dropout):
-    """Dropout with a given mask."""
-
-    def __init__(self, p: float, keep_BTI: np.ndarray) -> None:
-        super().__init__(p)
-        self.keep_BTI = mx.array(keep_BTI)
-        self.freeze()
-
-    def __call__(self, x_BTI: mx.array) -> mx.array:
-        return x_BTI * self.keep_BTI / (1 - self.p) if self.training else x_BTI
+DATA = [Example((1, 2), (False, True))]  # what a state of the ladder's windows says that it was trained on
 
 
 class Tap:
@@ -54,10 +51,14 @@ class Tap:
 
 
 class MlxTrainer:
+    """What ships: `fast/` behind the seam."""
+
     dialect = Dialect()
     share_expected = 0.25  # of a tolerance; more is a warning
-    ops = ops
     dtype = mx.float32
+    ops: ModuleType = mlx_impl.fast.ops
+    plain = False
+    path: Loss = FAST
 
     def __init__(
         self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
@@ -68,9 +69,10 @@ class MlxTrainer:
             add_lora(self.model, lora)
             given = [(name, self.array(value)) for name, value in (factors or {}).items()]
             self.model.load_weights(given, strict=False)
+        self.trainer: LoRATrainer | None = None
         self.records: list[StepRecord] = []
         self.merged: Merged | None = None
-        self.saved: Path | None = None  # a run to go on with
+        self.saved: Path | None = None  # a run to resume
 
     @classmethod
     @contextmanager
@@ -106,21 +108,25 @@ class MlxTrainer:
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         self.model.eval()
-        nats, num_targets = batch_loss(self.model, to_arrays(batch))
+        nats, num_targets = self.path.batch_loss(self.model, self.path.to_arrays(batch))
         return nats.item(), num_targets.item()
 
     def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
-        targets_N, mask_N = mx.array(batch.targets_BT.reshape(-1)), mx.array(batch.mask_BT.reshape(-1))
-        nats, num_targets = next_token_nats(self.array(logits_BTV).flatten(0, 1), targets_N, mask_N)
+        targets_BT, mask_BT = mx.array(batch.targets_BT), mx.array(batch.mask_BT)
+        nats, num_targets = next_token_nats(self.array(logits_BTV), targets_BT, mask_BT)
         return nats.item(), num_targets.item()
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        return evaluate(self.model, batches)[0]
+        return self.begin(TrainConfig(iters=1)).evaluate_batches(batches)
 
     def gradients(self, batch: Batch) -> Arrays:
+        """As the optimizer gets them, and named again."""
         self.model.eval()
-        (_, num_targets), gradients = nn.value_and_grad(self.model, batch_loss)(self.model, to_arrays(batch))
-        return {name: np.array(value / num_targets) for name, value in tree_flatten(gradients)}
+        loss_and_grads = nn.value_and_grad(self.model, self.path.batch_loss)
+        (_, num_targets), grads = loss_and_grads(self.model, self.path.to_arrays(batch))
+        flat = self.path.flatten_grads(grads)
+        tree = flat if self.plain else as_factors(flat, self.model.trainable_parameters())
+        return {name: np.array(value / num_targets) for name, value in tree_flatten(tree)}
 
     def pullback(self, batch: Batch, cotangent_BTV: np.ndarray) -> Arrays:
         def along(model: CausalLM) -> mx.array:
@@ -137,41 +143,40 @@ class MlxTrainer:
         return self.run(windows, training, compiled=True)
 
     def train_checkpointed(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
-        return self.run(windows, TrainConfig(**{**vars(training), "grad_checkpoint": True}), compiled=False)
+        return self.run(windows, replace(training, grad_checkpoint=True), compiled=False)
 
     def run(self, windows: Sequence[Sequence[Batch]], training: TrainConfig, compiled: bool) -> list[float]:
-        updates_done = self.begin(training)
-        guard = FiniteGuard(self.model, self.optimizer, updates_done)
-        lists = [list(window) for window in windows]
-        self.records = list(train(self.model, self.optimizer, lists, training, compiled, guard))
+        trainer = self.begin(training, compiled)
+        self.records = list(trainer.fit_windows([list(window) for window in windows]))
         return [record.loss_nats for record in self.records]
 
-    def begin(self, training: TrainConfig) -> int:
-        """An optimizer for a new run, or for the one that was loaded; the updates done."""
-        self.optimizer = LoRAOptimizer(training)
-        self.optimizer.init(self.model.trainable_parameters())
-        if self.saved is None:
-            return 0
-        arrays, progress = load_state(self.saved, {}, snapshot(self.optimizer))
-        restore(self.model, self.optimizer, arrays)
-        return progress.step
+    def begin(self, training: TrainConfig, compiled: bool = False) -> LoRATrainer:
+        """A new run, or the one that was loaded."""
+        self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain)
+        self.trainer.loss = self.path
+        if self.saved is not None:
+            self.trainer.resume(self.saved, DATA)
+        return self.trainer
 
     def optimizer_names(self, training: TrainConfig) -> set[str]:
-        """Every parameter of a kind whose moments, one vector for all of a kind, the optimizer holds."""
-        self.begin(training)
-        states = [tree_flatten(optimizer.state) for optimizer in self.optimizer.optimizers]
-        kinds = {name.rpartition(".")[0] for state in states for name, _ in state} - {""}
+        """Every parameter whose moments the optimizer holds; of a vector, every one of its kind."""
+        optimizer = self.begin(training).optimizer
+        moments = {
+            name.rpartition(".")[0] for one in optimizer.optimizers for name, _ in tree_flatten(one.state)
+        }
+        if not isinstance(optimizer, VectorOptimizer):
+            return moments - {""}
         parameters = [name for name, _ in tree_flatten(self.model.parameters())]
-        return {name for name in parameters if name.rpartition(".")[2] in kinds}
+        return {name for name in parameters if name.rpartition(".")[2] in moments}
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
-        self.begin(training)
+        optimizer = self.begin(training).optimizer
         for step, given in enumerate(gradients):
-            self.optimizer.set_learning_rate(learning_rate_of(step, training))
+            optimizer.set_learning_rate(learning_rate_of(step, training))
             tree = tree_unflatten([(name, self.array(value)) for name, value in given.items()])
-            sums = ((mx.array(0.0), mx.array(1)), tree)
-            apply_mean(self.model, self.optimizer, 0.0, sums)
-            mx.eval(self.model, self.optimizer.state)
+            sums = ((mx.array(0.0), mx.array(1)), self.path.flatten_grads(tree))
+            apply_mean(self.model, optimizer, 0.0, sums)
+            mx.eval(self.model, optimizer.state)
 
     def learning_rates(self, training: TrainConfig) -> list[float]:
         return [learning_rate_of(step, training) for step in range(training.iters)]
@@ -181,10 +186,7 @@ class MlxTrainer:
         return [record.grad_norm for record in self.records]
 
     def set_dropout_masks(self, masks: Arrays) -> None:
-        decoder = self.model.model  # the masks are of all slots
-        decoder.at_targets = partial(every_slot, decoder)  # type: ignore[method-assign]
-        for name, layer in lora_layers(self.model).items():
-            layer.dropout = FixedDropout(layer.dropout.p, masks[name])
+        self.path = with_given_masks(self.model, masks, self.path)
 
     def factors(self) -> Arrays:
         return {name: np.array(value) for name, value in lora_parameters(self.model).items()}
@@ -198,8 +200,8 @@ class MlxTrainer:
         }
 
     def save(self, folder: Path) -> None:
-        arrays = snapshot(self.optimizer)
-        save_state(folder / "state.safetensors", arrays, Progress(self.records[-1].step, [], {}))
+        assert self.trainer is not None, "nothing was trained"
+        self.trainer.save(folder / "state.safetensors", DATA)
 
     def load(self, folder: Path) -> None:
         self.saved = folder / "state.safetensors"
@@ -216,3 +218,14 @@ class MlxTrainer:
 
     def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:
         return generate_all(self.model, prompts, num_tokens, stop_ids={end})
+
+
+class PlainTrainer(MlxTrainer):
+    """The pattern alone: `LoRATrainer(..., plain=True)`."""
+
+    ops = mlx_impl.ops
+    plain = True
+    path = PLAIN
+
+    def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:
+        return [list(generate(self.model, prompt, num_tokens, stop_ids={end})) for prompt in prompts]

@@ -20,13 +20,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_impl import ops
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch, make_batch, make_packed_batch
+from mlx_impl.fast.head import head_nats
 from mlx_impl.generate import empty_caches, generate_all
 from mlx_impl.lora import DoRALinear, Dropout, LoRALinear, lora_parameters
-from mlx_impl.loss import head_nats
 from mlx_impl.model import Attention, Block, CausalLM, Decoder, FeedForward, RMSNorm
 from mlx_impl.optim import LoRAOptimizer, as_vectors
 from mlx_impl.run.merging import merge
-from mlx_impl.sampling import Sampling, next_tokens
+from mlx_impl.run.sampling import Sampling, next_tokens
 from mlx_impl.train import batch_loss, to_arrays, train
 from tests.derived import Divergence, compare, require, require_same_names, within_bfloat16
 from tests.ladder.cases import ARCHITECTURES, BIASED_DORA, Case, copies, named_case, random_rows

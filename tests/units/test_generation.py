@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from mlx_impl.fast.decode import generate_all
 from mlx_impl.files.checkpoint import load_model
-from mlx_impl.generate import generate, generate_all
+from mlx_impl.generate import generate
 from mlx_impl.model import CausalLM
 from mlx_impl.text.streaming import pieces
 from tests.tiny_folder import write_folder

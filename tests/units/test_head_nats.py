@@ -15,8 +15,8 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_impl import loss
+from mlx_impl.fast.head import head_nats, next_token_nats
 from mlx_impl.files.quantized import Packing, dequantize, pack
-from mlx_impl.loss import head_nats, next_token_nats
 from mlx_impl.model import CausalLM
 from tests.derived import compare, require, require_same_names, within_bfloat16, within_exact
 from tests.ladder.cases import SPEC, random_array

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl.sampling import Sampling, next_tokens
+from mlx_impl.run.sampling import Sampling, next_tokens
 
 NUM_DRAWS = 20_000
 LOGITS_V = np.array([0.3, 2.0, -1.0, 1.1, -3.0, 1.9, 0.0], dtype=np.float32)

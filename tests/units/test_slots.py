@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_impl.fast.slots import Slots
 
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import (
@@ -19,14 +20,13 @@ from mlx_impl.data import (
     TARGETS,
     Batch,
     Example,
+    bucket_size,
     make_batch,
     make_packed_batch,
-    shape_size,
     target_positions,
     training_windows,
 )
 from mlx_impl.fast.layout import SLOTS, KeptSlots, kept_slots, shared_columns
-from mlx_impl.fast.slots import Slots
 from mlx_impl.lora import add_lora
 from mlx_impl.model import Block, CausalLM, Decoder
 from mlx_impl.train import batch_loss, to_arrays
@@ -132,7 +132,7 @@ def test_a_token_or_an_example_that_differs_ends_what_is_shared() -> None:
 @pytest.mark.parametrize("an_octave", [4, 8])
 def test_sizes_are_few_and_waste_little(an_octave: int) -> None:
     counts = np.arange(1, 8193)
-    sizes = np.array([shape_size(int(n), an_octave) for n in counts])
+    sizes = np.array([bucket_size(int(n), an_octave) for n in counts])
     assert (sizes >= counts).all()
     assert (sizes - counts < np.maximum(SMALLEST, counts / an_octave)).all()
     assert len(np.unique(sizes[counts > 1024])) == 3 * an_octave
@@ -227,11 +227,11 @@ def test_the_blocks_see_the_kept_slots_and_the_last_feed_forward_the_targets(
     sizes: list[Any] = []
     monkeypatch.setattr(Block, "__call__", noting(Block.__call__, sizes))
     results(model, batch)
-    kept = (1, shape_size(seen + 1, SLOTS))
+    kept = (1, bucket_size(seen + 1, SLOTS))
     *inner, last = sizes
     assert (batch.mask_BT.sum(), batch.mask_BT.size) == (18, 96)
     assert inner == [(kept, kept)] * len(inner)
-    assert last == (kept, (1, shape_size(18, TARGETS)))
+    assert last == (kept, (1, bucket_size(18, TARGETS)))
 
 
 def noting(call: Any, seen: list) -> Any:

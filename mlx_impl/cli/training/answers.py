@@ -9,8 +9,8 @@ from functools import partial
 
 from rich.console import Console
 
+from ...fast.decode import MAX_ROWS, generate_all
 from ...files.checkpoint import LoadedModel
-from ...generate import MAX_ROWS, generate_all
 from ...model import CausalLM
 from ...run.memory_check import require_answers
 from ...text.rows import Conversation

@@ -96,7 +96,7 @@ def prepare(job: Job) -> Prepared:
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
-    trainer.belongs_to = {
+    trainer.resume_identity = {
         "eval_examples": job.eval_examples,
         "the validation data": digest_of_examples(valid_examples),
         "the questions": {name: [c.question for c in cs] for name, cs in questions.items()},

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.projection import LowRank, products, project
-from mlx_impl.loss import head_nats
 from mlx_impl.model import CausalLM, Decoder
 from mlx_impl.optim import LoRAOptimizer
 from tests.trainers.mlx_impl import MlxTrainer

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_impl import ops
 from mlx_impl.data import Batch, target_positions
-from mlx_impl.loss import head_nats, next_token_nats
+from mlx_impl.fast.head import head_nats, next_token_nats
 from mlx_impl.train import Arrays, batch_loss, evaluate
 from tests.trainers.reference import with_pad_targets
 from tests.trainers.twins.twin import Patches, Twin

@@ -1,0 +1,93 @@
+"""The decoder's forward pass for training, over the modules and parameters of `model.py`.
+
+It computes the same hidden states with less work: padding-free outside attention, a prefix that all rows
+share once, the last block at target positions only (`unpadding.py`), linears of one input together
+(`projection.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from ..data import Batch
+from ..model import Attention, Block, CausalLM, Decoder, attention_mask, position_ids
+from ..train import Arrays, Loss, Nats
+from .head import head_nats
+from .kept_positions import kept_positions, target_positions
+from .layout import Layout
+from .projection import project, project_gated
+from .recompute import recomputed
+from .unpadding import Unpadding
+from .vectors import as_vectors
+
+
+def to_arrays(batch: Batch) -> Arrays:
+    """inputs_BT; positions_N, targets_N and mask_N of the targets; segment_BT or None; the kept positions."""
+    segment_BT = None if batch.segment_BT is None else mx.array(batch.segment_BT)
+    kept = [mx.array(array) for array in kept_positions(batch) or () if array is not None]
+    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), segment_BT, kept]
+
+
+def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
+    """The sum of nats over the targets, and their number, as `train.batch_loss`."""
+    inputs_BT, positions_N, targets_N, mask_N, segment_BT, kept = arrays
+    x_ND = hidden_at_targets(model.model, inputs_BT, positions_N, segment_BT, kept)
+    return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
+
+
+FAST = Loss(to_arrays, batch_loss, flatten_grads=as_vectors)
+
+
+def hidden_at_targets(
+    decoder: Decoder,
+    tokens_BT: mx.array,
+    positions_N: mx.array,
+    segment_BT: mx.array | None = None,
+    kept: Sequence[mx.array] = (),
+) -> mx.array:
+    """(N, D): the final hidden states at these positions of the flattened (B, T).
+
+    `kept` are the fields of `kept_positions.KeptPositions`; without them every position is computed.
+    """
+    position = 0 if segment_BT is None else position_ids(segment_BT)
+    mask_B1TS = attention_mask(tokens_BT.shape[1], 0, decoder.window, segment_BT)
+    unpadding = Unpadding(*kept) if kept else None
+    layout = Layout(position, mask_B1TS, unpadding)
+    if unpadding:
+        tokens_BT = tokens_BT.flatten()[unpadding.kept_S][None]
+    x_BTD = decoder.embed_tokens(tokens_BT)
+    for layer in decoder.layers[:-1]:
+        x_BTD = forward_block(decoder, layer, x_BTD, layout)
+    x_1ND = forward_block(decoder, decoder.layers[-1], x_BTD, replace(layout, targets_N=positions_N))
+    return decoder.norm(x_1ND).squeeze(0)  # a view, where [0] copies
+
+
+def forward_block(decoder: Decoder, layer: Block, x_BTD: mx.array, layout: Layout) -> mx.array:
+    if decoder.grad_checkpoint and decoder.training:
+        return recomputed(layer, lambda x_BTD: block(layer, x_BTD, layout), x_BTD)
+    return block(layer, x_BTD, layout)
+
+
+def block(layer: Block, x_BTD: mx.array, layout: Layout) -> mx.array:
+    """`Block.__call__`."""
+    mix_BTD = attention(layer.self_attn, layer.input_layernorm(x_BTD), layout)
+    x_BTD = layout.select_targets(x_BTD) + mix_BTD
+    mlp = layer.mlp
+    gate_BTF, up_BTF = project(layer.post_attention_layernorm(x_BTD), mlp.gate_proj, mlp.up_proj)
+    return x_BTD + project_gated(gate_BTF, up_BTF, mlp.down_proj)
+
+
+def attention(layer: Attention, x_BTD: mx.array, layout: Layout) -> mx.array:
+    """`Attention.__call__`."""
+    q_BHTK, k_BGTK, v_BGTK = (
+        layout.split_heads(y_BTO, y_BTO.shape[-1] // layer.head_dim)
+        for y_BTO in project(x_BTD, layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    if layer.qk_norm:
+        q_BHTK, k_BGTK = layer.q_norm(q_BHTK), layer.k_norm(k_BGTK)
+    q_BHTK, k_BGTK = layout.rope(q_BHTK, layer.frequency_P), layout.rope(k_BGTK, layer.frequency_P)
+    mix_BTO = layout.merge_heads(layout.attend(q_BHTK, k_BGTK, v_BGTK))
+    return project(layout.select_targets(mix_BTO), layer.o_proj)[0]

@@ -1,0 +1,53 @@
+"""Chunked cross-entropy: head and loss as one function, so that all logits are never in memory together.
+
+Source: Hsu et al. 2024, "Liger Kernel", section 3.2 (FusedLinearCrossEntropy): the head is frozen, so the
+gradient goes to its input alone, and each chunk's part of it can be formed while its softmax is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from . import ops
+
+CHUNK_LOGITS = 2**25  # logits in memory at once: 128 MiB in float32
+
+Head = Callable[[mx.array], mx.array]  # hidden states to logits
+
+
+def head_nats(
+    head: Head, vocab_size: int, x_ND: mx.array, targets_N: mx.array, mask_N: mx.array
+) -> tuple[mx.array, mx.array]:
+    """`loss.next_token_nats` of head(x_ND), CHUNK_LOGITS logits at a time; differentiable by x_ND.
+
+    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass.
+    """
+
+    @mx.custom_function
+    def nats_and_gradient(x_ND: mx.array) -> tuple[mx.array, mx.array]:
+        chunk = max(1, CHUNK_LOGITS // vocab_size)
+        nats, gradients = mx.array(0.0, ops.widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
+        for start in range(0, len(x_ND), chunk):
+            part = slice(start, start + chunk)
+            x_CD = mx.depends([x_ND[part]], [nats, *gradients[-1:]])[0]  # one chunk after the other
+            part_nats, gradient_CD = chunk_nats(head, x_CD, targets_N[part], mask_N[part])
+            nats = nats + part_nats
+            gradients.append(gradient_CD)
+        return nats, mx.concatenate(gradients)
+
+    @nats_and_gradient.vjp
+    def gradient(_: mx.array, cotangents: tuple, outputs: tuple) -> mx.array:
+        return cotangents[0].astype(outputs[1].dtype) * outputs[1]
+
+    return nats_and_gradient(x_ND)[0], mask_N.sum()
+
+
+def chunk_nats(
+    head: Head, x_CD: mx.array, targets_C: mx.array, mask_C: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The sum of nats, and its gradient by x_CD."""
+    nats_C, d_logits_CV = ops.cross_entropy(ops.widened(head(x_CD)), targets_C, mask_C)
+    _, (gradient_CD,) = mx.vjp(head, [x_CD], [d_logits_CV.astype(x_CD.dtype)])
+    return nats_C.sum(), gradient_CD

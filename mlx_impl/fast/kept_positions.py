@@ -1,0 +1,81 @@
+"""Which positions of a batch are computed: those that the loss depends on, shared prefixes once. NumPy only.
+
+In a causal model a target depends on its own row up to itself. So padding is left out, and whatever follows a
+row's last target; and a prefix that all rows share, such as a system prompt, has the same hidden states in
+each. `unpadding.py` moves tokens between (B, T) and the kept positions.
+Sources: Portes et al. 2023, "MosaicBERT", section 2.1 (unpadding); Liu et al. 2025, "Prefix Grouper".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data import Batch, bucket_size
+
+KEPT_BUCKETS = (
+    8  # buckets an octave; finer than for rows and targets, because most of a step's work is on them
+)
+TARGET_BUCKETS = 4
+MIN_SHARED_FRACTION = (
+    1 / 16
+)  # of the needed positions: sharing that saves less is not worth its sum over rows
+
+
+class KeptPositions(NamedTuple):
+    """Index arrays. For rows `a b x y` and `a b z _`, with `a b` shared and one dummy, the first row's `a`:
+
+    kept_S = [0 1 2 3 6 4];  source_BT = [[0 1 2 3] [0 1 4 5]];  own_BT = [[0 1 2 3] [5 5 4 5]]
+
+    One or more dummy positions, which no target depends on, stand for all that is left out.
+    """
+
+    kept_S: np.ndarray  # where each kept position is in the flattened (B, T): shared, needed, dummies
+    source_BT: np.ndarray  # which kept position has the value of each position; a dummy if it is left out
+    own_BT: np.ndarray  # which kept position is just there; a dummy if none is
+    is_needed_S: np.ndarray  # False marks a dummy
+    is_shared_S: np.ndarray | None  # True: one for all rows with a target; None if none is shared
+
+
+def kept_positions(batch: Batch) -> KeptPositions | None:
+    """The positions to compute; None if all of them are."""
+    mask_BT, T = batch.mask_BT, batch.mask_BT.shape[1]
+    is_needed_BT = np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
+    num_shared = shared_prefix_length(batch, is_needed_BT)
+    is_shared_BT = is_needed_BT & (np.arange(T) < num_shared)
+    shared, repeated = np.split(
+        np.flatnonzero(is_shared_BT), [num_shared]
+    )  # those of the first row; the others
+    needed = np.append(shared, np.flatnonzero(is_needed_BT & ~is_shared_BT))
+    dummies = np.append(repeated, np.flatnonzero(~is_needed_BT))
+    size = bucket_size(len(needed) + 1, KEPT_BUCKETS)
+    if size >= mask_BT.size:
+        return None
+    kept_S = np.append(needed, dummies[: size - len(needed)]).astype(np.int32)
+    own_BT = np.full(mask_BT.shape, len(needed), np.int32)
+    own_BT.flat[kept_S] = np.arange(size)
+    source_BT = np.where(is_shared_BT, np.arange(T, dtype=np.int32), own_BT)
+    is_shared_S = np.arange(size) < num_shared if num_shared else None
+    return KeptPositions(kept_S, source_BT, own_BT, np.arange(size) < len(needed), is_shared_S)
+
+
+def shared_prefix_length(batch: Batch, is_needed_BT: np.ndarray) -> int:
+    """The length of the prefix that all rows with a target share; 0 where sharing saves too little."""
+    rows = np.flatnonzero(is_needed_BT[:, 0])
+    if len(rows) < 2:
+        return 0
+    is_alike_T = is_needed_BT[rows].all(axis=0)
+    for array_BT in (batch.inputs_BT, batch.segment_BT):
+        if array_BT is not None:
+            is_alike_T &= (array_BT[rows] == array_BT[rows[0]]).all(axis=0)
+    length = int(np.append(is_alike_T, False).argmin())
+    return length if (len(rows) - 1) * length >= MIN_SHARED_FRACTION * is_needed_BT.sum() else 0
+
+
+def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """positions_N of the targets in the flattened (B, T), targets_N, and mask_N, False for padding."""
+    positions_N = np.flatnonzero(batch.mask_BT).astype(np.int32)
+    padding = bucket_size(max(1, len(positions_N)), TARGET_BUCKETS) - len(positions_N)
+    padded_N = np.pad(positions_N, (0, padding))
+    return padded_N, batch.targets_BT.reshape(-1)[padded_N], np.arange(len(padded_N)) < len(positions_N)

@@ -1,0 +1,79 @@
+"""The primitives of the fast path: MLX's kernels on a GPU, `cpu_ops.py` on a CPU.
+
+`rms_norm` and `rope` are those of the pattern.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .. import ops
+from ..ops import widened
+from . import cpu_ops
+
+MAX_EXPONENT = 80.0  # e^80 = 5.5e34 is still a float32
+
+
+def on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
+def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
+    return ops.rms_norm(x_BTD, weight_D, eps)
+
+
+def rope(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:
+    return ops.rope(x_BHTK, frequency_P, position)
+
+
+def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array | None) -> mx.array:
+    """softmax(q k^T / sqrt(K)) v over the keys where the mask is true; without one it is causal (T <= S)."""
+    if on_gpu():
+        return ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+    if mask_B1TS is None:
+        T, S = q_BHTK.shape[2], k_BGSK.shape[2]
+        mask_B1TS = mx.arange(S) <= mx.arange(S - T, S)[:, None]
+    return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+
+
+def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    """silu(gate) * up; its gradients are d up * s (1 + gate (1 - s)) and d gate * s, with s = sigmoid(gate).
+
+    An exponential is slow on a CPU, which keeps s for the gradient; a GPU computes it again.
+    """
+    return _gated_recompute(gate_BTF, up_BTF) if on_gpu() else cpu_ops.gated(gate_BTF, up_BTF)
+
+
+@mx.custom_function
+def _gated_recompute(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    return gate_BTF * sigmoid(gate_BTF) * up_BTF
+
+
+@_gated_recompute.vjp
+def _gated_recompute_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    """MLX: a compiler keeps what two results share, so `depends` makes gate a new array for each of them."""
+    gate_BTF, up_BTF = mx.depends(list(primals), [d_BTF])
+    s_BTF = sigmoid(gate_BTF)
+    d_gate_BTF = d_BTF * up_BTF * s_BTF * (1 + gate_BTF * (1 - s_BTF))
+    (gate_BTF,) = mx.depends([gate_BTF], [d_gate_BTF])
+    return d_gate_BTF, d_BTF * gate_BTF * sigmoid(gate_BTF)
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^-x), the exponent capped before float32 overflows, where the gradient would be NaN."""
+    return 1 / (1 + mx.exp(mx.minimum(-x, MAX_EXPONENT)))
+
+
+def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
+    """-log softmax(logits)[target] where the mask is true, else 0; and the gradient of their sum."""
+    if not on_gpu():
+        return cpu_ops.cross_entropy(logits_NV, targets_N, mask_N)
+    N, V = logits_NV.shape
+    total_N = mx.logsumexp(logits_NV, axis=-1)
+    target_logits_N = logits_NV.flatten()[mx.arange(N) * V + targets_N]
+    is_target_NV = mx.arange(V) == targets_N[:, None]
+    gradient_NV = mx.where(mask_N[:, None], mx.exp(logits_NV - total_N[:, None]) - is_target_NV, 0)
+    return mx.where(mask_N, total_N - target_logits_N, 0), gradient_NV
+
+
+__all__ = ["attention", "cross_entropy", "gated", "on_gpu", "rms_norm", "rope", "sigmoid", "widened"]

@@ -1,0 +1,108 @@
+"""The optimizer on vectors: all A are one array, all B another, and so are their moments.
+
+An update is then a few operations, where the tree of parameters takes a few for each of hundreds of arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .. import ops
+from ..optim import LoRAOptimizer
+
+Vectors = dict[str, mx.array]  # "lora_a", "lora_b", "magnitude" -> all factors of this kind
+
+
+class VectorOptimizer(LoRAOptimizer):
+    """`LoRAOptimizer` on vectors; the model's factors are slices of them."""
+
+    factors: Vectors
+
+    def init(self, parameters: Any) -> None:
+        self.factors = as_vectors(parameters)
+        super().init(self.factors)
+
+    def update(self, model: nn.Module, gradients: Vectors) -> None:
+        # In place: a compiled step captured this dictionary, and would not notice another.
+        self.factors.update(self.apply_gradients(gradients, self.factors))
+        model.update(as_factors(self.factors, model.trainable_parameters()))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"factors": self.factors, "states": [optimizer.state for optimizer in self.optimizers]}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.factors = state["factors"]
+        for optimizer, of_optimizer in zip(self.optimizers, state["states"], strict=True):
+            optimizer.state = of_optimizer
+
+    def tree_state(self, model: nn.Module) -> dict[str, Any]:
+        """The state that a plain `LoRAOptimizer` would have: the moments in trees of factors."""
+        factors = model.trainable_parameters()
+        return {"states": [as_tree(optimizer.state, factors) for optimizer in self.optimizers]}
+
+    def load_tree_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """The inverse of `tree_state`; the factors are the model's."""
+        factors = model.trainable_parameters()
+        self.factors = as_vectors(factors)
+        for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
+            optimizer.state = of_tree(tree, factors)
+
+
+def as_vectors(factors: Any) -> Vectors:
+    """The factors of each kind as one vector, in float32 or better.
+
+    A is stored transposed, like its gradient (`projection.py`), to avoid a transpose.
+    """
+    return joined(tree_flatten(factors))
+
+
+def joined(named: Iterable[tuple[str, mx.array]]) -> Vectors:
+    arrays: dict[str, list[mx.array]] = {}
+    for name, array in named:
+        kind = name.rpartition(".")[2]
+        arrays.setdefault(kind, []).append((array.T if kind == "lora_a" else array).flatten())
+    return {kind: ops.widened(mx.concatenate(of_kind)) for kind, of_kind in arrays.items()}
+
+
+def as_factors(vectors: Vectors, like: Any) -> Any:
+    """The slices of the vectors as a tree of factors: the inverse of `as_vectors(like)`."""
+    factors, start = [], dict.fromkeys(vectors, 0)
+    for name, array in tree_flatten(like):
+        kind = name.rpartition(".")[2]
+        if kind not in vectors:
+            continue
+        end = start[kind] + array.size
+        part = vectors[kind][start[kind] : end]
+        part = part.reshape(array.T.shape).T if kind == "lora_a" else part.reshape(array.shape)
+        factors.append((name, part))
+        start[kind] = end
+    return tree_unflatten(factors) if factors else {}
+
+
+def as_tree(state: dict[str, Any], factors: Any) -> dict[str, Any]:
+    """An optimizer's state with each vector of moments cut into those of the factors."""
+    kinds = [kind for kind in state if isinstance(state[kind], dict)]
+    leaves = [(kind, value) for kind, value in state.items() if kind not in kinds]
+    for moment in {moment for kind in kinds for moment in state[kind]}:
+        cut = as_factors({kind: state[kind][moment] for kind in kinds}, factors)
+        leaves += [(f"{name}.{moment}", array) for name, array in tree_flatten(cut)]
+    return tree_unflatten(leaves)
+
+
+def of_tree(tree: dict[str, Any], factors: Any) -> dict[str, Any]:
+    """The inverse of `as_tree`."""
+    arrays = dict(tree_flatten(tree))
+    state = {name: array for name, array in arrays.items() if "." not in name}
+    for moment in {name.rpartition(".")[2] for name in arrays if "." in name}:
+        in_order = ((name, arrays.get(f"{name}.{moment}")) for name, _ in tree_flatten(factors))
+        of_moment = joined((name, array) for name, array in in_order if array is not None)
+        for kind, vector in of_moment.items():
+            state.setdefault(kind, {})[moment] = vector
+    return state

@@ -1,0 +1,60 @@
+"""Dropout with given masks, for both paths of `mlx_impl`.
+
+A mask has an element for each position of (B, T). Where the fast path computes only some positions, the
+mask is gathered at the same ones: the targets' in the last block after attention, elsewhere the kept ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_impl.lora import Dropout, lora_layers
+from mlx_impl.model import CausalLM
+from mlx_impl.train import PLAIN, Arrays, Loss, Nats
+from tests.ladder.protocol import Arrays as Named
+
+AFTER_ATTENTION = ("o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class Computed:
+    """The positions, in the flattened (B, T), that the present batch computes; None: all of them."""
+
+    kept_S: mx.array | None = None
+    positions_N: mx.array | None = None
+
+
+class GivenDropout(Dropout):
+    def __init__(self, p: float, keep_BTI: np.ndarray, computed: Computed, is_at_targets: bool) -> None:
+        super().__init__(p)
+        self.keep_BTI = mx.array(keep_BTI)
+        self.freeze()
+        self._computed, self._is_at_targets = computed, is_at_targets
+
+    def __call__(self, x_BTI: mx.array) -> mx.array:
+        if not self.training:
+            return x_BTI
+        keep_BTI = self.keep_BTI
+        positions = self._computed.positions_N if self._is_at_targets else self._computed.kept_S
+        if positions is not None:
+            keep_BTI = keep_BTI.flatten(0, 1)[positions][None]
+        return x_BTI * keep_BTI / (1 - self.p)
+
+
+def with_given_masks(model: CausalLM, masks: Named, loss: Loss) -> Loss:
+    """The model's dropout replaced by these masks, and the loss that tells them what is computed."""
+    computed, last = Computed(), f"layers.{len(model.model.layers) - 1}."
+    for name, layer in lora_layers(model).items():
+        is_at_targets = last in name and name.endswith(AFTER_ATTENTION)
+        layer.dropout = GivenDropout(layer.dropout.p, masks[name], computed, is_at_targets)
+
+    def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
+        if loss is not PLAIN:
+            _, computed.positions_N, _, _, _, kept = arrays
+            computed.kept_S = kept[0] if kept else None
+        return loss.batch_loss(model, arrays)
+
+    return loss._replace(batch_loss=batch_loss)
