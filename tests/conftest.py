@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 # A rung is blocked by a failure below it; climbs share the reference's results.
-TOGETHER = ("tests/ladder/", "tests/trainers/test_red_twins.py", "tests/trainers/test_adapters.py")
+TOGETHER = ("tests/ladder/", "tests/trainers/test_mutants.py", "tests/trainers/test_adapters.py")
 BLAS = pytest.StashKey[str]()
 HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,7 +22,7 @@ from .layout import Layout
 from .projection import project, project_gated
 from .recompute import recomputed
 from .unpadding import Unpadding
-from .vectors import as_vectors
+from .vectors import Vectors, as_vectors
 
 
 def to_arrays(batch: Batch) -> Arrays:
@@ -38,7 +39,12 @@ def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
     return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
 
 
-FAST = Loss(to_arrays, batch_loss, flatten_grads=as_vectors)
+def flatten_grads(grads: Any) -> Vectors:
+    """The gradients of all A as one vector, of all B as another, as `VectorOptimizer` takes them."""
+    return as_vectors(grads)
+
+
+FAST = Loss(to_arrays, batch_loss, flatten_grads)
 
 
 def hidden_at_targets(

@@ -1,4 +1,4 @@
-"""How many red twins were planted, caught, and caught at the right rung: a line at the end of the run."""
+"""How many mutants were planted, caught, and caught at the right rung: a line at the end of the run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.trainers.twins import TWINS
+from tests.trainers.mutants import MUTANTS
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Tally:
 
     def __str__(self) -> str:
         return (
-            f"red twins: {self.planted} of {len(TWINS)} planted, {self.caught} caught, "
+            f"mutants: {self.planted} of {len(MUTANTS)} planted, {self.caught} caught, "
             f"{self.at_the_right_rung} at the right rung"
         )
 

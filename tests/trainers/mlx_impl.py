@@ -21,16 +21,17 @@ import mlx_impl.ops
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch, Example
 from mlx_impl.fast.decode import generate_all
-from mlx_impl.fast.forward import FAST
+from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
 from mlx_impl.generate import generate
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import learning_rate_of
+from mlx_impl.run import trainer as run_trainer
 from mlx_impl.run.merging import Merged, merge, unmerge
 from mlx_impl.run.trainer import LoRATrainer
-from mlx_impl.train import PLAIN, Loss, StepRecord, apply_mean
+from mlx_impl.train import Loss, StepRecord, apply_mean
 from tests.ladder.protocol import Arrays, Dialect
 from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks
@@ -58,7 +59,6 @@ class MlxTrainer:
     dtype = mx.float32
     ops: ModuleType = mlx_impl.fast.ops
     plain = False
-    path: Loss = FAST
 
     def __init__(
         self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
@@ -70,6 +70,7 @@ class MlxTrainer:
             given = [(name, self.array(value)) for name, value in (factors or {}).items()]
             self.model.load_weights(given, strict=False)
         self.trainer: LoRATrainer | None = None
+        self.masks: Arrays | None = None
         self.records: list[StepRecord] = []
         self.merged: Merged | None = None
         self.saved: Path | None = None  # a run to resume
@@ -87,6 +88,12 @@ class MlxTrainer:
         finally:
             cls.dtype = mx.float32
             mx.set_default_device(device)
+
+    @property
+    def path(self) -> Loss:
+        """What `LoRATrainer` computes by."""
+        loss = run_trainer.PLAIN if self.plain else run_trainer.FAST
+        return loss if self.masks is None else with_given_masks(self.model, self.masks, loss)
 
     def array(self, value: np.ndarray) -> mx.array:
         return mx.array(value, self.dtype)
@@ -112,8 +119,9 @@ class MlxTrainer:
         return nats.item(), num_targets.item()
 
     def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
-        targets_BT, mask_BT = mx.array(batch.targets_BT), mx.array(batch.mask_BT)
-        nats, num_targets = next_token_nats(self.array(logits_BTV), targets_BT, mask_BT)
+        logits_NV, V = self.array(logits_BTV).flatten(0, 1), logits_BTV.shape[-1]
+        targets_N, mask_N = mx.array(batch.targets_BT.flatten()), mx.array(batch.mask_BT.flatten())
+        nats, num_targets = head_nats(lambda logits: logits, V, logits_NV, targets_N, mask_N)
         return nats.item(), num_targets.item()
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -153,7 +161,8 @@ class MlxTrainer:
     def begin(self, training: TrainConfig, compiled: bool = False) -> LoRATrainer:
         """A new run, or the one that was loaded."""
         self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain)
-        self.trainer.loss = self.path
+        if self.masks is not None:
+            self.trainer.loss = self.path
         if self.saved is not None:
             self.trainer.resume(self.saved, DATA)
         return self.trainer
@@ -186,7 +195,7 @@ class MlxTrainer:
         return [record.grad_norm for record in self.records]
 
     def set_dropout_masks(self, masks: Arrays) -> None:
-        self.path = with_given_masks(self.model, masks, self.path)
+        self.masks = masks
 
     def factors(self) -> Arrays:
         return {name: np.array(value) for name, value in lora_parameters(self.model).items()}
@@ -225,7 +234,11 @@ class PlainTrainer(MlxTrainer):
 
     ops = mlx_impl.ops
     plain = True
-    path = PLAIN
+
+    def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
+        targets_BT, mask_BT = mx.array(batch.targets_BT), mx.array(batch.mask_BT)
+        nats, num_targets = next_token_nats(self.array(logits_BTV), targets_BT, mask_BT)
+        return nats.item(), num_targets.item()
 
     def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:
         return [list(generate(self.model, prompt, num_tokens, stop_ids={end})) for prompt in prompts]

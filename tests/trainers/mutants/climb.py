@@ -1,9 +1,9 @@
 """The ladder climbed in this process, by pytest within pytest, up to the first claim that fails.
 
-To be quick a climb takes the claims of the plain cases, of those that a twin needs, and of AdamW, and of
-these only what the twin's patches can touch: while the sound trainer climbs, each name that any twin replaces
-notes which claims call it. A claim that never calls a replaced name goes for the twin as it went for the
-sound trainer, which was well.
+To be quick, a climb takes the claims of the plain cases, of those that a mutant needs, and of AdamW, and of
+these only those that the mutant's patches can change: while the sound trainer climbs, each name that a mutant
+replaces notes which claims call it. A claim that never calls a replaced name passes as it did for the sound
+trainer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from unittest.mock import patch
 
 import pytest
 
+from mlx_impl.train import Loss
 from tests.ladder.climb import case_of
-from tests.ladder.plugin import DEFAULT_TRAINER, rung_of
-from tests.trainers.twins import RUNGS, TWINS, planted
-from tests.trainers.twins.twin import Twin
+from tests.ladder.door import ALIASES
+from tests.ladder.plugin import rung_of
+from tests.trainers.mutants import MUTANTS, RUNGS, planted
+from tests.trainers.mutants.mutant import Mutant
 
 LADDER = Path(__file__).parents[2] / "ladder"
-QUIET = ("-q", "-x", "--no-header", "--no-summary", "--capture=no", "--trainer", DEFAULT_TRAINER)
+QUIET = ("-q", "-x", "--no-header", "--no-summary", "--capture=no")
 # Of pytest's plugins, those that the outer run has already; two of them collect garbage after each run.
 LEFT_OUT = (
     "cacheprovider",
@@ -93,22 +95,23 @@ class Climb:
         return report
 
 
-def climb(rungs: Iterable[int], cases: Iterable[str], touched: set[str] | None = None) -> Climb:
+def climb(trainer: str, rungs: Iterable[int], cases: Iterable[str], touched: set[str] | None = None) -> Climb:
     recorder, rungs = Climb(cases, touched), set(rungs)
     names = None if touched is None else {Path(claim.partition("::")[0]).name for claim in touched}
     files = [path for path in sorted(LADDER.glob("test_*.py")) if rung_of(path) in rungs]
     files = [path for path in files if names is None or path.name in names]
     without = [argument for name in LEFT_OUT for argument in ("-p", f"no:{name}")]
     if files:
-        pytest.main([*QUIET, *without, *map(str, files)], plugins=[recorder])
+        pytest.main([*QUIET, "--trainer", ALIASES[trainer], *without, *map(str, files)], plugins=[recorder])
     return recorder
 
 
 @contextmanager
-def spied(touched: Touched) -> Iterator[None]:
-    """Every name that any twin replaces notes the claim in which it is called."""
+def spied(trainer: str, touched: Touched) -> Iterator[None]:
+    """Every name that any mutant replaces notes the claim in which it is called."""
     with ExitStack() as stack:
-        names = {name for twin in TWINS.values() for name in twin.patches}
+        mutants = (mutant for mutant in MUTANTS.values() if mutant.trainer == trainer)
+        names = {name for mutant in mutants for name in mutant.patches}
         for name in sorted(names, key=lambda name: -name.count(".")):  # a method before its class
             stack.enter_context(patch(name, noting(resolve_name(name), touched[name])))
         yield
@@ -117,6 +120,8 @@ def spied(touched: Touched) -> Iterator[None]:
 def noting(original: Any, claims: set[str]) -> Any:
     if isinstance(original, property):
         return property(noting(original.fget, claims))
+    if isinstance(original, Loss):
+        return original._replace(to_arrays=noting(original.to_arrays, claims))
 
     @functools.wraps(original, updated=())
     def call(*arguments: Any, **named: Any) -> Any:
@@ -127,19 +132,23 @@ def noting(original: Any, claims: set[str]) -> Any:
 
 
 @functools.cache
-def sound() -> tuple[Climb, Touched]:
+def sound(trainer: str) -> tuple[Climb, Touched]:
     """The climb of the sound trainer, and which claims touch which name."""
     touched: Touched = defaultdict(set)
-    with spied(touched):
-        result = climb(RUNGS, {case for twin in planted().values() for case in twin.cases})
+    with spied(trainer, touched):
+        mutants = (mutant for mutant in planted().values() if mutant.trainer == trainer)
+        result = climb(trainer, RUNGS, {case for mutant in mutants for case in mutant.cases})
     return result, touched
 
 
-def first_failure(twin: Twin) -> Failure | None:
-    """What is above the twin's own rung is tried last."""
-    claims = set().union(*(sound()[1][name] for name in twin.patches))
-    assert claims, f"no claim touches {', '.join(twin.patches)}"
-    with twin.planted():
-        failed = climb(range(1, twin.rung + 1), twin.cases, claims).failed
-        failed = failed or climb(range(twin.rung + 1, RUNGS.stop), twin.cases, claims).failed
-    return failed[0] if failed else None
+def first_failure(mutant: Mutant) -> Failure | None:
+    """What is above the mutant's own rung is tried last."""
+    touched = sound(mutant.trainer)[1]
+    claims = set().union(*(touched[name] for name in mutant.patches))
+    assert claims, f"no claim touches {', '.join(mutant.patches)}"
+    with mutant.planted():
+        for rungs in (range(1, mutant.rung + 1), range(mutant.rung + 1, RUNGS.stop)):
+            failed = climb(mutant.trainer, rungs, mutant.cases, claims).failed
+            if failed:
+                return failed[0]
+    return None

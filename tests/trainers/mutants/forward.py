@@ -9,9 +9,8 @@ import mlx.core as mx
 
 from mlx_impl import ops
 from mlx_impl.config import ModelConfig
-from mlx_impl.fast.view import View, view_of
-from mlx_impl.model import CausalLM, Decoder, rope_frequencies
-from tests.trainers.twins.twin import Patches, Twin
+from mlx_impl.model import CausalLM, Decoder, attention_mask, rope_frequencies
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches
 
 head, decode = CausalLM.head, Decoder.__call__
 
@@ -29,13 +28,13 @@ def without_blend(config: ModelConfig) -> tuple[float, ...]:
     )
 
 
-def norm_after_rope(self: Any, x_BTD: mx.array, view: View, *_: Any) -> mx.array:
+def norm_after_rope(self: Any, x_BTD: mx.array, position: Any, mask: Any, *_: Any) -> mx.array:
     outputs = (projection(x_BTD) for projection in (self.q_proj, self.k_proj, self.v_proj))
-    q, k, v = (view.split_heads(y, y.shape[-1] // self.head_dim) for y in outputs)
-    q, k = ops.rope(q, self.frequency_P), ops.rope(k, self.frequency_P)
+    q, k, v = (mx.unflatten(y, -1, (-1, self.head_dim)).swapaxes(1, 2) for y in outputs)
+    q, k = (ops.rope(x, self.frequency_P, position) for x in (q, k))
     if self.qk_norm:
         q, k = self.q_norm(q), self.k_norm(k)
-    return self.o_proj(view.wanted(view.merge_heads(ops.attention(q, k, v))))
+    return self.o_proj(ops.attention(q, k, v, mask).swapaxes(1, 2).flatten(2))
 
 
 def head_of_its_own(self: Any, x_BTD: mx.array) -> mx.array:
@@ -44,9 +43,9 @@ def head_of_its_own(self: Any, x_BTD: mx.array) -> mx.array:
     return x_BTD @ mx.random.normal(self.model.embed_tokens.weight.shape, scale=0.3, key=mx.random.key(0)).T
 
 
-def normed_residual(self: Any, x_BTD: mx.array, view: View, *cache: Any) -> mx.array:
+def normed_residual(self: Any, x_BTD: mx.array, *more: Any) -> mx.array:
     normed_BTD = self.input_layernorm(x_BTD)
-    x_BTD = view.wanted(normed_BTD) + self.self_attn(normed_BTD, view, *cache)
+    x_BTD = normed_BTD + self.self_attn(normed_BTD, *more)
     return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -58,8 +57,8 @@ def scaled_embedding(self: Any, tokens_BT: mx.array) -> mx.array:
     return self.weight[tokens_BT] * self.weight.shape[1] ** 0.5
 
 
-def seeing_the_row_before(self: Any, tokens_BT: mx.array, *more: Any) -> mx.array:
-    x_BTD = decode(self, tokens_BT, *more)
+def seeing_the_row_before(self: Any, *tokens: Any, **more: Any) -> mx.array:
+    x_BTD = decode(self, *tokens, **more)
     return x_BTD + 2.0**-10 * mx.concatenate([0 * x_BTD[:1], x_BTD[:-1]])
 
 
@@ -68,94 +67,98 @@ def windows(change: int | None) -> Patches:
 
     def broken(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> Any:
         given = None if window is None or change is None else window + change
-        return view_of(T, offset, given, segment_BT)
+        return attention_mask(T, offset, given, segment_BT)
 
-    return {"mlx_impl.model.view_of": broken}
+    return {"mlx_impl.model.attention_mask": broken}
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "rope-scaling-ignored",
         3,
         "The configuration stretches rope for long contexts; the loader does not know the field.",
         frequencies(rope_scaling=None),
         cases=("linear rope", "llama3 rope"),
     ),
-    Twin(
+    Mutant(
         "rope-scaling-without-blend",
         3,
         "Llama 3's rule keeps or stretches each frequency, and forgets the blend between.",
         {"mlx_impl.model.rope_frequencies": without_blend},
         cases=("llama3 rope",),
     ),
-    Twin(
+    Mutant(
         "rope-base-fixed",
         3,
         "Rope's base is 10,000, whatever the configuration says.",
         frequencies(rope_theta=10000.0),
         "torchtune#997",
     ),
-    Twin(
+    Mutant(
         "qk-norm-after-rope",
         3,
         "Queries and keys are normed after they are turned; the norm's weights then scale other elements.",
         {"mlx_impl.model.Attention.__call__": norm_after_rope},
         cases=("qk norm",),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "qkv-bias-lost",
         3,
         "The biases of queries, keys and values are loaded and never added.",
-        {
-            "mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T,
-            "mlx_impl.fast.projection.low_rank_of": lambda linear: None,
-        },
+        {"mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T},
         cases=("qkv bias",),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "tied-head-not-tied",
         3,
         "The checkpoint has no head because it is the embedding; the model keeps a random one.",
         {"mlx_impl.model.CausalLM.head": head_of_its_own},
         cases=("tied",),
     ),
-    Twin(
+    Mutant(
         "sliding-window-ignored",
         3,
         "The configuration has a sliding window; every token sees its whole past.",
         windows(None),
         cases=("sliding window",),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "sliding-window-one-too-wide",
         3,
         "A token sees as many before it as the window is wide, and itself.",
         windows(1),
         cases=("sliding window",),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "residual-after-the-norm",
         3,
         "The residual branch takes the normed input instead of the input.",
         {"mlx_impl.model.Block.__call__": normed_residual},
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "gate-and-up-swapped",
         3,
         "The feed-forward's two projections change places: same shapes, another function.",
         {"mlx_impl.model.FeedForward.__call__": swapped_gate},
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "embedding-scaled",
         3,
         "The embedding is multiplied by the root of the width, as another family of models does.",
         {"mlx.nn.Embedding.__call__": scaled_embedding},
     ),
-    Twin(
+    Mutant(
         "rows-leak",
         3,
         "A trace of the row before reaches each row of the batch, as when packed documents are not parted.",
         {"mlx_impl.model.Decoder.__call__": seeing_the_row_before},
         "trl#805",
+        trainer=PLAIN,
     ),
 ]

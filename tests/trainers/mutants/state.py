@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
@@ -11,33 +13,34 @@ from mlx.utils import tree_unflatten
 from mlx_impl.files.quantized import with_weight
 from mlx_impl.lora import lora_layers
 from mlx_impl.run.merging import Merged, merge
-from mlx_impl.run.state import restore, snapshot
-from mlx_impl.train import begin_update
+from mlx_impl.run.state import load_arrays, state_arrays
+from mlx_impl.run.trainer import LoRATrainer
+from mlx_impl.train import seed_random, train
 from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.twins.twin import Patches, Twin
+from tests.trainers.mutants.mutant import Mutant, Patches, training
 
-begin, load = MlxTrainer.begin, MlxTrainer.load
+load, resume = MlxTrainer.load, LoRATrainer.resume
 
 
 def restored(keep: Callable[[str], bool]) -> Patches:
     """Of a saved state only some arrays are taken."""
 
     def broken(model: Any, optimizer: Any, arrays: dict) -> None:
-        now = snapshot(optimizer)
-        restore(model, optimizer, {name: arrays[name] if keep(name) else now[name] for name in now})
+        now = state_arrays(model, optimizer)
+        load_arrays(model, optimizer, {name: arrays[name] if keep(name) else now[name] for name in now})
 
-    return {"tests.trainers.mlx_impl.restore": broken}
+    return {"mlx_impl.run.trainer.load_arrays": broken}
 
 
-def snapshot_in_half(optimizer: Any) -> dict[str, mx.array]:
-    arrays = snapshot(optimizer)
+def arrays_in_half(model: Any, optimizer: Any) -> dict[str, mx.array]:
+    arrays = state_arrays(model, optimizer)
     return {
         n: a.astype(mx.bfloat16).astype(a.dtype) if n.startswith("factors") else a for n, a in arrays.items()
     }
 
 
-def begin_at_zero(self: Any, training: Any) -> int:
-    return 0 * begin(self, training)
+def begin_at_zero(*arguments: Any, first_step: int, **more: Any) -> Iterator[Any]:
+    return train(*arguments, **more)
 
 
 def load_without_scale(self: Any, folder: Any) -> None:
@@ -46,8 +49,8 @@ def load_without_scale(self: Any, folder: Any) -> None:
         layer.scale = 20.0
 
 
-def load_unfrozen(self: Any, folder: Any) -> None:
-    load(self, folder)
+def resume_unfrozen(self: Any, *arguments: Any) -> None:
+    resume(self, *arguments)
     self.model.unfreeze()
 
 
@@ -55,11 +58,11 @@ def delta(of: Callable[[Any], mx.array], kind: str = "LoRALinear") -> Patches:
     return {f"mlx_impl.lora.{kind}.delta_OI": of}
 
 
-def begin_update_of_the_process(optimizer: Any, step: int, config: Any) -> None:
-    """Random numbers by how many updates this optimizer has seen, which a new process does not know."""
-    begin_update(optimizer, step, config)
-    optimizer.seen = getattr(optimizer, "seen", -1) + 1
-    mx.random.seed(optimizer.seen)
+def seeded_by_the_process(*arguments: Any, **more: Any) -> Iterator[Any]:
+    """Random numbers by how many micro-batches this process has seen, which a new process does not know."""
+    seen = count()
+    with patch("mlx_impl.train.seed_random", lambda seed, *_: seed_random(seed, next(seen), 0)):
+        yield from train(*arguments, **more)
 
 
 def merge_in_half(model: Any) -> Merged:
@@ -85,110 +88,110 @@ def unmerge_by_subtraction(model: Any, merged: Merged) -> None:
     model.update_modules(tree_unflatten(list(merged.layers.items())))
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "optimizer-not-resumed",
         11,
         "A resumed run takes the adapter and starts the optimizer anew: the loss jumps at the seam.",
         restored(lambda name: not name.startswith("optimizer")),
         "mlx-lm#97",
     ),
-    Twin(
+    Mutant(
         "moments-not-resumed",
         11,
         "The number of updates is saved, the moments are not.",
         restored(lambda name: not name.endswith((".m", ".v"))),
         "mlx#1259",
     ),
-    Twin(
+    Mutant(
         "optimizer-step-not-resumed",
         11,
         "The moments are saved, the number of updates behind them is not: Adam corrects a bias again "
         "that is long gone.",
         restored(lambda name: not name.endswith("step")),
     ),
-    Twin(
+    Mutant(
         "schedule-not-resumed",
         11,
         "A resumed run counts its updates from the first: it warms up again.",
-        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_at_zero},
+        training(begin_at_zero),
         "mlx-lm#97",
     ),
-    Twin(
+    Mutant(
         "random-numbers-not-resumed",
         11,
         "A resumed run draws the dropout masks of its beginning once more.",
-        {"mlx_impl.train.begin_update": begin_update_of_the_process},
+        training(seeded_by_the_process),
         "speculators#1027",
     ),
-    Twin(
+    Mutant(
         "adapter-not-resumed",
         11,
         "The names in the file are not those of the model, and loading skips what it does not know.",
         restored(lambda name: not name.startswith("factors")),
         "peft#2699",
     ),
-    Twin(
+    Mutant(
         "magnitude-not-resumed",
         11,
         "The state holds A and B, but not what DoRA trains beside them.",
-        restored(lambda name: name != "factors.magnitude"),
+        restored(lambda name: not (name.startswith("factors.") and name.endswith("magnitude"))),
         cases=("dora",),
     ),
-    Twin(
+    Mutant(
         "state-saved-in-half",
         11,
         "The adapter is saved in bfloat16 while it trains in float32.",
-        {"tests.trainers.mlx_impl.snapshot": snapshot_in_half},
+        {"mlx_impl.run.trainer.state_arrays": arrays_in_half},
     ),
-    Twin(
+    Mutant(
         "scale-not-resumed",
         11,
         "The scale is not saved with the factors: the reloaded adapter acts with the default.",
         {"tests.trainers.mlx_impl.MlxTrainer.load": load_without_scale},
         "mlx-examples#622",
     ),
-    Twin(
+    Mutant(
         "base-trained-after-a-stop",
         11,
         "Resuming takes another path than starting, and that path does not freeze the base.",
-        {"tests.trainers.mlx_impl.MlxTrainer.load": load_unfrozen},
+        {"mlx_impl.run.trainer.LoRATrainer.resume": resume_unfrozen},
         "mlx-vlm#2178",
     ),
-    Twin(
+    Mutant(
         "merge-without-scale",
         12,
         "The product of the factors is added to the weight without alpha / rank.",
         delta(lambda self: (self.lora_a @ self.lora_b).T),
     ),
-    Twin(
+    Mutant(
         "merge-without-transpose",
         12,
         "The product of the factors is laid over the weight in its own order of axes.",
         delta(lambda self: self.scale * (self.lora_a @ self.lora_b).reshape(self.linear.weight.shape)),
         "microsoft/LoRA#34",
     ),
-    Twin(
+    Mutant(
         "merge-without-magnitude",
         12,
         "DoRA is merged as if it were LoRA.",
         delta(lambda self: self.scale * (self.lora_a @ self.lora_b).T, "DoRALinear"),
         cases=("dora",),
     ),
-    Twin(
+    Mutant(
         "merge-in-bfloat16",
         12,
         "Weight and update are added in bfloat16, where most of the update is smaller than the rounding.",
         {"tests.trainers.mlx_impl.merge": merge_in_half},
         "peft#1388",
     ),
-    Twin(
+    Mutant(
         "merged-and-still-active",
         12,
         "The update is merged into the weight, and the adapter goes on adding it.",
         {"tests.trainers.mlx_impl.merge": merge_and_keep},
     ),
-    Twin(
+    Mutant(
         "unmerge-by-subtraction",
         12,
         "Unmerging takes the update off again, which leaves another base than there was, by its rounding.",

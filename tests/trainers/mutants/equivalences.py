@@ -9,19 +9,24 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_impl.fast.recompute import random_key
+from mlx_impl.fast.forward import FAST
 from mlx_impl.lora import Dropout
 from mlx_impl.optim import clip_gradients, learning_rate_of
-from mlx_impl.train import add_up, batch_loss, to_arrays, train
-from tests.trainers.twins.loss import batches
-from tests.trainers.twins.twin import Patches, Twin, lora_call, with_add_up
+from mlx_impl.recompute import next_key
+from mlx_impl.train import add_up, train
+from tests.trainers.mutants.loss import batches
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, lora_call, training, with_add_up
 
 compile_it, drop = mx.compile, Dropout.__call__
 
 
 def each_part(change: Callable[[Any, Any], Any]) -> Patches:
     """Something is done to the sums of every micro-batch before they are added."""
-    return with_add_up(lambda config: lambda parts: add_up(change(config, part) for part in parts))
+
+    def make(config: Any) -> Callable:
+        return lambda parts: add_up((lambda p=part: change(config, p())) for part in parts)
+
+    return with_add_up(make)
 
 
 def its_mean(_config: Any, part: Any) -> Any:
@@ -39,9 +44,9 @@ def divided_again(config: Any, part: Any) -> Any:
     return part[0], tree_map(lambda g: g / config.grad_accumulation_steps, part[1])
 
 
-def full_windows(model: Any, optimizer: Any, windows: Any, config: Any, *rest: Any) -> Any:
+def full_windows(model: Any, optimizer: Any, windows: Any, config: Any, **more: Any) -> Any:
     kept = [window for window in windows if len(window) == config.grad_accumulation_steps]
-    return train(model, optimizer, kept, config, *rest)
+    return train(model, optimizer, kept, config, **more)
 
 
 def rate_by_micro_batch(step: int, config: Any) -> float:
@@ -80,12 +85,12 @@ def dora_without_dropout(self: Any, x_BTI: mx.array) -> mx.array:
 
 
 def always_dropping(self: Any, x: mx.array) -> mx.array:
-    return x * mx.random.bernoulli(1 - self.p, x.shape, random_key()) / (1 - self.p)
+    return x * mx.random.bernoulli(1 - self.p, x.shape, next_key()) / (1 - self.p)
 
 
-def evaluate_in_training(model: Any, parts: Any) -> tuple[float, int]:
+def evaluate_in_training(model: Any, parts: Any, loss: Any) -> tuple[float, int]:
     model.train()
-    sums = [[number.item() for number in batch_loss(model, to_arrays(part))] for part in parts]
+    sums = [[number.item() for number in loss.batch_loss(model, loss.to_arrays(part))] for part in parts]
     nats, num_targets = np.sum(sums, axis=0)
     return nats / num_targets, int(num_targets)
 
@@ -99,95 +104,92 @@ def dropped_by(change: Callable[[Any, mx.array], mx.array]) -> Patches:
 
 def cut_to_length(batch: Any) -> Any:
     """The last 16 columns of a batch, padding and all."""
-    return to_arrays(batch._replace(**{n: getattr(batch, n)[:, -16:] for n in batch._fields[:3]}))
+    return FAST.to_arrays(batch._replace(**{n: getattr(batch, n)[:, -16:] for n in batch._fields[:3]}))
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "mean-of-means",
         9,
         "Micro-batches are averaged alike, however many targets they have: a short one's tokens weigh more.",
         each_part(its_mean),
         "mlx-lm#1544",
     ),
-    Twin(
+    Mutant(
         "last-micro-batch-only",
         9,
         "Accumulation only skips updates: what the skipped micro-batches gave is thrown away.",
-        with_add_up(lambda config: lambda parts: list(parts)[-1]),
+        with_add_up(lambda config: lambda parts: list(parts)[-1]()),
         "mlx-lm#326",
     ),
-    Twin(
+    Mutant(
         "divided-by-accumulation-again",
         9,
         "A loss that is already per target is divided by the number of micro-batches once more.",
         each_part(divided_again),
         "transformers#35438",
     ),
-    Twin(
+    Mutant(
         "last-window-dropped",
         9,
         "A window that is not full at the end of the data is not applied.",
-        {"tests.trainers.mlx_impl.train": full_windows},
+        training(full_windows),
         "transformers#14309",
     ),
-    Twin(
+    Mutant(
         "schedule-by-micro-batch",
         9,
         "The schedule moves with every micro-batch, and is over long before the run.",
         {"mlx_impl.train.learning_rate_of": rate_by_micro_batch},
         "NeMo-Automodel#2257",
     ),
-    Twin(
+    Mutant(
         "clip-each-micro-batch",
         9,
         "Every micro-batch is clipped by itself before they are added.",
         each_part(clipped),
     ),
-    Twin(
+    Mutant(
         "compile-without-random-state",
         9,
         "The compiler is not told of the random state: every update drops the same elements.",
         compiled_with(0, 1),
         "mlx-examples#583",
     ),
-    Twin(
+    Mutant(
         "compile-without-optimizer",
         9,
         "The compiler is not told of the optimizer: its moments stay as they were at the first update.",
         compiled_with(0, 2),
     ),
-    Twin(
+    Mutant(
         "compile-without-model",
         9,
         "The compiler takes the adapter's weights for constants.",
         compiled_with(1, 2),
         "mlx-lm-lora#50",
     ),
-    Twin(
+    Mutant(
         "recomputed-with-another-mask",
         9,
         "The recomputed block draws another dropout mask than the forward pass had.",
         {"mlx_impl.model.recomputed": recomputed_anew},
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "recomputed-without-parameters",
         9,
         "The recomputed block's parameters are no inputs of it: with checkpointing on, they never train.",
-        {
-            "mlx_impl.model.recomputed": lambda block, x, *others: mx.checkpoint(lambda y: block(y, *others))(
-                x
-            )
-        },
+        {"mlx_impl.fast.forward.recomputed": lambda block, forward, x: mx.checkpoint(forward)(x)},
         "transformers#25841",
     ),
-    Twin(
+    Mutant(
         "dropout-on-the-base",
         9,
         "Dropout falls on the frozen layer's input too.",
         lora_call(lora_of_dropped),
     ),
-    Twin(
+    Mutant(
         "dora-without-dropout",
         9,
         "DoRA takes dropout as an argument and applies none.",
@@ -195,26 +197,26 @@ TWINS = [
         "peft#1806",
         ("dora",),
     ),
-    Twin(
+    Mutant(
         "dropout-never-applied",
         9,
         "The configuration's dropout reaches no layer.",
         {"mlx_impl.lora.Dropout.__call__": lambda self, x: x},
         "torchtune#995",
     ),
-    Twin(
+    Mutant(
         "dropout-not-rescaled",
         9,
         "What is kept is not divided by 1 - p: the adapter is weaker in training than after it.",
-        dropped_by(lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, random_key())),
+        dropped_by(lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, next_key())),
     ),
-    Twin(
+    Mutant(
         "dropout-keeps-p",
         9,
         "p is taken for the share that is kept.",
-        dropped_by(lambda self, x: x * mx.random.bernoulli(self.p, x.shape, random_key()) / self.p),
+        dropped_by(lambda self, x: x * mx.random.bernoulli(self.p, x.shape, next_key()) / self.p),
     ),
-    Twin(
+    Mutant(
         "dropout-repeats",
         9,
         "Every draw begins from the same key: the same elements are dropped in each update.",
@@ -222,32 +224,30 @@ TWINS = [
             lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, mx.random.key(0)) / (1 - self.p)
         ),
     ),
-    Twin(
+    Mutant(
         "dropout-in-evaluation",
         9,
         "Dropout stays on when the model is evaluated.",
-        {
-            "mlx_impl.lora.Dropout.__call__": always_dropping,
-            "mlx_impl.fast.projection.low_rank_of": lambda linear: None,
-        },
+        {"mlx_impl.lora.Dropout.__call__": always_dropping},
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "dropout-in-validation",
         9,
         "The validation loop forgets to turn dropout off.",
-        {"tests.trainers.mlx_impl.evaluate": evaluate_in_training},
+        {"mlx_impl.run.trainer.evaluate": evaluate_in_training},
     ),
-    Twin(
+    Mutant(
         "token-zero-is-padding",
         10,
         "Padding is told by its number, so a real token 0 is no target either.",
         batches(lambda batch: batch._replace(mask_BT=batch.mask_BT & (batch.targets_BT != 0))),
     ),
-    Twin(
+    Mutant(
         "padding-counted-in-the-length",
         10,
         "Rows are cut to the maximum length from the left after they were padded: short rows lose tokens, "
         "and the padding stays.",
-        {f"{module}.to_arrays": cut_to_length for module in ("mlx_impl.train", "tests.trainers.mlx_impl")},
+        {"mlx_impl.run.trainer.FAST": FAST._replace(to_arrays=cut_to_length)},
     ),
 ]

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_impl import ops
-from mlx_impl.data import Batch, target_positions
-from mlx_impl.fast.head import head_nats, next_token_nats
-from mlx_impl.train import Arrays, batch_loss, evaluate
+from mlx_impl.data import Batch
+from mlx_impl.fast.head import head_nats
+from mlx_impl.fast.kept_positions import kept_positions, target_positions
+from mlx_impl.loss import next_token_nats
+from mlx_impl.train import evaluate
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches
 from tests.trainers.reference import with_pad_targets
-from tests.trainers.twins.twin import Patches, Twin
 
 CHUNK = 9  # positions
 
 
 def batches(change: Callable[[Batch], Batch]) -> Patches:
-    return {"mlx_impl.train.target_positions": lambda batch: target_positions(change(batch))}
+    return {
+        "mlx_impl.fast.forward.target_positions": lambda batch: target_positions(change(batch)),
+        "mlx_impl.fast.forward.kept_positions": lambda batch: kept_positions(change(batch)),
+    }
 
 
 def masks(change: Callable[[np.ndarray], np.ndarray]) -> Patches:
     return batches(lambda batch: batch._replace(mask_BT=change(batch.mask_BT)))
 
 
-def losses(broken: Callable) -> Patches:
-    return dict.fromkeys(("mlx_impl.train.batch_loss", "tests.trainers.mlx_impl.batch_loss"), broken)
+def plain_loss(broken: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]) -> Patches:
+    return {"mlx_impl.train.next_token_nats": broken}
 
 
-def evaluations(broken: Callable[[Any, Sequence[Batch]], float]) -> Patches:
-    return {"tests.trainers.mlx_impl.evaluate": lambda model, batches: (broken(model, batches), 0)}
+def evaluations(broken: Callable[..., float]) -> Patches:
+    """Of a model, batches and a loss."""
+    return {"mlx_impl.run.trainer.evaluate": lambda *arguments: (broken(*arguments), 0)}
 
 
 def from_the_first_column(mask_BT: np.ndarray) -> np.ndarray:
@@ -42,34 +48,26 @@ def all_but_the_last_target(mask_BT: np.ndarray) -> np.ndarray:
     return mask_BT & np.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))
 
 
-def counting_everything(nats_of: Callable) -> Callable:
-    return lambda *arguments: (nats_of(*arguments)[0], mx.array(arguments[-1].size))  # the mask is the last
+def counting_everything(logits_BTV: mx.array, targets_BT: mx.array, mask_BT: mx.array) -> Any:
+    return next_token_nats(logits_BTV, targets_BT, mask_BT)[0], mx.array(mask_BT.size)
 
 
-def rows_of_targets(arrays: Arrays) -> mx.array:
-    """Which target stands in which row."""
-    inputs_BT, positions_N, _, mask_N, _ = arrays
-    B, T = inputs_BT.shape
-    return ((positions_N // T)[:, None] == mx.arange(B)) * mask_N[:, None]
+def mean_of_rows(logits_BTV: mx.array, targets_BT: mx.array, mask_BT: mx.array) -> Any:
+    nats_BT = ops.logsumexp(logits_BTV.flatten(0, 1)).reshape(targets_BT.shape)
+    nats_BT = nats_BT - mx.take_along_axis(logits_BTV, targets_BT[..., None], -1).squeeze(-1)
+    counts_B = mask_BT.sum(axis=1)
+    means_B = mx.where(mask_BT, nats_BT, 0).sum(axis=1) / mx.maximum(counts_B, 1)
+    return means_B.sum() / mx.maximum((counts_B > 0).sum(), 1) * mask_BT.sum(), mask_BT.sum()
 
 
-def mean_of_rows(model: Any, arrays: Arrays) -> tuple[mx.array, mx.array]:
-    inputs_BT, positions_N, targets_N, mask_N, _ = arrays
-    logits_NV = model.head(model.model(inputs_BT).flatten(0, 1)[positions_N])
-    nats_N = ops.logsumexp(logits_NV) - mx.take_along_axis(logits_NV, targets_N[:, None], -1).squeeze(-1)
-    rows_NB = rows_of_targets(arrays)
-    counts_B = rows_NB.sum(axis=0)
-    means_B = nats_N @ rows_NB.astype(nats_N.dtype) / mx.maximum(counts_B, 1)
-    return means_B.sum() / mx.maximum((counts_B > 0).sum(), 1) * mask_N.sum(), mask_N.sum()
+def at_least_one_a_row(logits_BTV: mx.array, targets_BT: mx.array, mask_BT: mx.array) -> Any:
+    nats, _ = next_token_nats(logits_BTV, targets_BT, mask_BT)
+    return nats, mx.maximum(mask_BT.sum(axis=1), 1).sum()
 
 
-def at_least_one_a_row(model: Any, arrays: Arrays) -> tuple[mx.array, mx.array]:
-    return batch_loss(model, arrays)[0], mx.maximum(rows_of_targets(arrays).sum(axis=0), 1).sum()
-
-
-def one_more_a_row(model: Any, arrays: Arrays) -> tuple[mx.array, mx.array]:
-    nats, num_targets = batch_loss(model, arrays)
-    return nats, num_targets + arrays[0].shape[0]
+def one_more_a_row(logits_BTV: mx.array, targets_BT: mx.array, mask_BT: mx.array) -> Any:
+    nats, num_targets = next_token_nats(logits_BTV, targets_BT, mask_BT)
+    return nats, num_targets + len(mask_BT)
 
 
 def by_chunks(broken: Callable[[mx.array, mx.array, mx.array], tuple]) -> Patches:
@@ -78,7 +76,7 @@ def by_chunks(broken: Callable[[mx.array, mx.array, mx.array], tuple]) -> Patche
     def nats(head: Any, vocab_size: int, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         return head_nats(head, vocab_size, *broken(*arrays))[0], arrays[-1].sum()
 
-    return {"mlx_impl.train.head_nats": nats}
+    return {"mlx_impl.fast.forward.head_nats": nats}
 
 
 def masked_by_the_first(x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple:
@@ -89,95 +87,106 @@ def of_whole_chunks(*arrays: mx.array) -> tuple:
     return tuple(array[: len(array) - len(array) % CHUNK] for array in arrays)
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "pad-target-counted",
         4,
         "The mask compares positions with lengths by <=, so one padding target a row is trained.",
         masks(lambda mask_BT: with_pad_targets(mask_BT, 1)),
         "mlx-lm#1697",
     ),
-    Twin(
+    Mutant(
         "prompt-counted",
         4,
         "The loss runs over the question as well as the answer.",
         masks(from_the_first_column),
         "mlx-examples#689",
     ),
-    Twin(
+    Mutant(
         "end-token-masked",
         4,
         "Padding and end of turn share a number, so masking one masks the other: the model never stops.",
         masks(all_but_the_last_target),
         "transformers#23530",
     ),
-    Twin(
+    Mutant(
         "labels-shifted-twice",
         4,
         "Data set and loss both shift: position t is trained to predict token t + 2.",
         batches(lambda batch: batch._replace(targets_BT=np.roll(batch.targets_BT, -1, axis=1))),
         "transformers#37830",
     ),
-    Twin(
+    Mutant(
         "labels-not-shifted",
         4,
         "Nobody shifts: each token predicts itself, and the loss falls to nothing.",
         batches(lambda batch: batch._replace(targets_BT=batch.inputs_BT)),
         "litgpt#419",
     ),
-    Twin(
+    Mutant(
         "masked-tokens-in-the-denominator",
         4,
         "The sum over the targets is divided by all positions, masked ones too.",
-        {
-            "mlx_impl.train.head_nats": counting_everything(head_nats),
-            "tests.trainers.mlx_impl.next_token_nats": counting_everything(next_token_nats),
-        },
+        plain_loss(counting_everything),
         "litgpt#751",
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "mean-of-row-means",
         4,
         "The loss is averaged in each row and then over rows: a short answer's words weigh more.",
-        losses(mean_of_rows),
+        plain_loss(mean_of_rows),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "chunks-masked-by-the-first",
         4,
         "The loss goes over the positions in chunks, and all of them take the first one's mask.",
         by_chunks(masked_by_the_first),
     ),
-    Twin(
+    Mutant(
         "last-chunk-of-the-positions",
         4,
         "The loss goes over the positions in chunks, and leaves out the last, which is not full.",
         by_chunks(of_whole_chunks),
     ),
-    Twin(
+    Mutant(
         "masked-row-counted",
         4,
         "To avoid 0 / 0, a row whose targets were all cut off counts as one.",
-        losses(at_least_one_a_row),
+        plain_loss(at_least_one_a_row),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "one-more-target-a-row",
         4,
         "The number of targets, counted apart from the loss, includes one label a row that is not scored.",
-        losses(one_more_a_row),
+        plain_loss(one_more_a_row),
         "transformers#46204",
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
+        "vocabulary-in-one-sum",
+        4,
+        "The log-sum-exp adds a real vocabulary's terms one after another in float32: 2e-4 nats a target.",
+        {"mlx_impl.ops.logsumexp": lambda logits_NV: mx.logsumexp(logits_NV, axis=-1)},
+        trainer=PLAIN,
+        least=2.0,  # 5 measured; the tolerance is 8 roundings of the sum of nats
+    ),
+    Mutant(
         "evaluation-by-batches",
         4,
         "The validation loss is the mean of the batches' means, and changes with the batch size.",
-        evaluations(lambda model, parts: float(np.mean([evaluate(model, [part])[0] for part in parts]))),
+        evaluations(
+            lambda model, parts, loss: float(np.mean([evaluate(model, [part], loss)[0] for part in parts]))
+        ),
         "transformers#39241",
     ),
-    Twin(
+    Mutant(
         "evaluation-without-the-last-batch",
         4,
         "The validation drops its last batch, so that it does not see the whole set.",
-        evaluations(lambda model, parts: evaluate(model, parts[:-1] or parts)[0]),
+        evaluations(lambda model, parts, loss: evaluate(model, parts[:-1] or parts, loss)[0]),
         "mlx-examples#752",
     ),
 ]

@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from mlx_impl.lora import add_lora
 from mlx_impl.targets import Target, select_targets
 from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.twins.twin import Patches, Twin, lora_call
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, lora_call
 
 init_trainer = MlxTrainer.__init__
 
@@ -86,22 +86,22 @@ def without_alpha(self: Any, x_BTI: mx.array) -> mx.array:
     return x_BTI @ self.linear.weight.T + (x_BTI @ self.lora_a) @ self.lora_b
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "scale-is-alpha",
         2,
         "The update is multiplied by alpha, not by alpha / rank: rank times too strong, and it diverges.",
         each_target(lambda target: replace(target, scale=target.scale * target.rank)),
         "mlx-vlm#841",
     ),
-    Twin(
+    Mutant(
         "alpha-ignored",
         2,
         "The trainer has a `scale` of its own; the `alpha` that users write is accepted and never read.",
         each_target(lambda target: replace(target, scale=20.0)),
         "mlx-examples#982",
     ),
-    Twin(
+    Mutant(
         "rslora-ignored",
         2,
         "use_rslora is set, and the scale is still alpha / rank.",
@@ -109,7 +109,7 @@ TWINS = [
         "peft#2733",
         ("rslora",),
     ),
-    Twin(
+    Mutant(
         "rank-pattern-ignored",
         2,
         "Linears that were to have a rank of their own get the common one.",
@@ -117,7 +117,7 @@ TWINS = [
         "peft#1930",
         ("patterns",),
     ),
-    Twin(
+    Mutant(
         "alpha-pattern-ignored",
         2,
         "Linears that were to have an alpha of their own get the common one.",
@@ -125,7 +125,7 @@ TWINS = [
         "peft#2195",
         ("patterns",),
     ),
-    Twin(
+    Mutant(
         "num-layers-ignored",
         2,
         "The last 8 layers were asked for; all 16 are trained and saved.",
@@ -133,69 +133,73 @@ TWINS = [
         "mlx-examples#1328",
         ("last layer",),
     ),
-    Twin(
+    Mutant(
         "first-layers-for-last",
         2,
         "The N layers that get an adapter are the first ones.",
         {"mlx_impl.targets.linears_of_last_blocks": linears_of_first_blocks},
         cases=("last layer",),
     ),
-    Twin(
+    Mutant(
         "last-linear-forgotten",
         2,
         "A loop ends one too early: the last linear has no adapter.",
         {"mlx_impl.lora.select_targets": all_but_the_last},
     ),
-    Twin(
+    Mutant(
         "adapter-not-in-the-path",
         2,
         "The adapter is loaded, listed and counted, and the forward pass never calls it.",
         lora_call(lambda self, x: self.linear(x)),
         "Soup#392",
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "factor-not-transposed",
         2,
         "A factor of the other convention is read without a transpose; the sizes agree, the function not.",
         lora_call(with_unread_rows),
         "vmlx-swift#320",
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "adapter-frozen-too",
         2,
         "freeze() is called after the adapter is added, and freezes the adapter with the rest.",
         {"tests.trainers.mlx_impl.add_lora": add_lora_then_freeze},
         "textpolicy#45",
     ),
-    Twin(
+    Mutant(
         "gradients-of-everything",
         2,
         "mx.value_and_grad on a model: a module is a dict of all its parameters, so frozen ones get "
         "gradients too.",
         {"mlx.nn.value_and_grad": lambda model, function: mx.value_and_grad(function)},
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "factors-in-half",
         2,
         "The factors go silently through half precision when they are loaded.",
         {"tests.trainers.mlx_impl.MlxTrainer.__init__": init_in_half},
         "peft#1706",
     ),
-    Twin(
+    Mutant(
         "bias-lost-in-the-adapter",
         2,
         "An adapted layer multiplies by its base's weight and forgets its bias.",
         lora_call(without_bias),
         cases=("qkv bias",),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "dora-scales-the-bias",
         2,
         "DoRA's stretch is applied to the layer's whole output, bias and all.",
         dora(whole, bias_too=True),
         cases=("dora with bias",),
     ),
-    Twin(
+    Mutant(
         "dora-ignores-alpha",
         2,
         "DoRA's direction takes A B as it is, whatever alpha says.",
@@ -203,7 +207,7 @@ TWINS = [
         "fsdp_qlora#68",
         ("dora",),
     ),
-    Twin(
+    Mutant(
         "dora-adds-the-base-twice",
         2,
         "DoRA's result, which holds the base layer's output already, is added to it.",
@@ -211,7 +215,7 @@ TWINS = [
         "peft#1474",
         ("dora",),
     ),
-    Twin(
+    Mutant(
         "dora-length-of-the-base",
         2,
         "The length is that of W alone, so the magnitude no longer is the length of the merged row.",

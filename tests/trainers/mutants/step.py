@@ -13,13 +13,14 @@ import mlx.core as mx
 import mlx.optimizers
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_impl.optim import AdamW, LoRAOptimizer, as_factors, as_vectors, clip_gradients, learning_rate_of
+from mlx_impl.fast.vectors import VectorOptimizer, as_factors, as_vectors
+from mlx_impl.optim import AdamW, clip_gradients, learning_rate_of
 from mlx_impl.run.guard import FiniteGuard
-from mlx_impl.train import add_up, begin_update
+from mlx_impl.train import add_up, seed_random
 from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.twins.twin import Patches, Twin, with_add_up
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, with_add_up
 
-apply_single, update = AdamW.apply_single, LoRAOptimizer.update
+apply_single, update = AdamW.apply_single, VectorOptimizer.update
 check, run = FiniteGuard.check, MlxTrainer.run
 
 
@@ -125,13 +126,12 @@ def forget_moments(self: Any, *arguments: Any) -> None:
         }
 
 
-def unseeded(optimizer: Any, step: int, config: Any) -> None:
-    begin_update(optimizer, step, config)
+def unseeded(*_: int) -> None:
     mx.random.seed(int.from_bytes(os.urandom(4)))
 
 
-def seeded_but_by_zero(optimizer: Any, step: int, config: Any) -> None:
-    (begin_update if config.seed else unseeded)(optimizer, step, config)
+def seeded_but_by_zero(seed: int, *numbers: int) -> None:
+    (seed_random if seed else unseeded)(seed, *numbers)
 
 
 def update_with_last_views(self: Any, model: Any, gradients: Any) -> None:
@@ -144,155 +144,156 @@ def last_first(gradients: Any) -> Any:
     return as_vectors(dict(reversed(tree_flatten(gradients))))
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "views-of-the-last-update",
         7,
         "The optimizer steps its vectors, and the model is left with views of those before.",
-        {"mlx_impl.optim.LoRAOptimizer.update": update_with_last_views},
+        {"mlx_impl.fast.vectors.VectorOptimizer.update": update_with_last_views},
     ),
-    Twin(
+    Mutant(
         "gradients-in-another-order",
         7,
         "The gradients are laid side by side in another order than the factors they belong to.",
-        {"mlx_impl.train.as_vectors": last_first},
+        {"mlx_impl.fast.forward.as_vectors": last_first},
     ),
-    Twin(
+    Mutant(
         "no-bias-correction",
         7,
         "MLX's Adam leaves the bias correction off: the first update is 3.16 times as long as PyTorch's.",
         {"mlx_impl.optim.AdamW.apply_single": mlx.optimizers.AdamW.apply_single},
         "mlx#1640",
     ),
-    Twin(
+    Mutant(
         "bias-correction-in-float32",
         7,
         "MLX's own correction takes beta^t from 1 in float32, and loses the digits that count.",
         {"mlx_impl.optim.AdamW": partial(mlx.optimizers.AdamW, bias_correction=True)},
     ),
-    Twin(
+    Mutant(
         "bias-correction-one-step-late",
         7,
         "The correction counts its updates from 2.",
         adamw(lambda self: {"step": self.step + 1}),
     ),
-    Twin(
+    Mutant(
         "eps-before-the-correction",
         7,
         "eps is added before the root is corrected: the same for large gradients, another for small ones.",
         adamw(lambda self: {"eps": self.eps / mx.sqrt(-mx.expm1(self.step * math.log(self.betas[1])))}),
         "transformers#35504",
     ),
-    Twin(
+    Mutant(
         "eps-inside-the-root",
         7,
         "eps stands under the square root, where 1e-8 is 1e-4.",
         {"mlx_impl.optim.AdamW.apply_single": with_eps_inside},
     ),
-    Twin(
+    Mutant(
         "decay-as-l2",
         7,
         "Weight decay is added to the gradient and goes through Adam's moments: Adam, not AdamW.",
         {"mlx_impl.optim.AdamW.apply_single": with_l2},
     ),
-    Twin(
+    Mutant(
         "moments-in-bfloat16",
         7,
         "The moments are kept in bfloat16: beta2 = 0.999 changes v by less than its last bit.",
         {"mlx_impl.optim.AdamW.apply_single": with_half_moments},
     ),
-    Twin(
+    Mutant(
         "loraplus-on-a",
         7,
         "LoRA+'s ratio speeds up A instead of B.",
         rates(lambda rate, ratio: (ratio * rate, rate)),
     ),
-    Twin(
+    Mutant(
         "loraplus-ignored",
         7,
         "The group that LoRA+ was to speed up is empty.",
         rates(lambda rate, ratio: (rate, rate)),
         "peft#3503",
     ),
-    Twin(
+    Mutant(
         "schedule-one-update-late",
         7,
         "The learning rate is set after the update that it was meant for.",
         scheduled(lambda step, config: learning_rate_of(max(0, step - 1), config)),
     ),
-    Twin(
+    Mutant(
         "warmup-one-update-longer",
         7,
         "Joined schedules hold the peak for two updates, and everything after comes one late.",
         scheduled(lambda step, config: learning_rate_of(step - (step > config.warmup_steps > 0), config)),
         "mlx-examples#985",
     ),
-    Twin(
+    Mutant(
         "cosine-in-float32",
         7,
         "MLX's cosine_decay: 1 + cos near pi cancels in float32, and the end of a long run is a fifth off.",
         scheduled(mlx_cosine),
     ),
-    Twin(
+    Mutant(
         "clip-by-value",
         7,
         "Each number is clipped by itself, which changes the gradient's direction.",
         {"mlx_impl.train.clip_gradients": clip_by_value},
     ),
-    Twin(
+    Mutant(
         "clip-each-tensor",
         7,
         "Each tensor is clipped by its own norm, which lets through as many limits as there are tensors.",
         {"mlx_impl.train.clip_gradients": clip_each_alone},
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "norm-reported-after-clipping",
         7,
         "The norm in the log is that of the clipped gradient: a run that explodes looks calm.",
         {"mlx_impl.train.clip_gradients": norm_after_clipping},
     ),
-    Twin(
+    Mutant(
         "loss-reported-after-the-update",
         7,
         "The loss in the log is that of the weights after the update, one step too good.",
         {"tests.trainers.mlx_impl.MlxTrainer.run": losses_after_the_update},
     ),
-    Twin(
+    Mutant(
         "gradients-not-reset",
         8,
         "The gradients of the last update are still there when the next ones are added.",
         with_add_up(never_reset),
     ),
-    Twin(
+    Mutant(
         "gradients-one-update-late",
         8,
         "Each update applies the gradients of the weights before the last update.",
         with_add_up(one_update_late),
     ),
-    Twin(
+    Mutant(
         "moments-forgotten",
         8,
         "The optimizer is made anew in every round of the loop: it never has a past.",
-        {"mlx_impl.train.FiniteGuard.check": forget_moments},
+        {"mlx_impl.run.guard.FiniteGuard.check": forget_moments},
     ),
-    Twin(
+    Mutant(
         "schedule-not-used",
         8,
         "The schedule is accepted, shown in the log and never handed to the optimizer.",
         {"mlx_impl.train.learning_rate_of": lambda step, config: config.learning_rate},
         "Soup#683",
     ),
-    Twin(
+    Mutant(
         "unseeded",
         8,
         "Dropout draws from the system's randomness: no run can be repeated.",
-        {"mlx_impl.train.begin_update": unseeded},
+        {"mlx_impl.train.seed_random": unseeded},
     ),
-    Twin(
+    Mutant(
         "seed-zero-ignored",
         8,
         "`if seed:` takes the seed 0 for none.",
-        {"mlx_impl.train.begin_update": seeded_but_by_zero},
+        {"mlx_impl.train.seed_random": seeded_but_by_zero},
         "mlx-lm#1660",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +10,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.projection import LowRank, products, project
-from mlx_impl.model import CausalLM, Decoder
-from mlx_impl.optim import LoRAOptimizer
-from tests.trainers.mlx_impl import MlxTrainer
-from tests.trainers.twins.twin import Patches, Twin, lora_call
+from mlx_impl.fast.vectors import VectorOptimizer, as_factors
+from mlx_impl.model import CausalLM
+from mlx_impl.run.trainer import LoRATrainer
+from mlx_impl.train import train
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, lora_call, training
 
-begin, decode, head, update = MlxTrainer.begin, Decoder.__call__, CausalLM.head, LoRAOptimizer.update
+init, head, update = LoRATrainer.__init__, CausalLM.head, VectorOptimizer.update
 stop = mx.stop_gradient
 
 
@@ -24,8 +25,8 @@ def lora(update_of: Callable[[Any, mx.array], mx.array]) -> Patches:
     return lora_call(lambda self, x: self.linear(x) + self.scale * update_of(self, x))
 
 
-def first_row_only(self: Any, tokens_BT: mx.array, positions_N: mx.array, **_: Any) -> mx.array:
-    x_BTD = decode(self, tokens_BT)
+def first_row_only(decoder: Any, tokens_BT: mx.array, positions_N: mx.array, *_: Any) -> mx.array:
+    x_BTD = decoder(tokens_BT)
     return mx.concatenate([x_BTD[:1], stop(x_BTD[1:])]).flatten(0, 1)[positions_N]
 
 
@@ -50,7 +51,7 @@ def nats_of_gradient(factor: float) -> Patches:
         nats, num_targets = head_nats(*arguments)
         return stop(nats) + factor * (nats - stop(nats)), num_targets
 
-    return {"mlx_impl.train.head_nats": broken}
+    return {"mlx_impl.fast.forward.head_nats": broken}
 
 
 def with_fillings_backwards(
@@ -88,19 +89,18 @@ def with_trained_length(self: Any) -> mx.array:
 
 
 def begun(change: Callable[[Any], object]) -> Patches:
-    """Something happens to the model when a run begins."""
+    """Something happens to the model when training begins."""
 
-    def broken(self: Any, training: Any) -> int:
-        change(self.model)
-        return begin(self, training)
+    def broken(model: Any, *more: Any, **named: Any) -> Iterator[Any]:
+        change(model)
+        yield from train(model, *more, **named)
 
-    return {"tests.trainers.mlx_impl.MlxTrainer.begin": broken}
+    return training(broken)
 
 
-def begin_over_everything(self: Any, training: Any) -> int:
-    first_step = begin(self, training)
+def init_over_everything(self: Any, *arguments: Any) -> None:
+    init(self, *arguments)
     self.optimizer.init(self.model.parameters())
-    return first_step
 
 
 def update_and_decay_the_rest(self: Any, model: Any, gradients: Any) -> None:
@@ -114,141 +114,144 @@ def update_without_a(self: Any, model: Any, gradients: Any) -> None:
     before = self.factors["lora_a"]
     update(self, model, gradients)
     self.factors["lora_a"] = before
-    self.hand_over(model)
+    model.update(as_factors(self.factors, model.trainable_parameters()))
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "gradient-of-the-first-row",
         5,
         "The backward pass of a gather strides wrongly: gradients come from the batch's first row only.",
-        {"mlx_impl.model.Decoder.at_targets": first_row_only},
+        {"mlx_impl.fast.forward.hidden_at_targets": first_row_only},
         "mlx#3483",
     ),
-    Twin(
+    Mutant(
         "a-gets-no-gradient",
         5,
         "The graph is cut between A and B: B learns to use a random projection, and A never moves.",
         lora(lambda self, x: stop(self.dropout(x) @ self.lora_a) @ self.lora_b),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "adapter-input-detached",
         5,
         "The adapter reads a detached input, so the layers below do not feel its part of the gradient.",
         lora(lambda self, x: (self.dropout(stop(x)) @ self.lora_a) @ self.lora_b),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "base-without-gradient",
         5,
         "The frozen layer runs outside the graph, as under no_grad: what is below hears of it no more.",
         lora_call(cut_base),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "forward-outside-the-graph",
         5,
         "The forward pass runs outside the function that is differentiated: every gradient is exactly zero.",
         nats_of_gradient(0.0),
         "mlx-lm-lora#65",
     ),
-    Twin(
+    Mutant(
         "gradient-scaled-again",
         5,
         "A factor is applied once to the loss that is shown and twice to the one that is differentiated.",
         nats_of_gradient(2.0),
         "transformers#35207",
     ),
-    Twin(
+    Mutant(
         "gradient-of-logits-in-bfloat16",
         5,
         "The logits' gradient is rounded to bfloat16 on its way back; for confident tokens nothing is left.",
         {"mlx_impl.model.CausalLM.head": lambda self, x: rounding_backwards(head(self, x))},
         "Liger-Kernel#1329",
     ),
-    Twin(
+    Mutant(
         "fillings-backwards",
         5,
         "The loss leaves out the positions that only fill a shape; its gradient, formed beside it, does not.",
-        {"mlx_impl.train.head_nats": with_fillings_backwards},
+        {"mlx_impl.fast.forward.head_nats": with_fillings_backwards},
     ),
-    Twin(
+    Mutant(
         "scale-forgotten-backwards",
         5,
         "The gradient of A is written out, without alpha / rank.",
         of_parts(unscaled_a),
     ),
-    Twin(
+    Mutant(
         "only-the-first-trains",
         5,
         "Of linears that are computed together only the first gets the gradients of its factors.",
         of_parts(trained_if_first),
     ),
-    Twin(
+    Mutant(
         "only-the-first-passes-back",
         5,
         "Of linears that are computed together only the first passes its gradient on to their input.",
-        {"mlx_impl.model.project": passing_back_the_first},
+        {"mlx_impl.fast.forward.project": passing_back_the_first},
     ),
-    Twin(
+    Mutant(
         "dora-length-trained",
         5,
         "DoRA's length is not held constant in the backward pass, as the paper's section 4.3 wants it.",
         {"mlx_impl.lora.DoRALinear.length_O": with_trained_length},
         cases=("dora",),
     ),
-    Twin(
+    Mutant(
         "shared-prompt-learned-from-one-row",
         5,
         "A prompt that all rows begin with is computed once, and gets the gradient of the first row alone.",
-        {"mlx_impl.fast.slots.Slots.summed": lambda self, d_BHTK: self.picked(d_BHTK)},
+        {"mlx_impl.fast.unpadding.Unpadding.sum_over_rows": lambda self, d_BHTK: self.take(d_BHTK)},
     ),
-    Twin(
+    Mutant(
         "base-trained",
         6,
         "A run begins with unfreeze(): the whole model trains, and the adapter alone is saved.",
         begun(lambda model: model.unfreeze()),
     ),
-    Twin(
+    Mutant(
         "embedding-trained",
         6,
         "The embedding is left trainable.",
         begun(lambda model: model.model.embed_tokens.unfreeze()),
     ),
-    Twin(
+    Mutant(
         "norm-trained",
         6,
         "The last norm is left trainable, too small to be missed in a count.",
         begun(lambda model: model.model.norm.unfreeze()),
     ),
-    Twin(
+    Mutant(
         "bias-trained",
         6,
         "The biases of the adapted linears train, although no one asked for it.",
         begun(lambda model: model.unfreeze(keys="bias", strict=False)),
         cases=("qkv bias",),
     ),
-    Twin(
+    Mutant(
         "frozen-decayed",
         6,
         "The optimizer holds all parameters, and weight decay moves those without a gradient.",
-        {"mlx_impl.optim.LoRAOptimizer.update": update_and_decay_the_rest},
+        {"mlx_impl.fast.vectors.VectorOptimizer.update": update_and_decay_the_rest},
         "S-Prompts#2",
     ),
-    Twin(
+    Mutant(
         "moments-of-everything",
         6,
         "The optimizer is started on every parameter, and holds two moments for each frozen one.",
-        {"tests.trainers.mlx_impl.MlxTrainer.begin": begin_over_everything},
+        {"mlx_impl.run.trainer.LoRATrainer.__init__": init_over_everything},
     ),
-    Twin(
+    Mutant(
         "a-in-no-group",
         6,
         "Parameters are sorted into groups of their own learning rates, and those of A fall between them.",
-        {"mlx_impl.optim.LoRAOptimizer.update": update_without_a},
+        {"mlx_impl.fast.vectors.VectorOptimizer.update": update_without_a},
     ),
-    Twin(
+    Mutant(
         "update-lost",
         6,
         "Gradients are there and moments too, but the kernel's result is written to a copy: no weight moves.",
-        {"mlx_impl.optim.LoRAOptimizer.update": lambda self, model, gradients: None},
+        {"mlx_impl.fast.vectors.VectorOptimizer.update": lambda self, model, gradients: None},
     ),
 ]

@@ -10,8 +10,7 @@ import mlx.nn as nn
 
 from mlx_impl import ops
 from mlx_impl.fast import cpu_ops
-from mlx_impl.fast.projection import project
-from tests.trainers.twins.twin import Twin
+from tests.trainers.mutants.mutant import PLAIN, Mutant
 
 attention, rms_norm, rope, logsumexp = ops.attention, ops.rms_norm, ops.rope, ops.logsumexp
 
@@ -20,12 +19,20 @@ def op(name: str, broken: Any) -> dict[str, Any]:
     return {f"mlx_impl.ops.{name}": broken}
 
 
-def rope_of_neighbours(x_BHTK: mx.array, frequency_P: Any, offset: int = 0) -> mx.array:
+def fast_op(name: str, broken: Any) -> dict[str, Any]:
+    return {f"mlx_impl.fast.ops.{name}": broken}
+
+
+def rope_of_neighbours(x_BHTK: mx.array, frequency_P: Any, offset: Any) -> mx.array:
+    if not isinstance(offset, int):
+        return rope(x_BHTK, frequency_P, offset)
     period_P, K = mx.array([1 / frequency for frequency in frequency_P]), x_BHTK.shape[-1]
     return mx.fast.rope(x_BHTK, K, traditional=True, base=None, scale=1.0, offset=offset, freqs=period_P)
 
 
-def rope_of_rounded_angles(x_BHTK: mx.array, frequency_P: Any, offset: int = 0) -> mx.array:
+def rope_of_rounded_angles(x_BHTK: mx.array, frequency_P: Any, offset: Any) -> mx.array:
+    if not isinstance(offset, int):
+        return rope(x_BHTK, frequency_P, offset)
     times_T1 = mx.arange(offset, offset + x_BHTK.shape[2])[:, None]
     angle_TP = (times_T1 * mx.array(frequency_P)).astype(mx.bfloat16).astype(mx.float32)
     left, right = mx.split(x_BHTK, 2, axis=-1)
@@ -33,17 +40,18 @@ def rope_of_rounded_angles(x_BHTK: mx.array, frequency_P: Any, offset: int = 0) 
     return mx.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def attention_with(scale: float = 0.0, mask: str | None = "causal") -> Any:
-    def broken(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
-        factor = scale or q_BHTK.shape[-1] ** -0.5
-        return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=factor, mask=mask)
-
-    return broken
+def attention_to_everything(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
+    every_key = mx.ones((1, 1, q_BHTK.shape[2], k_BGSK.shape[2])) == 1
+    return attention(q_BHTK, k_BGSK, v_BGSK, every_key if mask is None else mask)
 
 
-def attention_of_tiled_heads(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+def attention_unscaled(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
+    return attention(q_BHTK * q_BHTK.shape[-1] ** 0.5, k_BGSK, v_BGSK, mask)
+
+
+def attention_of_tiled_heads(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
     times = (1, q_BHTK.shape[1] // k_BGSK.shape[1], 1, 1)
-    return attention(q_BHTK, mx.tile(k_BGSK, times), mx.tile(v_BGSK, times))
+    return attention(q_BHTK, mx.tile(k_BGSK, times), mx.tile(v_BGSK, times), mask)
 
 
 def norm_plus_eps(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
@@ -70,15 +78,6 @@ def gate_left_out_backwards(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     return ops.silu(gate_BTF) * stop(up_BTF) + stop(mx.sigmoid(gate_BTF)) * (up_BTF - stop(up_BTF))
 
 
-def gated_by(broken: Any) -> dict[str, Any]:
-    """The gate wherever it is computed: as a primitive, and before an adapted linear."""
-
-    def before(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
-        return project(broken(gate_BTF, up_BTF), linear)[0]
-
-    return op("gated", broken) | {"mlx_impl.model.project_gated": before}
-
-
 def half_silu(x: mx.array) -> mx.array:
     return x * mx.stop_gradient(mx.sigmoid(x))
 
@@ -88,8 +87,8 @@ def rounded_logsumexp(x_NV: mx.array) -> mx.array:
 
 
 def cross_entropy_of(broken: Callable[[mx.array], mx.array]) -> dict[str, Any]:
-    """The same bug in the loss of training."""
-    return op("cross_entropy", lambda *arguments: cross_entropy_by(broken, *arguments))
+    """A bug in the log-sum-exp of the fast path's loss."""
+    return fast_op("cross_entropy", lambda *arguments: cross_entropy_by(broken, *arguments))
 
 
 def cross_entropy_by(
@@ -105,95 +104,100 @@ def cross_entropy_by(
     return mx.where(mask_N, nats_N, 0), mx.where(mask_N[:, None], gradient_NV, 0)
 
 
-TWINS = [
-    Twin(
+MUTANTS = [
+    Mutant(
         "rope-interleaved",
         1,
         "Rope turns neighbouring elements together, where the checkpoint wants element k with k + K/2. "
         "Text stays fluent for a few words and then drifts.",
         op("rope", rope_of_neighbours),
     ),
-    Twin(
+    Mutant(
         "rope-without-offset",
         1,
         "Rope counts from 0 in every call, so a token read after a cache stands at the beginning again.",
-        op("rope", lambda x, frequencies, offset=0: rope(x, frequencies)),
+        op("rope", lambda x, frequencies, at: rope(x, frequencies, 0 if isinstance(at, int) else at)),
     ),
-    Twin(
+    Mutant(
         "rope-angles-in-bfloat16",
         1,
         "The angles are formed in bfloat16, whose eight bits cannot tell late positions apart.",
         op("rope", rope_of_rounded_angles),
         "transformers#29285",
     ),
-    Twin(
+    Mutant(
         "attention-not-causal",
         1,
         "No mask: every token sees the answer that it is to predict, and the loss is wonderful.",
-        op("attention", attention_with(mask=None)),
+        fast_op("attention", attention_to_everything),
     ),
-    Twin(
+    Mutant(
         "attention-unscaled",
         1,
         "The scores are not divided by sqrt(K), so that the softmax is far too sharp.",
-        op("attention", attention_with(scale=1.0)),
+        op("attention", attention_unscaled),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "attention-heads-tiled",
         1,
         "Query heads 0, 1, 2 are given key/value heads 0, 1, 0 where grouped attention means 0, 0, 0.",
-        op("attention", attention_of_tiled_heads),
+        fast_op("attention", attention_of_tiled_heads),
     ),
-    Twin(
+    Mutant(
         "norm-eps-fixed",
         1,
         "RMSNorm has an eps of its own, 1e-6, and not the configuration's 1e-5.",
         op("rms_norm", lambda x, weight, eps: rms_norm(x, weight, 1e-6)),
         "torchtune#409",
     ),
-    Twin(
+    Mutant(
         "norm-eps-outside-the-root",
         1,
         "eps is added to the root and not under it.",
         op("rms_norm", norm_plus_eps),
     ),
-    Twin(
+    Mutant(
         "silu-is-gelu",
         1,
         "The gate's activation is its lookalike GELU, the default of many layer libraries.",
-        op("silu", nn.gelu) | gated_by(lambda gate, up: nn.gelu(gate) * up),
+        op("silu", nn.gelu),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "silu-half-derivative",
         1,
         "A kernel's backward pass takes the sigmoid for a constant. Every loss is right, no gradient is.",
-        op("silu", half_silu) | gated_by(lambda gate, up: half_silu(gate) * up),
+        op("silu", half_silu),
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "gate-left-out-backwards",
         1,
         "The gate's fused backward pass gives up the sigmoid's share and forgets the gate beside it.",
-        gated_by(gate_left_out_backwards),
+        fast_op("gated", gate_left_out_backwards),
     ),
-    Twin(
+    Mutant(
         "logsumexp-first-cotangent",
         1,
         "The fused cross-entropy's backward pass multiplies every row by the first row's cotangent: "
         "right for a plain sum, wrong as soon as tokens are weighted.",
         op("logsumexp", by_first_cotangent),
         "Liger-Kernel#968",
+        trainer=PLAIN,
     ),
-    Twin(
+    Mutant(
         "logsumexp-in-bfloat16",
         1,
         "The cross-entropy is computed in the model's bfloat16: losses come in steps of a hundredth.",
-        {**op("logsumexp", rounded_logsumexp), **cross_entropy_of(rounded_logsumexp)},
+        cross_entropy_of(rounded_logsumexp),
         "Liger-Kernel#512",
     ),
-    Twin(
+    Mutant(
         "logsumexp-without-shift",
         1,
         "exp without taking off the maximum: right for tame logits, infinite for one above 88.",
-        {**op("logsumexp", without_shift), **cross_entropy_of(without_shift)},
+        op("logsumexp", without_shift),
+        trainer=PLAIN,
     ),
 ]

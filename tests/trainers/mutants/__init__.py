@@ -1,0 +1,41 @@
+"""Mutants: `mlx_impl` with one planted bug each, and the rung of the ladder that must notice it first.
+
+A test that never failed has proven little. Each mutant is a small patch with its story and, where there is
+one, the public bug that it stands for; `tests/trainers/test_mutants.py` plants them one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from tests.trainers.mutants import equivalences, forward, generation, gradient, layer, loss, ops, state, step
+from tests.trainers.mutants.mutant import Mutant as Mutant
+
+GROUPS = (ops, layer, forward, loss, gradient, step, equivalences, state, generation)
+ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
+MUTANTS = {mutant.name: mutant for mutant in ALL}
+RUNGS = range(1, 15)  # rung 0 judges the platform
+
+
+def quick() -> dict[str, Mutant]:
+    """Those that stand for a public bug, and of each rung without one the first two."""
+    named = {name: mutant for name, mutant in MUTANTS.items() if mutant.source}
+    for rung in set(RUNGS) - {mutant.rung for mutant in named.values()}:
+        of_rung = [mutant for mutant in MUTANTS.values() if mutant.rung == rung]
+        named |= {mutant.name: mutant for mutant in of_rung[:2]}
+    return {name: mutant for name, mutant in MUTANTS.items() if name in named}
+
+
+def planted() -> dict[str, Mutant]:
+    """All of them by night, that is with HYPOTHESIS_PROFILE=nightly."""
+    return MUTANTS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else quick()
+
+
+def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The lines of the README's table; with a column more, of those mutants that were measured."""
+    yield "| Mutant | Rung | What is broken | Stands for |" + " Times its tolerance |" * bool(measured)
+    yield "|---|---|---|---|" + "---|" * bool(measured)
+    for mutant in MUTANTS.values() if measured is None else map(MUTANTS.__getitem__, measured):
+        times = f" {measured[mutant.name]} |" if measured else ""
+        yield f"| `{mutant.name}` | {mutant.rung} | {mutant.story} | {mutant.source} |{times}"

@@ -1,0 +1,66 @@
+"""The ladder examined: every mutant fails it, at the right rung, and the sound trainer does not.
+
+The mutants that stand for a public bug are planted each time, all of them with HYPOTHESIS_PROFILE=nightly.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.conftest import Tally
+from tests.trainers.mutants import ALL, MUTANTS, RUNGS, planted, quick, table
+from tests.trainers.mutants.climb import first_failure, sound
+from tests.trainers.mutants.mutant import PLAIN, SHIPPED, Mutant
+
+PLANTED = planted()
+
+
+@pytest.mark.parametrize("trainer", [SHIPPED, PLAIN])
+def test_the_sound_trainer_passes_the_same_climb(trainer: str) -> None:
+    """The control: without a patch nothing fails, and no rung is empty."""
+    result, _ = sound(trainer)
+    assert not result.failed, result.failed[0]
+    assert set(result.passed) == set(RUNGS)
+
+
+@pytest.mark.parametrize("mutant", PLANTED.values(), ids=PLANTED)
+def test_every_mutant_is_caught_at_the_right_rung(mutant: Mutant, tally: Tally) -> None:
+    """The first claim that fails is of its rung, so all of the lower rungs have passed; by its figures, not
+    because what was planted has another signature than what it stands for."""
+    caught = first_failure(mutant)
+    tally.count(None if caught is None else caught.rung == mutant.rung)
+    assert caught is not None, f"{mutant.name} is not caught"
+    report = caught.report
+    assert caught.rung == mutant.rung, (
+        f"{mutant.name} belongs to rung {mutant.rung}, and fails {caught.claim}:\n{report}"
+    )
+    assert not re.search(r"^E +(Type|Attribute|Name)Error", report, re.MULTILINE), report
+    times = caught.times_tolerance
+    assert times is None or times >= mutant.least, (
+        f"{times:.3g} tolerances, at least {mutant.least:g} were said"
+    )
+
+
+def test_every_rung_has_its_mutants() -> None:
+    """From the operations to generation, each time; rung 0 judges the platform and not the trainer."""
+    assert (
+        {mutant.rung for mutant in MUTANTS.values()}
+        == {mutant.rung for mutant in quick().values()}
+        == set(RUNGS)
+    )
+
+
+def test_no_two_mutants_have_one_name_and_forty_are_the_least() -> None:
+    """A name in the table is one bug."""
+    assert len(ALL) == len(MUTANTS) >= 40
+
+
+def test_the_table_in_the_readme_is_that_of_the_mutants() -> None:
+    """Line by line, but for the last column, which is measured. So are the figures above it."""
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert f"`mutants: {len(quick())} of {len(MUTANTS)} planted" in readme
+    shown = [line for line in readme.splitlines() if line.startswith("|")]
+    assert [re.sub(r"[^|]+\|$", "", line) for line in shown] == list(table())
