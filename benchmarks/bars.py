@@ -1,16 +1,16 @@
-"""The committed ratios: one table, ours over theirs. Whoever makes a step faster lowers its line.
+"""The committed ratios, ours over theirs. After a speed-up, lower the line.
 
-`step` and `peak` are what was measured when the line was last written, with the slower of two BLASes, and a
-test fails where the ratio is surely more than a tenth above (`gate.SLACK`; peaks: PEAK_SLACK). `goal` is what
-the project wants; the tests say how far it is, and do not fail for it. Memory is compared only between MLX
-and MLX: on a CPU PyTorch counts no bytes.
+`step` and `peak` were measured when the line was written, with the slower of two BLASes. A test fails if the
+ratio is more than a tenth above them beyond doubt (`gate.SLACK`; for peaks PEAK_SLACK). `goal` is what the
+project wants: the tests report the distance and do not fail for it. Memory is compared between MLX trainers
+only, because PyTorch does not count bytes on a CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-PEAK_SLACK = 1.03  # bytes are nearly the same every time
+PEAK_SLACK = 1.03  # bytes hardly vary between runs
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Bar:
     case: str
     ours: str  # a contestant
     other: str
-    step: float  # seconds of ours over seconds of the other, at most
+    step: float  # at most this: seconds of ours / seconds of the other
     step_goal: float | None = None
-    peak: float | None = None  # bytes likewise
+    peak: float | None = None  # the same for bytes
     peak_goal: float | None = None
 
     @property
@@ -29,9 +29,8 @@ class Bar:
 
 
 BARS = (
-    # Of the slowest host met, an EPYC without AVX-512, with MKL: 0.59, 0.98 and 0.95, measured before the
-    # prompt that rows share was computed once, times the 0.76 of a step that this leaves. With AVX-512:
-    # 0.41, 0.60 and 0.56.
+    # The slowest host so far, an EPYC without AVX-512, with MKL: 0.59, 0.98 and 0.95 before prefix sharing,
+    # times the 0.76 of a step that prefix sharing takes. With AVX-512: 0.41, 0.60 and 0.56.
     Bar("smollm2", "ours", "mlx-lm", step=0.45, step_goal=0.50, peak=0.72, peak_goal=0.80),
     Bar("smollm2", "ours", "peft", step=0.74, step_goal=1.00),
     Bar("smollm2", "ours", "pytorch", step=0.72),

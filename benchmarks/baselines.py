@@ -1,7 +1,7 @@
-"""Seconds that this machine took before: a second gate, which warns.
+"""Earlier times of this machine: a second gate, which only warns.
 
-One file a CPU, in a folder that git ignores, because seconds of one machine say nothing of another. A
-benchmark that the file does not know is added to it; what it knows stays until it is asked to be replaced.
+One file per CPU, in a folder that git ignores, because seconds of one machine say nothing about another. A
+new benchmark is added to the file; known times stay until a run is asked to replace them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).resolve().parents[1] / ".benchmarks"
 
 
 def cpu_name() -> str:
-    """What the system calls its CPU."""
+    """The CPU's name as the system reports it."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -36,7 +36,7 @@ def cpu_name() -> str:
 
 
 def fingerprint() -> str:
-    """A folder's name for this CPU, its number of cores and its system."""
+    """A folder name for this CPU, number of cores and operating system."""
     words = f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}"
     readable = "-".join("".join(c if c.isalnum() else " " for c in words).split())
     return f"{readable[:60]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
@@ -44,20 +44,20 @@ def fingerprint() -> str:
 
 @dataclass
 class Baselines:
-    """Median seconds by the benchmark's name."""
+    """Median seconds by name of the benchmark."""
 
     path: Path
-    replaced: bool = False  # take this run's seconds in place of the known ones
+    replaced: bool = False  # let this run's seconds replace the known ones
     seconds: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        """ValueError where the file is not one that `write` writes: it is not replaced."""
+        """ValueError if the file was not written by `write`; such a file is never overwritten."""
         self.seconds = read_json_object(self.path) if os.path.lexists(self.path) else {}
         if not all(type(seconds) in (int, float) for seconds in self.seconds.values()):
             raise ValueError(f"{self.path}: must be seconds by names of benchmarks: move it away")
 
     def compare(self, name: str, seconds: float) -> str | None:
-        """A sentence where it is slower than it was by more than SLACK, else None."""
+        """A warning if the benchmark is slower than before by more than SLACK, else None."""
         known = self.seconds.get(name)
         if known is None or self.replaced:
             self.seconds[name] = seconds

@@ -1,7 +1,8 @@
-"""What is trained: a model, its batches, and how. Every trainer is given the same arrays.
+"""The cases: a model, its batches and the training settings. Every trainer gets the same arrays.
 
 The real case is SmolLM2-135M-Instruct on the geography questions, read by mlx_impl's own loader and
-tokenizer; the others have random weights and random tokens. In those a row is prompt first, targets last.
+tokenizer. The others have random weights and random tokens; their rows begin with the prompt and end with
+the targets.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class Case:
     name: str
     model: ModelConfig | None  # None: SmolLM2-135M-Instruct and the geography questions
     batch_size: int = 4
-    tokens: int = 0  # inputs a row; of the geography questions as many as they have
+    tokens: int = 0  # inputs per row; unused for the geography questions
     target_share: float = 1.0  # of the positions of a row
     rank: int = 8
-    dtype: str = "float32"  # of the base
+    dtype: str = "float32"  # of the frozen weights
     checkpointed: bool = False
-    micro_batches: int = 1  # batches an update
-    num_windows: int = 1  # different updates, taken in turn
+    micro_batches: int = 1  # per update
+    num_windows: int = 1  # different updates, repeated in a cycle
     needs_gpu: bool = False
 
     @property

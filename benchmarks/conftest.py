@@ -1,8 +1,8 @@
-"""`pytest --benchmark`: the benchmarks, gated, and nothing else. Without the option they are skipped.
+"""`pytest --benchmark` runs and gates the benchmarks only. Without the option they are skipped.
 
-pytest-benchmark is the harness; its own gate (`--benchmark-compare-fail`) compares seconds of two runs, which
-a busy machine fails, so it is left off. The gates are assertions on ratios of one run, and an absolute
-baseline of this machine that warns (`--benchmark-strict` makes it fail).
+pytest-benchmark is the harness. Its own gate (`--benchmark-compare-fail`) compares seconds of two runs and
+fails on a busy machine, so it stays off. The gates are assertions on ratios within one run, and this
+machine's earlier times, which warn (`--benchmark-strict` makes them fail).
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from benchmarks.replay import CLOCK, replay
 HERE = Path(__file__).parent
 BASELINES = pytest.StashKey[Baselines]()
 SLOWER = pytest.StashKey[list[str]]()
-BUSY = 0.5  # a load above it means that others want the cores
+BUSY = 0.5  # load above which other programs are using the cores
 
 Record = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmark")
-    group.addoption("--benchmark", action="store_true", help="run the benchmarks alone, and gate them")
+    group.addoption("--benchmark", action="store_true", help="run only the benchmarks, gated")
     group.addoption(
-        "--benchmark-strict", action="store_true", help="fail what is slower than on this machine before"
+        "--benchmark-strict",
+        action="store_true",
+        help="fail if a benchmark is slower than before",
     )
     group.addoption(
-        "--benchmark-new-baseline", action="store_true", help="this machine's seconds are those of this run"
+        "--benchmark-new-baseline",
+        action="store_true",
+        help="let this run's times replace the earlier ones",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before pytest-benchmark's own, which comes last and reads these options."""
+    """Runs before pytest-benchmark's hook, which reads these options."""
     option = config.option
     if not option.benchmark:
         option.benchmark_skip = not option.benchmark_only
@@ -63,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def record(benchmark: Any, request: pytest.FixtureRequest) -> Record:
-    """record(seconds, **what else the JSON should say): into the report, and beside this machine's past."""
+    """record(seconds, **extra): into the report and its JSON; warns if slower than before on this machine."""
     config = request.config
 
     def record(seconds: list[float], **extra_info: object) -> None:
@@ -81,13 +85,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     load = os.getloadavg()[0]
     if not config.option.benchmark or load <= BUSY:
         return []
-    return [f"benchmarks: the load is {load:.1f}, others want the cores; times will be of a busy machine"]
+    return [f"benchmarks: the load is {load:.1f}, other programs are using the cores: times will be noisy"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     slower = terminalreporter.config.stash.get(SLOWER, [])
     if slower:
-        terminalreporter.section("slower than on this machine before (a warning)")
+        terminalreporter.section("slower than before on this machine (a warning)")
         for line in slower:
             terminalreporter.line(line)
 

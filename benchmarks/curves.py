@@ -1,6 +1,6 @@
-"""How seconds and bytes of our step grow with one thing at a time, all else as in the case `small`.
+"""How a step's time and memory grow with one quantity at a time, the rest as in the case `small`.
 
-The points of a curve take turns like any sides, each in a process of its own.
+The points of a curve take turns like different trainers, each in its own process.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def varied(name: str, axis: str, field: str, values: Sequence[float]) -> Curve:
 CURVES = {
     curve.name: curve
     for curve in (
-        varied("tokens", "tokens a row (4 rows)", "tokens", [32, 64, 128, 256, 512]),
+        varied("tokens", "tokens per row (4 rows)", "tokens", [32, 64, 128, 256, 512]),
         varied("rank", "rank of the adapter", "rank", [2, 8, 16, 32, 64]),
         varied("targets", "share of positions that are targets", "target_share", [1 / 16, 1 / 4, 1 / 2, 1.0]),
-        varied("micro-batches", "micro-batches an update", "micro_batches", [1, 2, 4, 8]),
+        varied("micro-batches", "micro-batches per update", "micro_batches", [1, 2, 4, 8]),
     )
 }
 
@@ -75,7 +75,7 @@ def picture(curve: Curve, folder: Path = PICTURES) -> Path:
 
 
 def draw(curve: Curve, points: Sequence[Point], folder: Path = PICTURES) -> Path:
-    """Both against the axis, from zero, so that a straight line through it is seen as one."""
+    """Writes the chart. Axes start at zero, so proportional growth is a line through the origin."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

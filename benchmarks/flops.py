@@ -1,11 +1,11 @@
-"""How much arithmetic a step needs, and what share of the machine's it gets.
+"""The model FLOPs of a step and the model FLOPs utilization (MFU).
 
-A matrix of P weights takes 2P FLOPs a position forward, and backward 2P for the gradient of its input and
-2P for its own: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the utilisation (MFU). A
-frozen matrix needs no gradient of its own, so LoRA's step takes 4P; only the factors take 6. Attention is
-PaLM's 12 L H K T a position, since its inputs do train. The head is needed only at targets, the blocks at
-tokens. What an implementation does beyond that (padding, recomputing) is no model FLOP, and counts as time;
-what it saves because rows begin alike is one all the same, so that all sides are counted alike.
+Per position, a matrix of P weights takes 2P FLOPs forward, 2P for the gradient of its input and 2P for its
+own gradient: the 6P of Chowdhery et al. 2022, "PaLM", appendix B, which defines the MFU. A frozen matrix
+needs no gradient of its own, so a LoRA step takes 4P, and 6P only for the factors. Attention takes PaLM's
+12 L H K T, because its inputs are trained. The head counts at targets, the blocks at tokens. Extra work
+(padding, recomputation) adds no model FLOPs, only time. A shared prefix counts in every row, even for a
+trainer that computes it once, so that all trainers are measured alike.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from mlx_impl.config import ModelConfig
 from mlx_impl.data import Batch, Window
 
-MATMUL_SIZES = {False: 1536, True: 8192}  # rows and columns of the square that measures the rate; on a GPU?
+MATMUL_SIZES = {False: 1536, True: 8192}  # is it a GPU -> size of the square matrices that measure the rate
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one update is given, the mean over a case's updates."""
+    """The work of one update, averaged over a case's updates."""
 
-    num_positions: int  # inputs, padding included
-    num_tokens: int  # inputs, padding left out
-    num_distinct: int  # of these what a target sees, and what several rows begin with once
+    num_positions: int  # with padding
+    num_tokens: int  # without padding
+    num_distinct: int  # tokens that a target depends on, a shared prefix counted once
     num_targets: int
-    num_pairs: int  # of a query and a key in one row: the sum of T^2 over rows
+    num_pairs: int  # query-key pairs: the sum of T^2 over rows
 
 
 def work_of(windows: Sequence[Window]) -> Work:
@@ -45,7 +45,7 @@ def work_of(windows: Sequence[Window]) -> Work:
 
 
 def distinct_histories(batch: Batch) -> set[bytes]:
-    """Of each slot that a target sees its row up to it: on that alone do its hidden states depend."""
+    """The prefixes of rows that end at or before a target. A hidden state depends on its prefix only."""
     segment_BT = np.zeros_like(batch.inputs_BT) if batch.segment_BT is None else batch.segment_BT
     row_BT2 = np.stack([batch.inputs_BT, segment_BT], axis=-1)
     return {
@@ -57,13 +57,13 @@ def distinct_histories(batch: Batch) -> set[bytes]:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Of one update, by part."""
+    """FLOPs of one update, by part."""
 
     blocks: int  # 4P of the linears
     factors: int  # 6P of A and B
     attention: int
     head: int  # 4P at the targets
-    repeated: int  # of blocks and factors, what is the same in several rows, or unseen
+    repeated: int  # the share of blocks and factors that repeats a shared prefix or that no target depends on
 
     @property
     def total(self) -> int:
@@ -71,7 +71,7 @@ class StepFlops:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of the seven linears of a block."""
+    """(in, out) of the seven linears of a block, by name."""
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     query, shared = config.num_attention_heads * K, config.num_key_value_heads * K
     return {
@@ -100,10 +100,10 @@ def step_flops(config: ModelConfig, rank: int, work: Work) -> StepFlops:
 
 
 def matmul_rate(is_gpu: bool, seconds: float) -> float:
-    """FLOPs a second of the square multiplication that took so long."""
+    """FLOPs per second of the square matrix multiplication that took `seconds`."""
     return 2.0 * MATMUL_SIZES[is_gpu] ** 3 / seconds
 
 
 def utilisation(flops: int, seconds: float, rate: float) -> float:
-    """MFU: the share of the measured matmul rate that the step's model FLOPs had."""
+    """MFU = model FLOPs / (seconds * matmul rate)."""
     return flops / (seconds * rate)

@@ -1,10 +1,9 @@
-"""Whether one step is slower than it may be beside another, told from pairs of times of one run.
+"""Decides whether step a is slower than allowed beside step b, from paired times of one run.
 
-The statistic is the median over pairs of log(a / b), its interval the bootstrap's percentiles (Efron 1979,
-"Bootstrap Methods"). Absolute seconds are no part of it: what slows the machine slows both of a pair.
-Only the lower end of the interval can fail, and only above the committed ratio times SLACK, so noise widens
-the interval and fails nothing. A failure is measured once more, with more pairs, before it is believed; so
-is what was too noisy to tell.
+The statistic is the median over pairs of log(a / b), with the percentile interval of the bootstrap (Efron
+1979, "Bootstrap Methods"). Load that slows the machine slows both steps of a pair, so the ratio stays. The
+gate fails only if the lower end of the interval exceeds the committed ratio times SLACK; noise widens the
+interval and so fails nothing. A failure, or a limit inside the interval, is measured again with more pairs.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 Seconds = Sequence[float] | np.ndarray
-Measure = Callable[[int], tuple[Seconds, Seconds]]  # so many pairs -> the seconds of both sides
+Measure = Callable[[int], tuple[Seconds, Seconds]]  # number of pairs -> seconds of a and of b
 
-SLACK = 1.10  # how far above the committed ratio is still no regression
+SLACK = 1.10  # times the committed ratio: up to here it is no regression
 CONFIDENCE = 0.95
-RETRY = 3  # times as many pairs in the second measurement
+RETRY = 3  # the second measurement has this many times the pairs
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,17 @@ class Verdict:
 
     @property
     def record(self) -> dict[str, object]:
-        """For a program."""
+        """The verdict as JSON values."""
         interval = [self.ratio.low, self.ratio.high]
         pairs = self.ratio.num_pairs
         return {"ratio": self.ratio.median, "interval": interval, "pairs": pairs, "at_most": self.at_most}
 
     @property
     def sentence(self) -> str:
-        relation = "exceeds" if self.is_failure else "keeps"
+        relation = "exceeds" if self.is_failure else "is within"
         return (
             f"the ratio {self.ratio} of {self.ratio.num_pairs} pairs {relation} "
-            f"at most {self.at_most:.2f}, with a slack of {SLACK:.2f}"
+            f"the limit of at most {self.at_most:.2f}, with a slack factor of {SLACK:.2f}"
         )
 
 
@@ -83,10 +82,10 @@ def is_positive(seconds_N: np.ndarray) -> bool:
 
 
 def judge(measure: Measure, at_most: float, num_pairs: int) -> Verdict:
-    """The verdict on a / b after one measurement, or two, or three.
+    """The verdict on a / b after one to three measurements.
 
-    What fails is measured again, and judged on the new pairs alone. Where the limit lies within the interval
-    the pairs were too few to tell: they are judged with the new ones, and once more so.
+    A failure is measured again and judged on the new pairs only. If the limit lies within the interval, more
+    pairs are added to the old ones, at most twice.
     """
     first = measure(num_pairs)
     verdict = Verdict(ratio_of(*first), at_most)

@@ -1,4 +1,4 @@
-"""Two cases of ours in one process, in turn: what one costs over the other."""
+"""How many times the step time of a small case a large one takes: both in turn in one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Growth:
 
 
 def judge_growth(large: Case, small: Case, at_most: float) -> Growth:
-    """Whether a step of `large` takes at most so many times one of `small`."""
+    """Whether a step of `large` takes at most `at_most` times one of `small`."""
     from .contestants.ours import Ours
     from .inputs import read_inputs
 

@@ -1,6 +1,6 @@
-"""The arrays of a case: configuration, base weights, and the batches of its updates. NumPy out.
+"""The arrays of a case in NumPy: configuration, base weights, and the batches of its updates.
 
-Imports MLX to read the real model, so it belongs into a process that has chosen its BLAS.
+Imports MLX to read the real model, so import this only after the BLAS is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_impl.model import CausalLM
 from .cases import GEOGRAPHY, Case
 
 WEIGHT_SCALE = 0.02  # standard deviation of random weights
-BLOCK = 1 << 20  # numbers drawn; larger arrays repeat them, because a billion would take long to draw
+BLOCK = 1 << 20  # random numbers drawn; larger arrays repeat them, because drawing a billion takes long
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_inputs(case: Case) -> Inputs:
 
 
 def geography(case: Case) -> Inputs:
-    """The real model and questions. The loaders are imported here: random cases do without their packages."""
+    """The real model and questions. The loaders are imported here, because random cases do not need them."""
     from mlx_impl.files.checkpoint import load_model, to_numpy
     from mlx_impl.text.examples import encode_all
     from mlx_impl.text.rows import read_conversations
@@ -47,7 +47,7 @@ def geography(case: Case) -> Inputs:
 
 
 def random_windows(case: Case, config: ModelConfig) -> list[Window]:
-    """Rows without padding, of which the last `target_share` are targets."""
+    """Rows without padding; the last `target_share` of each are targets."""
     random = np.random.default_rng(0)
     num_targets = round(case.target_share * case.tokens)
     is_target = (False,) * (case.tokens + 1 - num_targets) + (True,) * num_targets
@@ -62,7 +62,7 @@ def random_windows(case: Case, config: ModelConfig) -> list[Window]:
 
 
 def random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Normal numbers, norms one: a model whose numbers stay in range."""
+    """Normal random numbers, and ones for the norms, so that activations stay in range."""
     block = WEIGHT_SCALE * np.random.default_rng(1).standard_normal(BLOCK, dtype=np.float32)
     shapes = {name: array.shape for name, array in tree_flatten(CausalLM(config).parameters())}
     return {

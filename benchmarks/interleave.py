@@ -1,7 +1,7 @@
-"""Sides take turns, forwards and then backwards (ABBA, ABCCBA), so that drift hits all alike.
+"""Steps taken in turn, forwards and then backwards (ABBA, ABCCBA), so that drift affects all sides alike.
 
-Round k's times of two sides are a pair. A side is a function that does one step, waits until it is done, and
-returns its seconds: `timed` makes one of a step in this process, `worker.Side.seconds` is one in another.
+The times of two sides in round k form a pair. A side is a function that does one step, waits for it and
+returns its seconds: `timed` makes one from a step in this process, `worker.Side.seconds` is one in another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def timed(step: Callable[[], object]) -> Timed:
 
 
 def interleave(sides: Mapping[Name, Timed], num_rounds: int) -> dict[Name, list[float]]:
-    """The seconds of each side, one a round."""
+    """The seconds of each side, one per round."""
     seconds: dict[Name, list[float]] = {name: [] for name in sides}
     for round_ in range(num_rounds):
         order = list(sides) if round_ % 2 == 0 else list(sides)[::-1]
@@ -36,6 +36,6 @@ def interleave(sides: Mapping[Name, Timed], num_rounds: int) -> dict[Name, list[
 
 
 def abba(a: Timed, b: Timed, num_pairs: int) -> tuple[list[float], list[float]]:
-    """What `gate.judge` measures with."""
+    """The paired seconds that `gate.judge` needs."""
     seconds = interleave({"a": a, "b": b}, num_pairs)
     return seconds["a"], seconds["b"]

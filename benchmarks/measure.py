@@ -1,4 +1,4 @@
-"""One run: the sides of a case take turns, and what came out, in a form that a table and a test can read."""
+"""One run: the trainers of a case take turns. The result serves the table and the tests."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .interleave import interleave
 from .peak import Peak
 from .worker import Hello, Side
 
-RATE = "matmul"  # the contestant that measures what the machine can do
+RATE = "matmul"  # the contestant that measures the machine's matmul rate
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one side did."""
+    """Times and memory of one trainer."""
 
     name: str
-    seconds: list[float]  # of each step, warm
+    seconds: list[float]  # of each step after warm-up
     first_step_seconds: float
     first_loss_nats: float
     peak: Peak
@@ -44,18 +44,18 @@ class Run:
     case: Case
     work: Work
     flops: StepFlops
-    rate: float  # FLOPs a second of a matrix multiplication, measured between the steps
-    load: float  # processes that wanted a core in the minute before
+    rate: float  # FLOPs per second of a matrix multiplication, measured between the steps
+    load: float  # load average over the minute before
     results: dict[str, Result]
 
     @property
     def floor_seconds(self) -> float:
-        """The step if it were nothing but matrix multiplication at the measured rate."""
+        """The step's model FLOPs at the measured matmul rate."""
         return self.flops.total / self.rate
 
     @property
     def floor_seconds_of_distinct(self) -> float:
-        """The same where what rows repeat is computed once."""
+        """The same with shared prefixes computed once."""
         return (self.flops.total - self.flops.repeated) / self.rate
 
     def ratio(self, name: str, other: str) -> Ratio:
@@ -75,18 +75,18 @@ class Run:
 def opened(
     names: Sequence[str], case: Case, environment: dict[str, str] | None = None
 ) -> Iterator[dict[str, Side]]:
-    """The sides, each past its first step; closed at the end."""
+    """One `Side` per name, each past its first step; closed at the end."""
     with ExitStack() as stack:
         yield {name: stack.enter_context(Side(name, case, environment)) for name in names}
 
 
 def warm_up(sides: dict[str, Side], case: Case) -> None:
-    """Every update once, so that each shape has been met; the first is done."""
+    """Does every update once, so that every batch shape has been compiled."""
     interleave({name: side.seconds for name, side in sides.items()}, case.num_windows)
 
 
 def measure(case: Case, names: Sequence[str], num_steps: int) -> Run:
-    """`num_steps` warm steps of each side in turn, then its peak over all the case's updates."""
+    """`num_steps` steps of each trainer in turn after warm-up, then its peak over all the case's updates."""
     load = os.getloadavg()[0]
     with opened([*names, RATE], case) as sides:
         warm_up(sides, case)
@@ -99,7 +99,7 @@ def measure(case: Case, names: Sequence[str], num_steps: int) -> Run:
 
 
 def measure_as_installed(case: Case, num_steps: int = 2) -> Run:
-    """Ours beside mlx-lm where nobody has given MLX a BLAS: it takes its own; ours finds one. A few steps."""
+    """Ours, which finds a fast BLAS, beside mlx-lm with the slow BLAS that MLX ships. A few steps."""
     load = os.getloadavg()[0]
     own_blas = {"MLX_IMPL_BLAS": "off"}
     with opened(["ours", RATE], case) as sides, opened(["mlx-lm"], case, own_blas) as slow:

@@ -1,16 +1,16 @@
-"""Where memory goes: the peak of a step from its shapes, term by term, to be held against what was measured.
+"""A model of a step's peak memory, computed from its shapes term by term and compared with the allocator.
 
     peak = base + trained + max(backward, update)
-    backward = what L blocks keep + max(the head, what one block's backward pass works with)
-    backward, checkpointed = L inputs + max(the head, one block made again and its backward pass)
-    update   = the new factors and moments beside the old ones, the gradients, and what the arithmetic needs
+    backward = what L blocks keep + max(the head, the working set of one block's backward pass)
+    backward, checkpointed = L inputs + max(the head, one block recomputed and its backward pass)
+    update   = new factors and moments beside the old ones, gradients, intermediate results
 
-The tables below are the model. They list what MLX keeps, and whoever changes what is kept edits a line:
-`python -m benchmarks memory` prints them with the bytes of a case. A tensor is kept when the gradient of
-something needs it: the factors need the input of every linear, a product needs its other side, a norm its
-input. A frozen weight needs nothing, so the output of a linear is kept only where something else wants it.
-Checkpointing (Chen et al. 2016, "Sublinear Memory Cost") keeps a block's input alone, and one block at a time
-whole. No term depends on how many steps were done.
+The tables below are the model. They list the tensors that MLX keeps for the backward pass; if a change keeps
+other tensors, edit their lines. `python -m benchmarks memory` prints them with the bytes of a case. A tensor
+is kept if some gradient needs it: factors need the input of their linear, a product needs both operands, a
+norm needs its input. A frozen weight needs no gradient, so the output of a linear is kept only if something
+else needs it. Gradient checkpointing (Chen et al. 2016, "Sublinear Memory Cost") keeps only the input of each
+block, and one whole block at a time. No term depends on the number of steps.
 """
 
 from __future__ import annotations
@@ -22,70 +22,70 @@ from mlx_impl.config import ModelConfig
 
 from .flops import linear_shapes
 
-CHUNK_LOGITS = 2**25  # that of mlx_impl/loss.py, which cannot be imported before a BLAS is chosen
+CHUNK_LOGITS = 2**25  # as in mlx_impl, which cannot be imported before the BLAS is loaded; a test compares
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Kept:
-    """`count` tensors of prod(`axes`) numbers a position; the axes are letters of `sizes`."""
+    """`count` tensors of prod(`axes`) numbers per position; the axes are letters of `Shapes.sizes`."""
 
     what: str
-    axes: str  # D width, Q all queries, G all keys, H heads, S keys seen, F ffn, V vocabulary, R rank, 1
+    axes: str  # D width, Q all queries, G all keys, H heads, S keys, F ffn, V vocabulary, R rank, 1
     count: float
     why: str
 
 
-ATTENTION = (  # of every position of a row, padding too
-    Kept("q, turned", "Q", 1, "scores: the gradient of k"),
-    Kept("k and v, turned", "G", 2, "scores and mix: the gradients of q and of the weights"),
-    Kept("attention weights", "HS", 1, "softmax and mix; a fused kernel on a GPU keeps none"),
+ATTENTION = (  # at every position of a row, padding included
+    Kept("q, rotated", "Q", 1, "gradient of k"),
+    Kept("k (rotated) and v", "G", 2, "gradients of q and of the attention weights"),
+    Kept("attention weights", "HS", 1, "gradients of softmax and v; a fused GPU kernel keeps none"),
 )
-BEFORE = (  # of the positions that a target sees (mlx_impl/fast/layout.py)
-    Kept("x, before attention", "D", 1, "the norm's input"),
-    Kept("its norm", "D", 1, "the input of A in q, k, v"),
-    Kept("A x of q, k, v", "R", 3, "the gradient of B"),
-    Kept("1 / root mean square of x", "1", 1, "the norm's own scale"),
+BEFORE = (  # before attention, at the positions that a target depends on
+    Kept("x", "D", 1, "gradient of the norm"),
+    Kept("normalized x", "D", 1, "gradient of A in q, k, v"),
+    Kept("A x in q, k, v", "R", 3, "gradient of B"),
+    Kept("1 / root mean square of x", "1", 1, "gradient of the norm"),
 )
-AFTER = (  # of the same, but in the last block of the targets alone
-    Kept("mix of the values", "Q", 1, "the input of A in o"),
-    Kept("x, before the feed-forward", "D", 1, "the norm's input"),
-    Kept("its norm", "D", 1, "the input of A in gate, up"),
-    Kept("1 / root mean square of x", "1", 1, "the norm's own scale"),
-    Kept("gate and up", "F", 2, "each a side of a product"),
-    Kept("sigmoid(gate)", "F", 1, "the gradient of silu; a GPU makes it again instead"),
-    Kept("A x of o, gate, up, down", "R", 4, "the gradient of B"),
+AFTER = (  # after attention, at the same positions; in the last block at targets only
+    Kept("attention output", "Q", 1, "gradient of A in o"),
+    Kept("x", "D", 1, "gradient of the norm"),
+    Kept("normalized x", "D", 1, "gradient of A in gate, up"),
+    Kept("1 / root mean square of x", "1", 1, "gradient of the norm"),
+    Kept("gate and up", "F", 2, "gradients of their product"),
+    Kept("sigmoid(gate)", "F", 1, "gradient of silu; recomputed on a GPU"),
+    Kept("A x in o, gate, up, down", "R", 4, "gradient of B"),
 )
-HEAD = (  # of target positions, rounded up as `data.bucket_size` says
-    Kept("the last hidden state there", "D", 1, "what the head reads"),
-    Kept("its gradient", "D", 1, "what the head's chunk gives"),
-    Kept("logits, shifted, their exponentials, gradient", "V", 4, "of one chunk: loss.py has at most 2**25"),
+HEAD = (  # at targets, their number rounded up to a shape bucket
+    Kept("last hidden state at targets", "D", 1, "input of the head"),
+    Kept("its gradient", "D", 1, "formed with the loss, chunk by chunk"),
+    Kept("logits, shifted logits, exponentials, gradient", "V", 4, "one chunk: at most 2**25 logits"),
 )
 TRAINED = (  # copies of all factors
-    Kept("factors, first and second moments", "T", 3, "the state"),
-    Kept("the same before the last update", "T", 3, "guard.py: the last state known to be sound"),
+    Kept("factors, first and second moments", "T", 3, "training state"),
+    Kept("the same, before the last update", "T", 3, "rollback to the last finite state"),
 )
 UPDATE = (
-    Kept("gradients", "T", 1, "of the whole update"),
-    Kept("new factors and moments", "T", 3, "MLX changes no array, it makes new ones"),
-    Kept("terms of Adam's sums", "T", 7, "eager arithmetic on whole vectors"),
+    Kept("gradients", "T", 1, "of all factors"),
+    Kept("new factors and moments", "T", 3, "MLX arrays are immutable"),
+    Kept("intermediate results of Adam", "T", 7, "eager arithmetic on whole vectors"),
 )
-CHECKPOINTED_BLOCK = (Kept("x, before the block", "D", 1, "where recomputing starts"),)
-# How many blocks' worth a backward pass works with at once, and Adam's 7 above, are measured, not derived.
+CHECKPOINTED_BLOCK = (Kept("input of the block", "D", 1, "start of the recomputation"),)
+# Fitted to measurements, not derived: the working set of a backward pass in blocks, and Adam's 7 above.
 WORKING_BLOCKS = 1.0
 RECOMPUTED_BLOCKS = 2.2
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the numbers of a step follow from."""
+    """The sizes that determine a step's memory."""
 
     config: ModelConfig
     rank: int
     rows: int  # of the largest batch
-    tokens: int  # a row
-    seen: int  # positions that a target sees
-    targets: int  # positions that the head reads
+    tokens: int  # per row
+    needed: int  # positions that a target depends on, a shared prefix counted once
+    targets: int  # positions at which the head is computed
     dtype: str = "float32"
     checkpointed: bool = False
 
@@ -125,12 +125,12 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes at the peak, by where they are."""
+    """Bytes at the peak, by part."""
 
     base: int
     trained: int
     blocks: int  # kept for the backward pass
-    working: int  # of the backward pass itself, the head's logits included
+    working: int  # working set of the backward pass, including the head's logits
     update: int
 
     @property
@@ -143,15 +143,15 @@ def numbers(table: tuple[Kept, ...], sizes: dict[str, int]) -> float:
 
 
 def kept_of_a_block(shapes: Shapes, after: int) -> float:
-    """Bytes; what comes after attention is kept of `after` positions."""
-    parts = ((ATTENTION, shapes.positions), (BEFORE, shapes.seen), (AFTER, after))
+    """Bytes kept by one block, with `after` positions computed after attention."""
+    parts = ((ATTENTION, shapes.positions), (BEFORE, shapes.needed), (AFTER, after))
     return BYTES[shapes.dtype] * sum(num * numbers(table, shapes.sizes) for table, num in parts)
 
 
 def budget_of(shapes: Shapes) -> Budget:
     sizes, width, L = shapes.sizes, BYTES[shapes.dtype], shapes.config.num_hidden_layers
-    block, last = (kept_of_a_block(shapes, after) for after in (shapes.seen, shapes.targets))
-    inputs = L * width * shapes.seen * numbers(CHECKPOINTED_BLOCK, sizes)
+    block, last = (kept_of_a_block(shapes, after) for after in (shapes.needed, shapes.targets))
+    inputs = L * width * shapes.needed * numbers(CHECKPOINTED_BLOCK, sizes)
     head = width * min(shapes.targets, CHUNK_LOGITS // shapes.config.vocab_size) * numbers(HEAD, sizes)
     backward = block * (RECOMPUTED_BLOCKS if shapes.checkpointed else WORKING_BLOCKS)
     return Budget(

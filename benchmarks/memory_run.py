@@ -1,4 +1,4 @@
-"""A case's peak memory, measured in this process, beside the model's; and over many steps."""
+"""A case's measured peak memory beside the model's, and the peak over many steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .interleave import timed
 from .memory import Budget, Shapes, budget_of
 from .peak import Peak, measured_peak
 
-TRIES = 10  # at a milestone
+TRIES = 10  # per milestone
 
 
 @dataclass(frozen=True)
-class Held:
-    """A measured peak against the model's."""
+class Comparison:
+    """A measured peak and the model's."""
 
     measured: Peak
     seconds: list[float]
@@ -26,11 +26,11 @@ class Held:
 
     @property
     def error(self) -> float:
-        """How far the model is off, of the measured peak."""
+        """The model's error, relative to the measured peak."""
         return self.budget.peak_bytes / self.measured.peak_bytes - 1
 
 
-def held_against_model(case: Case) -> Held:
+def compare_with_model(case: Case) -> Comparison:
     from .contestants.ours import Ours
     from .inputs import read_inputs
     from .shapes import shapes_of
@@ -39,13 +39,13 @@ def held_against_model(case: Case) -> Held:
     shapes = shapes_of(case, inputs)
     side = Ours(inputs, case, compiled=False)
     inputs.weights.clear()
-    seconds = [timed(side.step)() for _ in range(2)]  # after the second, guard.py holds two different states
-    return Held(measured_peak(side.step, "mlx", case.num_windows), seconds, shapes, budget_of(shapes))
+    seconds = [timed(side.step)() for _ in range(2)]  # only now the rollback copy differs from the state
+    return Comparison(measured_peak(side.step, "mlx", case.num_windows), seconds, shapes, budget_of(shapes))
 
 
 @dataclass(frozen=True)
 class Milestone:
-    """A stretch of steps that ends at `step`."""
+    """The stretch of steps that ends at `step`."""
 
     step: int
     peak: Peak
@@ -55,8 +55,8 @@ class Milestone:
 def long_run(case: Case, milestones: list[int], stretch: int) -> list[Milestone]:
     """Steps over batches of `stretch` different lengths; the same batches before every milestone.
 
-    There the steps of all lengths are measured, and then a few times more: what another thread frees late
-    only adds to a peak, so the least counts. The cache is never cleared, as it is not in training.
+    At a milestone the stretch is measured TRIES times and the least peak counts, because memory that another
+    thread frees late only adds to a peak. The cache is never cleared, as in training.
     """
     from .contestants.ours import Ours
     from .inputs import Inputs, random_weights, random_windows

@@ -1,7 +1,7 @@
-"""Fast paths beside their plain twins: a registry. Whoever adds a fast path adds a line.
+"""Fast paths beside their plain twins: a registry. A new fast path gets a line here.
 
-A pair is two steps that compute the same; the fast one must not be slower than its committed share of the
-plain one. Both are built and timed in one process. That they agree is the tests' and the ladder's to say.
+A pair is two steps with the same result. The fast one may take at most a committed share of the plain one's
+time. Both are timed in one process. That their results agree is tested elsewhere (tests/units, tests/ladder).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ NUM_PAIRS = 20
 
 @dataclass(frozen=True)
 class Pair:
-    build: Callable[[], tuple[Step, Step]]  # (fast, plain), each blocking until it is done
-    at_most: float  # seconds of the fast one over seconds of the plain one
+    build: Callable[[], tuple[Step, Step]]  # (fast, plain), each blocks until it is done
+    at_most: float  # seconds of the fast step / seconds of the plain one
     why: str
 
 
@@ -47,7 +47,7 @@ def gradients(function: Callable[..., Any], *arrays: Any) -> Step:
 
 
 def attention_of_short_rows() -> tuple[Step, Step]:
-    """Heads and width of SmolLM2, four rows of 56."""
+    """Attention and its gradients: heads and width of SmolLM2, four rows of 56."""
     import mlx.core as mx
 
     from mlx_impl import ops
@@ -62,7 +62,7 @@ def attention_of_short_rows() -> tuple[Step, Step]:
 
 
 def head_at_targets() -> tuple[Step, Step]:
-    """Loss and its gradient by the hidden state, where a quarter of the positions are targets."""
+    """Loss and its gradient by the hidden state; a quarter of the positions are targets."""
     import mlx.core as mx
 
     from mlx_impl.loss import next_token_nats
@@ -83,7 +83,7 @@ def head_at_targets() -> tuple[Step, Step]:
 
 
 def gate_and_up() -> tuple[Step, Step]:
-    """silu(gate) * up and both gradients, over a block of SmolLM2."""
+    """silu(gate) * up and both gradients, at the width of SmolLM2."""
     import mlx.core as mx
 
     from mlx_impl import ops
@@ -97,7 +97,7 @@ def gate_and_up() -> tuple[Step, Step]:
 
 
 def linears_of_one_input() -> tuple[Step, Step]:
-    """Queries, keys and values of SmolLM2's width, with the gradients of input and factors."""
+    """Queries, keys and values at the width of SmolLM2, with the gradients of the factors."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -141,7 +141,7 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
 
 
 def rows_of_unequal_lengths() -> tuple[Step, Step]:
-    """Loss and gradients of a small model; of the slots of four rows half are padding."""
+    """Loss and gradients of a small model on four rows, half of whose positions are padding."""
     import mlx.nn as nn
 
     from mlx_impl.config import LoRAConfig
@@ -160,7 +160,7 @@ def rows_of_unequal_lengths() -> tuple[Step, Step]:
 
 
 def rows_with_one_system_prompt() -> tuple[Step, Step]:
-    """Loss and gradients of SmolLM2 on four geography questions, which begin alike for 29 tokens."""
+    """Loss and gradients of SmolLM2 on four geography questions with a shared prefix of 29 tokens."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -185,15 +185,15 @@ def rows_with_one_system_prompt() -> tuple[Step, Step]:
 
 
 PAIRS = {
-    "padding": Pair(rows_of_unequal_lengths, at_most=0.75, why="what no target sees is not computed"),
-    "one-prompt": Pair(
-        rows_with_one_system_prompt, at_most=0.80, why="what rows begin with is computed once"
+    "padding": Pair(rows_of_unequal_lengths, at_most=0.75, why="skips positions that no target depends on"),
+    "one-prompt": Pair(rows_with_one_system_prompt, at_most=0.80, why="computes a shared prefix once"),
+    "attention": Pair(
+        attention_of_short_rows, at_most=1.0, why="query heads that share keys: rows of one product"
     ),
-    "attention": Pair(attention_of_short_rows, at_most=1.0, why="heads that share keys as rows of a product"),
-    "head-at-targets": Pair(head_at_targets, at_most=0.35, why="prompts and padding need no logits"),
-    "gated": Pair(gate_and_up, at_most=1.0, why="the exponential is taken once, and no sum twice"),
-    "projection": Pair(linears_of_one_input, at_most=1.0, why="sums formed by the matmuls, one A"),
-    "head-nats": Pair(head_and_loss_in_one, at_most=1.0, why="softmax and gradient of the same exponentials"),
+    "head-at-targets": Pair(head_at_targets, at_most=0.35, why="no logits for prompts and padding"),
+    "gated": Pair(gate_and_up, at_most=1.0, why="takes the exponential once for value and gradient"),
+    "projection": Pair(linears_of_one_input, at_most=1.0, why="one product for all A; addmm adds the update"),
+    "head-nats": Pair(head_and_loss_in_one, at_most=1.0, why="loss and gradient from the same exponentials"),
 }
 
 
@@ -204,7 +204,7 @@ class Judged:
 
 
 def judge_pair(name: str) -> Judged:
-    """In this process, which must have its BLAS."""
+    """Times the pair in this process, whose BLAS must be loaded already."""
     pair = PAIRS[name]
     fast_step, plain_step = (timed(step) for step in pair.build())
     for _ in range(3):

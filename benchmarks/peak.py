@@ -1,4 +1,4 @@
-"""Peak memory of a step, as the allocator counted it. Each side is measured in a process of its own."""
+"""Peak memory of a step as the allocator counts it. Each trainer is measured in its own process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 class Peak:
     peak_bytes: int  # the highest during the steps
     active_bytes: int  # held between steps
-    cache_bytes: int  # kept by the allocator for later; 0 where it is not told
+    cache_bytes: int  # freed buffers that the allocator keeps; 0 where it does not report them
 
 
 def measured_peak(step: Callable[[], object], whose: str, num_steps: int) -> Peak:
-    """Of so many steps; `whose` says which framework's allocator is asked, "mlx" or "torch"."""
+    """The peak over `num_steps` steps; `whose` allocator to ask: "mlx" or "torch"."""
     return {"mlx": peak_of_mlx, "torch": peak_of_torch}[whose](step, num_steps)
 
 
@@ -30,7 +30,7 @@ def peak_of_mlx(step: Callable[[], object], num_steps: int) -> Peak:
 
 
 def peak_of_torch(step: Callable[[], object], num_steps: int) -> Peak:
-    """On a GPU its allocator's; on a CPU it counts nothing, and the process's resident bytes stand in."""
+    """On a GPU the allocator's peak. On a CPU PyTorch counts no bytes: the process's resident memory."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Seconds that were measured in turn with others', handed to pytest-benchmark as if it had measured them.
+"""Reports seconds that were measured in turn to pytest-benchmark, as if it had measured them itself.
 
-pytest-benchmark times one function after another; what is compared here must alternate. So its timer is a
-clock that stands still until a measured time is played to it.
+pytest-benchmark times one function after another, but compared steps must alternate. So its timer is a clock
+that moves only when a measured time is replayed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shapes of a case that its memory follows from: those of the batch that needs most."""
+"""The `Shapes` of a case: those of the batch that needs the most memory."""
 
 from __future__ import annotations
 

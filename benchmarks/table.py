@@ -1,4 +1,4 @@
-"""A run as a table: for a terminal, for a document, for a program."""
+"""A run as a table for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .gate import Ratio
 from .measure import Run
 
 HEADINGS = ("trainer", "step", "ours / its", "tokens/s", "targets/s", "first step", "peak", "MFU")
-BUSY = 0.5  # a load above it means that others want the cores
-PIPED_WIDTH = 120  # of what is no terminal
+BUSY = 0.5  # load above which other programs are using the cores
+PIPED_WIDTH = 120  # columns if the output is no terminal
 
 
 def rows(run: Run) -> list[tuple[str, ...]]:
-    """One a side, then the floor. The ratio is ours over theirs, with its 95% interval."""
+    """One row per trainer, then the floors. The ratio is ours / theirs with its 95% interval."""
     ours = next(iter(run.results))
     table = [
         (
@@ -30,9 +30,9 @@ def rows(run: Run) -> list[tuple[str, ...]]:
         )
         for name, result in run.results.items()
     ]
-    floors = {"floor: matmuls alone": run.floor_seconds}
+    floors = {"floor: matmuls only": run.floor_seconds}
     if run.flops.repeated:
-        floors["floor, prompts once"] = run.floor_seconds_of_distinct
+        floors["floor, shared prefix once"] = run.floor_seconds_of_distinct
     return [*table, *(floor_row(run, title, seconds) for title, seconds in floors.items())]
 
 
@@ -43,23 +43,24 @@ def floor_row(run: Run, title: str, seconds: float) -> tuple[str, ...]:
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader needs to know of the run."""
+    """The conditions of the run, in words."""
     work, case = run.work, run.case
     steps = len(next(iter(run.results.values())).seconds)
-    once = f", {work.num_distinct} with what rows begin with counted once,"
-    distinct = once if work.num_distinct < work.num_tokens else ""
+    distinct = f" ({work.num_distinct} distinct ones that a target depends on)"
+    if work.num_distinct == work.num_tokens:
+        distinct = ""
     lines = [
-        f"case {case.name}: {work.num_positions} positions a step, of them {work.num_tokens} tokens"
+        f"case {case.name}: {work.num_positions} positions per step, of them {work.num_tokens} tokens"
         f"{distinct} and {work.num_targets} targets; rank {case.rank}; base in {case.dtype}; "
-        f"{steps} steps in turn",
-        f"matmul rate {run.rate / 1e9:.0f} GFLOP/s; {run.flops.total / 1e9:.1f} model GFLOPs a step",
+        f"{steps} interleaved steps",
+        f"matmul rate {run.rate / 1e9:.0f} GFLOP/s; {run.flops.total / 1e9:.1f} model GFLOPs per step",
     ]
     if distinct:
-        lines.append("MFU and tokens/s count every row in full, also what ours computes once for all")
+        lines.append("MFU and tokens/s count a shared prefix in every row, although ours computes it once")
     if any(row.name in ("peft", "peft-compiled", "pytorch") for row in run.results.values()):
-        lines.append("PyTorch counts no bytes on a CPU: its peak there is the process's resident memory")
+        lines.append("PyTorch does not count bytes on a CPU: its peak is the resident memory of its process")
     if run.load > BUSY:
-        lines.append(f"the load was {run.load:.1f} before the run: others wanted the cores")
+        lines.append(f"the load was {run.load:.1f} before the run: other programs used the cores")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The gate on this machine's noise: what nobody changed never fails, and fifteen percent always does."""
+"""The gate with this machine's noise: an unchanged step never fails, one slower by 15% always does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each fast path against its plain twin."""
+"""Every fast path is faster than its plain twin."""
 
 from __future__ import annotations
 

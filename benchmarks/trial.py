@@ -1,7 +1,7 @@
-"""The gate tried on itself, with this machine's own noise: a step against itself, and against a slower one.
+"""Tests the gate with this machine's noise: a step against itself, and against a slower one.
 
-The step is a real one, loss and gradient of a small network, taken a number of times. The planted slowdown
-is exact: the same work 23 times where the other side does it 20 times.
+The step computes loss and gradient of a small network several times. The planted slowdown is exact: the same
+work 23 times instead of 20.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from .gate import Verdict, judge
 from .interleave import abba, timed
 
-PARTS = 20  # of a step
+PARTS = 20  # repetitions in a step
 WIDTH = 32
 
 
@@ -28,7 +28,7 @@ class Trial:
 
 
 def step_of(num_parts: int) -> Callable[[], object]:
-    """Loss and gradient so many times, evaluated together."""
+    """Loss and gradient `num_parts` times, evaluated together."""
     import mlx.core as mx
 
     x_TD, w_DD = mx.random.normal((2, WIDTH, WIDTH))
@@ -43,7 +43,7 @@ def step_of(num_parts: int) -> Callable[[], object]:
 
 
 def try_gate(extra_parts: int, num_tries: int, num_pairs: int) -> Trial:
-    """So many verdicts on a step with extra parts against one without."""
+    """`num_tries` verdicts on a step with extra parts against one without."""
     slow, step = timed(step_of(PARTS + extra_parts)), timed(step_of(PARTS))
     for _ in range(10):
         slow(), step()

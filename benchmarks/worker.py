@@ -1,9 +1,9 @@
-"""A contestant in a process of its own: its own BLAS, its own memory, its own first step.
+"""A contestant in its own process, with its own BLAS, memory and first step.
 
-Two frameworks in one process would share the symbols of whichever BLAS came first, and each other's threads.
-The parent hands out turns, and stops whose turn it is not (SIGSTOP): OpenMP's threads look out for work for
-200 ms after the last, and a side beside one that has just finished ran at half its speed. On a GPU a turn
-begins with steps that are not timed: while others had theirs, the host's caches and the clocks went cold.
+Two frameworks in one process would share the BLAS that was loaded first, and its threads. The parent gives
+turns and stops every waiting process (SIGSTOP): OpenMP's threads spin for 200 ms after their last work, and
+a step beside them ran at half its speed. On a GPU, untimed steps precede the timed one, because the host's
+caches and the GPU's clocks have gone cold since the last turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNTIMED_ON_A_GPU = 3
 
 @dataclass(frozen=True)
 class Hello:
-    """What a side says when it is ready: its first step is done."""
+    """What a process reports once its first step is done."""
 
     first_step_seconds: float
     first_loss_nats: float
@@ -45,7 +45,7 @@ class Hello:
 
 
 def prepare(environment: dict[str, str]) -> str:
-    """Before anything imports MLX: the environment, then the BLAS, in one sentence."""
+    """Sets the environment and loads the BLAS, before MLX is imported. Returns a sentence on the BLAS."""
     from mlx_impl.machine.blas import load_optimized_blas
 
     os.environ.update(environment)
@@ -53,11 +53,11 @@ def prepare(environment: dict[str, str]) -> str:
 
 
 def serve(connection: Connection, name: str, case: Case, environment: dict[str, str]) -> None:
-    if sys.platform == "linux":  # one that is stopped would outlive a parent that is killed
+    if sys.platform == "linux":  # a stopped process would outlive a killed parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         answer_to(connection, name, case, environment)
-    except EOFError:  # the parent has gone
+    except EOFError:  # the parent has ended
         pass
     except Exception:
         connection.send(RuntimeError(f"{name}: {traceback.format_exc()}"))
@@ -96,7 +96,7 @@ def is_gpu() -> bool:
 
 
 class Side(AbstractContextManager["Side"]):
-    """A contestant, from outside. Raises RuntimeError with its traceback where it fails."""
+    """The parent's handle on a contestant. Raises RuntimeError with its traceback if it fails."""
 
     def __init__(self, name: str, case: Case, environment: dict[str, str] | None = None) -> None:
         self.name = name
@@ -112,7 +112,7 @@ class Side(AbstractContextManager["Side"]):
         self.hello: Hello = self.answer()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """The seconds of one step."""
         return float(self.ask("step"))
 
     def peak(self, num_steps: int) -> Peak:
@@ -147,7 +147,7 @@ class Side(AbstractContextManager["Side"]):
 
 
 def call(function: Callable[..., Any], *arguments: Any, environment: dict[str, str] | None = None) -> Any:
-    """function(*arguments) in a process of its own with an optimized BLAS; it stands at a module's top."""
+    """function(*arguments) in its own process with an optimized BLAS; a function at the top of a module."""
     ours, theirs = STARTING.Pipe()
     process = STARTING.Process(target=run, args=(theirs, function, arguments, environment or {}), daemon=True)
     process.start()

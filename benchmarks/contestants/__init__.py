@@ -1,8 +1,8 @@
-"""The trainers that are compared, a file each, all behind one small face.
+"""The trainers that are compared, one file each, behind one small interface.
 
-A module has `build(inputs, case, **options)`, which returns a Contestant on the case's arrays: rank-r LoRA on
-all seven linears of every block, AdamW, the case's updates in turn. What then differs is each library's own
-design. Each imports its framework, so a contestant is built in a process of its own (`worker.py`).
+A module has `build(inputs, case, **options)`, which returns a Contestant on the case's arrays: LoRA of the
+case's rank on all seven linears of every block, AdamW, the case's updates in a cycle. All else is the
+library's own design. A module imports its framework, so it runs in its own process (`worker.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class Contestant(Protocol):
     def step(self) -> float:
-        """One optimizer update, done when it returns; the mean loss in nats that the library reports."""
+        """Does one optimizer update, waits for it, and returns the library's mean loss in nats."""
         ...
 
 
@@ -29,7 +29,7 @@ class Entry:
     module: str
     needs: tuple[str, ...]  # packages
     options: dict[str, Any] = field(default_factory=dict)
-    memory: str = "mlx"  # whose bytes are counted: "mlx" or "torch"
+    memory: str = "mlx"  # the allocator that counts bytes: "mlx" or "torch"
 
     @property
     def is_installed(self) -> bool:

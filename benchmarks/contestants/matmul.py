@@ -1,4 +1,4 @@
-"""One large matrix multiplication in MLX: the rate that the floor and the utilisation are counted by."""
+"""One large matrix multiplication in MLX. Its rate defines the floor and the MFU."""
 
 from __future__ import annotations
 

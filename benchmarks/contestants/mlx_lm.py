@@ -1,8 +1,7 @@
 """mlx-lm's model, LoRA layers, loss and AdamW, in the step that `mlx_lm.tuner.trainer.train` compiles.
 
-That function keeps its loop to itself, so the step and what the loop does around it stand here again, line by
-line. By its own design it counts a pad target a row, takes the mean of micro-batches' means, and gives its
-memory back after every step.
+That function does not expose its loop, so the step and the lines around it are copied here. By design it
+counts one padding target per row, averages the means of micro-batches, and empties its cache at every step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mlx_impl as a user has it: LoRATrainer's model and optimizer, and the loop of train.py itself."""
+"""mlx_impl as users run it: LoRATrainer's model and optimizer, and the loop of train.py."""
 
 from __future__ import annotations
 

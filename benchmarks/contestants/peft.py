@@ -1,6 +1,7 @@
-"""transformers' model with PEFT's adapter and PyTorch's AdamW, as transformers' Trainer composes a step.
+"""transformers' model with PEFT's adapter and PyTorch's AdamW, in the step of transformers' Trainer.
 
-The labels are handed over shifted, so that it reads as many positions as the others. On a GPU it runs there.
+The labels are already shifted, so that the model reads as many positions as the others. Runs on the GPU if
+there is one.
 """
 
 from __future__ import annotations

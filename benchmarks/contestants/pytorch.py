@@ -1,4 +1,4 @@
-"""`reference/`, the plain PyTorch that mlx_impl is checked against; on a CPU."""
+"""`reference/`, the plain PyTorch model that mlx_impl is tested against, on a CPU."""
 
 from __future__ import annotations
 

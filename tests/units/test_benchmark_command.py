@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what it refuses, in one line and before anything is measured."""
+"""`python -m benchmarks` refuses wrong arguments in one line, before it measures anything."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ REFUSED = {
     "--steps 0": "--steps must be 1 or more, got 0",
     "--steps -1": "--steps must be 1 or more, got -1",
     "--only mlx-lm": "--only must begin with ours, got 'mlx-lm'",
-    "--only ours,ours": "--only must name each side once, got 'ours,ours'",
-    "--write --case small": "--write puts the case smollm2 with all its sides into README.md",
-    "--write --only ours": "--write puts the case smollm2 with all its sides into README.md",
-    "--as-installed --steps 5": "--as-installed is two steps of ours and mlx-lm: no --steps, no --only",
-    "--as-installed --only ours": "--as-installed is two steps of ours and mlx-lm: no --steps, no --only",
+    "--only ours,ours": "--only must name each trainer once, got 'ours,ours'",
+    "--write --case small": "--write accepts only the case smollm2 with all its trainers",
+    "--write --only ours": "--write accepts only the case smollm2 with all its trainers",
+    "--as-installed --steps 5": "--as-installed measures two steps of ours and mlx-lm: no --steps, no --only",
+    "--as-installed --only ours": "--as-installed measures two steps of ours and mlx-lm: no --steps",
     "curves --steps 3": "curves takes no --steps",
     "curves --case small": "curves takes no --case",
     "memory --json": "memory takes no --json",
@@ -29,7 +29,7 @@ REFUSED = {
 @pytest.fixture
 def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(*_: Any) -> Any:
-        pytest.fail("it was measured")
+        pytest.fail("something was measured")
 
     for name in ("measure", "measure_as_installed", "measure_curve", "call"):
         monkeypatch.setattr(command, name, measured)
@@ -48,7 +48,7 @@ def test_a_flag_that_would_be_ignored_or_mislead_is_refused(
 
 @pytest.mark.usefixtures("nothing_measured")
 @pytest.mark.parametrize("what", ["table", "curves", "memory"])
-def test_a_readme_with_changes_is_not_rewritten(
+def test_a_readme_with_uncommitted_changes_is_not_rewritten(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / ".git").mkdir()

@@ -1,4 +1,4 @@
-"""`pytest --benchmark` runs the benchmarks and nothing else; without it they are skipped."""
+"""`pytest --benchmark` runs only the benchmarks; without it they are skipped."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def pytest_says(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_with_the_option_the_benchmarks_alone_are_collected() -> None:
+def test_with_the_option_only_benchmarks_are_collected() -> None:
     tests = [line for line in pytest_says("--benchmark", "--collect-only").splitlines() if "::" in line]
     assert tests and all(test.startswith("benchmarks/") for test in tests)
 
 
-def test_without_it_they_are_skipped() -> None:
+def test_without_the_option_benchmarks_are_skipped() -> None:
     summary = pytest_says("benchmarks", "tests/units/test_interleave.py").splitlines()[-1]
     assert "skipped" in summary and "3 passed" in summary and "failed" not in summary
 
 
-def test_the_option_refuses_to_share_the_cores_with_other_tests() -> None:
+def test_the_option_refuses_parallel_tests() -> None:
     assert "leave -n out" in pytest_says("--benchmark", "-n", "2")

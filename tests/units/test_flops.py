@@ -1,4 +1,4 @@
-"""The arithmetic that a step needs, counted by hand and from the model's own arrays."""
+"""The model FLOPs of a step, compared with counts by hand and from the model's arrays."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_frozen_weights_take_4_flops_a_weight_and_position_and_factors_6() -> No
     assert flops.factors == 6 * trained * WORK.num_tokens
 
 
-def test_what_rows_repeat_is_counted_apart() -> None:
+def test_repeated_prefixes_are_counted_separately() -> None:
     flops = step_flops(SMALL, 8, WORK)
     assert flops.repeated == (flops.blocks + flops.factors) // 4
 
 
-def test_what_rows_begin_with_alike_is_one_history_and_what_no_target_sees_is_none() -> None:
+def test_a_shared_prefix_counts_once_and_an_untrained_row_not_at_all() -> None:
     rows = [Example((1, 2, 3, *own), (False,) * 5 + (True,)) for own in ((4, 5, 6), (4, 6, 6), (5, 5, 6))]
     untrained = Example((7, 8, 9), (False,) * 3)
     work = work_of([[make_batch([*rows, untrained])]])
     assert (work.num_tokens, work.num_distinct) == (3 * 5 + 2, 3 + 2 + 3)  # 1 2 3; 4, 5; 5, 6, 5
 
 
-def test_the_head_is_counted_at_the_targets_alone() -> None:
+def test_the_head_counts_at_targets_only() -> None:
     assert step_flops(SMALL, 8, WORK).head == 4 * 256 * 4096 * 1000
 
 
@@ -68,7 +68,7 @@ def test_tinyllama_at_4_times_1024_is_the_known_17_teraflop() -> None:
     assert flops.blocks + flops.head == pytest.approx(16.9e12, rel=0.01)
 
 
-def test_a_part_that_does_not_occur_costs_nothing() -> None:
+def test_no_targets_cost_no_head() -> None:
     assert step_flops(SMALL, 8, replace(WORK, num_targets=0)).head == 0
 
 

@@ -1,4 +1,4 @@
-"""The gate of the benchmarks on made-up times: what it lets pass, what it stops, and how sure it is."""
+"""The gate of the benchmarks on simulated times: what passes, what fails, and how reliably."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRIES = 50
 
 
 def noisy_pairs(slowdown: float, seed: int, num_pairs: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of two sides, as a busy machine gives them: a shared drift, 3% of their own, outliers."""
+    """Seconds of two sides on a busy machine: a shared drift, 3% of independent noise, outliers."""
     random = np.random.default_rng(seed)
     shared = np.cumsum(random.normal(0, 0.02, num_pairs))
     own = random.normal(0, 0.03, (2, num_pairs)) + random.exponential(0.3, (2, num_pairs)) * (
@@ -30,7 +30,7 @@ def test_the_ratio_is_the_median_of_the_pairs_and_lies_in_its_interval() -> None
     assert ratio.num_pairs == 5
 
 
-def test_what_slows_both_sides_of_a_pair_leaves_the_ratio_alone() -> None:
+def test_load_on_both_sides_of_a_pair_does_not_change_the_ratio() -> None:
     a, b = noisy_pairs(1.0, seed=0)
     load = np.linspace(1, 3, len(a))
     loaded, alone = ratio_of(a * load, b * load), ratio_of(a, b)
@@ -67,7 +67,7 @@ def test_equal_sides_fail_in_none_of_50_tries_and_fifteen_percent_in_each() -> N
     assert sum(verdict(1.15, try_) for try_ in range(TRIES)) == TRIES
 
 
-def test_a_failure_is_measured_again_with_more_pairs_and_the_second_word_is_the_last() -> None:
+def test_a_failure_is_measured_again_and_the_second_measurement_decides() -> None:
     asked: list[int] = []
 
     def measure(num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,8 +78,8 @@ def test_a_failure_is_measured_again_with_more_pairs_and_the_second_word_is_the_
     assert asked == [20, 60] and not verdict.is_failure and verdict.ratio.num_pairs == 60
 
 
-def test_what_cannot_be_told_is_told_by_more_pairs() -> None:
-    """Seconds alternate between 0.9 and 1.3 times: of ten pairs the interval spans the limit."""
+def test_an_undecided_ratio_gets_more_pairs() -> None:
+    """The ratio alternates between 0.9 and 1.3, so the interval of ten pairs spans the limit."""
     asked: list[int] = []
 
     def measure(num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +90,7 @@ def test_what_cannot_be_told_is_told_by_more_pairs() -> None:
     assert asked == [10, 30] and verdict.ratio.num_pairs == 40 and verdict.is_failure
 
 
-def test_what_passes_is_not_measured_again() -> None:
+def test_a_pass_is_not_measured_again() -> None:
     asked: list[int] = []
 
     def measure(num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,20 +100,20 @@ def test_what_passes_is_not_measured_again() -> None:
     assert not judge(measure, at_most=1.0, num_pairs=20).is_failure and asked == [20]
 
 
-def test_a_verdict_says_what_was_measured_and_what_was_allowed() -> None:
+def test_a_verdict_states_the_measured_and_the_allowed_ratio() -> None:
     verdict = judge(lambda n: noisy_pairs(2.0, 0, n), at_most=1.0, num_pairs=20)
     assert verdict.is_failure
     assert "2.0" in verdict.sentence and "at most 1.00" in verdict.sentence and "60 pairs" in verdict.sentence
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([float("nan")], [1.0])])
-def test_times_that_are_no_pairs_are_refused(a: list[float], b: list[float]) -> None:
+def test_only_pairs_of_positive_seconds_are_accepted(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match="pairs of positive seconds"):
         ratio_of(a, b)
 
 
-def test_what_two_measurements_cannot_tell_is_measured_once_more() -> None:
-    """A burst of other work in the first two: their interval is wide, and the limit lies in it."""
+def test_a_ratio_undecided_after_two_measurements_gets_a_third() -> None:
+    """A burst of load in the first two makes their interval so wide that it contains the limit."""
     asked: list[int] = []
 
     def measure(n: int) -> tuple[np.ndarray, np.ndarray]:

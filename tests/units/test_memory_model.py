@@ -1,4 +1,4 @@
-"""The model of a step's memory: its sizes are the model's own, and it says what may cost and what may not."""
+"""The memory model of the benchmarks: its sizes are those of the model, and it states what costs memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mlx_impl.config import LoRAConfig
 from mlx_impl.lora import add_lora, count_parameters
 from mlx_impl.model import CausalLM
 
-SHAPES = Shapes(SMALL, rank=8, rows=4, tokens=128, seen=512, targets=128)
+SHAPES = Shapes(SMALL, rank=8, rows=4, tokens=128, needed=512, targets=128)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -50,38 +50,38 @@ def test_every_line_has_known_sizes_and_a_reason(kept: Kept) -> None:
     assert numbers((kept,), SHAPES.sizes) > 0 and kept.why
 
 
-def test_a_product_of_axes_is_counted_a_position() -> None:
+def test_numbers_per_position_are_the_product_of_the_axes() -> None:
     assert numbers((Kept("a", "HS", 2, ""), Kept("b", "1", 3, "")), SHAPES.sizes) == 2 * 4 * 128 + 3
 
 
 def test_prompt_tokens_cost_the_head_nothing() -> None:
-    """Twice the tokens and the same targets: only the blocks grow, where the head needs more than one."""
+    """With twice the tokens and the same targets only the blocks grow."""
     large = replace(SHAPES, config=replace(SMALL, vocab_size=2**17))
-    one, two = (budget_of(replace(large, rows=rows, seen=128 * rows)) for rows in (4, 8))
-    assert 1.9 * one.blocks < two.blocks < 2 * one.blocks  # not of the last one's feed-forward
+    one, two = (budget_of(replace(large, rows=rows, needed=128 * rows)) for rows in (4, 8))
+    assert 1.9 * one.blocks < two.blocks < 2 * one.blocks  # the last block's feed-forward stays
     assert two.working == one.working > one.blocks // SMALL.num_hidden_layers
 
 
-def test_checkpointing_keeps_one_width_a_block() -> None:
+def test_checkpointing_keeps_one_hidden_state_per_block() -> None:
     checkpointed = budget_of(replace(SHAPES, checkpointed=True))
     assert checkpointed.blocks == 4 * SMALL.num_hidden_layers * SHAPES.positions * SMALL.hidden_size
     assert checkpointed.peak_bytes < budget_of(SHAPES).peak_bytes
 
 
-def test_half_the_bytes_a_number_halve_all_but_the_float32_factors() -> None:
+def test_bfloat16_halves_everything_except_the_float32_factors() -> None:
     full, half = budget_of(SHAPES), budget_of(replace(SHAPES, dtype="bfloat16"))
     assert (half.base, half.blocks) == (full.base // 2, full.blocks // 2)
     assert half.trained == full.trained == 6 * SHAPES.trained_numbers * mx.float32.size
 
 
-def test_a_chunk_of_the_head_is_as_large_as_the_loss_makes_it() -> None:
+def test_the_chunk_size_of_the_head_is_that_of_the_loss() -> None:
     assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
 
 
 def test_padding_costs_attention_alone() -> None:
-    """And the last block keeps of its feed-forward what the targets need."""
-    all_seen, half_seen = (budget_of(replace(SHAPES, seen=seen, targets=8)) for seen in (512, 256))
+    """The last block's feed-forward keeps target positions only."""
+    all_needed, half_needed = (budget_of(replace(SHAPES, needed=n, targets=8)) for n in (512, 256))
     of_attention = 4 * SHAPES.positions * SMALL.num_hidden_layers * numbers(ATTENTION, SHAPES.sizes)
     of_the_last = 4 * 8 * numbers(AFTER, SHAPES.sizes)
-    rest, half = (budget.blocks - of_attention - of_the_last for budget in (all_seen, half_seen))
+    rest, half = (budget.blocks - of_attention - of_the_last for budget in (all_needed, half_needed))
     assert rest == pytest.approx(2 * half)

@@ -16,7 +16,7 @@ from tests.trainers.twins import TWINS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"] + [
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/NOTES.md"] + [
     f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")
 ]
 CLAIMS = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+\.py)\) \|$", README, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A benchmark's side in a process of its own: what one of its turns is."""
+"""A benchmark's contestant in its own process: one turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.cases import CASES
 
 
 class Orders:
-    """A parent that gives these orders, and keeps the answers."""
+    """A parent that gives these orders and keeps the answers."""
 
     def __init__(self, *orders: object) -> None:
         self.orders, self.answers = [*orders, None], list[object]()
@@ -24,10 +24,10 @@ class Orders:
 
 
 @pytest.mark.parametrize(("is_gpu", "untimed"), [(False, 0), (True, worker.UNTIMED_ON_A_GPU)])
-def test_a_turn_on_a_gpu_begins_with_steps_that_are_not_timed(
+def test_untimed_steps_precede_the_timed_one_on_a_gpu(
     is_gpu: bool, untimed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The seconds of a turn are those of its last step, by a clock that a step moves by its number."""
+    """Only the last step of a turn is timed. The clock moves by each step's number."""
     steps: list[int] = []
 
     def step() -> float:
