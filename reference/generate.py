@@ -1,21 +1,36 @@
-"""Greedy decoding without a cache: the whole text again for every token.
+"""Decoding one answer.
 
-Differs from mlx_impl/generate.py: no key/value cache, no sampling; one text at a time.
+Differs from mlx_impl/generate.py: without a key/value cache, each token reads the whole text again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
+def most_likely(logits_V: Tensor) -> Tensor:
+    """Greedy decoding."""
+    return logits_V.argmax()
+
+
 @torch.no_grad()
-def greedy(model: nn.Module, prompt: list[int], num_tokens: int) -> tuple[list[int], Tensor]:
-    """The next `num_tokens` most likely tokens, and the logits that chose each (num_tokens, V)."""
+def generate(
+    model: nn.Module,
+    prompt: list[int],
+    max_tokens: int,
+    stop_ids: Collection[int],
+    choose: Callable[[Tensor], Tensor] = most_likely,
+) -> Iterator[int]:
+    """The answer's tokens as they come; a stop token ends it and is not yielded."""
     model.eval()
-    tokens, rows = list(prompt), []
-    for _ in range(num_tokens):
+    tokens = list(prompt)
+    for _ in range(max_tokens):
         logits_V = model(torch.tensor([tokens]))[0, -1]
-        rows.append(logits_V)
-        tokens.append(int(logits_V.argmax()))
-    return tokens[len(prompt) :], torch.stack(rows)
+        token = int(choose(logits_V))
+        if token in stop_ids:
+            return
+        yield token
+        tokens.append(token)

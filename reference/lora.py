@@ -1,21 +1,20 @@
 """LoRA: a trained low-rank update beside a frozen linear layer, and its variants.
 
-Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (the scale alpha / rank; B starts at zero);
-[2] Kalajdzievski 2023, "rsLoRA" (alpha / sqrt(rank)); [3] Liu et al. 2024, "DoRA", eq. 5 and section 4.3 (the
-norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input only.
+Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [2] Liu et al. 2024, "DoRA",
+eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
+only.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from mlx_impl/lora.py: wrong configurations are not refused.
+Differs from mlx_impl/lora.py: `requires_grad_` for `freeze`; merging is here, because it is for good.
 """
 
 from __future__ import annotations
-
-import re
 
 import torch
 from torch import Tensor, nn
 
 from mlx_impl.config import LoRAConfig
 from reference.model import CausalLM
+from reference.targets import rank_and_scale, select_targets
 
 
 class LoRALinear(nn.Module):
@@ -40,7 +39,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [3]."""
+    """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
@@ -58,45 +57,19 @@ class DoRALinear(LoRALinear):
         return (self.magnitude / weight_OI.norm(dim=1))[:, None] * weight_OI
 
 
-def is_target(name: str, config: LoRAConfig) -> bool:
-    """PEFT's rule: whole parts at the end of the name, or a regular expression for all of it."""
-    targets = config.target_modules
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def of_pattern(name: str, patterns: dict[str, int] | dict[str, float], default: float) -> float:
-    """The value of the first pattern that matches the end of the name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def wrap(name: str, linear: nn.Linear, config: LoRAConfig) -> LoRALinear:
-    rank = int(of_pattern(name, config.rank_pattern, config.rank))
-    alpha = of_pattern(name, config.alpha_pattern, config.alpha)
-    scale = alpha / rank**0.5 if config.use_rslora else alpha / rank
-    return (DoRALinear if config.use_dora else LoRALinear)(linear, rank, scale, config.dropout)
-
-
 def add_lora(model: CausalLM, config: LoRAConfig) -> list[str]:
-    """Freeze the model, then wrap the targeted linears of the last N blocks; the wrapped names."""
+    """Freeze the model, then wrap the targeted linears: their factors are all that trains. Their names."""
     model.requires_grad_(False)
-    blocks = list(enumerate(model.model.layers))
-    chosen = blocks if config.num_layers == -1 else blocks[-config.num_layers :]
-    names = []
-    for number, block in chosen:
-        for path, module in list(block.named_modules()):
-            name = f"model.layers.{number}.{path}"
-            if isinstance(module, nn.Linear) and is_target(name, config):
-                owner, _, attribute = path.rpartition(".")
-                setattr(block.get_submodule(owner), attribute, wrap(name, module, config))
-                names.append(name)
+    names = select_targets(model, config)
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, wrap(name, model.get_submodule(name), config))
     return names
+
+
+def wrap(name: str, linear: nn.Module, config: LoRAConfig) -> LoRALinear:
+    rank, scale = rank_and_scale(name, config)
+    return (DoRALinear if config.use_dora else LoRALinear)(linear, rank, scale, config.dropout)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Masked next-token cross-entropy, as a sum and a count, so that a mean can be formed once, over everything.
+"""Masked next-token cross-entropy, as a sum and a count, so that an update's mean is formed once.
 
 Differs from mlx_impl/loss.py: torch's own `cross_entropy`.
 """

@@ -3,7 +3,7 @@
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
-Differs from mlx_impl/model.py: `forward` for `__call__`, torch's own attention and norm, no key/value cache.
+Differs from mlx_impl/model.py: `forward` for `__call__`; position ids and a mask always; no key/value cache.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from mlx_impl.config import ModelConfig
+from reference import ops
+from reference.recompute import recomputed
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -27,23 +28,27 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         return frequency_P / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns_P = scaling.original_max_position_embeddings * frequency_P / (2 * torch.pi)
-    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)  # the share that is left unstretched [5]
+    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)  # how much of it is left as it is [5]
     return kept_P * frequency_P + (1 - kept_P) * frequency_P / scaling.factor
 
 
-def rope(x_BHTK: Tensor, frequency_P: Tensor) -> Tensor:
-    """Turn the pair (x[k], x[k + K/2]) at time t by the angle t * frequency[k]."""
-    T = x_BHTK.shape[-2]
-    angle_TK = torch.outer(torch.arange(T, dtype=x_BHTK.dtype), frequency_P.to(x_BHTK.dtype))
-    cos, sin = angle_TK.cos(), angle_TK.sin()
-    left, right = x_BHTK.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+def attention_mask(T: int, window: int | None, segment_BT: Tensor | None) -> Tensor:
+    """mask_B1TT: whether query t attends key s: itself and the past, within a window, of its own example."""
+    mask_TT = torch.ones(T, T, dtype=torch.bool).tril()
+    if window is not None:
+        mask_TT = mask_TT.triu(1 - window)
+    if segment_BT is None:
+        return mask_TT[None, None]
+    return (mask_TT & (segment_BT[:, :, None] == segment_BT[:, None, :]))[:, None]
 
 
-def seen(T: int, window: int | None) -> Tensor:
-    """Whether query t sees key s: itself and what is before it, within a sliding window if there is one."""
-    past_TT = torch.ones(T, T, dtype=torch.bool).tril()
-    return past_TT if window is None else past_TT.triu(1 - window)
+def position_ids(segment_BT: Tensor) -> Tensor:
+    """position_BT, counted from 0 in each example."""
+    position_BT = torch.zeros_like(segment_BT)
+    for t in range(1, segment_BT.shape[1]):
+        is_same_B = segment_BT[:, t] == segment_BT[:, t - 1]
+        position_BT[:, t] = torch.where(is_same_B, position_BT[:, t - 1] + 1, 0)
+    return position_BT
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +60,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+        return ops.rms_norm(x_BTD, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -72,19 +77,18 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
         self.head_dim, self.qk_norm = K, config.qk_norm
-        self.frequency_P, self.window = rope_frequencies(config), config.sliding_window
+        self.frequency_P = rope_frequencies(config)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q_BHTK = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
-        k_BGTK = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
-        v_BGTK = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim).swapaxes(1, 2)
+    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask_B1TT: Tensor) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = (
+            linear(x_BTD).unflatten(-1, (-1, self.head_dim)).swapaxes(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.qk_norm:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
-        q_BHTK, k_BGTK = rope(q_BHTK, self.frequency_P), rope(k_BGTK, self.frequency_P)
-        sees_TT = seen(T, self.window)
-        mix_BHTK = scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, sees_TT, enable_gqa=True)
-        return self.o_proj(mix_BHTK.swapaxes(1, 2).reshape(B, T, -1))
+        q_BHTK, k_BGTK = (ops.rope(x, self.frequency_P, position_BT) for x in (q_BHTK, k_BGTK))
+        mix_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, mask_B1TT)
+        return self.o_proj(mix_BHTK.swapaxes(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -98,7 +102,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(ops.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Block(nn.Module):
@@ -111,8 +115,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD))
+    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask_B1TT: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), position_BT, mask_B1TT)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -124,11 +128,19 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.window = config.sliding_window
+        self.grad_checkpoint = False  # in training, recompute each block's activations in the backward pass
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segment_BT: Tensor | None = None) -> Tensor:
+        T = tokens_BT.shape[1]
+        position_BT = torch.arange(T)[None] if segment_BT is None else position_ids(segment_BT)
+        mask_B1TT = attention_mask(T, self.window, segment_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD)
+            if self.grad_checkpoint and self.training:
+                x_BTD = recomputed(layer, x_BTD, position_BT, mask_B1TT)
+            else:
+                x_BTD = layer(x_BTD, position_BT, mask_B1TT)
         return self.norm(x_BTD)
 
 
@@ -142,8 +154,8 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.head(self.model(tokens_BT))
+    def forward(self, tokens_BT: Tensor, segment_BT: Tensor | None = None) -> Tensor:
+        return self.head(self.model(tokens_BT, segment_BT))
 
     def head(self, x_BTD: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:

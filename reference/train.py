@@ -1,6 +1,5 @@
 """The training step and the loop around it.
 
-Source of schedules: Hugging Face `transformers.optimization`. Source of LoRA+: Hayou et al. 2024, eq. 5.
 Differs from mlx_impl/train.py: autograd records while the model runs and `backward` adds to `.grad`, which
 `zero_grad` must empty; nothing is lazy, so there is nothing to evaluate and no state to hand to a compiler.
 """
@@ -14,81 +13,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mlx_impl.config import TrainConfig
+from reference.data import Batch
 from reference.loss import next_token_nats
-
-Batch = tuple[Tensor, Tensor, Tensor]  # inputs_BT, targets_BT, mask_BT
+from reference.model import CausalLM
+from reference.optim import make_optimizer, share_of_peak
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """What one optimizer update did."""
 
+    step: int  # from 1
     loss_nats: float  # mean over the targets, before the update
-    grad_norm: float  # before clipping
+    grad_norm: float  # of the mean's gradient, before clipping
     learning_rate: float
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Two groups, because in LoRA+ B and vectors learn faster than A."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fast = [p for name, p in trainable if not name.endswith("lora_a")]
-    slow = [p for name, p in trainable if name.endswith("lora_a")]
-    groups = [
-        {"params": slow, "lr": config.learning_rate},
-        {"params": fast, "lr": config.learning_rate * config.loraplus_lr_ratio},
-    ]
-    kind = {"adamw": AdamW, "sgd": SGD}[config.optimizer]
-    return kind(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
-def share_of_peak(step: int, config: TrainConfig) -> float:
-    """What the schedule makes of the learning rate in update `step`, counted from 0."""
-    if step < config.warmup_steps:
-        return step / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return 1.0
-    left = (config.iters - step) / max(1, config.iters - config.warmup_steps)
-    return left if config.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The sum of nats over the targets, which is differentiated, and their number."""
-    inputs_BT, targets_BT, mask_BT = batch
-    return next_token_nats(model(inputs_BT), targets_BT, mask_BT)
+    logits_BTV = model(batch.inputs_BT, batch.segment_BT)
+    return next_token_nats(logits_BTV, batch.targets_BT, batch.mask_BT)
 
 
-def train_step(
-    model: nn.Module, optimizer: Optimizer, window: Sequence[Batch], max_grad_norm: float
-) -> tuple[float, float]:
-    """One update over all batches of a window; the mean nats per target, and the gradients' norm."""
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
+def add_up(model: nn.Module, window: Sequence[Batch]) -> tuple[float, int]:
+    """Gradient accumulation: the sums over an update's micro-batches; the gradients' are in `.grad`."""
     total_nats, total_targets = 0.0, 0
     for batch in window:
         nats, num_targets = batch_loss(model, batch)
         nats.backward()  # adds to .grad
         total_nats += nats.item()
         total_targets += int(num_targets)
-    for parameter in trainable:
-        parameter.grad /= total_targets
-    norm = clip_grad_norm_(trainable, max_grad_norm or math.inf)
+    return total_nats, total_targets
+
+
+def apply_mean(optimizer: Optimizer, max_grad_norm: float, num_targets: int) -> float:
+    """Update by the gradient of the mean over all targets; its norm before clipping."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in trained:
+        parameter.grad /= num_targets
+    norm = clip_grad_norm_(trained, max_grad_norm or math.inf)
     optimizer.step()
-    return total_nats / total_targets, norm.item()
+    optimizer.zero_grad()
+    return norm.item()
 
 
-def train(model: nn.Module, windows: Iterable[Sequence[Batch]], config: TrainConfig) -> Iterator[StepRecord]:
-    """One optimizer update a window."""
+def train(model: CausalLM, windows: Iterable[Sequence[Batch]], config: TrainConfig) -> Iterator[StepRecord]:
+    """One optimizer update a window of micro-batches; yields what each update did."""
     model.train()
+    model.model.grad_checkpoint = config.grad_checkpoint
     optimizer = make_optimizer(model, config)
     schedule = LambdaLR(optimizer, lambda step: share_of_peak(step, config))
-    for window in windows:
+    for step, window in enumerate(windows):
         learning_rate = optimizer.param_groups[0]["lr"]
-        loss_nats, norm = train_step(model, optimizer, window, config.max_grad_norm)
-        yield StepRecord(loss_nats, norm, learning_rate)
+        nats, num_targets = add_up(model, window)
+        norm = apply_mean(optimizer, config.max_grad_norm, num_targets)
+        yield StepRecord(step + 1, nats / num_targets, norm, learning_rate)
         schedule.step()
 
 

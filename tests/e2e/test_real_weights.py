@@ -14,7 +14,7 @@ from mlx_impl.files.checkpoint import default_model_path
 from mlx_impl.files.formats.gguf import read_gguf
 from mlx_impl.files.formats.gguf_tokenizer import tokenizer_from_gguf
 from mlx_impl.text.tokenizer import ChatTokenizer
-from reference.generate import greedy
+from reference.generate import generate
 from reference.model import CausalLM, load_arrays
 from tests.derived import FACTOR, assert_within_rounding
 from tests.e2e.conftest import ROOT, run_module
@@ -48,8 +48,14 @@ def reference(loaded: tuple[ModelConfig, dict[str, np.ndarray], ChatTokenizer]) 
 def answer(reference: CausalLM, tokenizer: ChatTokenizer) -> tuple[list[int], list[int], np.ndarray]:
     """The prompt, the reference's greedy tokens, and the logits that chose them, in float64."""
     prompt = tokenizer.encode_prompt([{"role": "user", "content": QUESTION}])
-    tokens, logits_NV = greedy(reference, prompt, NUM_TOKENS)
-    return prompt, tokens, logits_NV.numpy()
+    logits: list[torch.Tensor] = []
+
+    def choose(logits_V: torch.Tensor) -> torch.Tensor:
+        logits.append(logits_V)
+        return logits_V.argmax()
+
+    tokens = list(generate(reference, prompt, NUM_TOKENS, stop_ids=(), choose=choose))
+    return prompt, tokens, torch.stack(logits).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+import reference.data
 from mlx_impl.config import LoRAConfig, ModelConfig, RopeScaling
 from mlx_impl.data import Batch, Example, make_batch
 from reference.lora import LoRALinear, add_lora
@@ -118,9 +119,9 @@ def longest_sum(spec: ModelConfig, batch: Batch) -> int:
     return max(*sizes, batch.inputs_BT.size)
 
 
-def to_tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def to_tensors(batch: Batch) -> reference.data.Batch:
     inputs, targets = (torch.tensor(a, dtype=torch.long) for a in (batch.inputs_BT, batch.targets_BT))
-    return inputs, targets, torch.tensor(batch.mask_BT)
+    return reference.data.Batch(inputs, targets, torch.tensor(batch.mask_BT))
 
 
 class Oracle:

@@ -12,6 +12,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import reference.lora
 import reference.model
+import reference.ops
+import reference.optim
 import reference.train
 from mlx_impl.config import LoRAConfig, ModelConfig
 from tests.peers.cases import ADAPTERS, LLAMA, MODELS, PLAIN, Oracle
@@ -19,7 +21,7 @@ from tests.peers.test_oracle import assert_promise, logits_and_gradients
 from tests.peers.test_trajectory import RUNS, theirs_and_ours
 from tests.peers.twin import PeftTwin
 
-rope_frequencies, share_of_peak = reference.model.rope_frequencies, reference.train.share_of_peak
+rope_frequencies, share_of_peak = reference.model.rope_frequencies, reference.optim.share_of_peak
 wrap = reference.lora.wrap
 
 
@@ -46,7 +48,7 @@ BROKEN_MODELS = {
     "alpha-pattern": ("reference.lora.wrap", without_patterns, LLAMA, ADAPTERS["patterns"]),
     "rope-scaling": ("reference.model.rope_frequencies", without_scaling, MODELS["rope-llama3"], PLAIN),
     "dora-norm": ("reference.lora.DoRALinear.forward", with_trained_length, LLAMA, ADAPTERS["dora"]),
-    "silu": ("reference.model.silu", torch.nn.functional.gelu, LLAMA, PLAIN),
+    "silu": ("reference.ops.silu", torch.nn.functional.gelu, LLAMA, PLAIN),
 }
 
 
@@ -78,7 +80,7 @@ def each_alone(parameters: Any, max_norm: float) -> Any:
 BROKEN_RUNS = {
     "schedule": ("reference.train.share_of_peak", one_late, "cosine-warmup"),
     "clipping": ("reference.train.clip_grad_norm_", each_alone, "clipped"),
-    "optimizer": ("reference.train.AdamW", torch.optim.Adam, "weight-decay"),
+    "optimizer": ("reference.optim.AdamW", torch.optim.Adam, "weight-decay"),
 }
 
 

@@ -15,11 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from reference.generate import greedy
-from reference.lora import LoRALinear, add_lora, merge, of_pattern
+from reference.data import Batch as TorchBatch
+from reference.generate import generate
+from reference.lora import LoRALinear, add_lora, merge
 from reference.loss import next_token_nats
 from reference.model import CausalLM, load_arrays
-from reference.train import batch_loss, evaluate, make_optimizer, share_of_peak, train_step
+from reference.optim import make_optimizer, share_of_peak
+from reference.targets import of_pattern
+from reference.train import add_up, apply_mean, batch_loss, evaluate
 from tests.ladder.protocol import Arrays, Dialect
 
 LONG_AGO = 1e9  # updates, after which Adam's bias correction is 1
@@ -49,17 +52,17 @@ class Run:
                 zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[p] = {"step": torch.tensor(LONG_AGO), **zeros}
 
-    def update(self, model: CausalLM, window: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float]:
+    def update(self, model: CausalLM, window: list[TorchBatch]) -> tuple[float, float]:
         """The mean nats per target, and the gradients' norm."""
-        by_targets = self.accumulation == "by targets"
-        step = train_step(model, self.optimizer, window, self.max_grad_norm) if by_targets else None
-        result = step or self.update_by_means(model, window)
+        if self.accumulation == "by targets":
+            nats, num_targets = add_up(model, window)
+            result = nats / num_targets, apply_mean(self.optimizer, self.max_grad_norm, num_targets)
+        else:
+            result = self.update_by_means(model, window)
         self.schedule.step()
         return result
 
-    def update_by_means(
-        self, model: CausalLM, window: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> tuple[float, float]:
+    def update_by_means(self, model: CausalLM, window: list[TorchBatch]) -> tuple[float, float]:
         """The gradient of the mean of the micro-batches' means, however many targets each has."""
         self.optimizer.zero_grad()
         total_nats, total_targets = 0.0, 0
@@ -96,11 +99,12 @@ class ReferenceTrainer:
     def adapted(self) -> dict[str, LoRALinear]:
         return {n: module for n, module in self.model.named_modules() if isinstance(module, LoRALinear)}
 
-    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return (
+    def tensors(self, batch: Batch) -> TorchBatch:
+        return TorchBatch(
             torch.tensor(batch.inputs_BT, dtype=torch.long),
             torch.tensor(batch.targets_BT, dtype=torch.long),
             torch.tensor(with_pad_targets(batch.mask_BT, self.dialect.pad_targets)),
+            None if batch.segment_BT is None else torch.tensor(batch.segment_BT, dtype=torch.long),
         )
 
     # The required members.
@@ -162,7 +166,7 @@ class ReferenceTrainer:
         return states
 
     def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
-        _, targets_BT, mask_BT = self.tensors(batch)
+        _, targets_BT, mask_BT, _ = self.tensors(batch)
         logits = torch.tensor(logits_BTV, dtype=self.dtype)
         nats, num_targets = next_token_nats(logits, targets_BT, mask_BT)
         return nats.item(), int(num_targets)
@@ -221,11 +225,10 @@ class ReferenceTrainer:
         merge(self.model)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        return greedy(self.model, prompt, num_tokens)[0]
+        return list(generate(self.model, prompt, num_tokens, stop_ids=()))
 
     def greedy_all(self, prompts: Sequence[list[int]], num_tokens: int, end: int) -> list[list[int]]:
-        free = [self.greedy(prompt, num_tokens) for prompt in prompts]
-        return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
+        return [list(generate(self.model, prompt, num_tokens, stop_ids={end})) for prompt in prompts]
 
 
 class Float32Reference(ReferenceTrainer):

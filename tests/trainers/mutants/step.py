@@ -153,7 +153,7 @@ MUTANTS = [
     ),
     Mutant(
         "gradients-in-another-order",
-        7,
+        5,
         "The gradients are laid side by side in another order than the factors they belong to.",
         {"mlx_impl.fast.forward.as_vectors": last_first},
     ),
