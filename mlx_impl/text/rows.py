@@ -111,7 +111,7 @@ def require_messages(messages: Any) -> None:
 
 
 def is_message(value: object) -> bool:
-    """Whether role and content are texts; beside an assistant's tool calls the content may be missing or null."""
+    """Whether role and content are texts. Beside tool calls of an assistant the content may be missing."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     calls = value.get("tool_calls")

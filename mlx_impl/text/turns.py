@@ -33,7 +33,7 @@ class Turn:
 
 
 def find_turns(render: Render, whole: str, messages: Sequence[Message], all_replies: bool) -> list[Turn]:
-    """The last reply, or every reply, in the rendered text `whole`; ValueError for a reply it does not show."""
+    """The last reply, or every reply, in the rendered text `whole`; ValueError if it does not show one."""
     last = len(messages) - 1
     chosen = [i for i, m in enumerate(messages) if i == last or (all_replies and m["role"] == "assistant")]
     return [find_turn(render, whole, messages, i) for i in chosen]

@@ -96,7 +96,7 @@ def workers() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_template_ends_with_a_one_line_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "MAX_CPU_SECONDS", 1)  # to save time
     before, started = workers(), time.monotonic()
     with (
