@@ -1,4 +1,4 @@
-"""GGUF files of three families, as llama.cpp's conversion writes them."""
+"""Write GGUF files of three model families, as llama.cpp's conversion script does."""
 
 from __future__ import annotations
 
@@ -14,28 +14,17 @@ from tokenizers import pre_tokenizers
 from mlx_impl.config import ModelConfig
 from reference.model import CausalLM
 from tests.tiny_folder import TEMPLATE, permute
+from tests.tiny_model import TINY_LLAMA
 
-Q = gguf.GGMLQuantizationType
+GGMLType = gguf.GGMLQuantizationType
 Arrays = dict[str, np.ndarray]
 
-# Unequal sizes, fewer kv heads than heads; numbers that float32 holds exactly, as GGUF stores float32.
-LLAMA = ModelConfig(
-    vocab_size=61,
-    hidden_size=30,
-    intermediate_size=44,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=10,
-    rms_norm_eps=2.0**-17,
-    rope_theta=1000.0,
-    tie_word_embeddings=False,
-)
+LLAMA = replace(TINY_LLAMA, rms_norm_eps=2.0**-17)  # GGUF stores it in float32
 FAMILIES = {  # name: (architecture, configuration)
     "llama": ("llama", LLAMA),
     "llama-tied": ("llama", replace(LLAMA, tie_word_embeddings=True)),
     "llama-with-biases": ("llama", replace(LLAMA, qkv_bias=True)),
-    # As published, heads * head_dim is the width.
+    # As in the published models, heads * head_dim is the width.
     "qwen2": ("qwen2", replace(LLAMA, hidden_size=60, qkv_bias=True, tie_word_embeddings=True)),
     "qwen3": ("qwen3", replace(LLAMA, qk_norm=True)),
 }
@@ -65,14 +54,14 @@ def random_weights(spec: ModelConfig, seed: int = 1) -> Arrays:
     return weights | {n: 1 + w for n, w in weights.items() if "norm" in n}
 
 
-def stored(architecture: str, spec: ModelConfig, weights: Arrays) -> Arrays:
-    """Under llama.cpp's names; of llama the rows of Q and K in its order."""
+def gguf_tensors(architecture: str, spec: ModelConfig, weights: Arrays) -> Arrays:
+    """The weights under llama.cpp's names; for llama with the rows of Q and K in llama.cpp's order."""
     tensors = {}
     for name, weight in weights.items():
         heads = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
-        of_name = next((heads[part] for part in heads if part in name), 0)
-        if architecture == "llama" and of_name:
-            weight = permute(weight.reshape(len(weight), -1), of_name).reshape(weight.shape)
+        num_heads = next((heads[part] for part in heads if part in name), 0)
+        if architecture == "llama" and num_heads:
+            weight = permute(weight.reshape(len(weight), -1), num_heads).reshape(weight.shape)
         for ours, theirs in GGUF_NAMES.items():
             name = name.replace(ours + ".", theirs + ".")
         tensors[name] = np.ascontiguousarray(weight)
@@ -97,7 +86,7 @@ def model_metadata(architecture: str, spec: ModelConfig) -> dict[str, Any]:
 
 
 def byte_level_metadata(vocab_size: int = 61, pre: str = "smollm") -> dict[str, Any]:
-    """A vocabulary of three control tokens, one merge, and letters to fill it."""
+    """A vocabulary of three control tokens, one merge and as many letters as fit."""
     special, alphabet = ["<pad>", "<|im_start|>", "<|im_end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*special, "in", "i", "n", *(letter for letter in alphabet if letter not in "in")][:vocab_size]
     return {
@@ -113,7 +102,7 @@ def byte_level_metadata(vocab_size: int = 61, pre: str = "smollm") -> dict[str, 
 
 
 def sentencepiece_metadata(vocab_size: int = 61) -> dict[str, Any]:
-    """Pieces whose scores fall with their number: one of two letters, letters, and some of the bytes."""
+    """A vocabulary whose scores fall with the token's number: one pair of letters, letters, some bytes."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     pieces = ["in", "\u2581", *letters]
     tokens = ["<unk>", "<s>", "</s>", *pieces, *(f"<0x{byte:02X}>" for byte in range(256))][:vocab_size]
@@ -136,9 +125,9 @@ def write(
     architecture: str,
     metadata: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-    types: Mapping[str, Q] | None = None,
+    types: Mapping[str, GGMLType] | None = None,
 ) -> Path:
-    """Keys whose value is None are left out; a tensor with a type of its own is given as its bytes."""
+    """Write a file without the keys whose value is None; tensors named in `types` are given as bytes."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         add(writer, key, value)
@@ -169,13 +158,13 @@ def write_family(
     family: str = "llama",
     change: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
-    types: Mapping[str, Q] | None = None,
+    types: Mapping[str, GGMLType] | None = None,
     spec: ModelConfig | None = None,
 ) -> Path:
-    """The family's small model with random weights; `change` and `tensors` replace, or with None remove."""
+    """The family's tiny model with random weights; `change` and `tensors` replace, or with None remove."""
     architecture, usual = FAMILIES[family]
     spec = spec or usual
     metadata = model_metadata(architecture, spec) | byte_level_metadata(spec.vocab_size) | dict(change or {})
-    arrays = stored(architecture, spec, random_weights(spec)) | dict(tensors or {})
+    arrays = gguf_tensors(architecture, spec, random_weights(spec)) | dict(tensors or {})
     kept = {name: array for name, array in arrays.items() if array is not None}
     return write(path, architecture, metadata, kept, types)

@@ -1,4 +1,4 @@
-"""A tiny model as a Hugging Face folder and as a GGUF file, written without `mlx_impl`."""
+"""Write a tiny model as a Hugging Face folder and as a GGUF file, without `mlx_impl`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tiny_weights(seed: int = 7) -> dict[str, np.ndarray]:
 
 
 def write_folder(folder: Path, **config: Any) -> Path:
-    """config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
+    """Write config.json, with changes, model.safetensors, tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     arrays = {name: mx.array(value) for name, value in tiny_weights().items()}
@@ -83,7 +83,7 @@ def write_folder(folder: Path, **config: Any) -> Path:
 
 
 def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp's order of Q's and K's rows: within a head, 0, K/2, 1, K/2 + 1, ..."""
+    """llama.cpp's order of the rows of Q and K: within a head of size K, rows 0, K/2, 1, K/2 + 1, ..."""
     rows = weight.reshape(num_heads, -1, weight.shape[1])
     head_dim = rows.shape[1]
     order = [i + half for i in range(head_dim // 2) for half in (0, head_dim // 2)]
@@ -91,7 +91,7 @@ def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, architecture: str = "llama", pre: str = "smollm") -> Path:
-    """The same model as llama.cpp's conversion would write it."""
+    """The same model, as llama.cpp's conversion script would write it."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
@@ -134,7 +134,7 @@ def conversation_line(question: str, reply: str, **more: Any) -> str:
 
 
 def write_data(folder: Path, num_examples: int = 6) -> Path:
-    """A data folder: the number of examples is no multiple of the batch size, their lengths differ."""
+    """A data folder with examples of different lengths; 6 are not a multiple of the usual batch size 4."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [conversation_line("x" * (1 + 2 * n), f"{n} yes", answer="yes") for n in range(num_examples)]
     for name in ("train", "valid", "test"):

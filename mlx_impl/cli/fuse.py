@@ -24,7 +24,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..disk.places import require_apart, require_new_folder
     from ..files.checkpoint import load_model
-    from ..files.fusing import LITTLE, fuse
+    from ..files.fusing import LARGE_ERROR, fuse
 
     given = {"model": args.model, "adapter": args.adapter_path}  # before minutes of reading
     require_apart(args.save_path, {what: Path(path) for what, path in given.items() if path})
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         "survived": survival.survived,
         "error": survival.error,
     }
-    if survival.error > LITTLE:
+    if survival.error > LARGE_ERROR:
         advice = "fuse with --dequantize, or" if survival.is_quantized else "to have it whole,"
         print(
             f"warning: little of the update survived: the weights, rounded, miss it by {survival.error:.0%} "

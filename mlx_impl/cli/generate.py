@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from ..generate import generate
     from ..run.memory_check import require_answers
     from ..run.sampling import Sampling
-    from ..text.streaming import pieces
+    from ..text.streaming import stream_text
     from .screen.console import make_console, working
 
     require_at_least(1, "max_tokens", args.max_tokens)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     mx.random.seed(args.seed)
     answer = generate(loaded.model, prompt_tokens, args.max_tokens, tokenizer.stop_ids, sampling)
     if not args.json:
-        show(pieces(answer, tokenizer.decode))
+        show(stream_text(answer, tokenizer.decode))
         return
     tokens = list(answer)
     result = {

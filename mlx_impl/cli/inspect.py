@@ -103,7 +103,9 @@ def parts_of(tokenizer: ChatTokenizer, example: Example) -> list[Part]:
     """The example's text, cut where targets begin and end. The first token is never predicted."""
     marks = zip(example.tokens, (False, *example.is_target[1:]), strict=True)
     runs = groupby(marks, key=lambda mark: mark[1])
-    return [(tokenizer.decode_all([token for token, _ in run]), is_target) for is_target, run in runs]
+    return [
+        (tokenizer.decode_with_special([token for token, _ in run]), is_target) for is_target, run in runs
+    ]
 
 
 def show(result: dict[str, Any], path: Path, console: Console) -> None:

@@ -168,6 +168,10 @@ def with_printable_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def one_line(error: object) -> str:
-    """What another library says, as part of a sentence: its first line, printable and not too long."""
-    line = str(error).partition("\n")[0][:LONGEST_REASON]
-    return "".join(character if character.isprintable() else "?" for character in line)
+    """A library's error, or a text from a file, as part of a sentence: one printable line, cut if long.
+
+    White space becomes single spaces and what is not printable is escaped; without any text it is its repr.
+    """
+    text = " ".join(str(error).split()) or repr(error)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST_REASON + 1])
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."

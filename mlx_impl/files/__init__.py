@@ -1,1 +1,1 @@
-"""Models and adapters, in and out; `formats/` has one module a format."""
+"""Read and write models and adapters; `formats/` has one module per file format."""

@@ -1,7 +1,7 @@
-"""Adapters in and out, in PEFT's format or mlx-lm's; which of the two, a folder's files say.
+"""Save, load and convert adapters, in PEFT's format or mlx-lm's.
 
-A tensor that is missing or has no place is an error here, where PEFT warns and leaves an adapter that does
-nothing, and mlx-lm does not look for what is missing.
+A missing or unknown tensor is an error here. PEFT only warns, and the adapter may then do nothing; mlx-lm
+does not notice a missing tensor.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..targets import LINEARS, select_targets
 from .checkpoint import LoadedModel, load_model, require_shapes
 from .formats import mlx_lm, peft
 from .formats.adapter_conversion import to_mlx_lm, to_peft
-from .formats.factors import CONFIG, AdapterFile, block_of
+from .formats.factors import CONFIG, AdapterFile, split_block
 
 FORMATS: dict[str, ModuleType] = {"peft": peft, "mlx-lm": mlx_lm}
 
 
-def format_of(folder: Path) -> str:
-    """The format's name; ValueError where a folder holds adapters of both or of none."""
+def adapter_format(folder: Path) -> str:
+    """The format's name, told by the files; ValueError if the folder has adapters in both or neither."""
     found = [name for name, form in FORMATS.items() if (folder / form.FILE).exists()]
     if len(found) != 1:
         files = f"PEFT's {peft.FILE} or mlx-lm's {mlx_lm.FILE}"
@@ -38,26 +38,27 @@ def format_of(folder: Path) -> str:
 def save_adapter(
     model: CausalLM, config: LoRAConfig, folder: Path, base_name: str, form: str = "peft"
 ) -> None:
-    """Write both files, each whole or not at all; the folder is made if there is none.
+    """Write tensors and configuration, each file atomically; the folder is created if needed.
 
-    Raises ValueError where the folder holds an adapter in the other format, whose record this would replace.
+    `form` is "peft" or "mlx-lm". Raises ValueError if the folder holds an adapter in the other format, since
+    both formats keep their configuration in a file of the same name.
     """
-    require_format(folder, form)
-    adapter = to_file(model, config, base_name)
+    require_no_other_format(folder, form)
+    adapter = to_adapter_file(model, config, base_name)
     folder.mkdir(parents=True, exist_ok=True)
     FORMATS[form].write(folder, to_mlx_lm(adapter) if form == "mlx-lm" else adapter)
 
 
-def require_format(folder: Path, form: str = "peft") -> None:
+def require_no_other_format(folder: Path, form: str) -> None:
     for name, other in FORMATS.items():
         if name != form and (folder / other.FILE).exists():
             raise ValueError(
-                f"{folder}: holds an adapter in {name}'s format, {other.FILE}: take another folder"
+                f"{folder}: holds an adapter in {name}'s format, {other.FILE}: choose another folder"
             )
 
 
-def to_file(model: CausalLM, config: LoRAConfig, base_name: str) -> AdapterFile:
-    """PEFT refuses an expression beside a list of layers: for some layers only it becomes the names."""
+def to_adapter_file(model: CausalLM, config: LoRAConfig, base_name: str) -> AdapterFile:
+    """The adapter in PEFT's form; names replace an expression for some layers, which PEFT would refuse."""
     num_blocks, targets = len(model.model.layers), config.target_modules
     layers = None
     if config.num_layers not in (-1, num_blocks):
@@ -69,11 +70,11 @@ def to_file(model: CausalLM, config: LoRAConfig, base_name: str) -> AdapterFile:
 
 
 def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
-    """Wrap the linears that the adapter targets and load their factors; the configuration it came with.
+    """Add the adapter in a folder to the model; returns its configuration.
 
-    Raises ValueError in one sentence, the model untouched, when tensors and configuration do not fit it.
+    Raises ValueError, with the model unchanged, if the adapter does not fit it.
     """
-    form = FORMATS[format_of(folder)]
+    form = FORMATS[adapter_format(folder)]
     adapter = form.read(folder)
     require_same_model(model, adapter, folder)
     try:
@@ -93,7 +94,7 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
         expected[f"{target.name}.lora_b"] = (target.rank, target.num_out)
         if config.use_dora:
             expected[f"{target.name}.magnitude"] = (target.num_out,)
-    require_fit(adapter, expected, form, folder)
+    require_adapter_shapes(adapter, expected, form, folder)
     add_lora(model, config)
     ours = [(name, mx.contiguous(array).astype(mx.float32)) for name, array in adapter.tensors.items()]
     model.load_weights(ours, strict=False)
@@ -102,19 +103,19 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
 
 
 def require_selected(model: CausalLM, adapter: AdapterFile) -> None:
-    """ValueError unless the linears with factors are those that mlx-lm would wrap in this model."""
+    """ValueError unless the linears that have factors are those that mlx-lm would adapt in this model."""
     linears = [name for name, module in model.named_modules() if isinstance(module, LINEARS)]
-    wanted = mlx_lm.selected(adapter.record, linears, len(model.model.layers))
+    wanted = mlx_lm.selected_linears(adapter.record, linears, len(model.model.layers))
     given = {name.rpartition(".")[0] for name in adapter.tensors}
     for linear in sorted(wanted - given):
         raise ValueError(f"the tensor {linear}.lora_a is missing from {mlx_lm.FILE}")
     for linear in sorted(given - wanted):
-        raise ValueError(f"num_layers and keys do not name {linear}, of which there are tensors")
+        raise ValueError(f"num_layers and keys do not name {linear}, which has tensors")
 
 
 def require_same_model(model: CausalLM, adapter: AdapterFile, folder: Path) -> None:
-    """ValueError for an adapter of blocks that this model does not have."""
-    places = [block_of(name) for name in adapter.tensors]
+    """ValueError for an adapter of layers that this model does not have."""
+    places = [split_block(name) for name in adapter.tensors]
     last, num_blocks = max((place[0] for place in places if place), default=0), len(model.model.layers)
     if last >= num_blocks:
         raise ValueError(
@@ -123,25 +124,25 @@ def require_same_model(model: CausalLM, adapter: AdapterFile, folder: Path) -> N
         )
 
 
-def require_fit(
+def require_adapter_shapes(
     adapter: AdapterFile, expected: dict[str, tuple[int, ...]], form: ModuleType, folder: Path
 ) -> None:
-    """As `require_shapes`, in the names and the orientation of the file."""
-    turn = -1 if form is peft else 1
+    """`require_shapes` with the names and the orientation of the file."""
+    order = -1 if form is peft else 1  # PEFT stores transposes
     require_shapes(
-        {form.file_name(name): array.T if turn < 0 else array for name, array in adapter.tensors.items()},
-        {form.file_name(name): shape[::turn] for name, shape in expected.items()},
+        {form.file_name(name): array.T if order < 0 else array for name, array in adapter.tensors.items()},
+        {form.file_name(name): shape[::order] for name, shape in expected.items()},
         folder / form.FILE,
     )
 
 
 def convert_adapter(folder: Path, target: Path, to: str) -> str:
-    """Write a folder with the same adapter in the other format; the name of the format that it was in.
+    """Write a folder with the same adapter in the format `to`; returns the name of the old format.
 
-    Raises ValueError in one sentence, nothing written, for what cannot be converted and brought back.
+    Raises ValueError, with nothing written, for an adapter that could not be converted back bit for bit.
     """
     require_apart(target, {"adapter": folder})
-    source = format_of(folder)
+    source = adapter_format(folder)
     if source == to:
         raise ValueError(f"{folder}: the adapter is in {to}'s format already")
     try:
@@ -149,8 +150,8 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG}: the key {error} is missing") from None
     except ValueError as error:
-        names_it = str(error).startswith(str(folder))  # or a file of it
-        raise ValueError(str(error) if names_it else f"{folder}: {error}") from None
+        has_path = str(error).startswith(str(folder))  # the folder's, or a file's in it
+        raise ValueError(str(error) if has_path else f"{folder}: {error}") from None
     with whole_folder(target) as part:
         for name in (FORMATS[to].FILE, CONFIG):
             part.file(name)
@@ -161,7 +162,7 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
 def load_with_adapter(
     model: str | Path | None, adapter: Path | None, dequantize: bool = False, dtype: str = "float32"
 ) -> LoadedModel:
-    """The model, with the adapter if there is one."""
+    """`load_model`, then `load_adapter` if there is an adapter."""
     loaded = load_model(model, dequantize, dtype)
     if adapter is not None:
         load_adapter(loaded.model, adapter)

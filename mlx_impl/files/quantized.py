@@ -1,9 +1,9 @@
-"""Linears whose weights are stored in a few bits, beside plain ones.
+"""Make linears and embeddings quantized, or plain again.
 
-Each row of a weight is cut into groups of `group_size`; within a group w = scale * q + bias, where q is a
-whole number of `bits` bits, packed into uint32 (MLX documentation, `mlx.core.quantize`, mode "affine"). The
-model computes with the packed weight; what a formula needs in full is unpacked here.
-No twin in reference/, which is given the unpacked weights.
+Each row of a weight is split into groups of `group_size`; in a group w = scale * q + bias, where q is an
+integer of `bits` bits, packed into uint32 words (MLX documentation, `mlx.core.quantize`, mode "affine"). The
+model computes with the quantized weight; where a formula needs the full weight, it is dequantized.
+No twin in reference/, which gets the dequantized weights.
 """
 
 from __future__ import annotations
@@ -17,48 +17,52 @@ from mlx.utils import tree_unflatten
 from ..disk.files import one_line
 from ..lora import dense_weight_OI
 
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
 
 @dataclass(frozen=True)
-class Packing:
+class Quantization:
     group_size: int
     bits: int
 
 
-def pack(model: nn.Module, packings: dict[str, Packing]) -> None:
-    """Make the named linears and embeddings quantized ones, whose weights are then to be loaded.
+def quantize_modules(model: nn.Module, quantizations: dict[str, Quantization]) -> None:
+    """Replace the named linears and embeddings by quantized ones, whose weights are loaded afterwards.
 
-    Raises ValueError that names the module that cannot be packed so.
+    Raises ValueError that names the first module that cannot be quantized so.
     """
     modules = dict(model.named_modules())
-    packed = []
-    for name, packing in packings.items():
+    quantized = []
+    for name, how in quantizations.items():
         try:
-            packed.append((name, modules[name].to_quantized(packing.group_size, packing.bits)))
+            quantized.append((name, modules[name].to_quantized(how.group_size, how.bits)))
         except (KeyError, AttributeError):
-            raise ValueError(f"only linears and embeddings can be quantized, and {name} is none") from None
-        except (ValueError, TypeError) as error:  # TypeError for a number that no machine word holds
-            raise ValueError(f"{name} cannot have weights of {packing}: {one_line(error)}") from None
-    model.update_modules(tree_unflatten(packed))
+            raise ValueError(f"only linears and embeddings can be quantized, and {name} is neither") from None
+        except (ValueError, TypeError) as error:  # TypeError for an integer that is too large for C
+            raise ValueError(
+                f"{name} cannot be quantized with {how.bits} bits in groups of {how.group_size}: "
+                f"{one_line(error)}"
+            ) from None
+    model.update_modules(tree_unflatten(quantized))
 
 
 def dequantize(model: nn.Module) -> None:
-    """Put plain linears and embeddings in the place of quantized ones."""
+    """Replace quantized linears and embeddings by plain ones."""
     plain = []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            plain.append((name, with_weight(module, dense_weight_OI(module))))
+        if isinstance(module, QUANTIZED):
+            plain.append((name, plain_module(module, dense_weight_OI(module))))
     model.update_modules(tree_unflatten(plain))
 
 
-def dense_numbers(model: nn.Module) -> int:
-    """How many numbers the packed weights unpack to."""
-    packed = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-    modules = (module for _, module in model.named_modules() if isinstance(module, packed))
+def num_quantized_weights(model: nn.Module) -> int:
+    """How many weights are quantized, in all modules together."""
+    modules = (module for _, module in model.named_modules() if isinstance(module, QUANTIZED))
     return sum(module.weight.size * 32 // module.bits for module in modules)
 
 
-def with_weight(module: nn.Module, weight_OI: mx.array) -> nn.Linear | nn.Embedding:
-    """A plain linear or embedding with this weight in full, and the bias that the module has."""
+def plain_module(module: nn.Module, weight_OI: mx.array) -> nn.Linear | nn.Embedding:
+    """A plain linear or embedding with this weight, and with the module's bias if it has one."""
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
         new: nn.Linear | nn.Embedding = nn.Embedding(1, 1)
     else:

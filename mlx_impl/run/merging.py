@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..files.quantized import with_weight
+from ..files.quantized import plain_module
 from ..lora import LoRALinear, dense_weight_OI, lora_layers
 from ..model import CausalLM
 
@@ -44,7 +44,7 @@ def merge(model: CausalLM) -> Merged:
             raise ValueError(f"a merged weight must be finite, and that of {name} is not")
         lost += mx.square(merged_OI.astype(mx.float32) - weight_OI - delta_OI).sum()
         whole += mx.square(delta_OI).sum()
-        plain[name] = with_weight(layer.linear, merged_OI)
+        plain[name] = plain_module(layer.linear, merged_OI)
         plain[name].freeze()
     model.update_modules(tree_unflatten(list(plain.items())))
     return Merged(layers, plain, (lost / whole).item() ** 0.5 if whole.item() else 0.0)

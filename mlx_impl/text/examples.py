@@ -1,7 +1,7 @@
-"""Conversations and texts -> examples: tokens, and of each whether the model is trained to predict it.
+"""Tokenize conversations and texts, and mark the tokens that the model is trained to predict (the targets).
 
-The whole conversation is tokenized once, as the model reads it, and a token is a target when some of it
-stands in a reply or it is the token that ends its turn. Differs from reference/, which is handed the tokens.
+A conversation is tokenized once, as a whole, exactly as the model reads it. A token is a target if any of its
+characters belong to a reply, or if it ends the reply's turn. The twin in reference/ starts from tokens.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from .rows import Conversation
 from .tokenizer import ChatTokenizer
 from .turns import TARGETS, Turn
 
-SHOWN = 5  # lines that a sentence names
+MAX_LISTED = 5  # lines of a data file that one remark names
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples of a file, and what the maximum has cost."""
+    """The examples of a file, and what the maximum length cut off or left out."""
 
     examples: list[Example]
     max_tokens: int
-    num_cut: int  # examples that were longer
-    left_out: tuple[str, ...]  # "file:line" of those without a target within the maximum
+    num_cut: int  # examples that were longer than max_tokens
+    left_out: tuple[str, ...]  # "file:line" of each example without a target in its first max_tokens tokens
 
     def remarks(self, kind: str) -> list[str]:
-        """Sentences about what was cut and left out; none where nothing was. `kind` is "training", say."""
+        """One sentence on cut examples, one on those left out, if there are any. `kind`: "training", say."""
         total, remarks = len(self.examples) + len(self.left_out), []
         if self.num_cut:
             verb = "was" if self.num_cut == 1 else "were"
@@ -36,11 +36,11 @@ class Encoded:
                 f"{self.num_cut} of {total} {kind} examples {verb} cut to {self.max_tokens} tokens"
             )
         if self.left_out:
-            shown = ", ".join(self.left_out[:SHOWN])
-            more = f" and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
+            listed = ", ".join(self.left_out[:MAX_LISTED])
+            more = f" and {len(self.left_out) - MAX_LISTED} more" if len(self.left_out) > MAX_LISTED else ""
             remarks.append(
                 f"{len(self.left_out)} of {total} {kind} examples left out, without a target within "
-                f"{self.max_tokens} tokens: {shown}{more}"
+                f"{self.max_tokens} tokens: {listed}{more}"
             )
         return remarks
 
@@ -48,21 +48,24 @@ class Encoded:
 def encode_all(
     tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str, max_tokens: int
 ) -> list[Example]:
-    """Every conversation as an example of at most `max_tokens`; those left without a target are left out."""
+    """One example per conversation, cut to `max_tokens`; those without a target in that length are left out.
+
+    Raises ValueError where none is left, or for a `targets` that is not one of TARGETS.
+    """
     return encode_file(tokenizer, conversations, targets, max_tokens).examples
 
 
 def encode_file(
     tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str, max_tokens: int
 ) -> Encoded:
-    """The same, with what was cut and left out. ValueError where nothing is left."""
+    """As `encode_all`, with a record of what was cut and left out."""
     require_choice("targets", targets, TARGETS)
     examples, left_out, num_cut = [], [], 0
     for conversation, whole in zip(
         conversations, encode_each(tokenizer, conversations, targets), strict=True
     ):
         cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
-        if any(cut.is_target[1:]):
+        if any(cut.is_target[1:]):  # the first token is never predicted
             examples.append(cut)
             num_cut += len(whole.tokens) > max_tokens
         else:
@@ -74,14 +77,14 @@ def encode_file(
 
 
 def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -> Example:
-    """One example, not cut. Of a text every token is a target."""
+    """One conversation, or one text, as an example of full length."""
     return next(encode_each(tokenizer, [conversation], targets))
 
 
 def encode_each(
     tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str
 ) -> Iterator[Example]:
-    """The examples in order, not cut; many conversations are rendered at a time."""
+    """The examples in order, at full length; every token of a plain text is a target."""
     chats = ((c.messages, c.tools) for c in conversations if c.text is None)
     rendered: Iterator[tuple[str, list[Turn]]] | None = None
     for conversation in conversations:
@@ -95,19 +98,19 @@ def encode_each(
             whole, turns = next(rendered)
         except ValueError as error:
             raise ValueError(f"{conversation.where}: {error}") from None
-        yield mark(tokenizer, whole, turns, everything=targets == "all")
+        yield mark_targets(tokenizer, whole, turns, all_tokens=targets == "all")
 
 
-def mark(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], everything: bool) -> Example:
-    """The tokens to the end of the last turn. Where no end-of-turn token stands there, EOS does.
+def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], all_tokens: bool) -> Example:
+    """The tokens up to the end of the last turn, and EOS where no stop token ends that turn.
 
-    A reply's first word may take along the space that the prompt ends with, so it is the end of a token that
-    counts; a token without characters counts where it stands.
+    A token is a target if it ends inside a reply, even where it starts before it: the first word of a reply
+    may be one token with the space before it. A token without characters is a target if it lies in a reply.
     """
     tokens, starts, ends = tokenizer.encode_with_offsets(whole)
-    is_target = [everything] * len(tokens)
+    is_target = [all_tokens] * len(tokens)
     for turn in turns:
-        end = end_of(turn, tokens, starts, tokenizer.stop_ids)
+        end = turn_end(turn, tokens, starts, tokenizer.stop_ids)
         for t in range(end):
             is_target[t] |= ends[t] > turn.start or starts[t] >= turn.start
     is_ended = end > 0 and tokens[end - 1] in tokenizer.stop_ids
@@ -115,9 +118,9 @@ def mark(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], everything
     return Example((*tokens[:end], *eos), (*is_target[:end], *(True for _ in eos)))
 
 
-def end_of(turn: Turn, tokens: Sequence[int], starts: Sequence[int], stop_ids: frozenset[int]) -> int:
-    """How many tokens there are up to the first that ends the turn, or up to the end of what was said."""
+def turn_end(turn: Turn, tokens: Sequence[int], starts: Sequence[int], stop_ids: frozenset[int]) -> int:
+    """The position after the turn's first stop token, or after its last word if it has no stop token."""
     for t, (token, start) in enumerate(zip(tokens, starts, strict=True)):
-        if token in stop_ids and turn.end <= start < turn.limit:
+        if token in stop_ids and turn.end <= start < turn.next_start:
             return t + 1
     return sum(start < turn.end for start in starts)

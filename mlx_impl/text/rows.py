@@ -1,7 +1,7 @@
-"""Lines of a data file -> conversations or texts. Standard library only, as is `files`.
+"""Read a data file (JSON Lines) into conversations and texts. Imports the standard library only.
 
-Four shapes, told apart line by line, as mlx-lm has them: {"text"}; {"prompt", "completion"}, which is a
-question of role user and the reply to it; {"messages"}; {"messages", "tools"}.
+Each line has one of mlx-lm's four shapes: {"text"}; {"prompt", "completion"}, a user's message and the reply
+to it; {"messages"}; {"messages", "tools"}. One file may mix them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..disk.files import require_file
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}, and "tool_calls" or what else a template knows
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and "tool_calls" and other keys that templates read
 
 MAX_LINE_BYTES = 2**23  # more than a million tokens
 SHAPES = (("text",), ("prompt", "completion"), ("messages",))
@@ -22,40 +22,40 @@ SHAPES = (("text",), ("prompt", "completion"), ("messages",))
 
 @dataclass(frozen=True)
 class Conversation:
-    """One line of a data file: messages for the chat template, or a text that is trained as it stands."""
+    """One line of a data file: messages for the chat template, or a plain text."""
 
     messages: tuple[Message, ...]
-    answer: str | None  # what a right reply must contain, where the file says so
+    answer: str | None  # words that a right reply must contain, if the line names some
     where: str  # "file:line", for error messages
-    tools: tuple[dict[str, Any], ...] | None = None  # descriptions, for the template
+    tools: tuple[dict[str, Any], ...] | None = None  # tool definitions, for the template
     text: str | None = None  # instead of messages
 
     @property
     def question(self) -> str:
-        """What was said before the last reply."""
+        """The message before the last reply."""
         return self.messages[-2].get("content") or ""
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """A JSON Lines file, one of the four shapes a line; ValueError names the file and the line."""
+    """The conversations of a JSON Lines file; ValueError names the file and the line that is wrong."""
     if not path.exists():
-        raise ValueError(f"{path}: a data file must be a file, and there is none of this name")
+        raise ValueError(f"{path}: there is no such data file")
     require_file(path)
-    conversations = [parse_conversation(line, where) for where, line in lines_of(path)]
+    conversations = [parse_conversation(line, where) for where, line in located_lines(path)]
     if not conversations:
-        raise ValueError(f"{path}: needs at least one example, got an empty file")
+        raise ValueError(f"{path}: must hold at least one example, got an empty file")
     return conversations
 
 
-def lines_of(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of every line that is not blank; one too long is never read to its end."""
-    with open(path, "rb") as file:  # U+2028 ends no line, and "\\r" is blank to JSON
+def located_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("file:line", text) of every line that is not blank; a line that is too long is not read to its end."""
+    with open(path, "rb") as file:  # bytes: only "\n" ends a line, and a lone "\r" does not
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             where = f"{path}:{number}"
             if len(raw) > MAX_LINE_BYTES:
-                raise ValueError(f"{where}: a line must have at most {MAX_LINE_BYTES} bytes, and has more")
+                raise ValueError(f"{where}: a line must have at most {MAX_LINE_BYTES} bytes, got more")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -68,20 +68,20 @@ def parse_conversation(line: str, where: str) -> Conversation:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a line of JSON: {error}") from None
+        raise ValueError(f"{where}: must be valid JSON: {error}") from None
     try:
-        if "\\u" in line and not is_text(json.dumps(row, ensure_ascii=False)):  # JSON can spell half a pair
-            raise ValueError("texts must be Unicode, and one has half a surrogate pair")
-        return conversation_of(row, where)
+        if "\\u" in line and not is_text(json.dumps(row, ensure_ascii=False)):  # JSON can escape half a pair
+            raise ValueError("texts must be valid Unicode, got half a surrogate pair")
+        return to_conversation(row, where)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def conversation_of(row: Any, where: str) -> Conversation:
-    """ValueError, which does not say where, for a row of none of the shapes."""
+def to_conversation(row: Any, where: str) -> Conversation:
+    """The conversation in a row; ValueError, without the place, if it has none of the four shapes."""
     found = [shape for shape in SHAPES if isinstance(row, dict) and all(key in row for key in shape)]
     if len(found) != 1:
-        raise ValueError('a line must be an object with "messages", "prompt" and "completion", or "text"')
+        raise ValueError('a line must be an object with one of "messages", "prompt" and "completion", "text"')
     (shape,) = found
     answer = row.get("answer")
     if answer is not None and not (isinstance(answer, str) and any(map(str.isalnum, answer))):
@@ -92,7 +92,7 @@ def conversation_of(row: Any, where: str) -> Conversation:
                 raise ValueError(f'"{key}" must be a text, got {type(row[key]).__name__}')
     if shape == ("text",):
         if answer is not None:
-            raise ValueError('"answer" must belong to a reply, and a "text" has none')
+            raise ValueError('"answer" must belong to a reply, but a "text" has no reply')
         return Conversation((), None, where, text=row["text"])
     if shape == ("prompt", "completion"):
         contents = {"user": row["prompt"], "assistant": row["completion"]}
@@ -111,14 +111,14 @@ def require_messages(messages: Any) -> None:
 
 
 def is_message(value: object) -> bool:
-    """Role and content are texts; an assistant that calls tools may say nothing beside."""
+    """Whether role and content are texts. Beside tool calls of an assistant the content may be missing."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     calls = value.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
         return False
-    is_silent = value["role"] == "assistant" and bool(calls) and value.get("content") is None
-    return is_silent or isinstance(value.get("content"), str)
+    has_only_calls = value["role"] == "assistant" and bool(calls) and value.get("content") is None
+    return has_only_calls or isinstance(value.get("content"), str)
 
 
 def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
@@ -131,7 +131,7 @@ def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
 
 
 def is_text(value: object) -> bool:
-    """A string that is Unicode, without half a surrogate pair, which no tokenizer reads."""
+    """Whether it is a string of valid Unicode: tokenizers cannot encode half a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:

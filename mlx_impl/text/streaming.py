@@ -1,27 +1,27 @@
-"""Text as its tokens come.
+"""Stream text while its tokens are generated.
 
-A character can take several tokens, a space can belong to the token after it, and a decoder may drop the
-first space of a text: so the tokens are decoded together each time, and what is new and whole is shown.
+All tokens so far are decoded together each time, and only new, complete characters are shown: a character can
+take several tokens, a space can belong to the token after it, and some decoders drop the first space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or not yet
+INCOMPLETE = "\ufffd"  # decoders write it for bytes that are not, or not yet, a character
 
 
-def pieces(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
-    """Parts of decode(tokens), each as soon as its last character is whole; joined they are all of it.
+def stream_text(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
+    """Parts of decode(tokens), each as soon as its last character is complete; joined, they are all of it.
 
-    Decoding anew for every token is quadratic, but cheap beside the model.
+    Decoding again for every token takes quadratic time, which is small beside the model's.
     """
-    seen: list[int] = []
+    so_far: list[int] = []
     text, num_shown = "", 0
     for token in tokens:
-        seen.append(token)
-        text = decode(seen)
-        if len(text) > num_shown and not text.endswith(UNFINISHED):
+        so_far.append(token)
+        text = decode(so_far)
+        if len(text) > num_shown and not text.endswith(INCOMPLETE):
             yield text[num_shown:]
             num_shown = len(text)
     if len(text) > num_shown:

@@ -1,7 +1,7 @@
-"""Chat templates: messages -> the text that the model reads, rendered in a process of their own.
+"""Chat templates: render messages to the text that the model reads, in a separate process.
 
-A template is somebody else's program. What it is offered, and the sandbox that it runs in, are in
-template_worker.py; that it ends and how much memory it may take, in template_process.py.
+A template is a program written by somebody else. template_worker.py runs it in Jinja's sandbox;
+template_process.py starts that worker process and ends it when it takes too much time or memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .rows import Message
-from .template_process import give_back, watched_process
+from .template_process import acquire_process, release_process
 from .turns import Turn
 
 Row = tuple[Sequence[Message], Sequence[dict[str, Any]] | None]  # messages, tools
 
-MAX_ROWS, MAX_BYTES = 64, 2**16  # that are asked for at a time
+MAX_BATCH_ROWS, MAX_BATCH_BYTES = 64, 2**16  # of rows sent to the worker in one request
 
 
 class ChatTemplate:
-    """A model's template, or several by name, and the special tokens that they know."""
+    """A model's template, or several by name, with the special tokens that they print."""
 
-    def __init__(self, source: str | Mapping[str, str], special_texts: Mapping[str, str]) -> None:
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         sources = {"default": source} if isinstance(source, str) else source
         if not sources:
-            raise ValueError("the chat template must be a text, or several with names, and is empty")
-        given = {"sources": {**sources}, "special_texts": {**special_texts}, "moment": now().isoformat()}
-        self.process = watched_process(to_json(given) + b"\n")
-        weakref.finalize(self, give_back, self.process)
-        text_of(self.process.opening[0])
+            raise ValueError("the chat template must be a text, or several with names, got none")
+        setup = {
+            "sources": {**sources},
+            "special_tokens": {**special_tokens},
+            "now": current_time().isoformat(),
+        }
+        self.process = acquire_process(to_json(setup) + b"\n")
+        weakref.finalize(self, release_process, self.process)
+        unwrap(self.process.setup_answers[0])
 
     def render(
         self,
@@ -41,42 +45,42 @@ class ChatTemplate:
         add_generation_prompt: bool,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> str:
-        """The text that the model reads; ValueError when the template refuses the messages."""
+        """The text that the model reads; ValueError if the template fails or exceeds a limit."""
         request = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
-        return text_of(self.process.ask(to_json(request) + b"\n")[0])
+        return unwrap(self.process.ask(to_json(request) + b"\n")[0])
 
-    def render_with_turns(self, rows: Iterable[Row], every: bool) -> Iterator[tuple[str, list[Turn]]]:
-        """Of each row the text, and its last reply or every one.
+    def render_with_turns(self, rows: Iterable[Row], all_replies: bool) -> Iterator[tuple[str, list[Turn]]]:
+        """For each row, its text and where its last reply, or every reply, is in that text.
 
-        ValueError, where its turn comes, for a row that the template refuses or does not show. Many rows are
-        asked for at a time, in a thread: it waits, and watches, while this one works on those before.
+        A row that fails raises ValueError when its turn comes, after the results of all rows before it. One
+        batch of rows is rendered ahead, in a thread that waits for the worker.
         """
         batch: list[bytes] = []
-        rest = batches(rows)
+        rest = json_batches(rows)
 
         def ask() -> list[Any]:
             nonlocal batch
             batch = batch or next(rest, [])
-            request = b'{"every": %s, "rows": [%s]}\n' % (to_json(every), b", ".join(batch))
+            request = b'{"all_replies": %s, "rows": [%s]}\n' % (to_json(all_replies), b", ".join(batch))
             answers = self.process.ask(request) if batch else []
-            batch = batch[len(answers) :]
+            batch = batch[len(answers) :]  # the worker may answer only some of the rows
             return answers
 
         with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(ask)
-            while answers := asked.result():
-                asked = thread.submit(ask)
-                for text, turns in map(text_of, answers):
+            pending = thread.submit(ask)
+            while answers := pending.result():
+                pending = thread.submit(ask)
+                for text, turns in map(unwrap, answers):
                     yield text, [Turn(*turn) for turn in turns]
 
 
-def batches(rows: Iterable[Row]) -> Iterator[list[bytes]]:
-    """As JSON. Those before a row that is none come first, so that it is named in its turn."""
+def json_batches(rows: Iterable[Row]) -> Iterator[list[bytes]]:
+    """Rows as JSON, in batches. A row that raises does so only after the rows before it are out."""
     batch: list[bytes] = []
     try:
         for messages, tools in rows:
             batch.append(to_json([messages, tools]))
-            if len(batch) == MAX_ROWS or sum(map(len, batch)) > MAX_BYTES:
+            if len(batch) == MAX_BATCH_ROWS or sum(map(len, batch)) > MAX_BATCH_BYTES:
                 yield batch
                 batch = []
     except ValueError:
@@ -91,17 +95,17 @@ def to_json(value: Any) -> bytes:
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the messages must be what JSON can say: {error}") from None
+        raise ValueError(f"the messages must be values that JSON can hold: {error}") from None
 
 
-def text_of(answer: Any) -> Any:
-    """The answer, or as an error what it refuses."""
+def unwrap(answer: Any) -> Any:
+    """The worker's answer; ValueError if it is an error message."""
     if isinstance(answer, dict):
-        raise ValueError(answer["refused"])
+        raise ValueError(answer["error"])
     return answer
 
 
-def now() -> datetime:
-    """One moment for all renderings of a template; where SOURCE_DATE_EPOCH is set, that one."""
+def current_time() -> datetime:
+    """What `strftime_now` prints in every rendering of one template; SOURCE_DATE_EPOCH overrides it."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
     return datetime.fromtimestamp(int(fixed), UTC) if fixed.isdecimal() else datetime.now()

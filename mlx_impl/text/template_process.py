@@ -1,7 +1,8 @@
-"""A process of its own for somebody else's program, whose time and memory this one watches.
+"""A worker process that runs a template, with limits on its CPU time and memory.
 
-It is asked in a line of JSON and answers in lines of JSON: nothing else that comes from it is believed. No
-limit of the system would do: macOS enforces none on memory, and a function in C is not interrupted.
+Requests and answers are lines of JSON; nothing else from the worker is trusted. The parent watches the worker
+because the system's own limits are not enough: macOS enforces none on memory, and Python cannot interrupt a
+function written in C.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from typing import Any
 
 import psutil
 
-MAX_SECONDS = 3  # of CPU time for a rendering; on the clock it would depend on what else runs
-MAX_BYTES = 2**30  # resident
-MAX_SPARE_BYTES = 2**27  # of a process that is kept for another template
-MAX_WAIT = 60  # seconds on the clock in which nothing is heard
-LOOK = 0.02  # seconds between two looks at a process that is at work
-MAX_RECEIVED = 2**28  # bytes: a text of 2**24 characters may take six times as many
-END = b"\n0\n"  # how the answers to a line end
+MAX_CPU_SECONDS = 3  # of one rendering; CPU time, since wall-clock time depends on what else runs
+MAX_BYTES = 2**30  # resident memory
+MAX_SPARE_BYTES = 2**27  # resident memory of a process that is kept for the next template
+MAX_SILENT_SECONDS = 60  # wall-clock time without any output
+CHECK_SECONDS = 0.02  # between two checks of the limits
+MAX_ANSWER_BYTES = 2**28  # a text of 2**24 characters can take six times as many bytes in JSON
+END = b"\n0\n"  # ends the answers to a request
 
-TOO_LONG = f"the chat template must render in {MAX_SECONDS} seconds of CPU time, and takes longer"
-TOO_MUCH = f"the chat template must keep within {MAX_BYTES // 2**30} GiB of memory, and takes more"
-SILENT = f"the chat template must render in {MAX_WAIT} seconds, and takes longer"
+TOO_SLOW = f"the chat template must render in {MAX_CPU_SECONDS} seconds of CPU time, and takes longer"
+TOO_LARGE = f"the chat template must keep within {MAX_BYTES // 2**30} GiB of memory, and takes more"
+SILENT = f"the chat template must render in {MAX_SILENT_SECONDS} seconds, and takes longer"
 
-# It finds what this process finds, by the same paths, without `site`; this package by its own place, since
-# a path may be relative and the folder another by now.
+# The worker gets this process's import paths and skips `site`. This package is imported by its own absolute
+# path, because a path may be relative and the working directory may have changed.
 PROGRAM = (
     "import importlib, sys, typing; sys.path[:] = sys.argv[1:]; import mlx_impl; del sys.path[0]; "
     "from mlx_impl.text.template_worker import serve; serve()"
@@ -43,29 +44,29 @@ PROGRAM = (
 COMMAND = (sys.executable, "-P", "-S", "-c", PROGRAM, str(Path(__file__).resolve().parents[2]))
 
 
-class BrokenRule(Exception):
-    """For which the process is ended."""
+class WorkerFailed(Exception):
+    """The worker exceeded a limit or ended by itself."""
 
 
 class WatchedProcess:
-    """Started again after Ctrl-C and where this process is forked, but never after a rule was broken."""
+    """Restarts after Ctrl-C and after a fork of this process, but refuses all requests after a failure."""
 
-    def __init__(self, first: bytes) -> None:
-        self.first = first  # the line that it is told whenever it starts
-        self.lock, self.broken = threading.Lock(), ""
-        self.opening = self.start()
+    def __init__(self, setup: bytes) -> None:
+        self.setup = setup  # the first request of every worker: the templates
+        self.lock, self.failure = threading.Lock(), ""
+        self.setup_answers = self.start()
 
     def ask(self, line: bytes) -> list[Any]:
-        """The answers: fewer than asked for where a rule was broken, and the next question is refused."""
+        """The answers to a request. Where a limit was exceeded there are fewer, and the next call raises."""
         with self.lock:
-            if self.broken:
-                raise ValueError(self.broken)
+            if self.failure:
+                raise ValueError(self.failure)
             if self.owner != os.getpid():
                 self.start()
             return self.exchange(line)
 
     def start(self) -> list[Any]:
-        with interrupt_held():  # and it is in the new process: Ctrl-C is for this one
+        with sigint_blocked():  # the worker inherits this, so that Ctrl-C interrupts only the parent
             self.child = subprocess.Popen(
                 [*COMMAND, *sys.path],
                 bufsize=0,
@@ -77,98 +78,99 @@ class WatchedProcess:
         self.end = weakref.finalize(self, end, self.child, self.owner)
         assert self.child.stdin and self.child.stdout
         self.input, self.output = self.child.stdin.fileno(), self.child.stdout.fileno()
-        self.ready = select.poll()
-        self.ready.register(self.output, select.POLLIN)
-        self.watched, self.next_look, self.num_looks = psutil.Process(self.child.pid), 0.0, 0
-        self.used = self.used_before = 0.0  # seconds of CPU time: at the last look, and when last heard
-        return self.exchange(self.first)
+        self.poll = select.poll()
+        self.poll.register(self.output, select.POLLIN)
+        self.watched, self.next_check, self.num_checks = psutil.Process(self.child.pid), 0.0, 0
+        self.cpu_seconds = self.cpu_seconds_at_output = 0.0  # at the last check, at the last output
+        return self.exchange(self.setup)
 
     def exchange(self, line: bytes) -> list[Any]:
         received = bytearray()
         try:
             self.send(line)
             self.receive(received)
-        except BrokenRule as error:
+        except WorkerFailed as error:
             self.end()
-            self.broken = str(error)
-        except BaseException:  # Ctrl-C: its answer would be taken for that to the next question
+            self.failure = str(error)
+        except BaseException:  # Ctrl-C: a late answer would be taken for that to the next request
             self.end()
             self.owner = 0
             raise
         answers = [json.loads(part) for part in bytes(received).split(b"\n")[:-1] if part not in (b"", b"0")]
-        if self.broken and not answers:
-            raise ValueError(self.broken)
+        if self.failure and not answers:
+            raise ValueError(self.failure)
         return answers
 
     def send(self, line: bytes) -> None:
-        """All of it is read before anything is rendered, so that neither waits for the other."""
+        """The worker reads all of a request before it renders, so sending never waits for an answer."""
         try:
             sent = os.write(self.input, line)
             while sent < len(line):
                 sent += os.write(self.input, line[sent : sent + 2**16])
         except BrokenPipeError:
-            raise self.ended() from None
+            raise self.exit_reason() from None
 
     def receive(self, received: bytearray) -> None:
-        """Whatever comes, the time of a rendering begins anew: an empty line says no more than that."""
+        """Read until END. Any output, even an empty line, starts the time limit anew."""
         while not received.endswith(END):
-            is_ready = self.ready.poll(1000 * LOOK)
-            if time.monotonic() >= self.next_look:
-                self.look()
-            if is_ready:
+            has_output = self.poll.poll(1000 * CHECK_SECONDS)
+            if time.monotonic() >= self.next_check:
+                self.check_limits()
+            if has_output:
                 part = os.read(self.output, 2**16)
                 received += part
-                self.used_before, self.num_looks = self.used, 0
-                if not part or len(received) > MAX_RECEIVED:
-                    raise self.ended()
+                self.cpu_seconds_at_output, self.num_checks = self.cpu_seconds, 0
+                if not part or len(received) > MAX_ANSWER_BYTES:
+                    raise self.exit_reason()
 
-    def look(self) -> None:
-        self.next_look = time.monotonic() + LOOK
+    def check_limits(self) -> None:
+        self.next_check = time.monotonic() + CHECK_SECONDS
         try:
             times, memory = self.watched.cpu_times(), self.watched.memory_info()
-        except psutil.Error:  # it has ended, which is seen where it is read
+        except psutil.Error:  # it has ended: `receive` finds out
             return
-        self.used, self.num_looks = times.user + times.system, self.num_looks + 1
+        self.cpu_seconds, self.num_checks = times.user + times.system, self.num_checks + 1
         if memory.rss > MAX_BYTES:
-            raise BrokenRule(TOO_MUCH)
-        if self.used - self.used_before > MAX_SECONDS:
-            raise BrokenRule(TOO_LONG)
-        if self.num_looks * LOOK > MAX_WAIT:  # not by the clock, which goes on where both are stopped
-            raise BrokenRule(SILENT)
+            raise WorkerFailed(TOO_LARGE)
+        if self.cpu_seconds - self.cpu_seconds_at_output > MAX_CPU_SECONDS:
+            raise WorkerFailed(TOO_SLOW)
+        if self.num_checks * CHECK_SECONDS > MAX_SILENT_SECONDS:  # checks do not count while both are stopped
+            raise WorkerFailed(SILENT)
 
-    def ended(self) -> BrokenRule:
-        """By itself, by its own last limits, or by somebody else."""
+    def exit_reason(self) -> WorkerFailed:
+        """End the worker; the error that says how it ended."""
         self.end()
         status = self.child.returncode
-        if status == -signal.SIGPROF:
-            return BrokenRule(TOO_LONG)
+        if status == -signal.SIGPROF:  # the worker's own limit
+            return WorkerFailed(TOO_SLOW)
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        return BrokenRule(f"the process that renders the chat template has ended {how}")
+        return WorkerFailed(f"the process that renders the chat template has ended {how}")
 
 
-SPARE: list[WatchedProcess] = []  # at most one, which has no template any more: to start one takes 0.1 s
+SPARE: list[WatchedProcess] = []  # at most one, for the next template: starting a process takes 0.1 s
 
 
-def watched_process(first: bytes) -> WatchedProcess:
-    """One that has been told this line."""
+def acquire_process(setup: bytes) -> WatchedProcess:
+    """The spare process or a new one, which has answered this request."""
     with suppress(IndexError):
         spare = SPARE.pop()
         if spare.owner == os.getpid() and spare.child.poll() is None:
-            spare.first, spare.opening = first, spare.ask(first)
+            spare.setup, spare.setup_answers = setup, spare.ask(setup)
             return spare
-    return WatchedProcess(first)
+    return WatchedProcess(setup)
 
 
-def give_back(process: WatchedProcess) -> None:
-    """For the next template, if there is no spare one and this one holds little memory."""
+def release_process(process: WatchedProcess) -> None:
+    """Keep it as the spare process if there is none and it holds little memory; else end it."""
     with suppress(psutil.Error):
-        if not process.broken and not SPARE and process.watched.memory_info().rss < MAX_SPARE_BYTES:
+        if not process.failure and not SPARE and process.watched.memory_info().rss < MAX_SPARE_BYTES:
             SPARE.append(process)
             return
     process.end()
 
 
 def end(child: subprocess.Popen[bytes], owner: int) -> None:
+    """Kill the worker, unless this is a fork of the process that started it."""
     if os.getpid() == owner:
         child.kill()
         child.wait()
@@ -178,8 +180,8 @@ def end(child: subprocess.Popen[bytes], owner: int) -> None:
 
 
 @contextmanager
-def interrupt_held() -> Iterator[None]:
-    """SIGINT comes when the block has ended."""
+def sigint_blocked() -> Iterator[None]:
+    """A SIGINT that arrives inside the block is delivered after it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

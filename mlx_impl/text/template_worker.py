@@ -1,9 +1,9 @@
-"""What runs in the process that renders chat templates: Jinja, in its sandbox. Lines of JSON in and out.
+"""The program of the worker process: renders chat templates in Jinja's sandbox, lines of JSON in and out.
 
-Source: the conventions of Hugging Face's `apply_chat_template`: what a template is given (`messages`,
-`tools`, `add_generation_prompt`, special tokens, `raise_exception`, `strftime_now`), `tojson` without HTML
-escapes, loop controls, the tag `generation`, several templates by name. A template is somebody else's
-program: it reaches nothing outside; how long it may take and how much memory, template_process.py watches.
+Source: the conventions of Hugging Face's `apply_chat_template`. A template gets `messages`, `tools`,
+`add_generation_prompt`, the special tokens, `raise_exception` and `strftime_now`; `tojson` does not escape
+for HTML; loop controls and the tag `generation` work; there may be several templates by name. The sandbox
+keeps a template from the rest of the system; template_process.py limits its time and memory.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ..disk.files import one_line
 from .rows import Message, is_text
 from .turns import find_turns, require_tools_shown
 
-# Characters of a rendering: so many, and for each byte of the request so many more.
-MAX_LENGTH, MAX_TIMES = 2**20, 16
-MAX_REASON = 1000  # characters of an error of the template's own
-MAX_ANSWERS = 2**20  # characters of several answers together: the rest is asked for again
-END = b"0\n"  # after the answers to a line
-SIGN = 0.2  # seconds after which an empty line says again that another rendering begins
+# A rendering may have MIN_LENGTH_LIMIT characters, plus LENGTH_PER_BYTE for each byte of its request.
+MIN_LENGTH_LIMIT, LENGTH_PER_BYTE = 2**20, 16
+MAX_ANSWERS_LENGTH = 2**20  # characters of the answers to one request; the parent asks again for the rest
+END = b"0\n"  # ends the answers to a request
+HEARTBEAT_SECONDS = 0.2  # at most so often an empty line tells the parent that a new rendering begins
 TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
-# Should nobody be there to watch: beyond what the parent allows, the system ends the process.
-LAST_SECONDS = 5
-LAST_BYTES = 2**31
+# Limits that the system enforces, above the parent's own: they hold even if the parent has died.
+HARD_CPU_SECONDS = 5
+HARD_BYTES = 2**31
 
 
 class GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks a reply, is what stands in it."""
+    """{% generation %} ... {% endgeneration %} marks a reply for other programs; here it does nothing."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -54,19 +54,20 @@ class GenerationTag(Extension):
 
 
 class Templates:
-    """A model's template, or several by name, compiled, and the special tokens that they know."""
+    """A model's template, or several by name, compiled, with the special tokens that they print."""
 
-    def __init__(self, sources: Mapping[str, str], special_texts: Mapping[str, str], moment: str) -> None:
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], now: str) -> None:
         extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         sandbox.filters["tojson"] = to_json
         del sandbox.globals["lipsum"]
-        now = datetime.fromisoformat(moment).strftime
-        sandbox.globals |= {"raise_exception": refuse, "strftime_now": now}
-        self.special_texts, self.last_sign, self.most = special_texts, time.monotonic(), MAX_LENGTH
+        strftime = datetime.fromisoformat(now).strftime
+        sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime}
+        self.special_tokens, self.last_heartbeat = special_tokens, time.monotonic()
+        self.max_length = MIN_LENGTH_LIMIT
         try:
-            self.templates = {name: compiled(sandbox, text) for name, text in sources.items()}
-        except Exception as error:  # also of Python, which compiles what Jinja makes
+            self.templates = {name: compile_template(sandbox, text) for name, text in sources.items()}
+        except Exception as error:  # Jinja's errors, and Python's when it compiles Jinja's output
             raise ValueError(f"the chat template cannot be read: {one_line(error)}") from None
 
     def render(
@@ -75,63 +76,60 @@ class Templates:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise ValueError(f'the model must have a chat template named "default", got {[*self.templates]}')
-        self.begin()
+        self.send_heartbeat()
         try:
             text = self.templates[name].render(
                 messages=messages,
                 tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
-                **self.special_texts,
+                **self.special_tokens,
             )
-            if len(text) > self.most:
-                raise jinja2.TemplateError(f"it makes a text longer than {self.most}")
-        except Exception as error:  # a template is a program: whatever it does wrong
+            if len(text) > self.max_length:
+                raise jinja2.TemplateError(f"it makes a text longer than {self.max_length}")
+        except Exception as error:  # a template is a program, which can raise anything
             raise ValueError(f"the chat template refuses the messages: {one_line(error)}") from None
         if not is_text(text):
-            raise ValueError("the chat template must print Unicode, and prints half a surrogate pair")
+            raise ValueError("the chat template must print valid Unicode, got half a surrogate pair")
         return text
 
-    def begin(self) -> None:
-        """The bounds are those of one rendering, so the parent is told of it, but not a thousand times."""
-        if time.monotonic() - self.last_sign > SIGN:
-            self.last_sign = time.monotonic()
-            signal.setitimer(signal.ITIMER_PROF, LAST_SECONDS)
-            say(b"\n")
+    def send_heartbeat(self) -> None:
+        """Restart the time limits, which are limits of one rendering, here and in the parent."""
+        if time.monotonic() - self.last_heartbeat > HEARTBEAT_SECONDS:
+            self.last_heartbeat = time.monotonic()
+            signal.setitimer(signal.ITIMER_PROF, HARD_CPU_SECONDS)
+            write_all(b"\n")
 
-    def shown(self, messages: Sequence[Message], tools: Sequence[Any] | None, every: bool) -> list[Any]:
-        """The rendering, and where the replies stand in it."""
+    def render_with_turns(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, all_replies: bool
+    ) -> list[Any]:
+        """The text, and where its last reply, or every reply, is in it."""
         whole = self.render(messages, False, tools)
         require_tools_shown(self.render, whole, messages, tools)
-        turns = find_turns(partial(self.render, tools=tools), whole, messages, every)
+        turns = find_turns(partial(self.render, tools=tools), whole, messages, all_replies)
         return [whole, [astuple(turn) for turn in turns]]
 
 
-def compiled(sandbox: jinja2.Environment, source: str) -> jinja2.Template:
+def compile_template(sandbox: jinja2.Environment, source: str) -> jinja2.Template:
     template = sandbox.from_string(source)
-    template.globals = {**template.globals}  # a ChainMap, which Jinja would copy at each rendering
+    template.globals = {**template.globals}  # Jinja would copy its ChainMap at every rendering
     return template
 
 
-def refuse(message: str) -> None:
+def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def one_line(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} ..."
+def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """The filter `tojson`: Jinja's own escapes for HTML and sorts the keys."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-def to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-    """Jinja's own filter escapes for HTML, and sorts."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
-
-def result_of(function: Callable[..., Any], **given: Any) -> Any:
-    """What it returns, or an object with the sentence of its ValueError."""
+def result_of(function: Callable[..., Any], **arguments: Any) -> Any:
+    """What the function returns, or {"error": message} for its ValueError."""
     try:
-        return function(**given)
+        return function(**arguments)
     except ValueError as error:
-        return {"refused": str(error)}
+        return {"error": str(error)}
 
 
 def to_line(value: Any) -> bytes:
@@ -139,47 +137,49 @@ def to_line(value: Any) -> bytes:
 
 
 def answers(templates: Templates, request: dict[str, Any]) -> Iterator[bytes]:
-    """To messages a text; to rows a line each, but the parent need not hold many long ones at a time."""
+    """One line for one list of messages; for rows a line each, until they are long enough together."""
     if "rows" not in request:
         yield to_line(result_of(templates.render, **request)) + END
         return
-    length = 0
+    length, all_replies = 0, request["all_replies"]
     for messages, tools in request["rows"]:
-        line = to_line(result_of(templates.shown, messages=messages, tools=tools, every=request["every"]))
+        line = to_line(
+            result_of(templates.render_with_turns, messages=messages, tools=tools, all_replies=all_replies)
+        )
         yield line
         length += len(line)
-        if length > MAX_ANSWERS:
+        if length > MAX_ANSWERS_LENGTH:
             break
     yield END
 
 
 def serve() -> None:
-    """A line has templates, the first one too, or asks for renderings; until the parent closes the pipe."""
-    limit_itself()
+    """Answer requests until the parent closes the pipe; the first sets the templates, later ones may too."""
+    set_hard_limits()
     templates: Any = None
     for line in sys.stdin.buffer:
         request = json.loads(line)
         if "sources" in request:
-            templates = None  # free those before
+            templates = None  # free the old ones first
             templates = result_of(Templates, **request)
-            say(to_line(None if isinstance(templates, Templates) else templates) + END)
+            write_all(to_line(None if isinstance(templates, Templates) else templates) + END)
             continue
-        templates.most = MAX_LENGTH + MAX_TIMES * len(line)
+        templates.max_length = MIN_LENGTH_LIMIT + LENGTH_PER_BYTE * len(line)
         for answer in answers(templates, request):
-            say(answer)
+            write_all(answer)
 
 
-def say(line: bytes) -> None:
+def write_all(line: bytes) -> None:
     sent = os.write(1, line)
     while sent < len(line):
         sent += os.write(1, line[sent : sent + 2**16])
 
 
-def limit_itself() -> None:
-    """Where the system knows such limits; the timer starts anew as long as renderings end."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, wherever it is
-    signal.setitimer(signal.ITIMER_PROF, LAST_SECONDS)
+def set_hard_limits() -> None:
+    """SIGPROF ends the process after HARD_CPU_SECONDS without a heartbeat; Linux also limits its memory."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, HARD_CPU_SECONDS)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    soft = LAST_BYTES if hard == resource.RLIM_INFINITY else min(LAST_BYTES, hard)
+    soft = HARD_BYTES if hard == resource.RLIM_INFINITY else min(HARD_BYTES, hard)
     with suppress(ValueError, OSError):  # macOS
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

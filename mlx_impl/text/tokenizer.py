@@ -1,4 +1,4 @@
-"""Text to token numbers and back, and conversations through the model's own chat template.
+"""Text to token ids and back, and conversations through the model's own chat template.
 
 Source: Hugging Face `tokenizers` (byte-level BPE, Radford et al. 2019).
 """
@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from .rows import Message
 from .template import ChatTemplate
 
-PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+EXAMPLE_CHAT = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
 
 
 class ChatTokenizer:
-    """A tokenizer, a chat template where the model has one, and the tokens that end an answer."""
+    """A tokenizer, the model's chat template if it has one, and the tokens that end an answer."""
 
     def __init__(
         self,
@@ -33,42 +33,44 @@ class ChatTokenizer:
             raise ValueError(f"the end-of-turn token {eos_token!r} must be in the vocabulary")
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # What puts BOS before a text. It also moves offsets, off spaces, so it acts in encode_text only.
+        # The post-processor adds BOS, but also moves offsets off spaces, so only encode_text uses it.
         self.post_processor, tokenizer.post_processor = tokenizer.post_processor, None
         self.tokenizer, self.eos_id = tokenizer, eos_id
         self.bos_id: int | None = tokenizer.token_to_id(bos_token)
-        self.special_texts = {"eos_token": eos_token, "bos_token": bos_token}
-        self.template = None if template is None else ChatTemplate(template, self.special_texts)
-        self.stop_ids = frozenset({eos_id, *eos_ids, *self.end_of_turn()})
+        self.special_tokens = {"eos_token": eos_token, "bos_token": bos_token}
+        self.template = None if template is None else ChatTemplate(template, self.special_tokens)
+        self.stop_ids = frozenset({eos_id, *eos_ids, *self.end_of_turn_ids()})
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest number of a token: numbers may have gaps."""
+        """The largest token id plus 1: ids may have gaps."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def end_of_turn(self) -> list[int]:
-        """The first special token that the template puts after a reply, if it does."""
+    def end_of_turn_ids(self) -> list[int]:
+        """The id of the first special token that the template prints after a reply, or an empty list."""
         try:
-            text = self.render(PROBE, add_generation_prompt=False)
-        except ValueError:  # no template, or one that wants other messages
+            text = self.render(EXAMPLE_CHAT, add_generation_prompt=False)
+        except ValueError:  # no template, or one that refuses these messages
             return []
-        said = text.rfind(PROBE[-1]["content"])
+        reply_start = text.rfind(EXAMPLE_CHAT[-1]["content"])
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         tokens, starts, _ = self.encode_with_offsets(text)
-        return [t for t, start in zip(tokens, starts, strict=True) if start > said >= 0 and t in special][:1]
+        located = zip(tokens, starts, strict=True)
+        return [token for token, start in located if start > reply_start >= 0 and token in special][:1]
 
     def save(self, path: Path) -> None:
-        """As a `tokenizer.json`, with what puts BOS before a text."""
+        """Write `tokenizer.json`, the post-processor included."""
         whole = Tokenizer.from_str(self.tokenizer.to_str())
         if self.post_processor is not None:
             whole.post_processor = self.post_processor
         whole.save(str(path))
 
     def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without BOS and EOS."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int], list[int]]:
-        """The tokens, and the numbers of the characters at which each starts and before which it ends."""
+        """The tokens, and the character at which each starts and the one before which it ends."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         return (
             list(encoding.ids),
@@ -77,7 +79,7 @@ class ChatTokenizer:
         )
 
     def encode_text(self, text: str) -> list[int]:
-        """A text that is no conversation: BOS where the tokenizer puts one, EOS; each once."""
+        """The tokens of a plain text, with one BOS if the tokenizer adds BOS, and with one EOS."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         plain, tokens = list(encoding.ids), list(encoding.ids)
         if self.post_processor is not None:
@@ -89,10 +91,11 @@ class ChatTokenizer:
         return tokens if tokens[-1:] == [self.eos_id] else [*tokens, self.eos_id]
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def decode_all(self, tokens: Sequence[int]) -> str:
-        """With the special tokens."""
+    def decode_with_special(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens, special tokens included."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def render(
@@ -101,16 +104,16 @@ class ChatTokenizer:
         add_generation_prompt: bool,
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> str:
-        """The text that the model reads; ValueError when the template refuses the messages."""
+        """As `ChatTemplate.render`; ValueError also if the model has no chat template."""
         return self.require_template().render(messages, add_generation_prompt, tools)
 
     def require_template(self) -> ChatTemplate:
         if self.template is None:
-            raise ValueError("the model must have a chat template for messages, and has none")
+            raise ValueError("the model must have a chat template to read messages, and has none")
         return self.template
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """The tokens after which the model is to answer."""
+        """The tokens of a prompt, up to where the model's answer begins."""
         return self.encode(self.render(messages, add_generation_prompt=True, tools=tools))

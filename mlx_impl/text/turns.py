@@ -1,9 +1,9 @@
-"""Where a reply stands in a rendered conversation, for any chat template, in characters; and what it hides.
+"""Find where each reply is in a rendered conversation, in characters, for any chat template.
 
-A reply begins where the model is asked to go on: after the rendering of what comes before it with the
-generation prompt, where that is how the whole begins. It is not for a template that adds or strips thinking,
-trims, or opens a turn otherwise when it asks; there the conversation is rendered again with another reply,
-and what differs is the reply.
+A reply starts where generation would start: at the length of the prompt, which is the earlier messages
+rendered with the generation prompt, if the whole text begins with that prompt. For some templates it does
+not: they add or strip thinking, trim, or open the turn differently for generation. Then the conversation is
+rendered again with another reply, and the reply is the part of the text that changes.
 """
 
 from __future__ import annotations
@@ -19,70 +19,74 @@ Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_pr
 RenderTools = Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
 
 TARGETS = ("completion", "assistant", "all")  # the last reply, every reply, every token
-# Private use first: a template has no such character of its own, which would count as a second reply.
-PROBES = "".join(map(chr, range(0xE000, 0xF900))) + string.ascii_letters + string.digits
+# Characters that stand for another message. Those of private use come first: no template prints one itself.
+MARKERS = "".join(map(chr, range(0xE000, 0xF900))) + string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A reply in the rendered text."""
+    """Where a reply is in the rendered text."""
 
     start: int
-    end: int  # of what was said; the end-of-turn token comes at or after it
-    limit: int  # where the next message begins
+    end: int  # of the reply's own text; its end-of-turn token comes at or after it
+    next_start: int  # where the next message begins
 
 
-def find_turns(render: Render, whole: str, messages: Sequence[Message], every: bool) -> list[Turn]:
-    """The last reply, or every one; `whole` is the rendering. ValueError for one that does not show in it."""
+def find_turns(render: Render, whole: str, messages: Sequence[Message], all_replies: bool) -> list[Turn]:
+    """The last reply, or every reply, in the rendered text `whole`; ValueError if it does not show one."""
     last = len(messages) - 1
-    chosen = [i for i, m in enumerate(messages) if i == last or (every and m["role"] == "assistant")]
+    chosen = [i for i, m in enumerate(messages) if i == last or (all_replies and m["role"] == "assistant")]
     return [find_turn(render, whole, messages, i) for i in chosen]
 
 
 def find_turn(render: Render, whole: str, messages: Sequence[Message], i: int) -> Turn:
-    start, said = prompt_length(render, whole, messages[:i]), changing_part(render, whole, messages, i)
-    if said is None:
+    start, span = prompt_length(render, whole, messages[:i]), message_span(render, whole, messages, i)
+    if span is None:
         raise ValueError(f"the chat template must show message {i + 1}, the reply, and does not")
-    after = changing_part(render, whole, messages, i + 1) if i + 1 < len(messages) else None
-    limit = after[0] if after else len(whole)
-    return Turn(said[0] if start is None else start, said[1], limit)
+    after = message_span(render, whole, messages, i + 1) if i + 1 < len(messages) else None
+    next_start = after[0] if after else len(whole)
+    return Turn(span[0] if start is None else start, span[1], next_start)
 
 
 def prompt_length(render: Render, whole: str, before: Sequence[Message]) -> int | None:
-    """The number of characters after which the model is to reply, where `whole` begins with them."""
+    """The length of the prompt for the next reply; None if `whole` does not begin with that prompt."""
     try:
         prompt = render(before, True)
-    except ValueError:  # such as a template that needs a message of the user
+    except ValueError:  # for example a template that needs a user's message
         return None
     return len(prompt) if whole.startswith(prompt) else None
 
 
-def changing_part(render: Render, whole: str, messages: Sequence[Message], i: int) -> tuple[int, int] | None:
-    """Start and end of what message i is in the rendering; None where nothing depends on it.
+def message_span(render: Render, whole: str, messages: Sequence[Message], i: int) -> tuple[int, int] | None:
+    """Start and end of message i in the rendered text; None if the text does not depend on the message.
 
-    The other message is one character that stands nowhere, so that it differs at both ends. ValueError for a
-    template that repeats it: between the two may stand what others said.
+    Message i is replaced by one character that is not in the text, so that the two texts differ at both ends
+    of the message. ValueError for a template that shows the message more than once: the part that differs
+    would include other messages.
     """
-    probe = next((c for c in PROBES if c not in whole), None)
-    if probe is None:
-        raise ValueError("a conversation must leave out one of U+E000-F8FF, a letter or a digit, and has all")
-    for kept in ({"role": messages[i]["role"]}, messages[i]):  # without the tool calls, or with them
+    marker = next((c for c in MARKERS if c not in whole), None)
+    if marker is None:
+        raise ValueError(
+            "a conversation must not contain every letter, every digit and all of U+E000-F8FF: "
+            "one of them must be free to mark a reply"
+        )
+    for kept in ({"role": messages[i]["role"]}, messages[i]):  # without its tool calls, else with them
         try:
-            other = render([*messages[:i], {**kept, "content": probe}, *messages[i + 1 :]], False)
+            other = render([*messages[:i], {**kept, "content": marker}, *messages[i + 1 :]], False)
         except ValueError:
             continue
-        if (times := other.count(probe)) > 1:
+        if (times := other.count(marker)) > 1:
             raise ValueError(f"the chat template must show message {i + 1} once, and shows it {times} times")
         if times == 1:
-            start = same_before(whole, other)
-            same_after = same_before(whole[start:][::-1], other[start:][::-1])
+            start = common_prefix_length(whole, other)
+            same_after = common_prefix_length(whole[start:][::-1], other[start:][::-1])
             return start, len(whole) - same_after
     return None
 
 
-def same_before(one: str, other: str) -> int:
-    """How many characters both texts begin with, by bisection: the first `least` are the same in both."""
-    least, most = 0, min(len(one), len(other))
+def common_prefix_length(one: str, other: str) -> int:
+    """How many leading characters two texts share, found by bisection."""
+    least, most = 0, min(len(one), len(other))  # the first `least` characters are known to be equal
     while least < most:
         middle = (least + most + 1) // 2
         if one[least:middle] == other[least:middle]:
@@ -95,19 +99,19 @@ def same_before(one: str, other: str) -> int:
 def require_tools_shown(
     render: RenderTools, whole: str, messages: Sequence[Message], tools: Sequence[Any] | None
 ) -> None:
-    """ValueError where the text is the same without the tools, or without the calls of a message."""
+    """ValueError if the text is the same without the tools, or without the tool calls of a message."""
     without: dict[str, tuple[Sequence[Message], Sequence[Any] | None]] = {}
     if tools:
         without['"tools"'] = messages, None
     for i, message in enumerate(messages):
         if message.get("tool_calls"):
-            silent = {key: value for key, value in message.items() if key != "tool_calls"}
-            others = [*messages[:i], silent, *messages[i + 1 :]]
+            no_calls = {key: value for key, value in message.items() if key != "tool_calls"}
+            others = [*messages[:i], no_calls, *messages[i + 1 :]]
             without[f'the "tool_calls" of message {i + 1}'] = others, tools
-    for name, (said, described) in without.items():
+    for name, (other_messages, other_tools) in without.items():
         try:
-            other = render(said, False, described)
-        except ValueError:  # such as a template that needs a call before what a tool says
+            other = render(other_messages, False, other_tools)
+        except ValueError:  # for example a template that needs a call before a tool's result
             continue
         if other == whole:
             raise ValueError(f"the chat template must show {name}, and does not")

@@ -1,1 +1,1 @@
-"""Damaged copies of valid files, and what reads them; run by tests/units/test_fuzz.py."""
+"""Fuzzing: damage valid files and read them. Run by tests/units/test_fuzz.py."""

@@ -1,9 +1,9 @@
-"""`python -m tests.fuzz TARGET FOLDER [CASE]`: every case of a target, or one; a line for what went wrong.
+"""`python -m tests.fuzz TARGET FOLDER [CASE]`: run all cases of a target, or one; print what goes wrong.
 
-FOLDER must be new or empty. FUZZ_SEED and FUZZ_TIMES, other cases and more of them, are for a long search.
+FOLDER must be new or empty. For a longer search, FUZZ_SEED gives other cases and FUZZ_TIMES more of them.
 
-The number of each case is written before it is tried, so that a crash has a name. Address space is capped: a
-file of some kilobytes that asks for gigabytes must be refused before they are allocated.
+The number of each case is printed before it runs, so that a crash can be replayed. Address space is limited:
+a small file that asks for gigabytes must be refused before they are allocated.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from mlx_impl.disk.places import require_new_folder
 from tests.fuzz.targets import TARGETS
 
-SECONDS = 30  # a case takes milliseconds, and a chat template has 3 seconds of CPU time on a busy machine
-MEMORY_BYTES = 1 << 30  # beyond what the process has at the start
-LINE_LENGTH = 700
+MAX_SECONDS = 30  # of a case; most take milliseconds, a chat template may take 3 seconds of CPU time
+MAX_BYTES = 1 << 30  # of address space, beyond what the process has at the start
+MAX_LINE_LENGTH = 700
 
 
 class Hang(BaseException):
-    """No Exception, so that nothing catches it on the way."""
+    """Not an Exception, so that no reader catches it."""
 
 
 def main(target: str, folder: Path, only: int | None = None) -> None:
@@ -33,8 +33,8 @@ def main(target: str, folder: Path, only: int | None = None) -> None:
     spec.write(folder)
     file = folder / spec.file
     valid = file.read_bytes()
-    spec.read(folder)  # it is
-    cap_memory()
+    spec.read(folder)  # the undamaged file must load
+    limit_memory()
     signal.signal(signal.SIGALRM, hang)
     refused = 0
     times, seed = int(os.environ.get("FUZZ_TIMES", "1")), os.environ.get("FUZZ_SEED", "")
@@ -44,7 +44,7 @@ def main(target: str, folder: Path, only: int | None = None) -> None:
         file.write_bytes(mutation(valid, rng))
         print(f"case {case} {mutation.__name__}", flush=True)
         try:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
             spec.read(folder)
         except ValueError as error:
             refused += 1
@@ -61,27 +61,27 @@ def main(target: str, folder: Path, only: int | None = None) -> None:
 
 
 def complaint_about(sentence: str, folder: Path) -> str:
-    """What is wrong with a refusal; nothing where it is one printable line that names the file."""
+    """What is wrong with an error message; empty if it is one printable line that begins with the file."""
     length = len(sentence.replace(str(folder), ""))
     if not sentence.startswith(str(folder)):
         return f"does not begin with the file: {sentence[:200]!r}"
     if not sentence.isprintable():
         return f"is not one printable line: {sentence[:200]!r}"
-    if length > LINE_LENGTH:
+    if length > MAX_LINE_LENGTH:
         return f"is a line of {length} characters: {sentence[:200]!r}"
     return ""
 
 
 def hang(*_: object) -> None:
-    raise Hang(f"took more than {SECONDS} seconds")
+    raise Hang(f"took more than {MAX_SECONDS} seconds")
 
 
-def cap_memory() -> None:
-    """Linux: macOS enforces no such limit."""
+def limit_memory() -> None:
+    """On Linux only: macOS does not enforce this limit."""
     status = Path("/proc/self/statm")
     if status.exists():
         used = int(status.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
 
 
 if __name__ == "__main__":

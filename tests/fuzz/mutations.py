@@ -1,6 +1,6 @@
-"""What damage does to a file: to its bytes, to the values of its JSON, to the header of a safetensors file.
+"""Mutations: damage to the bytes of a file, to the values of its JSON, to the header of a safetensors file.
 
-Every mutation is a function of its content and a random number generator, so that a case is its number.
+A mutation depends only on the content and a random number generator, so a case number replays it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def nested(depth: int, kind: str = "list") -> Any:
     return value
 
 
-# Values of every type and size, and texts that a terminal would obey.
+# Values of every type and size, and texts with terminal control codes.
 VALUES: tuple[Any, ...] = (
     *(
         None,
@@ -80,7 +80,7 @@ def flip_bit(data: bytes, rng: random.Random) -> bytes:
 
 
 def flip_early_bit(data: bytes, rng: random.Random) -> bytes:
-    """Where headers are."""
+    """In the first 200 bytes, where headers are."""
     return flip_bit(data[:200], rng) + data[200:]
 
 
@@ -150,20 +150,20 @@ BYTES: tuple[Mutation, ...] = (
 )
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
+def entries(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) in a tree of JSON values."""
     found: list[tuple[Any, Any]] = []
     if isinstance(value, (dict, list)):
         for key in value if isinstance(value, dict) else range(len(value)):
-            found += [(value, key), *places(value[key])]
+            found += [(value, key), *entries(value[key])]
     return found
 
 
 def mutate_tree(tree: Any, rng: random.Random) -> Any:
-    """One or a few values replaced, removed, renamed, exchanged or added."""
+    """Replace, remove, rename, swap or wrap one value or a few."""
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
-        # Long lists, such as a vocabulary, must not hide the keys at the top.
-        found = places(tree) if rng.random() < 0.4 else [(tree, key) for key in keys_of(tree)]
+        # Often only top-level keys, which long lists such as a vocabulary would outnumber.
+        found = entries(tree) if rng.random() < 0.4 else [(tree, key) for key in keys_of(tree)]
         if not found:
             return rng.choice(VALUES)
         container, key = rng.choice(found)
@@ -175,8 +175,8 @@ def mutate_tree(tree: Any, rng: random.Random) -> Any:
         elif act == 5 and isinstance(container, dict):
             container[f"{key}{rng.choice(('_', ' ', '.weight', chr(10), chr(27)))}"] = container.pop(key)
         elif act == 6:
-            other, place = rng.choice(found)
-            container[key], other[place] = other[place], container[key]
+            other, other_key = rng.choice(found)
+            container[key], other[other_key] = other[other_key], container[key]
         else:
             container[key] = rng.choice(([container[key]], {"a": container[key]}, str(container[key])))
     return tree
@@ -189,7 +189,7 @@ def keys_of(tree: Any) -> list[Any]:
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
     try:
         return json.dumps(mutate_tree(json.loads(data), rng)).encode()
-    except (ValueError, RecursionError):  # a value inside itself
+    except (ValueError, RecursionError):  # a value that contains itself
         return flip_bit(data, rng)
 
 
@@ -206,7 +206,7 @@ def split_safetensors(data: bytes) -> tuple[bytes, bytes]:
 
 
 def mutate_length(data: bytes, rng: random.Random) -> bytes:
-    """The length of the header, which a reader may believe and allocate."""
+    """Change the header's length, which a reader might trust and allocate."""
     header, _ = split_safetensors(data)
     near = len(header) + rng.choice((-8, -1, 1, 8))
     length = rng.choice((0, 1, 2, near, len(data), 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1))
@@ -224,7 +224,7 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_entry(data: bytes, rng: random.Random) -> bytes:
-    """One tensor's type, shape or place."""
+    """Change one tensor's dtype, shape or offsets."""
     text, body = split_safetensors(data)
     header = json.loads(text)
     name = rng.choice([name for name in header if name != "__metadata__"])
@@ -265,8 +265,8 @@ def rename_tensor(data: bytes, rng: random.Random) -> bytes:
     return with_header({(new if n == name else n): entry for n, entry in header.items()}, body)
 
 
-def not_finite(data: bytes, rng: random.Random) -> bytes:
-    """A weight that is no number."""
+def make_not_finite(data: bytes, rng: random.Random) -> bytes:
+    """Set one weight to NaN or infinity."""
     _, body = split_safetensors(data)
     at = len(data) - len(body) + 4 * rng.randrange(len(body) // 4)
     return (
@@ -277,7 +277,7 @@ def not_finite(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_progress(data: bytes, rng: random.Random) -> bytes:
-    """The JSON in the metadata of a training state."""
+    """Change the JSON in the metadata of a training state."""
     text, body = split_safetensors(data)
     header = json.loads(text)
     metadata = header["__metadata__"]
@@ -285,6 +285,9 @@ def mutate_progress(data: bytes, rng: random.Random) -> bytes:
     return with_header(header, body)
 
 
-SAFETENSORS = (*BYTES, *(mutate_length, mutate_header, mutate_entry, mutate_entry, rename_tensor, not_finite))
+SAFETENSORS = (
+    *BYTES,
+    *(mutate_length, mutate_header, mutate_entry, mutate_entry, rename_tensor, make_not_finite),
+)
 JSON: tuple[Mutation, ...] = (*BYTES, *(mutate_json,) * 14)
 LINES: tuple[Mutation, ...] = (*BYTES, *(mutate_line,) * 10)

@@ -1,4 +1,4 @@
-"""The files that are damaged, how a valid one is written, and what reads it."""
+"""The files to damage: how each valid one is written, and what reads it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IDENTITY: dict[str, Any] = {"the model's weights": "0" * 64, "rank": 2}
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a valid folder, how it is damaged, and what reads the folder."""
+    """A file of a valid folder, its mutations, and what reads the folder."""
 
     write: Callable[[Path], object]
     file: str
@@ -62,9 +62,9 @@ def write_shards(folder: Path) -> None:
 
 
 def write_quantized(folder: Path) -> None:
-    """As mlx-lm has it: packed weights beside their scales and biases."""
-    packing = {"group_size": 32, "bits": 4, "mode": "affine", "model.layers.0.mlp.up_proj": {"bits": 8}}
-    write_folder(folder, quantization=packing, quantization_config=packing)
+    """A quantized model as mlx-lm writes it, with one module in more bits."""
+    quantization = {"group_size": 32, "bits": 4, "mode": "affine", "model.layers.0.mlp.up_proj": {"bits": 8}}
+    write_folder(folder, quantization=quantization, quantization_config=quantization)
     tensors = tensors_of(folder)
     for name in [n for n in tensors if any(f"{linear}.weight" in n for linear in LINEARS)]:
         bits = 8 if name == "model.layers.0.mlp.up_proj.weight" else 4
@@ -82,7 +82,7 @@ def tensors_of(folder: Path) -> dict[str, mx.array]:
 
 
 def base_model(folder: Path) -> CausalLM:
-    """Of the right shapes, which are all that an adapter is held to."""
+    """A model of the right shapes; reading an adapter checks nothing else of it."""
     return CausalLM(read_config(folder))
 
 
@@ -133,18 +133,18 @@ def read_state(folder: Path) -> None:
     load_state(folder / "training_state.safetensors", IDENTITY, trained(folder))
 
 
-def converse(tokenizer: ChatTokenizer, folder: Path) -> None:
+def encode_data(tokenizer: ChatTokenizer, folder: Path) -> None:
     conversations = read_conversations(folder / "train.jsonl")
     encode_all(tokenizer, conversations, targets="assistant", max_tokens=64)
 
 
 def read_data(folder: Path) -> None:
-    converse(tokenizer_from_folder(folder), folder)
+    encode_data(tokenizer_from_folder(folder), folder)
 
 
 def read_tokenizer(folder: Path) -> None:
-    """The template is used too: it is a program in the file."""
-    converse(load_model(folder).tokenizer, folder)
+    """Encoding data runs the chat template too, which is a program in the file."""
+    encode_data(load_model(folder).tokenizer, folder)
 
 
 SETTINGS = {"rank": 4, "learning_rate": 1e-4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}
@@ -152,7 +152,7 @@ RECORDS = [StepRecord(step, 2.5, 0.5, 1e-3, 5, 20, 0.1, 1000) for step in (1, 2,
 
 
 def write_run(folder: Path) -> None:
-    """What a run leaves beside its adapter and its state."""
+    """The files of a finished run, without its adapter and its training state."""
     folder.mkdir(parents=True)
     run = RunFolder(folder)
     run.begin(SETTINGS, IDENTITY, Exam(1.5, {"trained": [Answer("Who?", "Mia", "Mia.")]}))
@@ -173,12 +173,12 @@ def read_settings(name: str) -> Callable[[Path], None]:
 
 
 def read_resumed(folder: Path) -> None:
-    """The settings of a run are beneath those that are given."""
+    """`--resume` reads the settings in the run's manifest."""
     parse_arguments(["train", "--resume", str(folder)])
 
 
 def read_lock(folder: Path) -> None:
-    """Ours or not: to say which never fails, and what it says can be shown."""
+    """Reading never raises, and the holder is always printable; an unreadable lock counts as refused."""
     record = lock.read(folder / lock.NAME)
     assert lock.holder(record).isprintable()
     if record is None:

@@ -1,1 +1,1 @@
-"""The oracle's oracle: `reference/` against transformers and PEFT, and the ladder on mlx-lm's own trainer."""
+"""Compare `reference/` with transformers and PEFT, and run the ladder on mlx-lm's own trainer."""

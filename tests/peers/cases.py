@@ -1,4 +1,4 @@
-"""Small random models, adapters and batches, and `reference/` on them."""
+"""Small random models, adapters and batches, and the reference on them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,13 @@ from mlx_impl.data import Batch, Example, make_batch
 from reference.lora import LoRALinear, add_lora
 from reference.model import CausalLM, load_arrays
 from reference.train import batch_loss
+from tests.tiny_model import TINY_LLAMA
 
 Arrays = dict[str, np.ndarray]
 
-# Every size differs from the others, and the vocabulary is a prime. heads * head_dim is not the width, which
-# transformers wants to be a multiple of heads.
-LLAMA = ModelConfig(
-    vocab_size=61,
-    hidden_size=30,
-    intermediate_size=44,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=10,
-    rms_norm_eps=1e-5,
-    rope_theta=1000.0,
-    tie_word_embeddings=False,
-)
+LLAMA = TINY_LLAMA
 LINEAR = RopeScaling("linear", 4.0)
-# With so short an original context one of the five frequencies is kept, one is blended, three are divided.
+# With this short original context, of five frequencies one is kept, one is blended, three are divided.
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=40)
 
 MODELS = {
@@ -74,7 +62,7 @@ ADAPTERS = {
 }
 
 TOKEN_COUNTS = (14, 6, 11)  # rows of unequal length
-PROMPT_COUNTS = (5, 3, 9)  # of which so many are the prompt
+PROMPT_COUNTS = (5, 3, 9)  # tokens of each row that are the prompt
 
 
 def random_arrays(shapes: dict[str, tuple[int, ...]], scale: float, seed: int) -> Arrays:
@@ -89,7 +77,7 @@ def random_weights(spec: ModelConfig) -> Arrays:
 
 
 def random_factors(spec: ModelConfig, lora: LoRAConfig) -> Arrays:
-    """B is not zero, so that A's gradients are not either; magnitudes are positive."""
+    """Random factors. B is not zero, so that A's gradients are not zero; magnitudes are positive."""
     model = CausalLM(spec)
     add_lora(model, lora)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
@@ -125,7 +113,7 @@ def to_tensors(batch: Batch) -> reference.data.Batch:
 
 
 class Oracle:
-    """`reference/` by name, in float32 or float64."""
+    """The reference, in float32 or float64, with arrays by name."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Warnings of the libraries' own making are not this project's errors."""
+"""Ignore warnings that the libraries cause themselves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the matrices are tiny: threads only wait for one another
+torch.set_num_threads(1)  # the matrices are tiny: threads would only slow them down
 
 
 @pytest.fixture(autouse=True)
-def peers_may_deprecate_each_other() -> Iterator[None]:
-    """PEFT still reads an attribute that transformers renames."""
+def ignore_deprecations_between_peers() -> Iterator[None]:
+    """PEFT still reads an attribute that transformers has renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

@@ -1,6 +1,4 @@
-"""Small random checkpoints of each family, written by transformers' own classes, and the model in the folder
-as transformers and PEFT have it.
-"""
+"""Small random checkpoints of each family, written by transformers and loaded by transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from tests.peers.cases import Arrays, random_arrays
 from tests.peers.twin import AllDouble, PeftTwin, peft_config
 from tests.tiny_folder import CONTROL, MERGES, TEMPLATE, TOKENS
 
-VOCAB_SIZE = 263  # a prime, and room for the tokenizer
+VOCAB_SIZE = 263  # a prime, large enough for the tokenizer
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 30,
@@ -29,7 +27,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 10,  # 6 heads of 10 are not the width
+    "head_dim": 10,  # 6 * 10 is not the width
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 128,
     "pad_token_id": None,
@@ -43,7 +41,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 40,  # one frequency kept, one blended, three divided
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-# Qwen2 has no head_dim of its own; Qwen3's width need not be a multiple of its heads.
+# Qwen2 has no key head_dim; Qwen3's width need not be a multiple of its heads.
 QWEN2_SIZES = SIZES | {"hidden_size": 60, "head_dim": None}
 QWEN3_SIZES = SIZES | {"hidden_size": 27, "intermediate_size": 45}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
@@ -77,10 +75,10 @@ FAMILIES = {
     "mistral-window-1-tied": Family("Mistral", {"sliding_window": 1} | TIED),
     "mistral-window-is-length": Family("Mistral", {"sliding_window": 13}),
     "mistral-no-window": Family("Mistral", {"sliding_window": None}, FP16),
-    "qwen2": Family("Qwen2", {"sliding_window": 5}),  # which use_sliding_window=False turns off
+    "qwen2": Family("Qwen2", {"sliding_window": 5}),  # off, since use_sliding_window is False
     "qwen2-tied-bf16-shards": Family("Qwen2", TIED, BF16, "20KB"),
     "qwen2-window": Family("Qwen2", SLIDING, FP16),
-    "qwen2-window-of-no-layer": Family("Qwen2", SLIDING | {"max_window_layers": 3}),
+    "qwen2-window-in-no-layer": Family("Qwen2", SLIDING | {"max_window_layers": 3}),
     "qwen3": Family("Qwen3", {"sliding_window": 5}, BF16),
     "qwen3-tied-shards": Family("Qwen3", TIED, FP16, "20KB"),
     "qwen3-window-linear": Family("Qwen3", SLIDING | {"rope_parameters": LINEAR_ROPE}),
@@ -88,7 +86,7 @@ FAMILIES = {
 
 
 def write_family(folder: Path, family: Family) -> Path:
-    """A checkpoint whose every weight is random, norms and biases too, with a tokenizer beside it."""
+    """Write a checkpoint with random weights, norms and biases included, and a tokenizer."""
     config = family.config()
     model = getattr(transformers, f"{family.kind}ForCausalLM")(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -116,8 +114,8 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def spell_as_before_transformers_5(folder: Path) -> Path:
-    """`rope_theta` and `rope_scaling` in the place of `rope_parameters`, as nearly all folders have it."""
+def use_transformers_4_keys(folder: Path) -> Path:
+    """Replace `rope_parameters` by `rope_theta` and `rope_scaling`, as nearly all published folders have."""
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
@@ -126,15 +124,15 @@ def spell_as_before_transformers_5(folder: Path) -> Path:
     return folder
 
 
-def load_as_transformers_does(folder: Path) -> torch.nn.Module:
-    """Loaded in float32 by from_pretrained: the peer's own reading of the folder."""
+def load_with_transformers(folder: Path) -> torch.nn.Module:
+    """The model as `from_pretrained` reads the folder, in float32."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
 
 
 class FolderTwin(PeftTwin):
-    """The model in a folder, or the same with other weights, and an adapter that PEFT adds."""
+    """transformers' model of a folder, optionally with other weights, with an adapter added by PEFT."""
 
     def __init__(
         self,
@@ -144,12 +142,12 @@ class FolderTwin(PeftTwin):
         dtype: torch.dtype = torch.float64,
         weights: Arrays | None = None,
     ) -> None:
-        """Factors that are not given are drawn; B is not zero."""
+        """Without `factors` they are random; B is not zero."""
         self.precision = AllDouble if dtype is torch.float64 else nullcontext
-        read = load_as_transformers_does(folder) if weights is None else None
+        read = load_with_transformers(folder) if weights is None else None
         config = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager")
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights are given in full
+            del config.quantization_config  # the weights are given dequantized
         with self.precision():
             model = getattr(transformers, config.architectures[0])(config).to(dtype)
             given = read.state_dict() if read else {n: torch.tensor(w) for n, w in (weights or {}).items()}
@@ -170,7 +168,7 @@ class FolderTwin(PeftTwin):
             return self.logits(tokens_BT)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """transformers' own decoding, without its cache, which for a window of 1 keeps everything."""
+        """transformers' own greedy decoding, without its cache, which is wrong for a window of 1."""
         with self.precision(), torch.no_grad():
             whole = self.model.eval().generate(
                 input_ids=torch.tensor([prompt]),
@@ -186,6 +184,6 @@ class FolderTwin(PeftTwin):
 
 
 def random_factors(shapes: dict[str, tuple[int, ...]]) -> Arrays:
-    """B is not zero, so that A's gradients are not either; magnitudes are positive."""
+    """Random factors. B is not zero, so that A's gradients are not zero; magnitudes are positive."""
     factors = random_arrays(shapes, 0.2, seed=102)
     return factors | {n: 1.5 + f for n, f in factors.items() if n.endswith("magnitude")}

@@ -1,4 +1,4 @@
-"""`load_model` on a folder, with an adapter, held to transformers and PEFT on that folder."""
+"""Compare `load_model` on a folder, with an adapter, with transformers and PEFT on the same folder."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.derived import assert_within_rounding
 from tests.peers.cases import Arrays
 from tests.peers.families import FolderTwin, random_factors
 
-NEVER = ()  # no token ends an answer
+NO_STOPS = ()  # no token ends an answer
 
 
 def batch_of(folder: Path, token_counts: tuple[int, ...] = (14, 6, 11), seed: int = 3) -> Batch:
-    """Rows of unequal length, padded on the right; the first third of each is no target."""
+    """A right-padded batch of rows of unequal length; the first third of each row is the prompt."""
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     rng = np.random.default_rng(seed)
     examples = [
@@ -41,7 +41,7 @@ def batch_of(folder: Path, token_counts: tuple[int, ...] = (14, 6, 11), seed: in
 def load(
     folder: Path, lora: LoRAConfig | None = None, factors: Arrays | None = None, dequantize: bool = False
 ) -> CausalLM:
-    """The model, with an adapter if one is asked for; factors that are not given are drawn."""
+    """The model, with an adapter if `lora` is given; without `factors` they are random."""
     model = load_model(folder, dequantize=dequantize).model if dequantize else load_model(folder).model
     if lora is not None:
         add_lora(model, lora)
@@ -53,7 +53,7 @@ def load(
 
 
 def logits_and_gradients(model: CausalLM, batch: Batch) -> Arrays:
-    """Of the mean over the targets, by name, with the logits of every position."""
+    """Logits of every position, and by name the gradients of the mean loss over all targets."""
     logits_BTV = model(mx.array(batch.inputs_BT))
     (_, num_targets), grads = nn.value_and_grad(model, batch_loss)(model, to_arrays(batch))
     named = {name: np.array(grad / num_targets) for name, grad in tree_flatten(grads)}
@@ -61,14 +61,14 @@ def logits_and_gradients(model: CausalLM, batch: Batch) -> Arrays:
 
 
 @dataclass(frozen=True)
-class Logits:
-    """What the peer computes, in both precisions."""
+class Expected:
+    """The peer's logits and gradients in both precisions."""
 
     ref32: Arrays
     ref64: Arrays
 
     @classmethod
-    def of(cls, twin: FolderTwin, batch: Batch, twin32: FolderTwin | None = None) -> Logits:
+    def of(cls, twin: FolderTwin, batch: Batch, twin32: FolderTwin | None = None) -> Expected:
         ref64 = {"logits": twin.logits(batch.inputs_BT), **twin.gradients(batch)}
         if twin32 is None:
             return cls(ref64, ref64)
@@ -78,15 +78,15 @@ class Logits:
 def assert_equal_to_peft(
     folder: Path,
     lora: LoRAConfig,
-    expected: Logits | None = None,
+    expected: Expected | None = None,
     weights: Arrays | None = None,
     dequantize: bool = False,
 ) -> None:
-    """Logits and every gradient within the derived tolerance; `weights` where PyTorch cannot read them."""
+    """Logits and gradients agree within the tolerance; `weights` if PyTorch cannot read the folder."""
     batch = batch_of(folder)
     if expected is None:
         twins = [FolderTwin(folder, lora, dtype=d, weights=weights) for d in (torch.float64, torch.float32)]
-        expected = Logits.of(twins[0], batch, twins[1])
+        expected = Expected.of(twins[0], batch, twins[1])
     ours = logits_and_gradients(load(folder, lora, dequantize=dequantize), batch)
     assert_within_rounding(folder.name, ours, expected.ref32, expected.ref64, longest_sum(folder, batch))
 
@@ -99,6 +99,6 @@ def longest_sum(folder: Path, batch: Batch) -> int:
 def greedy_answers(
     model: CausalLM, prompts: list[list[int]], num_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Read together, and one by one."""
-    together = generate_all(model, prompts, num_tokens, NEVER)
-    return together, [list(generate(model, prompt, num_tokens, NEVER)) for prompt in prompts]
+    """The answers to all prompts in one batch, and to each prompt alone."""
+    together = generate_all(model, prompts, num_tokens, NO_STOPS)
+    return together, [list(generate(model, prompt, num_tokens, NO_STOPS)) for prompt in prompts]

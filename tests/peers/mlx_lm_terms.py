@@ -1,4 +1,4 @@
-"""This project's configurations and batches in mlx-lm's words; NotImplementedError where it has none."""
+"""Translate configurations and batches to mlx-lm's; NotImplementedError where it has no equivalent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ladder.protocol import Arrays
 
 
 class Reports:
-    """mlx-lm's callback: the mean and the number of targets of each micro-batch."""
+    """A callback for mlx-lm that records the mean loss and the number of targets of each micro-batch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -30,10 +30,10 @@ class Reports:
         self.totals.append(report["trained_tokens"])
 
     def means(self, sizes: Sequence[int]) -> list[float]:
-        """Nats per target of windows of so many micro-batches."""
+        """Nats per target of each window; `sizes` are the numbers of micro-batches in the windows."""
         ends, counts = np.cumsum([0, *sizes]), np.diff(self.totals)
         sums = np.concatenate([[0.0], np.cumsum(np.array(self.losses) * counts)])
-        with np.errstate(invalid="ignore"):  # no targets: not a number
+        with np.errstate(invalid="ignore"):  # NaN where there are no targets
             return (np.diff(sums[ends]) / np.diff(np.array(self.totals)[ends])).tolist()
 
 
@@ -42,13 +42,13 @@ def make_model(spec: ModelConfig) -> nn.Module:
     if settings.pop("qkv_bias"):
         raise NotImplementedError("mlx-lm's qwen2 has no head_dim")
     if settings.pop("sliding_window"):
-        raise NotImplementedError("mlx-lm's llama slides its window in layers that it is told of")
+        raise NotImplementedError("mlx-lm's llama has a window only in layers that are listed")
     kind = qwen3 if settings.pop("qk_norm") else llama
     return kind.Model(kind.ModelArgs(model_type="ladder", max_position_embeddings=2048, **settings))
 
 
 def lora_arguments(lora: LoRAConfig, factors: Arrays, depth: int) -> tuple[int, dict[str, Any]]:
-    """How many of the last blocks, and which linears of each, with one rank and one scale."""
+    """How many of the last blocks are adapted; rank, scale, dropout and the linears of each block."""
     if lora.rank_pattern or lora.alpha_pattern:
         raise NotImplementedError("mlx-lm has one rank and one scale for all")
     linears = {name.split(".", 3)[3].rpartition(".")[0]: None for name in factors}
@@ -61,7 +61,7 @@ def lora_arguments(lora: LoRAConfig, factors: Arrays, depth: int) -> tuple[int, 
 
 
 def learning_rate(training: TrainConfig) -> Any:
-    """The schedule as its file says it; a constant after warmup is a line that does not fall."""
+    """The schedule as mlx-lm configures it; constant after a warmup is linear from peak to peak."""
     peak, left = training.learning_rate, max(1, training.iters - training.warmup_steps)
     if training.lr_schedule == "constant" and not training.warmup_steps:
         return peak
@@ -74,7 +74,7 @@ def learning_rate(training: TrainConfig) -> Any:
 
 
 def make_optimizer(training: TrainConfig) -> Any:
-    """As its command line makes it: the class's defaults, and what the configuration names."""
+    """The optimizer as mlx-lm's command line makes it: the class's defaults and the configured values."""
     if training.max_grad_norm:
         raise NotImplementedError("mlx-lm does not clip")
     if training.loraplus_lr_ratio != 1:
@@ -84,21 +84,21 @@ def make_optimizer(training: TrainConfig) -> Any:
 
 
 def feed(batches: Sequence[Batch]) -> Any:
-    """Something in the place of mlx-lm's iterate_batches."""
+    """A replacement for mlx-lm's iterate_batches that yields these batches."""
     return lambda **_: map(their_batch, batches)
 
 
 def their_batch(batch: Batch) -> tuple[mx.array, mx.array]:
-    """Tokens, and of each row (tokens of the prompt, tokens)."""
+    """The tokens, and for each row the length of its prompt and of the whole."""
     tokens_BS = np.concatenate([batch.inputs_BT[:, :1], batch.targets_BT], axis=1)
     return mx.array(tokens_BS), mx.array([row_lengths(mask_T) for mask_T in batch.mask_BT])
 
 
 def row_lengths(mask_T: np.ndarray) -> tuple[int, int]:
-    """A row without targets counts as all prompt, to its end."""
+    """The length of the prompt and of the whole; a row without targets is all prompt."""
     places = np.flatnonzero(mask_T)
     if not len(places):
         return len(mask_T) + 2, len(mask_T) + 1
     if len(places) != places[-1] - places[0] + 1:
-        raise NotImplementedError("mlx-lm's targets are one run of tokens a row")
+        raise NotImplementedError("mlx-lm's targets are one contiguous run of tokens per row")
     return int(places[0]) + 1, int(places[-1]) + 2

@@ -1,7 +1,7 @@
-"""Adapter files: real PEFT and real mlx-lm load what is written here, and what they write is loaded here.
+"""Adapter files: real PEFT and real mlx-lm load ours, and we load theirs, with the same logits.
 
-The oracle is PEFT in float64 on transformers' model; the tolerance is derived from PEFT's own error in
-float32 (tests/derived.py). Every B is random, and every matrix but q_proj's is not square.
+The oracle is PEFT in float64 on transformers' model; the tolerance is derived from PEFT's own float32 error
+(tests/derived.py). Every B is random, and no matrix but q_proj's is square.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_tensors(tensors: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Magnitudes are lengths, so positive."""
+    """Random values of the same shapes; magnitudes, which are lengths, are positive."""
     rng = np.random.default_rng(5)
     drawn = {n: rng.standard_normal(a.shape).astype("f") for n, a in sorted(tensors.items())}
     return {n: np.abs(a) + 0.5 if a.ndim == 1 else 0.3 * a for n, a in drawn.items()}
@@ -82,7 +82,7 @@ def write_pefts(base: Path, config: LoRAConfig, folder: Path) -> Path:
 
 
 def write_mlx_lms(base: Path, folder: Path, num_layers: int, kind: str = "lora", **settings: Any) -> Path:
-    """As its trainer does: what is trainable, and the record."""
+    """Write what mlx-lm's trainer writes: the trainable tensors and the record."""
     model, _ = mlx_lm.utils.load_model(base)
     model.freeze()
     settings = {"rank": 3, "scale": 2.3, "dropout": 0.0, **settings}
@@ -119,10 +119,10 @@ def our_logits(base: Path, folder: Path) -> np.ndarray:
 
 
 def assert_pefts(ours: np.ndarray, base: Path, folder: Path) -> None:
-    """`ours` are the logits that PEFT computes with the adapter in this folder."""
+    """The logits `ours` equal those that PEFT computes with the adapter in this folder."""
     ref32, ref64 = (pefts_logits(base, folder, dtype) for dtype in (torch.float32, torch.float64))
     plain = hugging_face(base, torch.float64)(torch.tensor(TOKENS)).logits.detach().numpy()
-    assert np.linalg.norm(plain - ref64) > 0.1 * np.linalg.norm(ref64), "the adapter does next to nothing"
+    assert np.linalg.norm(plain - ref64) > 0.1 * np.linalg.norm(ref64), "the adapter has almost no effect"
     verdict = compare("logits", ours, ref32, ref64, LONGEST_SUM)
     assert verdict.used <= 1, verdict.report
 
@@ -136,7 +136,7 @@ def test_peft_loads_what_is_written_here_and_has_its_logits(
 
 
 @every_config
-def test_what_peft_writes_is_loaded_here_and_has_its_logits(
+def test_an_adapter_written_by_peft_is_loaded_and_has_pefts_logits(
     base: Path, tmp_path: Path, config: LoRAConfig
 ) -> None:
     folder = write_pefts(base, config, tmp_path / "adapter")
@@ -154,7 +154,7 @@ def test_mlx_lm_loads_what_is_converted_for_it_and_has_pefts_logits(
 
 
 @every_config
-def test_what_peft_writes_comes_back_from_mlx_lms_format_to_the_bit(
+def test_an_adapter_written_by_peft_is_restored_from_mlx_lms_format_bit_for_bit(
     base: Path, tmp_path: Path, config: LoRAConfig
 ) -> None:
     folder = write_pefts(base, config, tmp_path / "adapter")
@@ -174,9 +174,10 @@ NATIVE = {
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize(("num_layers", "settings"), NATIVE.values(), ids=NATIVE)
-def test_what_mlx_lm_writes_is_loaded_here_and_by_peft_and_comes_back_to_the_bit(
+def test_an_adapter_written_by_mlx_lm_has_its_logits_here_and_in_peft(
     base: Path, tmp_path: Path, num_layers: int, settings: dict[str, Any], kind: str
 ) -> None:
+    """And it is restored bit for bit from PEFT's format."""
     folder = write_mlx_lms(base, tmp_path / "adapter", num_layers, kind, **settings)
     convert_adapter(folder, tmp_path / "peft", "peft")
     assert_pefts(mlx_lms_logits(base, folder), base, tmp_path / "peft")
@@ -196,7 +197,7 @@ def assert_same_files(one: Path, other: Path, tensors: str) -> None:
         assert np.array(array).tobytes() == np.array(arrays[1][name]).tobytes(), name
 
 
-def test_where_a_tensor_is_missing_peft_warns_and_mlx_lm_is_silent_and_here_it_is_an_error(
+def test_a_missing_tensor_is_an_error_here_a_warning_in_peft_and_unnoticed_by_mlx_lm(
     base: Path, tmp_path: Path
 ) -> None:
     folder = write_ours(base, CONFIGS["lora"], tmp_path / "adapter", "peft")
@@ -219,7 +220,7 @@ def test_where_a_tensor_is_missing_peft_warns_and_mlx_lm_is_silent_and_here_it_i
 
 
 def fused_logits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' and mlx-lm's."""
+    """The logits of transformers and of mlx-lm."""
     with torch.no_grad():
         theirs = hugging_face(folder, torch.float32)(torch.tensor(TOKENS)).logits.numpy()
     return theirs, np.array(mlx_lm.utils.load_model(folder)[0](mx.array(TOKENS)))
@@ -245,16 +246,16 @@ def test_a_fused_folder_loads_in_transformers_and_mlx_lm_and_has_pefts_logits(
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_a_model_fused_into_a_quantized_base_loads_in_mlx_lm_and_has_our_logits(
+def test_an_adapter_fused_into_a_quantized_base_loads_in_mlx_lm_with_our_logits(
     tmp_path: Path, dequantize: bool
 ) -> None:
-    """Dequantized it has the logits of base and adapter, to half precision's rounding; so in transformers."""
+    """If dequantized, it has the logits of base and adapter up to float16's rounding, in transformers too."""
     base = quantize_folder(tmp_path / "base", {"proj": 4, "embed_tokens": 4})
     adapter = write_mlx_lms(base, tmp_path / "adapter", -1)
     fuse(load_model(base), adapter, tmp_path / "fused", dequantize)
     model, config = mlx_lm.utils.load_model(tmp_path / "fused")
     assert ("quantization" in config) is not dequantize
-    model.set_dtype(mx.float32)  # it would compute in the scales' float16
+    model.set_dtype(mx.float32)  # otherwise it would compute in float16, as the scales are
     ours = np.array(load_model(tmp_path / "fused").model(mx.array(TOKENS)))
     verdict = within("logits", np.array(model(mx.array(TOKENS))), ours, 0.0, LONGEST_SUM)
     assert verdict.used <= 1, verdict.report

@@ -1,4 +1,4 @@
-"""Chat templates as transformers renders them, tokens too: the same text, the same numbers."""
+"""Chat templates give the same text and the same tokens as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATES["indented"] = INDENTED + "{% if loop.last %}{% break %}{% endif %}{% e
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_rendering_is_that_of_transformers(template: str, add_generation_prompt: bool) -> None:
+def test_text_and_tokens_equal_those_of_transformers(template: str, add_generation_prompt: bool) -> None:
     theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
     ours = ChatTokenizer(byte_level(), template, "</s>", "<s>")
     for messages, tools in [(MESSAGES, None), *([(CALLS, DEFINITIONS)] if "tools" in template else [])]:

@@ -1,4 +1,4 @@
-"""Dropout in training: LoRA's is PEFT's, mask for mask; DoRA's is another published variant than PEFT's."""
+"""Dropout in training: LoRA equals PEFT with the same masks; DoRA is a published variant, not PEFT's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.peers.twin import AllDouble, PeftTwin
 
 
 def training_logits(lora: LoRAConfig) -> tuple[Arrays, Arrays]:
-    """The reference's and PEFT's, in float64, with the same random numbers in the same order."""
+    """Logits of the reference and of PEFT, in float64, with the same random numbers in the same order."""
     given = LLAMA, random_weights(LLAMA), lora, random_factors(LLAMA, lora)
     tokens = torch.tensor(random_batch(LLAMA).inputs_BT, dtype=torch.long)
     oracle, twin = Oracle(*given).model.train(), PeftTwin(*given).model.train()
@@ -38,7 +38,7 @@ def training_logits(lora: LoRAConfig) -> tuple[Arrays, Arrays]:
 
 
 def test_with_the_same_random_numbers_lora_with_dropout_equals_pefts_to_1e_12() -> None:
-    """It falls on A's input, and what is kept is divided by 1 - p."""
+    """Dropout is on A's input, and what is kept is divided by 1 - p."""
     ours, theirs = training_logits(replace(PLAIN, dropout=0.3))
     assert_promise("dropout, LoRA", ours, theirs)
     without, _ = training_logits(PLAIN)
@@ -46,7 +46,7 @@ def test_with_the_same_random_numbers_lora_with_dropout_equals_pefts_to_1e_12() 
 
 
 def pefts_forward(module: DoRALinear, x_BTI: torch.Tensor) -> torch.Tensor:
-    """PEFT drops the input of the frozen weight too, in the term that is scaled by m / |V| - 1."""
+    """PEFT's formula: dropout also on the frozen weight's input, in the term scaled by m / |V| - 1."""
     length_O = LoRALinear.merged_weight(module).norm(dim=1).detach()
     dropped_BTI, gain_O = module.dropout(x_BTI), module.magnitude / length_O
     update_BTO = module.scale * (dropped_BTI @ module.lora_a) @ module.lora_b
@@ -54,7 +54,7 @@ def pefts_forward(module: DoRALinear, x_BTI: torch.Tensor) -> torch.Tensor:
 
 
 def test_dora_with_dropout_is_the_variant_of_torchtune_and_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not PEFT's; with PEFT's formula in its place the difference is gone."""
+    """It is not PEFT's; with PEFT's formula the reference equals PEFT."""
     lora = replace(ADAPTERS["dora"], dropout=0.3)
     difference = max(relative_errors(*training_logits(lora)).values())
     print(f"DoRA, dropout 0.3: logits differ by {difference:.0%}")

@@ -1,8 +1,8 @@
-"""Every family's folder is transformers' model: logits, LoRA gradients by name, greedy answers.
+"""Folders of every family give transformers' logits, LoRA gradients and greedy answers.
 
-The folder is written by transformers' own class and read twice, by transformers and by `load_model`. The
-tolerance is derived: the error against transformers in float64 may be 8 times that of transformers in
-float32, or of float32's rounding over the longest sum.
+Each folder is written by transformers' own class and read twice, by transformers and by `load_model`. The
+error against transformers in float64 may be at most 8 times that of transformers in float32, or 8 times
+float32's rounding error over the longest sum.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.peers.families import (
     VOCAB_SIZE,
     Family,
     FolderTwin,
-    spell_as_before_transformers_5,
+    use_transformers_4_keys,
     write_family,
 )
 from tests.peers.folder_trainer import (
-    Logits,
+    Expected,
     assert_equal_to_peft,
     batch_of,
     greedy_answers,
@@ -38,7 +38,7 @@ PLAIN = LoRAConfig(rank=3, alpha=7.0)
 DORA = LoRAConfig(rank=2, alpha=5.0, use_dora=True, use_rslora=True)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 INDEX = "model.safetensors.index.json"
-PROMPT_LENGTHS = (19, 3, 7)  # longer than every window but one, shorter, and between
+PROMPT_LENGTHS = (19, 3, 7)  # longer than every window but one; shorter; between
 
 
 @every_family
@@ -47,13 +47,13 @@ def test_logits_and_lora_gradients_equal_transformers_and_pefts(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral-window"])
-def test_doras_too(tmp_path: Path, name: str) -> None:
+def test_logits_and_dora_gradients_equal_transformers_and_pefts(tmp_path: Path, name: str) -> None:
     assert_equal_to_peft(write_family(tmp_path, FAMILIES[name]), DORA)
 
 
 @every_family
 def test_twenty_greedy_tokens_equal_transformers(tmp_path: Path, family: Family) -> None:
-    """Ours with its cache, both with an adapter; unequal prompts, read together and one by one."""
+    """Ours with a key/value cache; both with an adapter; prompts of unequal length, batched and alone."""
     folder = write_family(tmp_path, family)
     twin = FolderTwin(folder, PLAIN, dtype=torch.float32)
     rng = np.random.default_rng(4)
@@ -63,8 +63,8 @@ def test_twenty_greedy_tokens_equal_transformers(tmp_path: Path, family: Family)
     assert len({tuple(answer) for answer in theirs}) > 1
 
 
-def test_several_shards_are_what_is_tested(tmp_path: Path) -> None:
-    """Or the tests above would prove less than they say."""
+def test_the_families_meant_to_have_several_shards_have_several(tmp_path: Path) -> None:
+    """Otherwise the tests above would prove less than they claim."""
     for number, family in enumerate(FAMILIES.values()):
         folder = write_family(tmp_path / str(number), family)
         num_shards = len(list(folder.glob("*.safetensors")))
@@ -87,22 +87,22 @@ def test_several_shards_are_what_is_tested(tmp_path: Path) -> None:
         ("llama2", {"rms_norm_eps": 1e-3}),
     ],
 )
-def test_another_configuration_of_the_same_weights_is_told_from_transformers(
+def test_the_comparison_fails_for_another_configuration_of_the_same_weights(
     tmp_path: Path, name: str, change: dict[str, object]
 ) -> None:
-    """Each key that is read matters: with another value the comparison fails."""
+    """So each of these keys matters."""
     folder = write_family(tmp_path / "folder", FAMILIES[name])
     twin = FolderTwin(folder, PLAIN)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(Divergence):
-        assert_equal_to_peft(folder, PLAIN, expected=Logits.of(twin, batch_of(folder)))
+        assert_equal_to_peft(folder, PLAIN, expected=Expected.of(twin, batch_of(folder)))
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral-window", "qwen2", "qwen3"])
-def test_the_spelling_before_transformers_5_is_the_same_model(tmp_path: Path, name: str) -> None:
+def test_the_keys_of_transformers_4_give_the_same_model(tmp_path: Path, name: str) -> None:
     folder = write_family(tmp_path, FAMILIES[name])
     new = logits_and_gradients(load(folder, PLAIN), batch_of(folder))
-    spell_as_before_transformers_5(folder)
+    use_transformers_4_keys(folder)
     old = logits_and_gradients(load(folder, PLAIN), batch_of(folder))
     assert all((new[key] == old[key]).all() for key in new)

@@ -1,4 +1,4 @@
-"""GGUF files, read here and by transformers: the same logits, the same greedy tokens."""
+"""GGUF files read here and by transformers give the same logits and the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import transformers
 
 from mlx_impl.files.checkpoint import load_model
 from tests.derived import assert_within_rounding
-from tests.gguf_files import FAMILIES, LLAMA, Q, random_weights, stored, write_family
+from tests.gguf_files import FAMILIES, LLAMA, GGMLType, gguf_tensors, random_weights, write_family
 from tests.peers.cases import longest_sum, random_batch
 from tests.peers.twin import hugging_face_model
 
-# transformers has no Llama with biases of Q, K and V alone, and its route for Mistral's files fails (5.23).
-SERVED = ["llama", "llama-tied", "qwen2", "qwen3"]
+# transformers has no Llama with biases of Q, K and V only, and 5.23 cannot read Mistral's files.
+SUPPORTED = ["llama", "llama-tied", "qwen2", "qwen3"]
+QUANTIZED = [getattr(GGMLType, name) for name in ("Q8_0", "Q4_0", "Q5_1", "BF16", "Q4_K", "Q6_K")]
 
 
 def theirs(path: Path, family: str, dtype: torch.dtype) -> Any:
-    """transformers' model, from the file alone; of Qwen3 it reads no head dimension, so it is given that."""
+    """transformers' model of the file; it does not read Qwen3's head dimension, so that is given."""
     model_class, kwargs = transformers.AutoModelForCausalLM, {}
     if family == "qwen3":
         kwargs["config"] = hugging_face_model(FAMILIES[family][1]).config
@@ -37,7 +38,7 @@ def logits_of(model: Any, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
         return {"logits": model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()}
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_logits_equal_those_of_transformers_on_the_same_file(tmp_path: Path, family: str) -> None:
     path, batch = write_family(tmp_path / "tiny.gguf", family), random_batch(LLAMA)
     ours = {"logits": np.array(load_model(path).model(mx.array(batch.inputs_BT)))}
@@ -47,7 +48,7 @@ def test_logits_equal_those_of_transformers_on_the_same_file(tmp_path: Path, fam
     assert_within_rounding(f"gguf, {family}", ours, ref32, ref64, longest_sum(LLAMA, batch))
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_twenty_greedy_tokens_equal_those_of_transformers(tmp_path: Path, family: str) -> None:
     path, prompt = write_family(tmp_path / "tiny.gguf", family), [[7, 3, 50, 21]]
     model = theirs(path, family, torch.float32)
@@ -60,11 +61,13 @@ def test_twenty_greedy_tokens_equal_those_of_transformers(tmp_path: Path, family
     assert seen == tokens[0].tolist()
 
 
-@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0, Q.Q5_1, Q.BF16, Q.Q4_K, Q.Q6_K], ids=lambda kind: kind.name)
-def test_a_quantized_file_equals_transformers_on_the_dequantized_weights(tmp_path: Path, kind: Q) -> None:
-    """Every matrix in blocks of random bytes below 64, which keep the scales finite; Q's and K's rows too."""
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+def test_a_quantized_file_equals_transformers_on_the_dequantized_weights(
+    tmp_path: Path, kind: GGMLType
+) -> None:
+    """Every matrix, Q and K included, in blocks of random bytes below 64, so that scales are finite."""
     spec = replace(LLAMA, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32)
-    rng, plain = np.random.default_rng(int(kind)), stored("llama", spec, random_weights(spec))
+    rng, plain = np.random.default_rng(int(kind)), gguf_tensors("llama", spec, random_weights(spec))
     matrices = {name for name, array in plain.items() if array.ndim == 2}
     blocks = {
         name: rng.integers(0, 64, gguf.quant_shape_to_byte_shape(plain[name].shape, kind), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files, held to sentencepiece itself and to transformers' own classes."""
+"""Tokenizers in GGUF files give the tokens of sentencepiece and of transformers' own classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = [text for text in TEXTS if "<" not in text] + [
 
 
 def trained(**change: Any) -> tuple[sentencepiece.SentencePieceProcessor, dict[str, Any]]:
-    """A small model with Llama 2's settings, and the metadata that llama.cpp's conversion would write."""
+    """A small sentencepiece model with Llama 2's settings, and its metadata as llama.cpp would write it."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3),
@@ -66,8 +66,8 @@ def test_tokens_are_those_of_sentencepiece(tmp_path: Path, prefix: bool) -> None
         assert ours.decode(model.encode(text)) == model.decode(model.encode(text)) == text
 
 
-def test_llamas_tokens_are_those_of_transformers(tmp_path: Path) -> None:
-    """Its class puts no second space before a text that begins with one; sentencepiece, and we, do."""
+def test_llama_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """But for texts that begin with a space: transformers does not add another one, as sentencepiece does."""
     _, metadata = trained()
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -79,7 +79,7 @@ def test_llamas_tokens_are_those_of_transformers(tmp_path: Path) -> None:
             assert ours.encode(text).ids == theirs(text)["input_ids"], text
 
 
-def test_qwen2s_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+def test_qwen2_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     metadata = byte_level("qwen2")
     vocabulary = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges: Any = [tuple(merge.split()) for merge in MERGES]
@@ -93,7 +93,7 @@ def test_qwen2s_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2", "qwen2"])
 def test_byte_level_tokens_are_those_that_transformers_reads_from_the_file(tmp_path: Path, pre: str) -> None:
-    """But for smollm, whose digit rule it leaves out, NFC in qwen2, and whole tokens that no merges make."""
+    """But it ignores the digit rule of smollm, NFC in qwen2 and tokens that no merges make."""
     metadata = byte_level(pre) | {"general.architecture": "llama"}
     ours = from_file(tmp_path, metadata)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")

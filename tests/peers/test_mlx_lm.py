@@ -1,7 +1,7 @@
-"""mlx-lm's own trainer where it departs from the reference: each departure alone, small, with its figures.
+"""Where mlx-lm's own trainer differs from the reference: each difference alone, small, with its figures.
 
-All of it is published behaviour of mlx-lm 0.32.2, much of it on purpose. A test here says what it does, so
-that a change of it is noticed; the ladder beside it (test_mlx_lm_ladder.py) finds the same from outside.
+All of this is the behaviour of mlx-lm 0.32.2, much of it on purpose. The tests state it, so that a change is
+noticed; test_mlx_lm_ladder.py finds the same differences with the ladder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_trainer(lora: LoRAConfig = PLAIN) -> MlxLmTrainer:
 
 
 def update(windows: list[list[Batch]], training: TrainConfig, lora: LoRAConfig = PLAIN) -> Arrays:
-    """What training adds to the factors."""
+    """The change of the factors by training."""
     trainer = make_trainer(lora)
     before = trainer.factors()
     trainer.train(windows, training)
@@ -58,7 +58,7 @@ def relative_difference(ours: Arrays, theirs: Arrays) -> float:
 
 
 def test_one_pad_position_a_row_counts_as_a_target() -> None:
-    """A model sure of the three right tokens has loss 0. Here it is ln(V) / 4: the pad is a fourth target."""
+    """A model sure of three right tokens has loss 0, but with the pad as a fourth target ln(V) / 4."""
     (tokens_BS, lengths_B2), V = next(iterate_batches([([5, 6, 7, 8, 9], 2)], 1, 2048)), 61
     logits_BTV = 100.0 * mx.eye(V)[tokens_BS[:, 1:]] * (mx.arange(1, 33) < 5)[None, :, None]
     loss, num_targets = default_loss(lambda _: logits_BTV, tokens_BS, lengths_B2)
@@ -66,8 +66,8 @@ def test_one_pad_position_a_row_counts_as_a_target() -> None:
     assert loss.item() == pytest.approx(log(V) / 4)
 
 
-def test_so_the_token_used_as_padding_changes_the_loss_and_the_gradient() -> None:
-    """Nothing changes but the token after the end of each row: 0, or 60."""
+def test_the_token_used_as_padding_changes_the_loss_and_the_gradient() -> None:
+    """Only the token after the end of each row differs: 0, or 60."""
     batch = random_batch(LLAMA)
     mask_BT = batch.mask_BT
     end_B = mask_BT.shape[1] - np.argmax(mask_BT[:, ::-1], axis=1)
@@ -81,8 +81,8 @@ def test_so_the_token_used_as_padding_changes_the_loss_and_the_gradient() -> Non
     assert difference > 0.1
 
 
-def test_with_the_pad_target_counted_the_gradients_are_the_references() -> None:
-    """The departure is the whole of the difference."""
+def test_with_the_pad_as_a_target_the_reference_has_mlx_lms_gradients() -> None:
+    """So there is no other difference."""
     batch = random_batch(LLAMA)
     given = LLAMA, random_weights(LLAMA), PLAIN, random_factors(LLAMA, PLAIN)
     counted = batch._replace(mask_BT=with_next(batch.mask_BT))
@@ -97,7 +97,7 @@ def with_next(mask_BT: np.ndarray) -> np.ndarray:
 
 
 def test_accumulation_averages_the_means_of_micro_batches() -> None:
-    """5 and 25 targets weigh the same: the update is the mean of two means, not that of 30 targets."""
+    """Batches of 5 and 25 targets weigh the same: the update is the mean of two means, not of 30 targets."""
     training = replace(SGD, grad_accumulation_steps=2)
     together = update([[FEW, MANY]], training)
     apart = [make_trainer().gradients(batch) for batch in (FEW, MANY)]
@@ -110,15 +110,15 @@ def test_accumulation_averages_the_means_of_micro_batches() -> None:
     assert difference > 0.1
 
 
-def test_micro_batches_left_over_at_the_end_are_not_trained_on() -> None:
-    """Three micro-batches, two to an update: the third changes nothing."""
+def test_an_incomplete_last_window_is_not_trained_on() -> None:
+    """With two micro-batches per update, the third of three changes nothing."""
     training = replace(SGD, grad_accumulation_steps=2)
     one, other = update([[FEW, FEW], [MANY]], training), update([[FEW, FEW]], training)
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_adams_first_update_is_3_16_times_the_learning_rate() -> None:
-    """Without bias correction it is 0.1 / sqrt(0.001) rates; with it, as in PyTorch, one."""
+    """Without bias correction it is 0.1 / sqrt(0.001) learning rates; with it, as in PyTorch, one."""
     steps = update([[random_batch(LLAMA)]], TrainConfig(iters=1, learning_rate=1e-3))
     largest = max(float(np.abs(value).max()) for value in steps.values()) / 1e-3
     print(f"largest step: {largest:.3f} learning rates")
@@ -126,7 +126,7 @@ def test_adams_first_update_is_3_16_times_the_learning_rate() -> None:
 
 
 def test_warmup_holds_the_peak_for_two_updates_and_the_decay_ends_one_update_late() -> None:
-    """Warmup of 4 in 10 updates, linear: 1 at updates 4 and 5; the last is 1/3, where 1/6 was to be."""
+    """Linear, 10 updates with 4 of warmup: updates 4 and 5 have rate 1; the last has 1/3 instead of 1/6."""
     rates = make_trainer().learning_rates(
         TrainConfig(iters=10, learning_rate=1.0, lr_schedule="linear", warmup_steps=4)
     )
@@ -134,8 +134,8 @@ def test_warmup_holds_the_peak_for_two_updates_and_the_decay_ends_one_update_lat
     assert rates == pytest.approx([sixth / 6 for sixth in sixths], abs=1e-6)
 
 
-def test_the_last_examples_that_do_not_fill_a_batch_are_left_out() -> None:
-    """Of five examples, two to a batch, four come; with three to a batch of four, an error."""
+def test_an_incomplete_last_batch_is_dropped() -> None:
+    """Of five examples in batches of two, four are used; three examples in batches of four are an error."""
     examples = [([1, 2, 3, 10 + n], 0) for n in range(5)]
     seen = {int(row[3]) for tokens, _ in iterate_batches(examples, 2, 2048) for row in tokens}
     assert seen == {10, 11, 12, 13}
@@ -144,7 +144,7 @@ def test_the_last_examples_that_do_not_fill_a_batch_are_left_out() -> None:
 
 
 def test_validation_changes_the_order_of_training() -> None:
-    """Both draw from NumPy's global random numbers: the same seed, another order after one validation."""
+    """Both use NumPy's global random numbers, so the order after a validation is another one."""
     examples = [([1, 2, 3, n], 0) for n in range(40)]
 
     def second_epoch(validations: int) -> list[int]:
@@ -158,15 +158,15 @@ def test_validation_changes_the_order_of_training() -> None:
     assert second_epoch(0) == second_epoch(0) != second_epoch(1)
 
 
-def test_a_batch_without_targets_makes_every_factor_not_a_number() -> None:
-    """A prompt as long as the width leaves none: 0 / 0, and the update spreads it."""
+def test_a_batch_without_targets_makes_every_factor_nan() -> None:
+    """A prompt that fills its row leaves no target: the loss is 0 / 0."""
     empty = FEW._replace(mask_BT=np.zeros_like(FEW.mask_BT))
     steps = update([[empty]], SGD)
     assert all(np.isnan(value).all() for value in steps.values())
 
 
-class Twice(nn.Module):
-    """A block of one adapted linear, whose output is linear in lora_b."""
+class AdaptedBlock(nn.Module):
+    """A block of one adapted linear; its output is linear in lora_b."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,10 +179,10 @@ class Twice(nn.Module):
         return self.proj(x)
 
 
-def test_checkpointing_with_dropout_differentiates_another_mask_than_it_ran() -> None:
+def test_checkpointing_with_dropout_differentiates_with_another_mask() -> None:
     """f is linear in B, so <B, df/dB> = f(B). All numbers are small integers: the sums are exact.
 
-    The recomputation draws its own random numbers. With a mask m of 64 inputs, f = 2 * 2 * 4 * sum(m).
+    The recomputation draws new random numbers. With a mask m of 64 inputs, f = 2 * 2 * 4 * sum(m).
     """
 
     def value_and_inner_product(block: nn.Module) -> tuple[float, float]:
@@ -190,12 +190,12 @@ def test_checkpointing_with_dropout_differentiates_another_mask_than_it_ran() ->
         value, gradient = nn.value_and_grad(block, lambda model, x: model(x).sum())(block, mx.ones((8, 8)))
         return value.item(), (gradient["proj"]["lora_b"] * block.proj.lora_b).sum().item()
 
-    plain = value_and_inner_product(Twice())
-    block_type: Any = Twice
+    plain = value_and_inner_product(AdaptedBlock())
+    block_type: Any = AdaptedBlock
     original = block_type.__call__
     try:
-        grad_checkpoint(Twice())
-        checkpointed = value_and_inner_product(Twice())
+        grad_checkpoint(AdaptedBlock())
+        checkpointed = value_and_inner_product(AdaptedBlock())
     finally:
         block_type.__call__ = original
     print(f"f and <B, df/dB>: plain {plain}, checkpointed {checkpointed}")
@@ -205,7 +205,7 @@ def test_checkpointing_with_dropout_differentiates_another_mask_than_it_ran() ->
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_in_training_too_checkpointing_changes_the_update_if_and_only_if_there_is_dropout(
+def test_checkpointing_changes_a_training_update_if_and_only_if_there_is_dropout(
     dropout: float,
 ) -> None:
     lora = replace(PLAIN, dropout=dropout)

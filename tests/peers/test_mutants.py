@@ -1,4 +1,4 @@
-"""The comparison with PEFT fails where the reference is broken: one small break at a time."""
+"""The comparison with PEFT fails for each of eight bugs planted in the reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def without_scaling(config: ModelConfig) -> torch.Tensor:
 
 
 def with_trained_length(module: Any, x_BTI: torch.Tensor) -> torch.Tensor:
-    """DoRA whose norm is not detached."""
+    """DoRA with a norm that is not detached from the gradient."""
     y_BTO = torch.nn.functional.linear(x_BTI, module.merged_weight())
     return y_BTO if module.linear.bias is None else y_BTO + module.linear.bias
 
@@ -53,7 +53,7 @@ BROKEN_MODELS = {
 
 
 @pytest.mark.parametrize(("target", "broken", "spec", "lora"), BROKEN_MODELS.values(), ids=BROKEN_MODELS)
-def test_a_broken_model_is_not_pefts(
+def test_a_bug_in_the_model_fails_the_comparison_with_peft(
     monkeypatch: pytest.MonkeyPatch,
     target: str,
     broken: Callable[..., Any],
@@ -72,7 +72,7 @@ def one_late(step: int, config: Any) -> float:
 
 
 def each_alone(parameters: Any, max_norm: float) -> Any:
-    """Clips every tensor by its own norm."""
+    """Clip every tensor by its own norm."""
     norms = [clip_grad_norm_([parameter], max_norm) for parameter in parameters]
     return torch.stack(norms).norm()
 
@@ -85,7 +85,7 @@ BROKEN_RUNS = {
 
 
 @pytest.mark.parametrize(("target", "broken", "run"), BROKEN_RUNS.values(), ids=BROKEN_RUNS)
-def test_a_broken_run_is_not_pefts(
+def test_a_bug_in_training_fails_the_comparison_with_peft(
     monkeypatch: pytest.MonkeyPatch, target: str, broken: Callable[..., Any], run: str
 ) -> None:
     monkeypatch.setattr(target, broken)

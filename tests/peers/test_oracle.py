@@ -1,9 +1,9 @@
-"""`reference/` equals transformers and PEFT: the same linears, scales, logits and gradients.
+"""The reference equals transformers and PEFT: the same linears, scales, logits and gradients.
 
-Three comparisons of the same numbers. In float64, with transformers' and PEFT's float32 steps widened
-(twin.AllDouble), to 1e-12 relative, a tensor at a time, in the Frobenius norm: the project's first promise,
-applied to the oracle itself. In float32, unpatched, within the derived bound. And unpatched in float64, where
-the steps that stay in float32 leave an error of float32's size: within that same bound.
+They are compared in three ways. In float64, with the float32 steps of transformers and PEFT computed in
+float64 too (twin.AllDouble), to 1e-12 relative per tensor in the Frobenius norm: the project's first promise,
+kept by its oracle too. In float32, within the derived tolerance. And in float64 as the libraries ship it,
+where some steps remain in float32, within the same tolerance.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_in_float64_logits_and_gradients_equal_pefts_to_1e_12(spec: ModelConfig,
 def test_in_float32_logits_and_gradients_equal_pefts_within_rounding(
     spec: ModelConfig, lora: LoRAConfig
 ) -> None:
-    """PEFT's float32 lies as near to the float64 reference as the float32 reference does, times 8."""
+    """PEFT in float32 is at most 8 times as far from the float64 reference as the float32 reference is."""
     theirs = logits_and_gradients(PeftTwin, spec, lora, torch.float32)
     ref32 = logits_and_gradients(Oracle, spec, lora, torch.float32)
     ref64 = logits_and_gradients(Oracle, spec, lora, torch.float64)
@@ -83,7 +83,7 @@ def test_in_float32_logits_and_gradients_equal_pefts_within_rounding(
 
 
 def test_float64_as_the_libraries_ship_it_is_within_float32s_rounding() -> None:
-    """Unpatched, RMSNorm, rope and the loss stay in float32: why the test above widens them."""
+    """There RMSNorm, RoPE and the loss stay in float32, so that the error exceeds 1e-12."""
     weights, factors, batch = random_weights(LLAMA), random_factors(LLAMA, PLAIN), random_batch(LLAMA)
     twin = PeftTwin(LLAMA, weights, PLAIN, factors, torch.float64, widened=False)
     theirs = {"logits": twin.logits(batch.inputs_BT), **twin.gradients(batch)}
@@ -116,7 +116,7 @@ def linears_of_peft(spec: ModelConfig, lora: LoRAConfig) -> set[str]:
     return {name for name, module in modules if isinstance(module, peft.tuners.lora.Linear)}
 
 
-# Ends of names that match, that match in some blocks, and that look as if they did.
+# Ends of names that match, that match in some blocks only, and that only look as if they matched.
 ENDS = st.sampled_from(
     ["q_proj", "self_attn.k_proj", "1.mlp.up_proj", "layers.2.self_attn.v_proj", "_proj", "down", "roj"]
 )
@@ -127,19 +127,19 @@ EXPRESSIONS = st.sampled_from(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.sets(ENDS, min_size=1), st.sampled_from([-1, 1, 2, 3]))
-def test_lists_of_ends_choose_the_linears_that_peft_chooses(ends: set[str], num_layers: int) -> None:
+def test_name_suffixes_select_the_linears_that_peft_selects(ends: set[str], num_layers: int) -> None:
     lora = LoRAConfig(target_modules=tuple(sorted(ends)), num_layers=num_layers)
-    assert_same_choice(lora)
+    assert_same_linears(lora)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(EXPRESSIONS)
-def test_regular_expressions_choose_the_linears_that_peft_chooses(expression: str) -> None:
-    assert_same_choice(LoRAConfig(target_modules=expression))
+def test_regular_expressions_select_the_linears_that_peft_selects(expression: str) -> None:
+    assert_same_linears(LoRAConfig(target_modules=expression))
 
 
-def assert_same_choice(lora: LoRAConfig) -> None:
-    """PEFT refuses a configuration that chooses nothing; the reference then returns no name."""
+def assert_same_linears(lora: LoRAConfig) -> None:
+    """PEFT refuses a configuration that selects nothing; the reference then returns no names."""
     try:
         theirs = linears_of_peft(LLAMA, lora)
     except ValueError:

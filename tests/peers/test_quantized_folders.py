@@ -1,8 +1,8 @@
-"""Folders that mlx-lm quantizes: kept quantized, and equal to PyTorch on the weights unpacked by NumPy.
+"""Folders that mlx-lm quantizes stay quantized, and equal PyTorch on weights dequantized by NumPy.
 
-A row of a weight is cut into groups; in a group w = scale * q + bias with q of `bits` bits. The q of a row
-follow one another in a stream of bits, the lowest first, across the bytes of little-endian uint32 words (MLX
-documentation, `mlx.core.quantize`). `unpacked` reads that without MLX.
+A row of a weight is split into groups; in a group w = scale * q + bias, with q of `bits` bits. The q of a row
+form one stream of bits, lowest bit first, in little-endian uint32 words (MLX documentation,
+`mlx.core.quantize`). `dequantized` reads that without MLX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.peers.families import (
     VOCAB_SIZE,
     Family,
     FolderTwin,
-    spell_as_before_transformers_5,
+    use_transformers_4_keys,
     write_family,
     write_tokenizer,
 )
@@ -44,7 +44,7 @@ from tests.peers.folder_trainer import (
 
 PLAIN = LoRAConfig(rank=3, alpha=7.0)
 DORA = LoRAConfig(rank=2, alpha=5.0, use_dora=True)
-# Every column count is a multiple of 64; 6 heads of 32 are not the width.
+# Every number of columns is a multiple of 64; 6 heads * 32 is not the width.
 WIDE = {
     "hidden_size": 192,
     "intermediate_size": 320,
@@ -56,7 +56,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 
 def mixed(path: str, module: nn.Module) -> bool | dict[str, Any]:
-    """As mlx-lm's recipes for mixed bits: some layers finer, some coarser, some not at all."""
+    """As mlx-lm's recipes for mixed bits: some layers in more bits, some in fewer, some not quantized."""
     if "layers.0.mlp.down_proj" in path:
         return {"group_size": 32, "bits": 6}
     if path.endswith("v_proj"):
@@ -72,7 +72,7 @@ class Quantized:
     group_size: int = 64
     bits: int = 4
     predicate: Callable[[str, nn.Module], bool | dict[str, Any]] | None = None
-    written: dict[str, Any] = field(default_factory=dict)  # more entries of "quantization"
+    extra: dict[str, Any] = field(default_factory=dict)  # more entries of "quantization"
 
 
 def llama(**more: Any) -> Family:
@@ -93,46 +93,46 @@ CASES = {
     "qwen2-tied": Quantized(Family("Qwen2", {"hidden_size": 192, "intermediate_size": 320} | TIED), 64, 4),
     "qwen3-tied-fp16": Quantized(Family("Qwen3", WIDE | TIED, FP16), 64, 6),
 }
-# mlx-lm computes in the type of the scales; Mistral's window it does not read (see below).
+# mlx-lm computes in the dtype of the scales, and does not read Mistral's window (see below).
 IN_FLOAT32 = [n for n, c in CASES.items() if c.family.dtype == torch.float32 and c.family.kind != "Mistral"]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def write_quantized(folder: Path, case: Quantized, mode: str = "affine") -> Path:
-    """What `mlx_lm.convert --quantize` writes, by the functions that it is made of."""
-    source = spell_as_before_transformers_5(write_family(folder / "source", case.family))
+    """Write what `mlx_lm.convert --quantize` writes, with the functions that it calls."""
+    source = use_transformers_4_keys(write_family(folder / "source", case.family))
     model, config = mlx_lm.utils.load_model(source, lazy=False)
     group_size, bits = (case.group_size, case.bits) if mode == "affine" else (None, None)
     model, config = mlx_lm.utils.quantize_model(
         model, config, group_size, bits, mode, quant_predicate=case.predicate
     )
-    config["quantization"] |= case.written
+    config["quantization"] |= case.extra
     target = folder / "quantized"
     mlx_lm.utils.save_model(target, model)
     mlx_lm.utils.save_config(config, target / "config.json")
     return write_tokenizer(target)
 
 
-def unpacked(packed_OW: np.ndarray, scales_OG: np.ndarray, biases_OG: np.ndarray, bits: int) -> np.ndarray:
+def dequantized(words_OW: np.ndarray, scales_OG: np.ndarray, biases_OG: np.ndarray, bits: int) -> np.ndarray:
     """scale * q + bias, in float64."""
-    stream = np.unpackbits(packed_OW.astype("<u4").view(np.uint8), axis=1, bitorder="little")
-    q_OI = stream.reshape(len(packed_OW), -1, bits) @ 2.0 ** np.arange(bits)
+    stream = np.unpackbits(words_OW.astype("<u4").view(np.uint8), axis=1, bitorder="little")
+    q_OI = stream.reshape(len(words_OW), -1, bits) @ 2.0 ** np.arange(bits)
     q_OGI = q_OI.reshape(*scales_OG.shape, -1)
     return (scales_OG[..., None] * q_OGI + biases_OG[..., None]).reshape(q_OI.shape)
 
 
 def dense_weights(folder: Path) -> Arrays:
-    """Every weight of a folder in full, in float64."""
+    """Every weight of a folder, dequantized, in float64."""
     tensors = mx.load(str(folder / "model.safetensors"))
     assert isinstance(tensors, dict)
-    packing = json.loads((folder / "config.json").read_text())["quantization"]
+    quantization = json.loads((folder / "config.json").read_text())["quantization"]
     weights: Arrays = {}
     for name in {n for n in tensors if not n.endswith((".scales", ".biases"))}:
         module = name.removesuffix(".weight")
         if f"{module}.scales" in tensors:
-            own = packing.get(module) or packing
+            own = quantization.get(module) or quantization
             scales, biases = (as_float32(tensors[f"{module}.{part}"]) for part in ("scales", "biases"))
-            weights[name] = unpacked(np.array(tensors[name]), scales, biases, own["bits"])
+            weights[name] = dequantized(np.array(tensors[name]), scales, biases, own["bits"])
         else:
             weights[name] = as_float32(tensors[name]).astype(np.float64)
     return weights
@@ -155,12 +155,12 @@ def test_a_quantized_base_stays_quantized_and_equals_pytorch_on_its_weights(
     assert_equal_to_peft(folder, PLAIN, weights=dense_weights(folder))
     adapted = load(folder, PLAIN)
     theirs, _ = mlx_lm.utils.load_model(folder)
-    inner = {name.replace(".linear", ""): packing for name, packing in quantized_modules(adapted).items()}
-    assert inner == quantized_modules(theirs) != {}
+    ours = {name.replace(".linear", ""): how for name, how in quantized_modules(adapted).items()}
+    assert ours == quantized_modules(theirs) != {}
 
 
 @every_case
-def test_dequantized_it_is_plain_and_equals_pytorch_too(tmp_path: Path, case: Quantized) -> None:
+def test_a_dequantized_base_is_plain_and_equals_pytorch(tmp_path: Path, case: Quantized) -> None:
     folder = write_quantized(tmp_path, case)
     assert_equal_to_peft(folder, PLAIN, weights=dense_weights(folder), dequantize=True)
     model = load(folder, dequantize=True)
@@ -179,7 +179,7 @@ def test_dora_on_a_quantized_base_equals_pefts(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", IN_FLOAT32)
-def test_mlx_lms_own_logits_agree(tmp_path: Path, name: str) -> None:
+def test_mlx_lms_logits_agree(tmp_path: Path, name: str) -> None:
     folder = write_quantized(tmp_path, CASES[name])
     theirs, _ = mlx_lm.utils.load_model(folder)
     tokens_BT, weights = batch_of(folder).inputs_BT, dense_weights(folder)
@@ -191,8 +191,8 @@ def test_mlx_lms_own_logits_agree(tmp_path: Path, name: str) -> None:
         assert verdict.used <= 1, verdict.report
 
 
-def test_mlx_lm_computes_mistral_as_if_it_had_no_window(tmp_path: Path) -> None:
-    """A departure of mlx-lm, so no oracle for this family: its logits are those of `sliding_window: null`."""
+def test_mlx_lm_ignores_mistrals_sliding_window(tmp_path: Path) -> None:
+    """So it is no oracle for this family: its logits are those of `sliding_window: null`."""
     folder = write_quantized(tmp_path, CASES["mistral-window"])
     tokens = mx.array(batch_of(folder).inputs_BT)
     theirs = np.array(mlx_lm.utils.load_model(folder)[0](tokens))
@@ -218,7 +218,7 @@ def with_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Pat
     return folder
 
 
-def test_the_older_spelling_without_mode_and_without_the_duplicate_is_read(tmp_path: Path) -> None:
+def test_older_settings_without_mode_and_without_the_duplicate_are_read(tmp_path: Path) -> None:
     folder = write_quantized(tmp_path, CASES["llama-4-bits"])
 
     def older(config: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ def test_a_mode_other_than_affine_is_refused_by_name(tmp_path: Path, mode: str) 
         (lambda c: c["quantization"].update({"model.layers.0.mlp.up_proj": 4}), "up_proj"),
     ],
 )
-def test_quantization_that_does_not_fit_the_tensors_is_one_sentence(
+def test_a_quantization_that_does_not_fit_the_tensors_is_a_one_line_error(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     folder = with_config(write_quantized(tmp_path, CASES["llama-4-bits"]), change)
@@ -266,7 +266,7 @@ def test_quantization_that_does_not_fit_the_tensors_is_one_sentence(
 
 
 @pytest.mark.parametrize("part", ["scales", "biases", "weight"])
-def test_a_missing_part_of_a_packed_weight_is_named(tmp_path: Path, part: str) -> None:
+def test_a_missing_part_of_a_quantized_weight_is_named(tmp_path: Path, part: str) -> None:
     folder = write_quantized(tmp_path, CASES["llama-4-bits"])
     shutil.rmtree(tmp_path / "source")
     (folder / "model.safetensors.index.json").unlink()

@@ -1,8 +1,8 @@
-"""Twenty updates of `reference.train` equal twenty of transformers, PEFT and torch.optim, written plainly.
+"""Twenty updates of `reference.train` equal a plain loop over transformers, PEFT and torch.optim.
 
-Their loss is transformers' own, sum / num_items over the whole window, their clipping torch's, their
-schedules transformers', their LoRA+ groups PEFT's. In float64 losses, norms, learning rates and factors agree
-to 1e-12 relative, in float32 within the derived bound.
+The loop uses transformers' loss (sum / num_items over the whole window) and schedules, torch's clipping and
+PEFT's LoRA+ groups. Losses, norms, learning rates and factors agree to 1e-12 relative in float64, and
+within the derived tolerance in float32.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Run:
 
 
 def make_windows(training: TrainConfig) -> Windows:
-    """Micro-batches of 14, 8 and 21 targets, as many of them as are accumulated; the last window is short."""
+    """Windows of up to three micro-batches, of 14, 8 and 21 targets; the last window has at most two."""
     sizes = [((14, 6, 11), (5, 3, 9)), ((7, 9), (5, 3)), ((12, 13, 5, 8), (9, 6, 1, 1))]
     count = training.grad_accumulation_steps
     windows = [
@@ -178,8 +178,8 @@ def test_twenty_updates_in_float32_equal_pefts_within_rounding(
     assert_within_rounding("trajectory, float32", theirs32.arrays(), ours32.arrays(), ours64.arrays(), k)
 
 
-def test_the_run_that_is_clipped_is_clipped_and_the_windows_differ_in_targets() -> None:
-    """Or the tests above would prove less than they say."""
+def test_every_update_of_the_clipped_run_is_clipped_and_windows_are_unequal() -> None:
+    """Otherwise the tests above would prove less than they claim."""
     theirs, _ = theirs_and_ours(PLAIN, RUNS["clipped"], torch.float64)
     assert min(theirs.norms) > RUNS["clipped"].max_grad_norm
     windows = make_windows(RUNS["accumulated"])

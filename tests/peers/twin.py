@@ -1,8 +1,8 @@
-"""transformers' model with PEFT's adapter, made of this project's configurations and named by its names.
+"""transformers' model with PEFT's adapter, from this project's configurations and under its names.
 
-Nothing in either library is patched. Both compute some steps in float32 whatever the model's type (RMSNorm,
-rope's angles, the loss); `AllDouble` turns each request for float32 into one for float64, so that a model in
-float64 is float64 throughout.
+Nothing in either library is patched. Both compute some steps in float32 whatever the model's dtype (RMSNorm,
+RoPE angles, the loss). `AllDouble` turns each request for float32 into one for float64, so that a float64
+model computes in float64 throughout.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mlx_impl.config import LoRAConfig, ModelConfig
 from mlx_impl.data import Batch
 
 Arrays = dict[str, np.ndarray]
-IGNORED = -100  # the label that transformers does not count
-# PEFT's names of what trains -> this project's, which keeps factors as (in, out) and not as (out, in).
+IGNORED = -100  # the label that transformers' loss ignores
+# PEFT's names of trained tensors -> this project's, whose factors are (in, out) and not (out, in).
 SUFFIXES = {
     ".lora_A.default.weight": ".lora_a",
     ".lora_B.default.weight": ".lora_b",
@@ -33,7 +33,7 @@ SUFFIXES = {
 
 
 class AllDouble(TorchFunctionMode):
-    """Under it, what asks PyTorch for float32 gets float64."""
+    """A context in which PyTorch computes in float64 where float32 is requested."""
 
     def __torch_function__(
         self,
@@ -48,7 +48,7 @@ class AllDouble(TorchFunctionMode):
 
 
 def hugging_face_model(spec: ModelConfig) -> nn.Module:
-    """The published class that has exactly these switches, with its weights yet to be set."""
+    """transformers' model for this configuration; its weights are set by the caller."""
     kind = "Qwen3" if spec.qk_norm else "Qwen2" if spec.qkv_bias else "Mistral"
     settings = asdict(spec)
     if spec.sliding_window is None:
@@ -84,7 +84,7 @@ def peft_config(lora: LoRAConfig, num_layers: int) -> peft.LoraConfig:
 
 
 class PeftTwin:
-    """The model and the adapter as transformers and PEFT have them."""
+    """A model of transformers with an adapter of PEFT."""
 
     def __init__(
         self,
@@ -103,13 +103,13 @@ class PeftTwin:
             assert set(result.missing_keys) <= ({"lm_head.weight"} if spec.tie_word_embeddings else set())
             self.model = peft.get_peft_model(model, peft_config(lora, spec.num_hidden_layers)).to(dtype)
         trained = self.trained()
-        assert trained.keys() == factors.keys(), "PEFT chooses other linears, or names other factors"
+        assert trained.keys() == factors.keys(), "PEFT adapts other linears or names factors otherwise"
         with torch.no_grad():
             for name, value in factors.items():
                 trained[name].copy_(torch.tensor(value).T if value.ndim == 2 else torch.tensor(value))
 
     def trained(self) -> dict[str, Tensor]:
-        """What trains, by this project's names, in PEFT's orientation."""
+        """The trained parameters under this project's names, in PEFT's orientation."""
         return {
             canonical_name(name): parameter
             for name, parameter in self.model.named_parameters()
@@ -117,7 +117,7 @@ class PeftTwin:
         }
 
     def scales(self) -> dict[str, float]:
-        """What multiplies each update, by the name of the linear."""
+        """The scale of each adapted linear, by name."""
         return {
             name.removeprefix("base_model.model."): module.scaling["default"]
             for name, module in self.model.named_modules()
@@ -130,7 +130,7 @@ class PeftTwin:
             return self.model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
 
     def mean_nats(self, batch: Batch, num_items: int) -> Tensor:
-        """transformers' own loss: it shifts the labels itself, and divides the sum by `num_items`."""
+        """transformers' own loss, which shifts the labels itself and divides the sum by `num_items`."""
         tokens_BS = np.concatenate([batch.inputs_BT, batch.targets_BT[:, -1:]], axis=1)
         labels_BT = np.where(batch.mask_BT, batch.targets_BT, IGNORED)
         labels_BS = np.pad(labels_BT, ((0, 0), (1, 0)), constant_values=IGNORED)

@@ -1,6 +1,6 @@
-"""From PEFT's adapter files to mlx-lm's and back: the same function, and every bit again.
+"""Convert adapters between PEFT's and mlx-lm's formats: the same update, and every bit back again.
 
-What a file says is computed here in float64, from the arrays as they are stored.
+The expected updates are computed here in float64 from the stored arrays.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def rank_and_scale(record: dict[str, Any], linear: str) -> tuple[int, float]:
-    """PEFT's rule for the patterns above, whose order of search is that of the record."""
+    """PEFT's rule for the patterns in CASES: the first pattern of the record that matches counts."""
     found = [record["r"], record["lora_alpha"]]
     for number, key in enumerate(("rank_pattern", "alpha_pattern")):
         for pattern, value in record.get(key, {}).items():
@@ -123,7 +123,7 @@ def same_files(one: Path, other: Path) -> bool:
 def test_pefts_adapter_is_the_same_function_in_mlx_lms_format(
     tmp_path: Path, change: dict[str, Any], dtype: mx.Dtype
 ) -> None:
-    """scale * A B of every linear, to 2**-44: far beneath float32's rounding."""
+    """scale * A B of every linear, to a relative 2**-44, far below float32's rounding error."""
     source, record = write_peft(tmp_path / "peft", PEFT | change, dtype), PEFT | change
     convert_adapter(source, tmp_path / "mlx", "mlx-lm")
     _, theirs = stored(source)
@@ -156,7 +156,7 @@ def test_pefts_adapter_comes_back_to_the_bit(tmp_path: Path, change: dict[str, A
 
 @pytest.mark.parametrize("scale", [20.0, 2, 2.3, 0.1, 1 / 3, math.pi])
 def test_mlx_lms_adapter_comes_back_to_the_bit(tmp_path: Path, scale: float) -> None:
-    """Its other settings too, which PEFT has no place for: PEFT's own file has only keys that PEFT knows."""
+    """With mlx-lm's other settings, although PEFT's record holds only keys that PEFT knows."""
     source = write_mlx_lm(tmp_path / "mlx", scale=scale)
     convert_adapter(source, tmp_path / "peft", "peft")
     record, _ = stored(tmp_path / "peft")
@@ -173,21 +173,21 @@ def test_alpha_over_rank_is_the_scale_in_float32_for_every_rank() -> None:
             assert np.float32(alpha_for(scale, rank) / rank) == np.float32(scale)
 
 
-def test_half_precision_stays_where_no_scale_is_folded(tmp_path: Path) -> None:
+def test_half_precision_is_kept_where_no_scale_is_folded(tmp_path: Path) -> None:
     convert_adapter(write_peft(tmp_path / "peft", PEFT, mx.bfloat16), tmp_path / "mlx", "mlx-lm")
     assert {array.dtype for array in stored(tmp_path / "mlx")[1].values()} == {mx.bfloat16}
 
 
-def test_a_rank_grows_only_where_a_product_is_no_float(tmp_path: Path) -> None:
-    """14 / 7 is 2, and 0.3 / 7 is no power of two."""
+def test_the_rank_grows_only_where_float32_cannot_hold_the_product(tmp_path: Path) -> None:
+    """The ratio of scales 14 / 7 is a power of two, 0.3 / 7 is not."""
     for alpha, rank in ((14, 3), (0.3, 6)):
         record = PEFT | {"alpha_pattern": {"k_proj": alpha}}
         convert_adapter(write_peft(tmp_path / "peft", record), tmp_path / f"mlx{rank}", "mlx-lm")
         assert stored(tmp_path / f"mlx{rank}")[0]["lora_parameters"]["rank"] == rank
 
 
-def test_an_adapter_that_was_trained_on_in_mlx_lm_is_what_its_tensors_say(tmp_path: Path) -> None:
-    """What it was converted from is no longer what it is."""
+def test_the_original_is_not_restored_after_more_training_in_mlx_lm(tmp_path: Path) -> None:
+    """The tensors count then, not the record that the adapter was converted from."""
     change = {"rank_pattern": {"k_proj": 2}}
     convert_adapter(write_peft(tmp_path / "peft", PEFT | change), tmp_path / "mlx", "mlx-lm")
     _, tensors = stored(tmp_path / "mlx")
@@ -195,13 +195,13 @@ def test_an_adapter_that_was_trained_on_in_mlx_lm_is_what_its_tensors_say(tmp_pa
     mx.save_safetensors(str(tmp_path / "mlx" / "adapters.safetensors"), tensors | {name: tensors[name] + 1})
     convert_adapter(tmp_path / "mlx", tmp_path / "back", "peft")
     record, back = stored(tmp_path / "back")
-    assert (record["r"], record["rank_pattern"]) == (4, {})  # k_proj, folded, had 2 * 2
+    assert (record["r"], record["rank_pattern"]) == (4, {})  # k_proj of rank 2 was split into hi and lo
     key = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
     assert mx.array_equal(back[key].T, tensors[name] + 1)
 
 
 @pytest.mark.parametrize("other", [{"r": 3}, {"peft_type": "LORA", "rank_pattern": 3}, {"r": {}}, "text"])
-def test_a_kept_record_that_is_none_is_passed_over(tmp_path: Path, other: Any) -> None:
+def test_a_kept_record_that_is_damaged_is_ignored(tmp_path: Path, other: Any) -> None:
     source = write_mlx_lm(tmp_path / "mlx")
     record, _ = stored(source)
     (source / "adapter_config.json").write_text(json.dumps(record | {"peft": other}))
@@ -209,8 +209,8 @@ def test_a_kept_record_that_is_none_is_passed_over(tmp_path: Path, other: Any) -
     assert stored(tmp_path / "peft")[0]["r"] == 3
 
 
-def test_layers_that_the_model_may_continue_are_named_one_by_one(tmp_path: Path) -> None:
-    """Without the base nobody knows which are the last."""
+def test_with_a_list_of_layers_the_linears_are_named_one_by_one(tmp_path: Path) -> None:
+    """Without the model it is unknown whether it has more layers."""
     record = PEFT | {"layers_to_transform": [0, 1]}
     convert_adapter(write_peft(tmp_path / "peft", record), tmp_path / "mlx", "mlx-lm")
     written, _ = stored(tmp_path / "mlx")
@@ -227,13 +227,17 @@ MLX_NAME = "model.layers.1.self_attn.k_proj"
     ("tensors", "record", "message"),
     [
         ({f"{MLX_NAME}.lora_b": None}, {}, rf"the tensor {MLX_NAME}\.lora_b is missing"),
-        ({f"{MLX_NAME}.lora_c": mx.zeros((2, 2))}, {}, r"k_proj\.lora_c has no place"),
+        ({f"{MLX_NAME}.lora_c": mx.zeros((2, 2))}, {}, r"k_proj\.lora_c is not part of a LoRA adapter"),
         ({"model.embed_tokens.lora_a": mx.zeros((9, 3))}, {}, "an embedding is not supported"),
         ({f"{MLX_NAME}.lora_a": mx.zeros((2, 3, 32))}, {}, "k_proj.lora_a must have 2 axes"),
-        ({f"{MLX_NAME}.lora_a": mx.zeros((32, 4))}, {}, "must have one rank, got 4 and 3"),
+        ({f"{MLX_NAME}.lora_a": mx.zeros((32, 4))}, {}, "must have the same rank, got 4 and 3"),
         ({f"{MLX_NAME}.lora_a": mx.full((32, 3), math.nan)}, {}, "k_proj.lora_a' must be finite"),
-        ({f"{MLX_NAME}.m": mx.zeros((16,))}, {}, "must have a tensor m with fine_tune_type dora, and only"),
-        ({}, {"fine_tune_type": "dora"}, "must have a tensor m with fine_tune_type dora"),
+        (
+            {f"{MLX_NAME}.m": mx.zeros((16,))},
+            {},
+            "must have a tensor m if and only if fine_tune_type is dora",
+        ),
+        ({}, {"fine_tune_type": "dora"}, "must have a tensor m if and only if fine_tune_type is dora"),
         ({}, {"fine_tune_type": "full"}, "fine_tune_type must be one of lora, dora, got 'full'"),
         ({}, {"num_layers": "4"}, "num_layers must be a whole number, got '4'"),
         ({}, {"lora_parameters": {"rank": 3, "dropout": 0.0}}, "the key 'scale' is missing"),
@@ -241,7 +245,7 @@ MLX_NAME = "model.layers.1.self_attn.k_proj"
         (
             {},
             {"lora_parameters": {"rank": 3, "scale": 1.0, "dropout": 0.0, "use_bias": True}},
-            "lora_parameters must be of dropout, keys, rank, scale, got use_bias",
+            "lora_parameters may hold dropout, keys, rank, scale, got use_bias",
         ),
         (
             {},
@@ -250,7 +254,7 @@ MLX_NAME = "model.layers.1.self_attn.k_proj"
         ),
     ],
 )
-def test_a_file_of_mlx_lms_that_is_not_understood_is_refused_by_name(
+def test_an_unsupported_file_of_mlx_lm_is_refused_by_name(
     tmp_path: Path, tensors: dict[str, mx.array | None], record: dict[str, Any], message: str
 ) -> None:
     source = write_mlx_lm(tmp_path / "mlx")
@@ -267,8 +271,11 @@ def test_a_file_of_mlx_lms_that_is_not_understood_is_refused_by_name(
     ("change", "message"),
     [
         ({"r": 4}, "must have the rank 4, got 3"),
-        ({"use_dora": True}, "must have a magnitude with use_dora, and only then"),
-        ({"target_modules": ["k_proj"]}, "must name every linear that has factors, and not .*down_proj"),
+        ({"use_dora": True}, "must have a magnitude if and only if use_dora is set"),
+        (
+            {"target_modules": ["k_proj"]},
+            "must name every linear that has factors, and .*down_proj is not named",
+        ),
         ({"lora_alpha": None}, "alpha must be a number, got None"),
         ({"bias": "all"}, "bias is not supported and must be off, got 'all'"),
         (
@@ -277,7 +284,7 @@ def test_a_file_of_mlx_lms_that_is_not_understood_is_refused_by_name(
         ),
     ],
 )
-def test_a_record_of_pefts_that_its_tensors_contradict_is_refused(
+def test_a_record_of_peft_that_contradicts_its_tensors_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     source = write_peft(tmp_path / "peft", PEFT)
@@ -295,7 +302,7 @@ def base(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "model")
 
 
-def test_mlx_lms_adapter_is_loaded_with_its_own_numbers(base: Path, tmp_path: Path) -> None:
+def test_an_mlx_lm_adapter_is_loaded_with_its_own_factors_and_scale(base: Path, tmp_path: Path) -> None:
     source = write_mlx_lm(tmp_path / "mlx", keys=sorted(SHAPES))
     model = load_model(base).model
     config = load_adapter(model, source)
@@ -307,8 +314,8 @@ def test_mlx_lms_adapter_is_loaded_with_its_own_numbers(base: Path, tmp_path: Pa
     assert all(mx.array_equal(ours[name], array) for name, array in tensors.items())
 
 
-def test_saved_in_mlx_lms_format_an_adapter_is_the_same(base: Path, tmp_path: Path) -> None:
-    """Folded and unfolded: the configuration and every bit are those that were trained."""
+def test_an_adapter_saved_in_mlx_lms_format_loads_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    """Its scales are folded when it is saved and unfolded when it is loaded."""
     config = LoRAConfig(rank=3, alpha=5.0, use_rslora=True, rank_pattern={"q_proj": 2}, num_layers=1)
     model, again = load_model(base).model, load_model(base).model
     (tmp_path / "a").mkdir()
@@ -330,11 +337,11 @@ def test_saved_in_mlx_lms_format_an_adapter_is_the_same(base: Path, tmp_path: Pa
         (1, sorted(SHAPES), r"do not name model\.layers\.0\."),
         (16, [*SHAPES, "mlp.gate_proj"], r"gate_proj\.lora_a is missing from adapters\.safetensors"),
         (16, None, r"gate_proj\.lora_a is missing"),
-        (16, [*SHAPES, "mlp.experts"], "keys must be linears .*, and mlp.experts is none"),
-        (16, [*SHAPES, "model.embed_tokens"], "keys must be linears .*, and model.embed_tokens is none"),
+        (16, [*SHAPES, "mlp.experts"], "keys must name linears .*, and mlp.experts is none"),
+        (16, [*SHAPES, "model.embed_tokens"], "keys must name linears .*, and model.embed_tokens is none"),
     ],
 )
-def test_what_mlx_lm_would_pass_over_in_silence_is_an_error(
+def test_what_mlx_lm_would_ignore_silently_is_an_error(
     base: Path, tmp_path: Path, num_layers: int, keys: list[str] | None, message: str
 ) -> None:
     source = write_mlx_lm(tmp_path / "mlx", keys=keys)
@@ -344,12 +351,12 @@ def test_what_mlx_lm_would_pass_over_in_silence_is_an_error(
         load_adapter(load_model(base).model, source)
 
 
-def test_an_adapter_of_a_model_with_more_layers_says_so(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_a_model_with_more_layers_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is for another model: it has factors for layer 2, .* are 0 to 1"):
         load_adapter(load_model(base).model, write_mlx_lm(tmp_path / "mlx", num_blocks=3))
 
 
-def test_a_folder_with_both_formats_or_none_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_folder_with_adapters_in_both_formats_or_neither_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     write_mlx_lm(write_peft(tmp_path / "both", PEFT))
     for name, word in (("none", "neither"), ("both", "both")):
@@ -357,7 +364,7 @@ def test_a_folder_with_both_formats_or_none_is_refused(base: Path, tmp_path: Pat
             load_adapter(load_model(base).model, tmp_path / name)
 
 
-def test_an_adapter_in_the_other_format_is_not_written_over(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_in_the_other_format_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     source = write_mlx_lm(tmp_path / "mlx", keys=sorted(SHAPES))
     model = load_model(base).model
     config = load_adapter(model, source)
@@ -369,9 +376,7 @@ def test_an_adapter_in_the_other_format_is_not_written_over(base: Path, tmp_path
 # ---- the command
 
 
-def test_the_command_converts_and_says_what_it_did(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_converts_and_reports_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = write_peft(tmp_path / "peft", PEFT), tmp_path / "mlx"
     arguments = ["convert", "--adapter-path", str(source), "--save-path", str(target), "--to", "mlx-lm"]
     assert main([*arguments, "--json"]) == 0
@@ -384,7 +389,7 @@ def test_the_command_converts_and_says_what_it_did(
     assert "the adapter is in peft's format already" in capsys.readouterr().err
 
 
-def test_a_run_is_not_begun_where_it_would_write_over_mlx_lms_adapter(
+def test_a_run_does_not_start_in_a_folder_with_an_mlx_lm_adapter(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_mlx_lm(tmp_path / "mlx")
@@ -395,7 +400,7 @@ def test_a_run_is_not_begun_where_it_would_write_over_mlx_lms_adapter(
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_training_goes_on_from_mlx_lms_adapter(base: Path, tmp_path: Path) -> None:
+def test_training_can_start_from_an_mlx_lm_adapter(base: Path, tmp_path: Path) -> None:
     source = write_mlx_lm(tmp_path / "mlx", keys=sorted(SHAPES))
     arguments = ["--model", str(base), "--data", str(write_data(tmp_path / "data")), "--iters", "1"]
     arguments += ["--init-adapter", str(source), "--adapter-path", str(tmp_path / "run"), "--blas", "off"]

@@ -1,4 +1,4 @@
-"""Adapter files: PEFT's names, shapes and keys; what is written is read back; what does not fit is named."""
+"""PEFT's adapter files: names, shapes and keys; saved adapters load again; what does not fit is named."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def adapted(base: Path, config: LoRAConfig) -> CausalLM:
     ids=["all", "two targets in the last layer", "rslora", "dora", "regex", "all-linear"],
 )
 def test_a_saved_adapter_loads_bit_for_bit(base: Path, tmp_path: Path, config: LoRAConfig) -> None:
-    """The same factors, the same logits, the same configuration."""
+    """The logits and the configuration are the same."""
     model = adapted(base, config)
     save_adapter(model, config, tmp_path, "tiny")
     again = load_model(base).model
@@ -63,7 +63,7 @@ def test_a_saved_adapter_loads_bit_for_bit(base: Path, tmp_path: Path, config: L
     np.testing.assert_array_equal(again(TOKENS), model(TOKENS))
 
 
-def test_the_files_are_pefts(base: Path, tmp_path: Path) -> None:
+def test_the_files_have_pefts_names_and_shapes(base: Path, tmp_path: Path) -> None:
     """Keys `base_model.model.<module>.lora_A.weight`; A is (rank, in), B (out, rank); no scale is stored."""
     config = LoRAConfig(rank=3, alpha=5.0, target_modules=("k_proj",), num_layers=1)
     model = adapted(base, config)
@@ -92,7 +92,7 @@ def test_the_files_are_pefts(base: Path, tmp_path: Path) -> None:
     assert {key: record[key] for key in expected} == expected
 
 
-def test_saving_leaves_no_other_file(base: Path, tmp_path: Path) -> None:
+def test_saving_leaves_no_temporary_file(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), folder, "tiny")
@@ -108,7 +108,7 @@ def rewrite(folder: Path, change: dict[str, mx.array | None]) -> None:
     mx.save_safetensors(path, tensors)
 
 
-def test_an_expression_for_some_layers_is_written_as_names(base: Path, tmp_path: Path) -> None:
+def test_an_expression_for_some_layers_is_saved_as_names(base: Path, tmp_path: Path) -> None:
     """PEFT refuses an expression beside a list of layers."""
     config = LoRAConfig(rank=2, target_modules="all-linear", num_layers=1)
     model = adapted(base, config)
@@ -137,7 +137,7 @@ A_KEY = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 def test_a_tensor_that_does_not_fit_is_named(
     base: Path, tmp_path: Path, change: dict[str, mx.array | None], message: str
 ) -> None:
-    """PEFT would warn, and the adapter would do nothing."""
+    """PEFT would only warn, and the adapter might do nothing."""
     save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
     rewrite(tmp_path, change)
     with pytest.raises(ValueError, match=message):
@@ -167,7 +167,7 @@ def test_a_tensor_that_does_not_fit_is_named(
         ({"r": "8"}, "adapter_config.json: rank must be a whole number, got '8'"),
     ],
 )
-def test_a_configuration_that_is_not_computed_here_is_an_error(
+def test_an_unsupported_configuration_is_an_error(
     base: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
@@ -178,10 +178,10 @@ def test_a_configuration_that_is_not_computed_here_is_an_error(
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_an_adapter_in_half_precision_is_trained_in_float32(
+def test_an_adapter_in_half_precision_is_loaded_as_float32(
     base: Path, tmp_path: Path, dtype: mx.Dtype
 ) -> None:
-    """Half of AdamW's epsilon would be zero."""
+    """In float16 AdamW's epsilon would be zero."""
     save_adapter(adapted(base, LoRAConfig()), LoRAConfig(), tmp_path, "tiny")
     tensors = mx.load(str(tmp_path / "adapter_model.safetensors"))
     rewrite(tmp_path, {name: array.astype(dtype) for name, array in tensors.items()})

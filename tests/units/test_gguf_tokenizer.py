@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: each splits as its model's published rule does; an unknown rule is refused."""
+"""Tokenizers in GGUF files split texts by their models' published rules; an unknown rule is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.files.formats.gguf_file import read_container
-from mlx_impl.files.formats.gguf_tokenizer import pipeline, tokenizer_from_gguf
+from mlx_impl.files.formats.gguf_tokenizer import build_tokenizer, tokenizer_from_gguf
 from mlx_impl.files.formats.gguf_vocabulary import read_vocabulary
 from tests.gguf_files import byte_level_metadata, write, write_family
 from tests.tiny_folder import TEMPLATE
@@ -49,7 +49,7 @@ QWEN2 = (
 
 
 def learned_merges() -> tuple[list[str], list[str]]:
-    """Tokens and merges of a byte-level BPE, learned without any splitting, so that every rule matters."""
+    """Tokens and merges of a byte-level BPE, learned without splitting, so that splitting rules matter."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -80,9 +80,9 @@ def byte_level(pre: str, **change: Any) -> dict[str, Any]:
 
 
 def from_file(folder: Path, metadata: dict[str, Any]) -> Tokenizer:
-    """What is read back from a file with this metadata."""
+    """The tokenizer read from a file with this metadata."""
     read, _ = read_container(write(folder / "tiny.gguf", "llama", metadata, {}))
-    return pipeline(read, read_vocabulary(read))
+    return build_tokenizer(read, read_vocabulary(read))
 
 
 def published(metadata: dict[str, Any], rule: str, digits: bool = False, **model: Any) -> Tokenizer:
@@ -124,19 +124,19 @@ def test_byte_level_tokens_are_those_of_the_published_rule(
 
 
 def test_the_rules_differ_on_these_texts(tmp_path: Path) -> None:
-    """Or the test above would not tell one from another."""
+    """Otherwise the test above could not tell the rules apart."""
     split = {pre: from_file(tmp_path, byte_level(pre)) for pre in ("smollm", "gpt-2", "llama-bpe", "qwen2")}
     seen = [[tuple(split[pre].encode(text).tokens) for text in TEXTS] for pre in split]
     assert all(a != b for n, a in enumerate(seen) for b in seen[:n])
 
 
-def test_llama_3_takes_a_whole_token_where_merges_would_not_make_it(tmp_path: Path) -> None:
+def test_llama_3_uses_a_token_that_no_merges_make(tmp_path: Path) -> None:
     text = " digits"
     assert from_file(tmp_path, byte_level("llama-bpe")).encode(text).tokens[-1:] == [UNREACHED]
     assert len(from_file(tmp_path, byte_level("qwen2")).encode(text).tokens) > 1
 
 
-def test_text_comes_back(tmp_path: Path) -> None:
+def test_decoding_gives_the_text_back(tmp_path: Path) -> None:
     tokenizer = from_file(tmp_path, byte_level("llama-bpe"))
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text).ids[1:], skip_special_tokens=False) == text
@@ -153,7 +153,7 @@ BYTES = [f"<0x{n:02X}>" for n in range(256)]
 
 
 def sentencepiece(**change: Any) -> dict[str, Any]:
-    """Scores fall with the piece's number, as SentencePiece's trainer gives them; letters and bytes last."""
+    """A vocabulary whose scores fall with the piece's number, as SentencePiece's trainer writes them."""
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES, "[user]"]
     types = [2, 3, 3, *[6] * 256, *[1] * len(PIECES), 4]
     return {
@@ -167,8 +167,8 @@ def sentencepiece(**change: Any) -> dict[str, Any]:
     } | {f"tokenizer.{key}": value for key, value in change.items()}
 
 
-def joined(text: str) -> list[str]:
-    """SentencePiece's BPE, naively: join the neighbours of the highest score, the leftmost first."""
+def merged(text: str) -> list[str]:
+    """SentencePiece's BPE, naively: merge the neighbours with the highest score, the leftmost first."""
     rank, symbols = {piece: n for n, piece in enumerate(PIECES)}, list(text)
     while pairs := [(rank[a + b], n) for n, (a, b) in enumerate(pairwise(symbols)) if a + b in rank]:
         n = min(pairs)[1]
@@ -182,9 +182,9 @@ def joined(text: str) -> list[str]:
 )
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_tokens_are_those_of_its_algorithm(tmp_path: Path, text: str, prefix: bool) -> None:
-    """Merges in the order of scores, bytes for what is no piece, a space before the text."""
+    """Merges by score, bytes for characters without a piece, a space before the text."""
     tokenizer = from_file(tmp_path, sentencepiece(**{"ggml.add_space_prefix": prefix}))
-    expected = joined("▁" * prefix + text.replace(" ", "▁"))
+    expected = merged("▁" * prefix + text.replace(" ", "▁"))
     encoding = tokenizer.encode(text, add_special_tokens=False)
     assert encoding.tokens == expected
     assert tokenizer.decode(encoding.ids) == text
@@ -197,10 +197,10 @@ def test_sentencepiece_special_tokens_stay_whole(tmp_path: Path) -> None:
     assert tokens == ["<s>", "▁the", "</s>", "[user]", "▁the"]
 
 
-def test_an_unused_piece_that_would_be_made_is_refused(tmp_path: Path) -> None:
+def test_an_unused_piece_that_merges_would_form_is_refused(tmp_path: Path) -> None:
     metadata = sentencepiece()
     metadata["tokenizer.ggml.token_type"][metadata["tokenizer.ggml.tokens"].index("th")] = 5
-    with pytest.raises(ValueError, match="the unused token 'th' must not be what two others make"):
+    with pytest.raises(ValueError, match="the unused token 'th' must not be formed by two other tokens"):
         from_file(tmp_path, metadata)
 
 
@@ -216,10 +216,10 @@ def test_an_unused_piece_that_would_be_made_is_refused(tmp_path: Path) -> None:
         (sentencepiece(**{"ggml.add_bos_token": False, "ggml.add_eos_token": True}), ["▁the", "</s>"]),
     ],
 )
-def test_special_tokens_around_a_text_are_those_of_the_file(
+def test_bos_and_eos_are_added_as_the_file_says(
     tmp_path: Path, metadata: dict[str, Any], expected: list[str]
 ) -> None:
-    """Where the file does not say, llama.cpp's defaults: BOS for SentencePiece and Llama 3, no EOS."""
+    """llama.cpp's defaults where it does not say: BOS for SentencePiece and Llama 3, no EOS."""
     text = "the" if metadata["tokenizer.ggml.model"] == "llama" else "a"
     assert from_file(tmp_path, metadata).encode(text).tokens == expected
 
@@ -232,19 +232,19 @@ def test_special_tokens_around_a_text_are_those_of_the_file(
         ({"ggml.model": "bert"}, "ggml.model must be gpt2 or llama, got 'bert'"),
         ({"ggml.model": None}, "the key 'tokenizer.ggml.model' is missing"),
         ({"ggml.merges": None}, "the key 'tokenizer.ggml.merges' is missing"),
-        ({"ggml.merges": ["x y"]}, "the tokenizer in it cannot be used: .*Token `x` out of vocabulary"),
+        ({"ggml.merges": ["x y"]}, "its tokenizer cannot be used: .*Token `x` out of vocabulary"),
         ({"ggml.merges": [3]}, "ggml.merges must be an array of texts"),
         ({"ggml.token_type": [1, 1]}, "token_type must be an array of 61 numbers, one for each token"),
         ({"ggml.token_type": [9] * 61}, "token_type must hold numbers from 1 to 6, got 9"),
-        ({"ggml.tokens": ["a"] * 61}, "the token 'a' stands 61 times in tokenizer.ggml.tokens"),
-        ({"ggml.eos_token_id": 61}, "eos_token_id must be the number of one of 61 tokens, got 61"),
+        ({"ggml.tokens": ["a"] * 61}, "tokenizer.ggml.tokens must hold each token once, got 'a' 61 times"),
+        ({"ggml.eos_token_id": 61}, "eos_token_id must be the id of one of 61 tokens, got 61"),
         ({"ggml.eos_token_id": None}, "the end-of-turn token '' must be in the vocabulary"),
         ({"ggml.model": "llama"}, "the key 'tokenizer.ggml.scores' is missing"),
         ({"ggml.model": "llama", "ggml.scores": [0.0]}, "scores must be an array of 61 numbers"),
         ({"ggml.model": "llama", "ggml.precompiled_charsmap": [1]}, "precompiled_charsmap is not supported"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_right_is_refused(
+def test_an_invalid_or_unknown_tokenizer_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     changed = {f"tokenizer.{key}": value for key, value in change.items()}

@@ -15,8 +15,9 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_impl import loss
-from mlx_impl.fast.head import head_nats, next_token_nats
-from mlx_impl.files.quantized import Packing, dequantize, pack
+from mlx_impl.fast.head import head_nats
+from mlx_impl.files.quantized import Quantization, dequantize, quantize_modules
+from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
 from tests.derived import compare, require, require_same_names, within_bfloat16, within_exact
 from tests.ladder.cases import SPEC, random_array
@@ -47,7 +48,7 @@ def model_of(head: str) -> CausalLM:
     model.load_weights([(f"{name}.weight", weight_VD)], strict=False)
     if head.endswith("packed"):
         packed = mx.quantize(weight_VD, group_size=32, bits=8)
-        pack(model, {name: Packing(32, 8)})
+        quantize_modules(model, {name: Quantization(32, 8)})
         kinds = ("weight", "scales", "biases")
         model.load_weights([(f"{name}.{k}", a) for k, a in zip(kinds, packed, strict=True)], strict=False)
     return model

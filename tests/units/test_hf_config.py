@@ -1,7 +1,7 @@
-"""config.json as it is published is read to the right ModelConfig, and what it cannot mean here is refused.
+"""Published config.json files give the right ModelConfig; what is not supported is refused by name.
 
-The shapes are those of the published files, with their bookkeeping; expected values are typed from the
-definitions of transformers' configuration classes.
+The configurations are the published ones, complete; expected values are typed from the definitions of
+transformers' configuration classes.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def read(folder: Path, config: Config) -> ModelConfig:
 
 
 def respelled(config: Config) -> Config:
-    """As transformers 5 saves the same model."""
+    """The configuration as transformers 5 saves it."""
     new = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
     new["dtype"] = new.pop("torch_dtype")
     rope = config.get("rope_scaling") or {"rope_type": "default"}
@@ -314,8 +314,11 @@ def test_the_spelling_of_transformers_5_means_the_same(
 def test_quantization_as_on_mlx_community_does_not_change_the_model(
     tmp_path: Path, config: Config, expected: ModelConfig
 ) -> None:
-    packing = {"group_size": 64, "bits": 4, "mode": "affine"}
-    assert read(tmp_path, config | {"quantization": packing, "quantization_config": packing}) == expected
+    quantization = {"group_size": 64, "bits": 4, "mode": "affine"}
+    assert (
+        read(tmp_path, config | {"quantization": quantization, "quantization_config": quantization})
+        == expected
+    )
 
 
 ABSENT = object()
@@ -376,7 +379,7 @@ def changed(config: Config, change: Config) -> Config:
         (QWEN3_06B, {"head_dim": ABSENT}, {"head_dim": 128}),  # and not 1024 / 16
     ],
 )
-def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
+def test_missing_and_optional_keys_are_read_as_transformers_reads_them(
     tmp_path: Path, config: Config, change: Config, expected: dict[str, Any]
 ) -> None:
     found = read(tmp_path, changed(config, change))
@@ -387,7 +390,7 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
 @pytest.mark.parametrize(
     ("config", "change", "named"),
     [
-        # other mathematics under a key that we know
+        # known keys with unsupported values
         (LLAMA_2_7B, {"model_type": "gemma2"}, "model_type.*'gemma2'"),
         (LLAMA_2_7B, {"model_type": "llama4"}, "model_type.*'llama4'"),
         (LLAMA_2_7B, {"model_type": ABSENT}, "model_type"),
@@ -419,7 +422,7 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
         (LLAMA_2_7B, {"rope_scaling": 2.0}, "rope_scaling"),
         (LLAMA_2_7B, {"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "type"),
         (LLAMA_2_7B, {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
-        # windows of some layers, or of families that have none
+        # windows in some layers, or in families without windows
         (QWEN2_7B, {"use_sliding_window": True, "max_window_layers": 20}, "sliding window|sliding_window"),
         (QWEN2_7B, {"use_sliding_window": True, "layer_types": SOME}, "sliding window|layer_types"),
         (QWEN3_06B, {"layer_types": ["chunked_attention"] * 28}, "layer_types|chunked_attention"),
@@ -441,10 +444,10 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
             {"layer_types": ["sliding_attention", "full_attention"] * 16},
             "sliding window|layer_types",
         ),
-        # Mistral's window is that of all layers, whatever layer_types says
+        # Mistral's window is in all layers: layer_types must not say otherwise
         (MISTRAL_7B_01, {"layer_types": ["full_attention"] * 32}, "sliding window|layer_types"),
         (MISTRAL_7B_03, {"layer_types": ["sliding_attention"] * 32}, "sliding window|layer_types"),
-        # weights stored as we do not read them
+        # quantization by other methods
         (LLAMA_2_7B, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         (MISTRAL_7B_01, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
         (
@@ -454,11 +457,11 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
         ),
         (QWEN3_06B, {"quantization_config": {"quant_method": "fp8"}}, "fp8"),
         (QWEN3_06B, {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mxfp4"),
-        # keys that we do not know
+        # unknown keys
         (QWEN3_06B, {"num_experts": 128}, "num_experts.*128"),
         (MISTRAL_7B_01, {"num_local_experts": 8}, "num_local_experts"),
         (LLAMA_2_7B, {"logit_scale": 0.0625}, "logit_scale.*0.0625"),
-        (LLAMA_2_7B, {"logit_scale": 0}, "logit_scale.*0"),  # no number is as good as an absent one
+        (LLAMA_2_7B, {"logit_scale": 0}, "logit_scale.*0"),  # 0 does not mean off
         (LLAMA_2_7B, {"residual_multiplier": 0.22}, "residual_multiplier"),
         (LLAMA_2_7B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (LLAMA_2_7B, {"use_qk_norm": True}, "use_qk_norm"),
@@ -466,7 +469,7 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
         (QWEN2_7B, {"use_mrope": True}, "use_mrope"),
         (LLAMA_2_7B, {"a key of tomorrow": "on"}, "a key of tomorrow"),
         (LLAMA_2_7B, {"vision_config": {"depth": 2}}, "vision_config"),
-        # values of other types, or that no model has
+        # values of a wrong type, or out of range
         (LLAMA_2_7B, {"hidden_size": "4096"}, "hidden_size"),
         (LLAMA_2_7B, {"hidden_size": 4096.0}, "hidden_size"),
         (LLAMA_2_7B, {"num_attention_heads": 0}, "num_attention_heads"),
@@ -485,7 +488,7 @@ def test_keys_that_say_more_or_less_are_read_as_transformers_reads_them(
 def test_what_would_be_another_model_is_refused_by_name(
     tmp_path: Path, config: Config, change: Config, named: str
 ) -> None:
-    """One sentence that begins with the file; never a model that is nearly right."""
+    """The error is one line that begins with the file's path."""
     with pytest.raises(ValueError, match=named) as caught:
         read(tmp_path, changed(config, change))
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
@@ -499,7 +502,7 @@ def test_what_would_be_another_model_is_refused_by_name(
 @pytest.mark.parametrize(
     "config", [LLAMA_2_7B, MISTRAL_7B_01, QWEN2_7B, QWEN3_06B], ids=lambda c: c["model_type"]
 )
-def test_a_size_that_is_missing_is_named(tmp_path: Path, config: Config, key: str) -> None:
+def test_a_missing_size_is_named(tmp_path: Path, config: Config, key: str) -> None:
     with pytest.raises(ValueError, match=rf"config\.json: the key '{key}' is missing"):
         read(tmp_path, changed(config, {key: ABSENT}))
 
@@ -516,5 +519,5 @@ def test_a_size_that_is_missing_is_named(tmp_path: Path, config: Config, key: st
         {"temperature": 0.6, "top_p": 0.9, "chunk_size_feed_forward": 0, "max_length": 20},
     ],
 )
-def test_bookkeeping_and_what_is_off_change_nothing(tmp_path: Path, change: Config) -> None:
+def test_bookkeeping_keys_and_options_that_are_off_change_nothing(tmp_path: Path, change: Config) -> None:
     assert read(tmp_path, LLAMA_2_7B | change) == PUBLISHED["Llama-2-7b"][1]

@@ -1,4 +1,4 @@
-"""`dtype`: models loaded in bfloat16, commands that compute in it, and what it never changes."""
+"""`dtype`: loading and computing in bfloat16, with adapters that stay float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_impl.cli.settings.config_file import read_config
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_model, to_numpy
-from mlx_impl.files.formats.safetensors import load, types
+from mlx_impl.files.formats.safetensors import load, tensor_dtypes
 from mlx_impl.files.fusing import fuse
 from mlx_impl.files.precision import dtype_of
 from mlx_impl.lora import lora_parameters
@@ -41,7 +41,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def nearest_in_bfloat16(x: np.ndarray) -> np.ndarray:
-    """By hand: the upper half of a float32's bits, rounded to even."""
+    """By hand: the upper half of a float32's bits, ties rounded to even."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
@@ -58,8 +58,8 @@ def test_every_weight_is_the_nearest_number_of_bfloat16(form: str, folder: Path,
 
 
 @pytest.mark.parametrize("dequantize", [False, True])
-def test_beside_packed_weights_everything_is_bfloat16(quantized: Path, dequantize: bool) -> None:
-    """Scales and biases too: an embedding unpacked by float16 ones would make all that follows float16."""
+def test_beside_quantized_weights_everything_is_bfloat16(quantized: Path, dequantize: bool) -> None:
+    """Scales and biases too: float16 ones would make the embedding, and all that follows it, float16."""
     exact, model = load_model(quantized).model, load_model(quantized, dequantize, "bfloat16").model
     arrays, logits_BTV = tree_flatten(model.parameters()), model(TOKENS)
     assert {a.dtype for _, a in arrays} == ({mx.bfloat16} if dequantize else {mx.bfloat16, mx.uint32})
@@ -75,7 +75,7 @@ def test_beside_packed_weights_everything_is_bfloat16(quantized: Path, dequantiz
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("form", ["dense", "quantized"])
-def test_an_adapter_in_float32_learns_beside_it(
+def test_a_float32_adapter_learns_beside_a_bfloat16_base(
     form: str, use_dora: bool, folder: Path, quantized: Path
 ) -> None:
     model = load_model(folder if form == "dense" else quantized, dtype="bfloat16").model
@@ -91,14 +91,14 @@ def test_an_adapter_in_float32_learns_beside_it(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "fp32", "", mx.bfloat16])
-def test_another_type_is_refused(folder: Path, dtype: Any) -> None:
+def test_any_other_dtype_is_refused(folder: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"dtype must be 'float32' or 'bfloat16', got .+") as refusal:
         load_model(folder, dtype=dtype)
     assert ("65504" in str(refusal.value)) == (dtype == "float16")
 
 
-def test_a_weight_that_bfloat16_does_not_hold_is_refused(tmp_path: Path) -> None:
-    """The largest float32 is rounded to infinity."""
+def test_a_weight_that_overflows_bfloat16_is_refused(tmp_path: Path) -> None:
+    """The largest float32 rounds to infinity."""
     arrays = load(write_folder(tmp_path) / "model.safetensors")
     arrays["lm_head.weight"][0, 0] = float(np.finfo(np.float32).max)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
@@ -119,7 +119,7 @@ def test_an_adapter_trained_in_bfloat16_is_float32_in_its_file_and_fuses(
     folder: Path, tmp_path: Path
 ) -> None:
     adapter = trained_adapter(folder, tmp_path / "adapter")
-    assert set(types(adapter / "adapter_model.safetensors").values()) == {mx.float32}
+    assert set(tensor_dtypes(adapter / "adapter_model.safetensors").values()) == {mx.float32}
     beside = load_model(folder, dtype="bfloat16").model
     load_adapter(beside, adapter)
     assert {array.dtype for array in lora_parameters(beside).values()} == {mx.float32}
@@ -131,7 +131,7 @@ def test_an_adapter_trained_in_bfloat16_is_float32_in_its_file_and_fuses(
 
 
 def test_a_model_in_bfloat16_is_not_fused(folder: Path, tmp_path: Path) -> None:
-    """Digits that the base's file has would be lost, and silently."""
+    """It would silently lose digits that the base's file has."""
     adapter = trained_adapter(folder, tmp_path / "adapter")
     with pytest.raises(ValueError, match="to be fused must be loaded in float32, got bfloat16"):
         fuse(load_model(folder, dtype="bfloat16"), adapter, tmp_path / "fused", dequantize=False)
@@ -141,10 +141,10 @@ def test_a_model_in_bfloat16_is_not_fused(folder: Path, tmp_path: Path) -> None:
 SETTINGS = ["--rank", "2", "--iters", "3", "--batch-size", "2", "--blas", "off", "--json"]
 
 
-def test_the_commands_compute_in_the_type_that_they_are_told(
+def test_the_commands_compute_in_the_dtype_that_they_are_given(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`train` leaves it in its configuration; it is no property of an adapter: others are told again."""
+    """`train` records it in the run's configuration, but evaluate and generate do not take it from there."""
     data, run = write_data(tmp_path / "data"), tmp_path / "run"
     common = ["--model", str(folder), "--adapter-path", str(run), "--blas", "off", "--json"]
     assert main(["train", *common, "--data", str(data), *SETTINGS, "--dtype", "bfloat16"]) == 0
@@ -174,7 +174,7 @@ def test_the_configuration_of_a_run_in_bfloat16_repeats_it(folder: Path, tmp_pat
 def test_float16_is_refused_in_one_sentence_with_the_reason(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is read: there is no model."""
+    """And before anything is read: the model's folder is empty."""
     more = ["--prompt", "x"] if command == "generate" else ["--data", str(write_data(tmp_path / "data"))]
     flags = ["--blas", "off", "--dtype", "float16"]
     assert main([command, "--model", str(tmp_path), *more, *flags]) == 2

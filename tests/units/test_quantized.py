@@ -1,4 +1,4 @@
-"""MLX-quantized folders: kept as they are, computed with as they are, unpacked where asked."""
+"""MLX-quantized folders: weights stay quantized in loading and training, or are dequantized on request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXAMPLES = [
 
 
 def quantize_folder(folder: Path, widths: dict[str, int], **settings: Any) -> Path:
-    """The tiny model with the weights whose names end so stored in so many bits, as mlx-lm stores them."""
+    """The tiny model as mlx-lm stores it; `widths` gives the bits of weights by the ends of their names."""
     write_folder(folder)
     arrays: dict[str, mx.array] = {}
     for name, weight in tiny_weights().items():
@@ -49,8 +49,8 @@ def quantize_folder(folder: Path, widths: dict[str, int], **settings: Any) -> Pa
     return folder
 
 
-def unpacked(folder: Path, name: str, bits: int) -> np.ndarray:
-    """scale * q + bias by hand: q is read from a row's bits, the lowest of the first word first."""
+def dequantized(folder: Path, name: str, bits: int) -> np.ndarray:
+    """scale * q + bias by hand: q is read from a row's bits, lowest bit of the first word first."""
     arrays = mx.load(str(folder / "model.safetensors"))
     words, scales, biases = (np.array(arrays[f"{name}.{part}"]) for part in ("weight", "scales", "biases"))
     row_bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
@@ -74,15 +74,15 @@ def test_quantized_weights_stay_quantized(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_the_weights_are_what_the_documented_layout_says(tmp_path: Path, bits: int) -> None:
+def test_the_weights_are_those_of_the_documented_layout(tmp_path: Path, bits: int) -> None:
     folder = quantize_folder(tmp_path, dict.fromkeys(EVERYTHING, bits), bits=bits)
     weights = to_numpy(load_model(folder).model)
     for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj", "lm_head"):
-        expected = unpacked(folder, name, bits)
+        expected = dequantized(folder, name, bits)
         assert compare(name, weights[f"{name}.weight"], expected.astype(np.float32), expected, 2).used <= 1
 
 
-def test_modules_may_have_settings_of_their_own_or_be_left_whole(tmp_path: Path) -> None:
+def test_modules_may_have_their_own_settings_or_stay_plain(tmp_path: Path) -> None:
     widths = {"1.mlp.down_proj": 8, "proj": 4}
     own = {"model.layers.1.mlp.down_proj": {"group_size": GROUP, "bits": 8}}
     folder = quantize_folder(tmp_path, widths, **own, **{"lm_head": False, "model.embed_tokens": False})
@@ -91,19 +91,17 @@ def test_modules_may_have_settings_of_their_own_or_be_left_whole(tmp_path: Path)
     assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
 
 
-def test_dequantized_it_is_the_same_function_of_plain_linears(folder: Path) -> None:
+def test_a_dequantized_model_has_the_same_logits_from_plain_linears(folder: Path) -> None:
     tokens = mx.array([[1, 5, 9, 30], [7, 7, 2, 4]])
-    packed, plain = load_model(folder).model, load_model(folder, dequantize=True).model
+    quantized, plain = load_model(folder).model, load_model(folder, dequantize=True).model
     assert not any(isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for m in plain.modules())
-    ours, whole = np.array(packed(tokens)), np.array(plain(tokens))
+    ours, whole = np.array(quantized(tokens)), np.array(plain(tokens))
     verdict = compare("logits", ours, whole, whole.astype(np.float64), 262)
     assert verdict.used <= 1, verdict.report
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_an_adapter_learns_beside_packed_weights_which_stay_as_they_were(
-    folder: Path, use_dora: bool
-) -> None:
+def test_an_adapter_trains_beside_quantized_weights_that_do_not_change(folder: Path, use_dora: bool) -> None:
     model = load_model(folder).model
     base = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
     config = LoRAConfig(rank=3, alpha=7.0, use_dora=use_dora)
@@ -117,8 +115,8 @@ def test_an_adapter_learns_beside_packed_weights_which_stay_as_they_were(
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_the_gradient_is_that_beside_the_unpacked_weights(folder: Path, use_dora: bool) -> None:
-    """Same factors, B != 0, after one AdamW step of each."""
+def test_training_equals_training_beside_the_dequantized_weights(folder: Path, use_dora: bool) -> None:
+    """The factors after three updates are the same, so the gradients were."""
     factors = []
     for dequantize in (False, True):
         model = load_model(folder, dequantize).model
@@ -132,7 +130,7 @@ def test_the_gradient_is_that_beside_the_unpacked_weights(folder: Path, use_dora
         assert verdict.used <= 1, verdict.report
 
 
-def test_merged_into_the_unpacked_weights_it_is_the_same_function(folder: Path) -> None:
+def test_merging_into_a_quantized_base_keeps_the_logits(folder: Path) -> None:
     model, tokens = load_model(folder).model, mx.array([[1, 5, 9, 30], [7, 7, 2, 4]])
     lora.add_lora(model, LoRAConfig(rank=3, alpha=7.0))
     for layer in lora.lora_layers(model).values():
@@ -148,26 +146,28 @@ def test_merged_into_the_unpacked_weights_it_is_the_same_function(folder: Path) 
     [
         ({"mode": "mxfp4"}, "the mode of quantization must be affine, got 'mxfp4'"),
         ({"lm_head": {"mode": "nvfp4"}}, "the mode of quantization of lm_head must be affine, got 'nvfp4'"),
-        ({"quant_method": "gptq"}, "quantization must be MLX's, which has no quant_method, got 'gptq'"),
+        ({"quant_method": "gptq"}, "quantization must be MLX's, which has no key quant_method, got 'gptq'"),
         ({"bits": "4"}, "bits must be a whole number, got '4'"),
-        ({"bits": 7}, "cannot have weights of"),
-        ({"group_size": 48}, "cannot have weights of"),
-        ({"lm_head": False}, "quantization says that lm_head is not quantized, and the weights are"),
+        ({"bits": 7}, "cannot be quantized with 7 bits in groups of 32: "),
+        ({"group_size": 48}, "cannot be quantized with 4 bits in groups of 48: "),
+        ({"lm_head": False}, "quantization says that lm_head is not quantized, but its weights are"),
         ({"bits": 8}, r"must have the shape \(\d+, \d+\), got"),
     ],
 )
-def test_what_cannot_be_read_so_is_refused_by_name(
+def test_an_unsupported_or_wrong_quantization_is_refused_by_name(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_model(quantize_folder(tmp_path, EVERYTHING, **settings))
 
 
-def test_quantized_weights_without_a_word_in_the_configuration_are_refused(
+def test_quantized_weights_that_the_configuration_does_not_describe_are_refused(
     folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     write_folder(tmp_path / "plain")
     shutil.copy(tmp_path / "plain" / "config.json", tmp_path)
-    with pytest.raises(ValueError, match=r"has no quantization, and lm_head has quantized weights"):
+    with pytest.raises(
+        ValueError, match=r"has no key quantization, but the weights of lm_head are quantized"
+    ):
         load_model(tmp_path)

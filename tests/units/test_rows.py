@@ -1,4 +1,4 @@
-"""Rows: the four shapes that people have, each bad line named."""
+"""Data files: the four shapes of a line, and an error that names each bad line."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def read(folder: Path, *rows: dict[str, Any]) -> list[Conversation]:
     return read_conversations(path)
 
 
-def test_a_prompt_and_its_completion_are_two_turns(tmp_path: Path) -> None:
+def test_a_prompt_and_its_completion_become_two_messages(tmp_path: Path) -> None:
     (conversation,) = read(tmp_path, {"prompt": "Hi?", "completion": "Yes.", "answer": "yes"})
     assert conversation.messages == (USER, REPLY)
     assert (conversation.answer, conversation.question) == ("yes", "Hi?")
 
 
-def test_a_text_has_no_turns(tmp_path: Path) -> None:
+def test_a_text_has_no_messages(tmp_path: Path) -> None:
     (conversation,) = read(tmp_path, {"text": "Once.", "source": "a book"})
     assert (conversation.text, conversation.messages) == ("Once.", ())
 
 
 def test_tools_and_calls_without_content_are_kept_as_they_are(tmp_path: Path) -> None:
-    """Null and absent content mean different things to some templates."""
+    """Some templates treat null content and absent content differently."""
     system = {"role": "system", "content": "Be brief."}
     null = {"role": "assistant", "content": None, "tool_calls": CALLS}
     absent = {"role": "assistant", "tool_calls": CALLS}
@@ -56,9 +56,9 @@ def test_each_line_may_have_a_shape_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not a line of JSON"),
-        ("[1]", 'must be an object with "messages", "prompt" and "completion", or "text"'),
-        ('{"prompt": "a"}', 'must be an object with "messages", "prompt" and "completion", or "text"'),
+        ("{", "must be valid JSON"),
+        ("[1]", 'must be an object with one of "messages", "prompt" and "completion", "text"'),
+        ('{"prompt": "a"}', 'must be an object with one of "messages", "prompt" and "completion", "text"'),
         ('{"text": "a", "messages": []}', "must be an object with"),
         ('{"text": 3}', '"text" must be a text, got int'),
         ('{"prompt": "a", "completion": null}', '"completion" must be a text, got NoneType'),
@@ -71,9 +71,9 @@ def test_each_line_may_have_a_shape_of_its_own(tmp_path: Path) -> None:
         (json.dumps({"messages": [USER, REPLY], "tools": ["now"]}), '"tools" must be a list of objects'),
         (conversation_line("a", "b", answer=3), '"answer" must be a text with a letter or a digit, got 3'),
         (conversation_line("a", "b", answer="!"), "got '!'"),
-        (conversation_line("a", "\ud800"), "texts must be Unicode"),
-        ('{"messages": ' + "1" * 5000 + "}", "not a line of JSON"),
-        ("[" * 100_000, "not a line of JSON"),
+        (conversation_line("a", "\ud800"), "texts must be valid Unicode, got half a surrogate pair"),
+        ('{"messages": ' + "1" * 5000 + "}", "must be valid JSON"),
+        ("[" * 100_000, "must be valid JSON"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
@@ -98,17 +98,17 @@ def test_a_line_of_100_megabytes_is_refused_without_reading_it(tmp_path: Path) -
 
 def test_an_empty_or_missing_or_binary_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    with pytest.raises(ValueError, match="there is none of this name"):
+    with pytest.raises(ValueError, match=r"train\.jsonl: there is no such data file"):
         read_conversations(path)
     path.write_text("\n  \n")
-    with pytest.raises(ValueError, match="needs at least one example"):
+    with pytest.raises(ValueError, match="must hold at least one example, got an empty file"):
         read_conversations(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="must be UTF-8"):
         read_conversations(path)
 
 
-def test_a_line_separator_inside_a_text_does_not_end_a_line(tmp_path: Path) -> None:
+def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
     """JSON allows U+2028 in a string; only a newline ends a line of JSON Lines."""
     path = tmp_path / "train.jsonl"
     path.write_text('\ufeff{"text": "a\u2028b"}\r\n', encoding="utf-8", newline="")
@@ -116,6 +116,6 @@ def test_a_line_separator_inside_a_text_does_not_end_a_line(tmp_path: Path) -> N
     assert conversation.text == "a\u2028b"
 
 
-def test_a_text_is_a_string_of_whole_characters() -> None:
+def test_half_a_surrogate_pair_is_not_a_text() -> None:
     assert all(map(is_text, ["", "a", "é😀", "\ud7ff\ue000"]))
     assert not any(map(is_text, ["a\ud800", "\udfffa", "\ud83d\ude00", None, b"a"]))

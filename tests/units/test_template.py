@@ -1,4 +1,4 @@
-"""Chat templates: what they are offered, and that whatever they do ends in a text or in one sentence."""
+"""Chat templates: what they are given, and that each rendering gives a text or a one-line error."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def rendered(source: str, **special: str) -> str:
         ("{{ add_generation_prompt }}", "False"),
     ],
 )
-def test_a_template_is_offered_what_transformers_offers(source: str, text: str) -> None:
+def test_a_template_is_given_what_transformers_gives(source: str, text: str) -> None:
     assert rendered(source, bos_token="<s>", eos_token="</s>") == text
 
 
-def test_the_day_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what was trained on yesterday can be rendered again."""
+def test_source_date_epoch_fixes_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the examples of an earlier day can be rendered again."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert rendered("{{ strftime_now('%d %b %Y') }}") == "02 Jan 1970"
     assert rendered("{{ strftime_now('%Z') }}") == "UTC"
@@ -51,12 +51,12 @@ def test_the_day_can_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rendered("{{ strftime_now('%Y') }}") >= "2025"
 
 
-def test_a_template_knows_one_moment() -> None:
+def test_the_time_is_the_same_in_every_rendering() -> None:
     template = ChatTemplate("{{ strftime_now('%H:%M:%S.%f') }}", {})
     assert template.render(MESSAGES, False) == template.render(MESSAGES, True)
 
 
-def test_of_several_templates_that_for_tools_serves_tools() -> None:
+def test_the_template_named_tool_use_renders_messages_with_tools() -> None:
     template = ChatTemplate({"default": "plain", "tool_use": "tools"}, {})
     assert template.render(MESSAGES, False) == template.render(MESSAGES, False, []) == "plain"
     assert template.render(MESSAGES, False, TOOLS) == "tools"
@@ -67,7 +67,7 @@ def test_of_several_templates_that_for_tools_serves_tools() -> None:
 @pytest.mark.parametrize(
     "source", ["{% if %}", "{% for %}", "{{ a | nothing }}", "{% generation %}", "(" * 9 + "{{" + "(" * 9999]
 )
-def test_a_template_that_cannot_be_read_is_one_sentence(source: str) -> None:
+def test_a_template_with_bad_syntax_is_a_one_line_error(source: str) -> None:
     with pytest.raises(ValueError, match=r"^the chat template cannot be read: [^\n]+$"):
         ChatTemplate(source, {})
 
@@ -92,7 +92,7 @@ def test_a_template_that_cannot_be_read_is_one_sentence(source: str) -> None:
         ("{% include '/etc/passwd' %}", "no loader"),
     ],
 )
-def test_whatever_a_template_does_wrong_is_one_sentence_soon(source: str, reason: str) -> None:
+def test_a_failing_rendering_is_a_one_line_error(source: str, reason: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^the chat template refuses the messages: [^\n]*({reason})[^\n]*$"
     ):
@@ -112,5 +112,5 @@ def test_whatever_a_template_does_wrong_is_one_sentence_soon(source: str, reason
         ("{% macro f(context, function) %}{{ function }}{% endmacro %}{{ f(context=1, function=2) }}", "2"),
     ],
 )
-def test_what_is_not_long_is_as_jinja_makes_it(source: str, text: str) -> None:
+def test_short_texts_are_rendered_as_jinja_renders_them(source: str, text: str) -> None:
     assert rendered(source) == text

@@ -1,6 +1,6 @@
-"""Hostile chat templates: whatever a template does ends soon, in a text or one sentence, and leaves nothing.
+"""Hostile chat templates: each rendering ends soon, with a text or a one-line error, and leaves no process.
 
-How soon is asserted only in generous bounds: it is CPU time that is limited, and machines are busy.
+The bounds on wall-clock time are generous: the limit is on CPU time, and machines are busy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.units.test_examples import CHATML, tokenizer_for
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-SECONDS = 30.0  # of wall, on any machine
+MAX_SECONDS = 30.0  # of wall-clock time, on any machine
 DOUBLED = "{% set ns = namespace(a=['x']) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
 GROWING = "{% set s = namespace(x='ab') %}{% for i in range(40) %}{% set s.x = WHAT %}{% endfor %}"
 HOSTILE = {
@@ -65,7 +65,7 @@ HOSTILE = {
 
 @contextmanager
 def peak_of_workers() -> Iterator[Callable[[], int]]:
-    """The most memory that processes of this one have had, seen every few milliseconds."""
+    """The peak memory of any child process, sampled every few milliseconds."""
     peak, is_over = [0], threading.Event()
 
     def watch() -> None:
@@ -86,7 +86,7 @@ def peak_of_workers() -> Iterator[Callable[[], int]]:
 
 
 def workers() -> list[psutil.Process]:
-    """But for the spare one, which is ended."""
+    """The worker processes in use; the spare one is ended first."""
     gc.collect()
     while template_process.SPARE:
         template_process.SPARE.pop().end()
@@ -97,14 +97,14 @@ def workers() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process, "MAX_SECONDS", 1)  # for the suite's sake
+    monkeypatch.setattr(template_process, "MAX_CPU_SECONDS", 1)  # to save time
     before, started = workers(), time.monotonic()
     with (
         peak_of_workers() as peak,
         pytest.raises(ValueError, match=r"^the (process that renders the )?chat template [^\n]{,1100}$"),
     ):
         ChatTemplate(source, {}).render(MESSAGES, False)
-    assert time.monotonic() - started < SECONDS
+    assert time.monotonic() - started < MAX_SECONDS
     assert peak() < 2 * template_process.MAX_BYTES
     assert [worker for worker in workers() if worker not in before] == []
 
@@ -118,13 +118,13 @@ def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytes
         (HOSTILE["a long answer"], "refuses the messages: it makes a text longer than 10[0-9]{5}$"),
     ],
 )
-def test_the_sentence_says_the_rule(source: str, rule: str) -> None:
+def test_the_error_states_the_limit(source: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rf"^the chat template {rule}"):
         ChatTemplate(source, {}).render(MESSAGES, False)
 
 
-def test_after_it_broke_a_rule_a_template_refuses_at_once() -> None:
-    """Else each message of a file would cost the seconds again: a refusal may be tried otherwise."""
+def test_after_exceeding_a_limit_a_template_refuses_at_once() -> None:
+    """Otherwise each later request would use up the whole time limit again."""
     template = ChatTemplate("{% if messages %}" + HOSTILE["loops in loops"] + "{% endif %}", {})
     assert template.render([], False) == ""
     with pytest.raises(ValueError, match="CPU time") as first:
@@ -134,11 +134,11 @@ def test_after_it_broke_a_rule_a_template_refuses_at_once() -> None:
         with pytest.raises(ValueError, match="CPU time") as later:
             template.render([], False)
         assert str(later.value) == str(first.value)
-    assert time.monotonic() - started < SECONDS
+    assert time.monotonic() - started < MAX_SECONDS
 
 
-def test_of_many_conversations_that_which_broke_the_rule_is_named() -> None:
-    """And those before it are examples, though they are rendered many at a time."""
+def test_the_conversation_that_exceeds_a_limit_is_named() -> None:
+    """Although many conversations are rendered in one request."""
     hang = "{% if messages[0].content == 'hang' %}" + HOSTILE["loops in loops"] + "{% endif %}"
     contents = ["a"] * 20 + ["hang"] + ["a"] * 20
     rows = [
@@ -154,13 +154,13 @@ def test_of_many_conversations_that_which_broke_the_rule_is_named() -> None:
 @pytest.mark.parametrize("num_rows", [1, 7])
 def test_messages_and_answers_of_any_length_pass(length: int, num_rows: int) -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
-    said = {"role": "user", "content": "é😀"[:1] * length}
-    assert template.render([said], False) == said["content"]
-    rows = [((said, MESSAGES[1]), None)] * num_rows
+    message = {"role": "user", "content": "é" * length}
+    assert template.render([message], False) == message["content"]
+    rows = [((message, MESSAGES[1]), None)] * num_rows
     assert [len(text) for text, _ in template.render_with_turns(rows, False)] == [length + 1] * num_rows
 
 
-def test_a_rendering_after_many_is_as_the_first() -> None:
+def test_after_thousands_of_renderings_text_and_memory_are_the_same() -> None:
     template = ChatTemplate(TEMPLATE, {})
     first, before = template.render(MESSAGES, True), psutil.Process().memory_info().rss
     worker = workers()[-1]
@@ -186,7 +186,7 @@ def test_threads_may_share_a_template() -> None:
     assert not wrong
 
 
-def test_a_worker_that_is_killed_is_one_sentence() -> None:
+def test_a_killed_worker_is_a_one_line_error() -> None:
     template = ChatTemplate(TEMPLATE, {})
     template.process.child.kill()
     for _ in range(2):
@@ -194,8 +194,7 @@ def test_a_worker_that_is_killed_is_one_sentence() -> None:
             template.render(MESSAGES, False)
 
 
-def test_of_templates_that_are_no_more_one_process_is_left_for_the_next() -> None:
-    """It knows nothing of them."""
+def test_one_process_is_kept_for_the_next_template_and_knows_nothing_of_the_last() -> None:
     before = workers()
     templates = [ChatTemplate(TEMPLATE, {"eos_token": "x"}) for _ in range(3)]
     assert len(workers()) == len(before) + 3
@@ -208,7 +207,7 @@ def test_of_templates_that_are_no_more_one_process_is_left_for_the_next() -> Non
     assert workers() == before
 
 
-def test_a_spare_process_that_has_ended_is_not_used() -> None:
+def test_a_spare_process_that_has_died_is_not_used() -> None:
     workers()
     ChatTemplate(TEMPLATE, {})
     template_process.SPARE[0].child.kill()
@@ -216,26 +215,26 @@ def test_a_spare_process_that_has_ended_is_not_used() -> None:
     assert ChatTemplate("x", {}).render(MESSAGES, False) == "x"
 
 
-def test_messages_that_are_no_json_are_one_sentence() -> None:
+def test_messages_that_json_cannot_hold_are_a_one_line_error() -> None:
     template = ChatTemplate(TEMPLATE, {})
     inside: list[object] = []
     inside.append(inside)
     for content in (object(), inside, 10**5000):
-        with pytest.raises(ValueError, match=r"^the messages must be what JSON can say: [^\n]+$"):
+        with pytest.raises(ValueError, match=r"^the messages must be values that JSON can hold: [^\n]+$"):
             template.render([{"role": "user", "content": content}], False)
     assert template.render(MESSAGES, False)
     rows = [
         Conversation(({"role": "user", "content": text}, MESSAGES[1]), None, "d:7") for text in ("a", {1})
     ]
-    with pytest.raises(ValueError, match=r"^d:7: the messages must be what JSON can say"):
+    with pytest.raises(ValueError, match=r"^d:7: the messages must be values that JSON can hold"):
         encode_all(tokenizer_for(CHATML), rows[1:], "all", 100)
     examples = encode_each(tokenizer_for(CHATML), rows, "all")
     assert next(examples)
-    with pytest.raises(ValueError, match=r"^d:7: the messages must be what JSON can say"):
+    with pytest.raises(ValueError, match=r"^d:7: the messages must be values that JSON can hold"):
         next(examples)
 
 
-def test_a_value_as_deep_as_json_can_say_ends_no_process() -> None:
+def test_deeply_nested_messages_do_not_end_the_worker() -> None:
     template = ChatTemplate("{{ (messages | tojson) | length }}", {})
     for depth in (100, 700, 900, 1000, 100_000):
         value: list[object] = []
@@ -246,17 +245,17 @@ def test_a_value_as_deep_as_json_can_say_ends_no_process() -> None:
     assert template.render([], False) == "2"
 
 
-def test_a_worker_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_worker_is_ended_after_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate(TEMPLATE, {})
     template.process.child.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr(template_process, "MAX_WAIT", 0.5)
+    monkeypatch.setattr(template_process, "MAX_SILENT_SECONDS", 0.5)
     with pytest.raises(ValueError, match="must render in 60 seconds, and takes longer"):
         template.render(MESSAGES, False)
 
 
-def test_a_program_that_went_to_another_folder_still_renders(tmp_path: Path) -> None:
+def test_a_program_that_changes_its_working_directory_still_renders(tmp_path: Path) -> None:
     move = f"import os, mlx_impl.text.template as t; os.chdir({str(tmp_path)!r}); "
-    ended_well(move + "assert t.ChatTemplate('x', {}).render([], False) == 'x'")
+    assert_succeeds(move + "assert t.ChatTemplate('x', {}).render([], False) == 'x'")
 
 
 def run_script(code: str, **how: object) -> subprocess.Popen[str]:
@@ -264,9 +263,9 @@ def run_script(code: str, **how: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=-1, stderr=-1, **how)  # type: ignore[call-overload]
 
 
-def ended_well(code: str) -> None:
+def assert_succeeds(code: str) -> None:
     program = run_script(code)
-    _, errors = program.communicate(timeout=SECONDS)
+    _, errors = program.communicate(timeout=MAX_SECONDS)
     assert program.returncode == 0, errors
 
 
@@ -281,46 +280,46 @@ print(*[child.pid for child in psutil.Process().children()], flush=True)
 
 @pytest.mark.parametrize("act", ["", "template.render(messages, False)", "sys.stdin.read()"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_process_remains_of_a_program_that_is_ended(act: str, number: signal.Signals) -> None:
-    """Also where the worker is in the middle of an endless rendering."""
+def test_no_worker_outlives_a_program_that_is_killed(act: str, number: signal.Signals) -> None:
+    """Even in the middle of an endless rendering."""
     program = run_script(SCRIPT + act, stdin=subprocess.PIPE, start_new_session=True)
     assert program.stdout is not None
     pid = int(program.stdout.readline())
     time.sleep(0.3)
     os.killpg(program.pid, number) if number is signal.SIGINT else program.send_signal(number)
-    _, errors = program.communicate(timeout=SECONDS)
-    deadline = time.monotonic() + SECONDS
+    _, errors = program.communicate(timeout=MAX_SECONDS)
+    deadline = time.monotonic() + MAX_SECONDS
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the worker is still there"
         time.sleep(0.05)
     assert errors.count("Traceback") <= 1 and "template_worker" not in errors
 
 
-def test_a_worker_imports_no_mlx_and_its_parent_no_jinja2() -> None:
+def test_the_worker_imports_no_mlx_and_its_parent_no_jinja2() -> None:
     check = "import sys; sys.exit(any(name.split('.')[0] == {!r} for name in sys.modules))"
     parent = "import mlx_impl.text.template as t; assert t.ChatTemplate('x', {}).render([], False) == 'x'; "
     for code in (
         "import mlx_impl.text.template_worker; " + check.format("mlx"),
         parent + check.format("jinja2"),
     ):
-        ended_well(code)
+        assert_succeeds(code)
 
 
-def test_after_ctrl_c_in_a_rendering_the_template_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_works_again_after_ctrl_c_in_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{% if messages %}" + HOSTILE["loops in loops"] + "{% endif %}x", {})
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(template.process, "look", interrupt)
+        patched.setattr(template.process, "check_limits", interrupt)
         with pytest.raises(KeyboardInterrupt):
             template.render(MESSAGES, False)
     assert template.render([], False) == "x"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_has_a_worker_of_its_own() -> None:
+def test_a_forked_process_starts_its_own_worker() -> None:
     code = """
 import os
 from mlx_impl.text.template import ChatTemplate
@@ -332,4 +331,4 @@ if not os.fork():
 assert os.wait()[1] == 0
 assert template.render([{"content": "parent"}], False) == "parent"
 """
-    ended_well(code)
+    assert_succeeds(code)

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of other people: what cannot be right is refused, in one sentence."""
+"""Tokenizers and chat templates from a folder: special tokens are placed right, bad files are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT = Conversation(
 
 
 def tokenizer_with(folder: Path, **changes: Any) -> ChatTokenizer:
-    """The tiny model's, with other entries in tokenizer_config.json."""
+    """The tiny model's tokenizer, with other entries in tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
     if not path.exists():
         write_folder(folder)
@@ -31,7 +31,7 @@ def tokenizer_with(folder: Path, **changes: Any) -> ChatTokenizer:
 
 
 def test_only_the_first_end_of_turn_token_is_a_target(tmp_path: Path) -> None:
-    """A template that prints it twice trains it once."""
+    """The template prints it twice, but it is trained once."""
     template = TEMPLATE.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|im_end|><|im_end|>")
     tokenizer = tokenizer_with(tmp_path, chat_template=template)
     example = encode(tokenizer, CHAT, "completion")
@@ -49,8 +49,8 @@ def test_only_the_first_end_of_turn_token_is_a_target(tmp_path: Path) -> None:
         ("{{ messages | length }}", "data.jsonl:7: the chat template must show message 2, the reply"),
     ],
 )
-def test_a_template_that_does_not_serve_is_an_error(tmp_path: Path, template: str, message: str) -> None:
-    """Whatever a template does wrong, and the sandbox where it tries to leave it."""
+def test_a_template_that_fails_is_an_error(tmp_path: Path, template: str, message: str) -> None:
+    """Bad syntax, an exception, an attempt to leave the sandbox, a reply that is not shown."""
     with pytest.raises(ValueError, match=message):
         encode(tokenizer_with(tmp_path, chat_template=template), CHAT, "completion")
 
@@ -65,7 +65,7 @@ def test_a_template_that_does_not_serve_is_an_error(tmp_path: Path, template: st
         ({"eos_token": {"content": 3}}, "a special token must be a text"),
     ],
 )
-def test_a_configuration_that_lacks_something_is_an_error(
+def test_a_missing_or_wrong_tokenizer_setting_is_an_error(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -81,7 +81,7 @@ def test_a_model_without_a_chat_template_is_trained_on_texts(tmp_path: Path) -> 
         encode(tokenizer, CHAT, "completion")
 
 
-def test_templates_of_their_own_files_come_first(tmp_path: Path) -> None:
+def test_template_files_take_precedence_over_the_configuration(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("file {{ messages[1].content }}")
     (tmp_path / "additional_chat_templates").mkdir()
@@ -93,20 +93,20 @@ def test_templates_of_their_own_files_come_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("eos_token_id", "more"), [(1, {1}), ([1, 0], {0, 1}), (None, set())])
-def test_generation_config_adds_tokens_that_stop(tmp_path: Path, eos_token_id: Any, more: set[int]) -> None:
+def test_generation_config_adds_stop_tokens(tmp_path: Path, eos_token_id: Any, more: set[int]) -> None:
     write_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
     assert load_model(tmp_path).tokenizer.stop_ids == {2, *more}
 
 
-def test_the_templates_end_of_turn_token_stops_where_eos_is_another(tmp_path: Path) -> None:
-    """As in Llama 3, whose EOS is not <|eot_id|>: a turn ends with the template's, and needs no other."""
+def test_the_templates_end_of_turn_token_is_a_stop_token_besides_eos(tmp_path: Path) -> None:
+    """As in Llama 3, whose EOS is not <|eot_id|>: a turn ends with <|eot_id|>, and no EOS is added."""
     tokenizer = tokenizer_with(tmp_path, eos_token="<pad>")
     assert tokenizer.stop_ids == {0, 2} and tokenizer.eos_id == 0
     assert encode(tokenizer, CHAT, "completion").tokens[-1] == 2
 
 
-def test_bos_and_eos_are_put_once(tmp_path: Path) -> None:
+def test_bos_and_eos_are_added_once(tmp_path: Path) -> None:
     path = write_folder(tmp_path) / "tokenizer.json"
     raw = Tokenizer.from_file(str(path))
     raw.post_processor = processors.TemplateProcessing(
@@ -117,11 +117,11 @@ def test_bos_and_eos_are_put_once(tmp_path: Path) -> None:
     a = tokenizer.encode("a")
     for text in ("a", "<|im_start|>a", "a<|im_end|>", "<|im_start|>a<|im_end|>"):
         assert tokenizer.encode_text(text) == [1, *a, 2]
-    assert tokenizer.encode("a") == a  # also after it
-    assert Counter(encode(tokenizer, CHAT, "completion").tokens)[1] == 2  # the template's, one a turn
+    assert tokenizer.encode("a") == a  # encode_text leaves no trace
+    assert Counter(encode(tokenizer, CHAT, "completion").tokens)[1] == 2  # one per turn, from the template
 
 
-def test_truncation_and_padding_of_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
+def test_truncation_and_padding_in_a_tokenizer_file_are_ignored(tmp_path: Path) -> None:
     path = write_folder(tmp_path) / "tokenizer.json"
     raw = Tokenizer.from_file(str(path))
     raw.enable_truncation(3)
@@ -131,20 +131,22 @@ def test_truncation_and_padding_of_a_tokenizer_file_do_not_act(tmp_path: Path) -
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
-    """Their embeddings would be read from beyond the matrix."""
+    """Their embeddings would be read from beyond the end of the matrix."""
     path = write_folder(tmp_path) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens(["<one>", "<more>"])
     tokenizer.save(str(path))
-    with pytest.raises(ValueError, match=r"must have at most the model's 260 tokens, .* 261$"):
+    with pytest.raises(
+        ValueError, match=r"token ids must be below the model's vocabulary size 260, got 261$"
+    ):
         load_model(tmp_path)
 
 
-def test_a_token_whose_number_is_beyond_the_model_is_refused_though_there_are_few(tmp_path: Path) -> None:
-    """As many tokens as the model has, but one numbered 5,000,000: reading its embedding ends the process."""
+def test_a_token_id_beyond_the_models_vocabulary_is_refused(tmp_path: Path) -> None:
+    """There are few tokens, but one has the id 5,000,000: reading its embedding would crash the process."""
     path = write_folder(tmp_path) / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     tokenizer["model"]["vocab"]["q"] = 5_000_000
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"at most the model's 260 tokens, .* got the number 5000000$"):
+    with pytest.raises(ValueError, match=r"token ids must be below .* 260, got 5000000$"):
         load_model(tmp_path)

@@ -1,4 +1,1 @@
-"""File formats at the edge: other people's models and adapters, in and out.
-
-`checkpoint.py` and `adapters.py` are the doors to them.
-"""
+"""Other projects' file formats for models and adapters; `checkpoint.py` and `adapters.py` use them."""

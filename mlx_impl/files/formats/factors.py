@@ -1,7 +1,7 @@
-"""An adapter as two files hold it: the record in `adapter_config.json`, and tensors beside it.
+"""An adapter as its two files hold it: the record in `adapter_config.json` and the tensors.
 
-Whatever the format, tensors bear this project's names and lie this project's way: `<linear>.lora_a` (I, R),
-`<linear>.lora_b` (R, O) and with DoRA `<linear>.magnitude` (O,). They keep the type they were stored in.
+In memory the tensors have this project's names and orientation in either format: `<linear>.lora_a` (I, R),
+`<linear>.lora_b` (R, O) and with DoRA `<linear>.magnitude` (O,). They keep the dtype they were stored in.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """`other` is the record of the other format that this adapter was converted from, if it was."""
+    """`original` is the record in the other format, if the adapter was converted from that format."""
 
     record: dict[str, Any]
     tensors: Tensors
-    other: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Under the file's own names; ValueError that names a tensor that is not of finite floats."""
+    """Tensors under the file's own names, and metadata; ValueError unless all are finite floats."""
     tensors, metadata = load_with_metadata(path)
     if not tensors:
         raise ValueError(f"{path}: holds no tensor")
@@ -40,14 +40,14 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         if not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"{path}: the tensor {name!r} must be of floats, got {array.dtype}")
         if not mx.isfinite(array).all():
-            raise ValueError(f"{path}: the tensor {name!r} must be finite, and is not everywhere")
+            raise ValueError(f"{path}: the tensor {name!r} must be finite, got infinity or NaN")
     return tensors, metadata
 
 
 def write_files(
     folder: Path, file_name: str, tensors: Tensors, record: dict[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Both files, each whole or not at all."""
+    """Write tensors and record, each file atomically."""
     with whole_file(folder / file_name) as path:
         save(path, tensors, metadata)
     with whole_file(folder / CONFIG) as path:
@@ -55,7 +55,7 @@ def write_files(
 
 
 def by_linear(tensors: Tensors) -> dict[str, Tensors]:
-    """{linear: {"lora_a": ..., "lora_b": ..., perhaps "magnitude": ...}}, whose shapes fit together."""
+    """{linear: {"lora_a": ..., "lora_b": ..., "magnitude": ...}}; ValueError if their shapes differ."""
     linears: dict[str, Tensors] = {}
     for name, array in sorted(tensors.items()):
         linear, _, factor = name.rpartition(".")
@@ -69,20 +69,22 @@ def by_linear(tensors: Tensors) -> dict[str, Tensors]:
                 raise ValueError(f"the tensor {linear}.{factor} must have {num_axes} axes, got {shape}")
         ranks = factors["lora_a"].shape[1], factors["lora_b"].shape[0]
         if ranks[0] != ranks[1]:
-            raise ValueError(f"the factors of {linear} must have one rank, got {ranks[0]} and {ranks[1]}")
+            raise ValueError(
+                f"the factors of {linear} must have the same rank, got {ranks[0]} and {ranks[1]}"
+            )
         if "magnitude" in factors and factors["magnitude"].shape[0] != factors["lora_b"].shape[1]:
-            raise ValueError(f"{linear}.magnitude must be as long as {linear} has outputs")
+            raise ValueError(f"{linear}.magnitude must have one value per output of {linear}")
     return linears
 
 
-def block_of(linear: str) -> tuple[int, str] | None:
-    """model.layers.3.mlp.up_proj -> (3, "mlp.up_proj"); None for what stands in no block."""
+def split_block(linear: str) -> tuple[int, str] | None:
+    """model.layers.3.mlp.up_proj -> (3, "mlp.up_proj"); None for a name outside the blocks."""
     match = BLOCK.fullmatch(linear)
     return (int(match[1]), match[2]) if match else None
 
 
-def same(one: AdapterFile, other: AdapterFile) -> bool:
-    """To the bit: record, names, types and bytes."""
+def is_identical(one: AdapterFile, other: AdapterFile) -> bool:
+    """Whether record, names, dtypes and bytes are the same; `original` is not compared."""
     return (
         one.record == other.record
         and one.tensors.keys() == other.tensors.keys()

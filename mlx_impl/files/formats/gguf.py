@@ -1,7 +1,8 @@
-"""A GGUF file of the Llama family -> configuration, weights under Hugging Face's names, metadata.
+"""Read a GGUF file of the Llama family: configuration, weights under Hugging Face's names, metadata.
 
-The `gguf` package dequantizes, in NumPy. Source: llama.cpp's names of the tensors and its conversion script,
-which reorders the rows of Q and K of `llama`, where rope turns neighbours, and leaves Qwen's as they are.
+The `gguf` package dequantizes, in NumPy. Source: llama.cpp's tensor names and its conversion script. For the
+architecture `llama` the script reorders the rows of Q and K, since llama.cpp rotates neighbouring pairs
+(interleaved RoPE); Qwen's rows keep their order.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import gguf
 import numpy as np
 
 from ...config import ModelConfig
+from ...disk.files import one_line
 from ...machine.memory_limits import TooLittle, require_bytes
 from .gguf_config import config_from_metadata
-from .gguf_file import StoredTensor, one_line, read_container, shown
+from .gguf_file import StoredTensor, quote, read_container
 
 HUGGING_FACE_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -38,16 +40,16 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
-    """float32 weights, dequantized; ValueError in one sentence where the file cannot be used."""
+    """Configuration, dequantized float32 weights, metadata; ValueError if the file cannot be used."""
     try:
         metadata, tensors = read_container(path)
         factors = tensors.pop(ROPE_FACTORS, None)
-        factors_P = None if factors is None else dequantized(ROPE_FACTORS, factors)
+        factors_P = None if factors is None else dequantize(ROPE_FACTORS, factors)
         config = config_from_metadata(metadata, tensors, factors_P)
         require_tensors(tensors, config)
         require_bytes(f"reading {path.name}", loading_bytes(tensors))
         weights = {
-            hugging_face_name(name): in_model_order(name, dequantized(name, tensor), metadata, config)
+            hugging_face_name(name): restore_row_order(name, dequantize(name, tensor), metadata, config)
             for name, tensor in tensors.items()
         }
     except OSError as error:
@@ -57,37 +59,37 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
     except TooLittle:
         raise
     except ValueError as error:
-        raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
+        raise ValueError(f"{path}: not a usable GGUF file: {one_line(error)}") from None
     return config, weights, metadata
 
 
 def loading_bytes(tensors: dict[str, StoredTensor]) -> int:
-    """The file, all of it in float32, and of the largest tensor a copy on the way."""
+    """Peak memory of reading: the file, all weights in float32, and a copy of the largest one."""
     numbers = [math.prod(tensor.shape) for tensor in tensors.values()]
     return sum(tensor.data.nbytes for tensor in tensors.values()) + 4 * (sum(numbers) + max(numbers))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What stands before the weights, of which none is read."""
+    """The metadata alone; no weights are read."""
     try:
         return read_container(path)[0]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not a usable GGUF file: {one_line(str(error))}") from None
+        raise ValueError(f"{path}: not a usable GGUF file: {one_line(error)}") from None
 
 
 def require_tensors(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
-    """ValueError that names the first tensor that is missing, has no place, or has another shape."""
+    """ValueError that names the first tensor that is missing, unknown or of another shape."""
     last = f"blk.{config.num_hidden_layers - 1}.attn_norm.weight"
-    if last not in tensors:  # before a wrong number of blocks makes a long list
+    if last not in tensors:  # checked first, since a huge number of blocks would make a huge list
         raise ValueError(f"the tensor {last} is missing")
     expected = stored_shapes(config)
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise ValueError(f"the tensor {name} is missing")
         if name not in expected:
-            raise ValueError(f"the tensor {shown(name)} has no place in this model")
+            raise ValueError(f"the tensor {quote(name)} has no place in this model")
         if tensors[name].shape != expected[name]:
             raise ValueError(
                 f"the tensor {name} must have the shape {expected[name]}, got {tensors[name].shape}"
@@ -119,10 +121,10 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"token_embd.weight": (V, D), "output_norm.weight": (D,)}
 
 
-def dequantized(name: str, tensor: StoredTensor) -> np.ndarray:
-    """float32; ValueError where the package does not dequantize the type, or a value is not finite."""
+def dequantize(name: str, tensor: StoredTensor) -> np.ndarray:
+    """The tensor in float32; ValueError for an unsupported type or a value that is not finite."""
     try:
-        with np.errstate(all="ignore"):  # damaged scales: what comes of them is looked at below
+        with np.errstate(all="ignore"):  # damaged scales are found below
             weight = gguf.quants.dequantize(tensor.data, tensor.type).astype(np.float32, copy=False)
     except NotImplementedError:
         raise ValueError(
@@ -135,19 +137,19 @@ def dequantized(name: str, tensor: StoredTensor) -> np.ndarray:
     return weight.reshape(tensor.shape)
 
 
-def in_model_order(
+def restore_row_order(
     name: str, weight: np.ndarray, metadata: dict[str, Any], config: ModelConfig
 ) -> np.ndarray:
-    """Of `llama` Q and K, weights and biases, come back to the model's order of rows."""
+    """Undo llama.cpp's reordering of the rows of Q and K, weights and biases, for `llama`."""
     heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
-    of_name = next((heads[part] for part in heads if part in name), None)
-    if metadata["general.architecture"] != "llama" or of_name is None:
+    num_heads = next((heads[part] for part in heads if part in name), None)
+    if metadata["general.architecture"] != "llama" or num_heads is None:
         return weight
-    return unpermute(weight, of_name)
+    return unpermute(weight, num_heads)
 
 
 def unpermute(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows from llama.cpp's order, where rope's pairs are neighbours, to halves that are K/2 apart."""
+    """Rows from llama.cpp's order, where the rows of a RoPE pair are neighbours, to K/2 rows apart."""
     pairs = weight_OI.reshape(num_heads, -1, 2, *weight_OI.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight_OI.shape)
 

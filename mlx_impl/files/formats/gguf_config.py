@@ -1,4 +1,4 @@
-"""A GGUF file's metadata -> ModelConfig; a key that asks for what the model does not compute is an error.
+"""Read a GGUF file's metadata into a ModelConfig; a key that would change the model's formulas is an error.
 
 Source: llama.cpp's names of the keys (`llama-arch.cpp`), and what its conversion script writes to them.
 """
@@ -13,10 +13,10 @@ import numpy as np
 
 from ...config import ModelConfig, RopeScaling
 from ...model import rope_frequencies
-from .gguf_file import shown
+from .gguf_file import quote
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral is stored as llama
-HANDLED = {  # keys below the architecture's name that are read here, or say nothing about the mathematics
+KNOWN = {  # keys, after the architecture's name, that are read here or do not change the model
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
@@ -36,7 +36,7 @@ HANDLED = {  # keys below the architecture's name that are read here, or say not
     "tensor_data_layout",
     "vocab_size",
 }
-NEUTRAL: dict[str, Any] = {  # keys that may be there as long as they change nothing
+NEUTRAL: dict[str, Any] = {  # keys that are allowed only with this value, which changes nothing
     "attention.causal": True,
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
@@ -51,19 +51,20 @@ NEUTRAL: dict[str, Any] = {  # keys that may be there as long as they change not
     "rope.scaling.attn_factor": 1,
     "use_parallel_residual": False,
 }
-# How closely stored factors must follow Llama 3's rule: in float32, as they are computed, 3e-7 (measured).
+# Relative distance of stored RoPE factors from Llama 3's rule; float32 alone gives 3e-7 (measured).
 FACTOR_TOLERANCE = 1e-5
 
 
 def config_from_metadata(
     metadata: dict[str, Any], tensor_names: Collection[str], rope_factors_P: np.ndarray | None = None
 ) -> ModelConfig:
-    """KeyError where a key is missing, ValueError in one sentence where a value cannot be served."""
-    architecture = require_served(metadata)
+    """The configuration; KeyError for a missing key, ValueError for a value that is not supported."""
+    architecture = require_supported(metadata)
     a, tokens = f"{architecture}.", metadata["tokenizer.ggml.tokens"]
     if not isinstance(tokens, list):
-        raise ValueError(f"tokenizer.ggml.tokens must be an array, got {shown(tokens)}")
-    width, num_heads = whole(metadata, a + "embedding_length"), whole(metadata, a + "attention.head_count")
+        raise ValueError(f"tokenizer.ggml.tokens must be an array, got {quote(tokens)}")
+    width = positive_int(metadata, a + "embedding_length")
+    num_heads = positive_int(metadata, a + "attention.head_count")
     config = ModelConfig(
         vocab_size=len(tokens),
         hidden_size=width,
@@ -87,72 +88,73 @@ def config_from_metadata(
     if metadata.get(a + "vocab_size", config.vocab_size) != config.vocab_size:
         raise ValueError(
             f"{a}vocab_size must be the number of tokens, {config.vocab_size}, "
-            f"got {shown(metadata[a + 'vocab_size'])}"
+            f"got {quote(metadata[a + 'vocab_size'])}"
         )
     return replace(config, rope_scaling=rope_scaling(metadata, a, config, rope_factors_P))
 
 
-def require_served(metadata: dict[str, Any]) -> str:
-    """The architecture; ValueError where it, or a key of it, asks for what the model does not compute."""
+def require_supported(metadata: dict[str, Any]) -> str:
+    """The architecture; ValueError if it, or one of its keys, is not supported."""
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"the architecture must be one of llama, qwen2, qwen3, got {shown(architecture)}")
+        raise ValueError(f"the architecture must be one of llama, qwen2, qwen3, got {quote(architecture)}")
     if metadata.get("general.type", "model") != "model":
-        raise ValueError(f"general.type must be model, got {shown(metadata['general.type'])}")
+        raise ValueError(f"general.type must be model, got {quote(metadata['general.type'])}")
     if metadata.get("split.count", 0) not in (0, 1):
         raise ValueError(
-            f"it is one of {shown(metadata['split.count'])} parts: merge them into one file first"
+            f"the model must be in one file, got one of {quote(metadata['split.count'])} parts: "
+            f"merge them first"
         )
     for key, value in metadata.items():
         name = key.removeprefix(f"{architecture}.")
-        if name != key and name not in HANDLED and (name not in NEUTRAL or value != NEUTRAL[name]):
-            raise ValueError(f"{shown(key)} is not supported, got {shown(value)}")
+        if name != key and name not in KNOWN and (name not in NEUTRAL or value != NEUTRAL[name]):
+            raise ValueError(f"{quote(key)} is not supported, got {quote(value)}")
     return str(architecture)
 
 
 def sliding_window(metadata: dict[str, Any], architecture: str) -> int | None:
-    """Mistral's, in all layers; 0 stands for none. Qwen's would be that of some layers only."""
+    """Mistral's window, of all layers; 0 means none. Qwen's is refused: only some layers have it."""
     key = f"{architecture}.attention.sliding_window"
     if metadata.get(key, 0) == 0:
         return None
     if architecture != "llama":
-        raise ValueError(f"{key} is not supported, got {shown(metadata[key])}")
-    return whole(metadata, key)
+        raise ValueError(f"{key} is not supported, got {quote(metadata[key])}")
+    return positive_int(metadata, key)
 
 
-def whole(metadata: dict[str, Any], key: str) -> int:
+def positive_int(metadata: dict[str, Any], key: str) -> int:
     value = metadata[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a whole number and at least 1, got {shown(value)}")
+        raise ValueError(f"{key} must be a whole number and at least 1, got {quote(value)}")
     return value
 
 
 def rope_scaling(
     metadata: dict[str, Any], a: str, config: ModelConfig, factors_P: np.ndarray | None
 ) -> RopeScaling | None:
-    """`linear` from the metadata, also where it has only the factor; `llama3` from the stored factors."""
+    """`linear` from the metadata, which may lack the type; `llama3` from the stored factors."""
     kind, factor = metadata.get(a + "rope.scaling.type", "linear"), metadata.get(a + "rope.scaling.factor", 1)
     if kind not in ("none", "linear"):
-        raise ValueError(f"{a}rope.scaling.type must be none or linear, got {shown(kind)}")
+        raise ValueError(f"{a}rope.scaling.type must be none or linear, got {quote(kind)}")
     linear = None if factor in (0, 1) else RopeScaling("linear", factor)
     if linear and (kind == "none" or factors_P is not None):
-        raise ValueError(f"{a}rope.scaling.factor contradicts the rest of the file, got {shown(factor)}")
+        raise ValueError(f"{a}rope.scaling.factor contradicts the rest of the file, got {quote(factor)}")
     return linear if factors_P is None else llama3_scaling(config, factors_P)
 
 
 def llama3_scaling(config: ModelConfig, factors_P: np.ndarray) -> RopeScaling:
-    """The llama3 rule that the stored factors follow, where it is one that was published.
+    """The published llama3 rule that gives the stored factors; ValueError if none does.
 
-    llama.cpp stores what each frequency was divided by, and not the rule's parameters. Llama 3.1, 3.2 and 3.3
-    differ in the factor only, and the lowest frequencies are divided by the whole of it.
+    llama.cpp stores the divisor of each frequency, not the parameters of the rule. Llama 3.1, 3.2 and 3.3
+    differ only in `factor`, and the lowest frequencies are divided by exactly that: it is the maximum.
     """
     if factors_P.shape != (config.head_dim // 2,):
         raise ValueError(
             f"rope_freqs.weight must have {config.head_dim // 2} values, got the shape {factors_P.shape}"
         )
     scaling = RopeScaling("llama3", float(factors_P.max()))
-    stretched_P = np.array(rope_frequencies(replace(config, rope_scaling=scaling)))
-    expected_P = np.array(rope_frequencies(config)) / stretched_P
+    scaled_P = np.array(rope_frequencies(replace(config, rope_scaling=scaling)))
+    expected_P = np.array(rope_frequencies(config)) / scaled_P
     if not np.allclose(factors_P, expected_P, rtol=FACTOR_TOLERANCE):
         raise ValueError(
             f"rope_freqs.weight must follow Llama 3.1's rule with the factor {scaling.factor:g}, "

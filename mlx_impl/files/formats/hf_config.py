@@ -1,8 +1,8 @@
 """`config.json` of a Hugging Face folder -> ModelConfig, for Llama, Mistral, Qwen2 and Qwen3.
 
 Source: transformers' configuration classes, in the spelling up to version 4 (rope_theta, rope_scaling) and
-that of version 5 (rope_parameters). What is not computed is refused by name (`hf_keys.py`): a model that is
-nearly right is worse than none.
+that of version 5 (rope_parameters). A key that asks for what is not computed here is refused by its name
+(`hf_keys.py`): a model that is nearly right is worse than none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...disk.files import read_json_object
 from .hf_keys import REQUIRED_VALUES, is_off, require_known
 from .mlx_quantization import require_supported
 
-# What transformers takes where the key is absent.
+# transformers' defaults for missing keys.
 QWEN3_HEAD_DIM, DEFAULT_WINDOW, QWEN_FIRST_WINDOW = 128, 4096, 28
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -27,7 +27,7 @@ ROPE_KEYS = {
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Raises ValueError that names the key that is missing, unknown or has another value than we compute."""
+    """The model's configuration; ValueError that names a key that is missing, unknown or not supported."""
     path = folder / "config.json"
     raw = read_json_object(path)
     try:
@@ -53,7 +53,7 @@ def to_config(raw: dict[str, Any]) -> ModelConfig:
         head_dim=read_head_dim(raw),
         rms_norm_eps=raw["rms_norm_eps"],
         rope_theta=theta,
-        tie_word_embeddings=given(raw, "tie_word_embeddings", False),
+        tie_word_embeddings=value_or(raw, "tie_word_embeddings", False),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         rope_scaling=scaling,
@@ -61,15 +61,15 @@ def to_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def given(raw: dict[str, Any], key: str, default: Any) -> Any:
-    """The value of a key, or the default where it is absent or null."""
+def value_or(raw: dict[str, Any], key: str, default: Any) -> Any:
+    """The value of a key, or the default if it is missing or null."""
     return default if raw.get(key) is None else raw[key]
 
 
 def read_kv_heads(raw: dict[str, Any]) -> Any:
-    """As many as heads where a Llama's configuration is silent; the other families' must say."""
+    """The number of key/value heads. Llama's default is the number of heads; other families must give it."""
     if raw["model_type"] == "llama":
-        return given(raw, "num_key_value_heads", raw["num_attention_heads"])
+        return value_or(raw, "num_key_value_heads", raw["num_attention_heads"])
     return raw["num_key_value_heads"]
 
 
@@ -90,57 +90,57 @@ def read_head_dim(raw: dict[str, Any]) -> Any:
 
 
 def read_rope(raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """The base and the stretching, in either spelling."""
+    """The base theta and the scaling, from the keys of transformers 4 or 5."""
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        value = given(raw, key, {})
+        value = value_or(raw, key, {})
         if not isinstance(value, dict):
             raise ValueError(f"{key} must be an object, got {value!r}")
         rope |= value
-    theta = given(raw, "rope_theta", rope.pop("rope_theta", 10000.0))
+    theta = value_or(raw, "rope_theta", rope.pop("rope_theta", 10000.0))
     kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", kind)
     require_choice("rope_type", kind, tuple(ROPE_KEYS))
     for key in sorted(rope.keys() ^ ROPE_KEYS[kind]):
         if key not in ROPE_KEYS[kind] and (is_off(rope[key]) or REQUIRED_VALUES.get(key) == rope[key]):
             continue
-        raise ValueError(f"the rope_type {kind} has the keys {sorted(ROPE_KEYS[kind])}, got {sorted(rope)}")
+        raise ValueError(f"rope_type {kind} takes the keys {sorted(ROPE_KEYS[kind])}, got {sorted(rope)}")
     if kind == "default":
         return theta, None
     return theta, RopeScaling(kind, **{key: rope[key] for key in ROPE_KEYS[kind]})
 
 
 def read_window(raw: dict[str, Any]) -> Any:
-    """The sliding window of all layers, None for none; a model with layers of both kinds is refused."""
-    window, kinds = stated_window(raw), raw.get("layer_types")
+    """The sliding window of all layers, or None; ValueError if only some layers have one."""
+    window, kinds = family_window(raw), raw.get("layer_types")
     require_number("num_hidden_layers", raw["num_hidden_layers"], int)
     is_qwen = raw["model_type"].startswith("qwen")
     if kinds is None:
-        first = given(raw, "max_window_layers", QWEN_FIRST_WINDOW) if is_qwen else 0
+        first = value_or(raw, "max_window_layers", QWEN_FIRST_WINDOW) if is_qwen else 0
         require_number("max_window_layers", first, int, may_be_zero=True)
         kinds = ["full_attention"] * (first > 0) + ["sliding_attention"] * (first < raw["num_hidden_layers"])
     elif not isinstance(kinds, list) or len(kinds) != raw["num_hidden_layers"]:
-        raise ValueError(f"layer_types must be a list of one a layer, got {kinds!r}")
+        raise ValueError(f"layer_types must be a list with one entry per layer, got {kinds!r}")
     elif not all(kind in LAYER_TYPES for kind in kinds):
-        raise ValueError(f"layer_types must be {' or '.join(LAYER_TYPES)}, got {kinds!r}")
+        raise ValueError(f"layer_types must all be {' or '.join(LAYER_TYPES)}, got {kinds!r}")
     elif not is_qwen or window is None:
         window_of_all = "full_attention" if window is None else "sliding_attention"
         if any(kind != window_of_all for kind in kinds):
-            raise ValueError(f"layer_types must fit the sliding window {window}, got {kinds!r}")
+            raise ValueError(f"layer_types must agree with the sliding_window {window}, got {kinds!r}")
         return window
     if window is not None and len(set(kinds)) > 1:
-        raise ValueError("a sliding window must be that of all layers or of none, and is that of some")
+        raise ValueError("either all layers or no layer must have a sliding window, got some of both")
     return window if kinds[0] == "sliding_attention" else None
 
 
-def stated_window(raw: dict[str, Any]) -> Any:
-    """What the family's own keys say, of the layers that have one."""
+def family_window(raw: dict[str, Any]) -> Any:
+    """The window of those layers that have one, by the rules of the model's family; None if it is off."""
     family, window = raw["model_type"], raw.get("sliding_window")
     if family == "mistral":
         return raw.get("sliding_window", DEFAULT_WINDOW)
     if family == "llama":
         if window is not None:
-            raise ValueError(f"sliding_window is not supported in this family, got {window!r}")
+            raise ValueError(f"sliding_window is not supported for llama, got {window!r}")
         return None
     use = raw.get("use_sliding_window")
     if use not in (None, True, False):

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, written: weights in files of at most 5 GB, configuration, tokenizer.
+"""Write a Hugging Face folder: weights in files of at most 5 GB, configuration, tokenizer.
 
 Source: transformers' `save_pretrained`: `model.safetensors`, or `model-00001-of-0000N.safetensors` and an
 index with `weight_map`; the keys of `config.json` in the spelling that transformers 4 and 5 and mlx-lm read.
@@ -21,8 +21,8 @@ from ...disk.folders import Unfinished
 from ...text.tokenizer import ChatTokenizer
 from .safetensors import INDEX, save
 
-MOST_BYTES = 5 * 10**9  # of a file; a larger tensor has a file of its own
-# What a folder has beside weights and config.json; code and other people's weights are not among them.
+MAX_SHARD_BYTES = 5 * 10**9  # of a file; a larger tensor gets a file of its own
+# Files to copy besides weights and config.json: no code, no weights in other formats.
 SIDE_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template*.json", "LICENSE*", "NOTICE*"),
@@ -30,21 +30,20 @@ SIDE_FILES = (
 
 
 def write_weights(folder: Unfinished, tensors: Iterable[tuple[str, mx.array]], form: str) -> None:
-    """As they come; `form` is "mlx" for what only MLX reads, else "pt"."""
-    files: list[dict[str, mx.array]] = []
+    """Write tensors in order, in shards; `form` is "mlx" if only MLX can read them, else "pt"."""
     weight_map: dict[str, int] = {}
     shard: dict[str, mx.array] = {}
-    total = 0
+    num_full = total = 0
     for name, array in tensors:
         size = sum(held.nbytes for held in shard.values())
-        if shard and size + array.nbytes > MOST_BYTES:
-            write_part(folder, len(files), shard, form)
-            files.append({})
+        if shard and size + array.nbytes > MAX_SHARD_BYTES:
+            write_part(folder, num_full, shard, form)
+            num_full += 1
             shard = {}
         shard[name] = array
-        weight_map[name], total = len(files), total + array.nbytes
-    write_part(folder, len(files), shard, form)
-    name_files(folder, len(files) + 1, weight_map, total)
+        weight_map[name], total = num_full, total + array.nbytes
+    write_part(folder, num_full, shard, form)
+    name_files(folder, num_full + 1, weight_map, total)
 
 
 def write_part(folder: Unfinished, number: int, shard: dict[str, mx.array], form: str) -> None:
@@ -56,15 +55,15 @@ def part_name(number: int) -> str:
 
 
 def name_files(folder: Unfinished, count: int, weight_map: dict[str, int], total: int) -> None:
-    """The final names, which say how many files there are, and the index if it is more than one."""
+    """Rename the files, now that their number is known; write the index if there are several."""
     if count == 1:
         os.replace(folder.path / part_name(0), folder.file("model.safetensors"))
         return
     names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
     for number, name in enumerate(names):
         os.replace(folder.path / part_name(number), folder.file(name))
-    places = {name: names[number] for name, number in sorted(weight_map.items())}
-    write_json(folder.file(INDEX), {"metadata": {"total_size": total}, "weight_map": places})
+    files = {name: names[number] for name, number in sorted(weight_map.items())}
+    write_json(folder.file(INDEX), {"metadata": {"total_size": total}, "weight_map": files})
 
 
 def copy_side_files(source: Path, folder: Unfinished) -> None:
@@ -79,8 +78,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def to_json(config: ModelConfig, dtype: str, more: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a model that came without one; `more` is what the model does not compute with."""
+def to_json(config: ModelConfig, dtype: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` for a model that came without one; `extra` are keys that are not in ModelConfig."""
     family = family_of(config)
     record: dict[str, Any] = {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
@@ -97,7 +96,7 @@ def to_json(config: ModelConfig, dtype: str, more: dict[str, Any]) -> dict[str, 
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
-        **{key: value for key, value in more.items() if value is not None},
+        **{key: value for key, value in extra.items() if value is not None},
     }
     if config.rope_scaling is not None:
         record["rope_scaling"] = rope_record(config)
@@ -126,7 +125,7 @@ def rope_record(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Unfinished, tokenizer: ChatTokenizer, settings: dict[str, Any]) -> None:
-    """`settings` are special tokens and the template, those that there are."""
+    """`settings` are the special tokens and the chat template; those that are None are left out."""
     tokenizer.save(folder.file("tokenizer.json"))
     record = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     given = {key: value for key, value in settings.items() if value is not None}

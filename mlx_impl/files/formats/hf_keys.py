@@ -1,4 +1,4 @@
-"""The keys of `config.json`: read by `hf_config.py`, known to change nothing, or refused unless off."""
+"""The keys of `config.json`: read by `hf_config.py`, known to be harmless, or refused unless they are off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-# Keys that change the mathematics, with the only value that this model computes (null means the same).
+# Keys that change the model's formulas, with the only value that is computed here (null means the same).
 REQUIRED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -45,17 +45,18 @@ OFF: tuple[object, ...] = (None, False, {}, [], "none")
 
 
 def is_off(value: object) -> bool:
-    """Whether it turns off what it is the value of. No number does: a factor of 0 is not an absent one."""
+    """Whether a value turns its option off. A number never does: a factor of 0 is not a missing factor."""
     return any(type(value) is type(off) and value == off for off in OFF)
 
 
 def require_known(raw: dict[str, Any]) -> None:
+    """ValueError that names a key or value that would change the model."""
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
     for key in sorted(raw.keys() - READ - HARMLESS):
         if key == "attention_bias" and family == "qwen2":
-            continue  # what it would say, of q, k and v, is so in this family anyway
+            continue  # in this family q, k and v always have biases
         if key in REQUIRED_VALUES and raw[key] not in (REQUIRED_VALUES[key], None):
             raise ValueError(f"{key} must be {REQUIRED_VALUES[key]!r}, got {raw[key]!r}")
         if key not in REQUIRED_VALUES and not is_off(raw[key]):

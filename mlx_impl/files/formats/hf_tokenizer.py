@@ -1,8 +1,8 @@
-"""The tokenizer of a Hugging Face folder: `tokenizer.json`, its special tokens, its chat template.
+"""Read the tokenizer of a Hugging Face folder: `tokenizer.json`, special tokens, chat template.
 
 Source: the files that transformers writes: `tokenizer_config.json` with `eos_token`, `bos_token` and
 `chat_template` (a text, or a list of {"name", "template"}), or the template in `chat_template.jinja` and
-others in `additional_chat_templates/`; `generation_config.json` with further tokens that end an answer.
+more in `additional_chat_templates/`; `generation_config.json` with more tokens that end an answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...text.tokenizer import ChatTokenizer
 
 
 def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
-    """ValueError names the file that is missing or cannot be used. A model may lack a chat template."""
+    """The tokenizer, with a chat template if there is one; ValueError names a file that is wrong."""
     require_file(folder / "tokenizer.json", MOST_JSON_BYTES)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -36,7 +36,7 @@ def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
 
 
 def token_text(value: Any) -> str:
-    """A special token as `tokenizer_config.json` has it: a text, an object with "content", or null."""
+    """The text of a special token, given as a text, an object with "content", or null."""
     text = value.get("content") if isinstance(value, dict) else value or ""
     if not isinstance(text, str):
         raise ValueError(f"a special token must be a text, got {value!r}")
@@ -44,7 +44,7 @@ def token_text(value: Any) -> str:
 
 
 def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """By name; files of their own come before what stands in the configuration."""
+    """Chat templates by name; separate files take precedence over the configuration."""
     found = config.get("chat_template")
     named = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
     try:
@@ -65,12 +65,12 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def read_eos_ids(folder: Path) -> list[int]:
-    """The tokens that end an answer, where the folder has a `generation_config.json` that lists them."""
+    """The ids of tokens that end an answer, if there is a `generation_config.json` that lists them."""
     path = folder / "generation_config.json"
     if not path.exists():
         return []
     value = read_json_object(path).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(number, int) and number >= 0 for number in ids):
-        raise ValueError(f'{path}: "eos_token_id" must be a token number or a list of them, got {value!r}')
+        raise ValueError(f'{path}: "eos_token_id" must be a token id or a list of them, got {value!r}')
     return ids

@@ -1,10 +1,10 @@
 """mlx-lm's adapter files: `adapter_config.json` and `adapters.safetensors`.
 
 Source: mlx-lm 0.32, `tuner/utils.py` (`load_adapters`, `linear_to_lora_layers`), `tuner/dora.py`. Names are
-`<linear>.lora_a` (I, R), `.lora_b` (R, O) and with DoRA `.m` (O,). There is one rank and one scale. Wrapped
-is what `keys` names by its path in a block, in the last `num_layers` blocks (all for 0 and less), or by its
-whole name anywhere; without `keys` every linear of those blocks. mlx-lm reads three keys of the record and
-passes over the others: under "peft" stands PEFT's record of an adapter that was converted.
+`<linear>.lora_a` (I, R), `.lora_b` (R, O) and with DoRA `.m` (O,). There is one rank and one scale. `keys`
+selects linears by their path within a block, in the last `num_layers` blocks (in all for 0 or less), or by
+their full name anywhere; without `keys` every linear of those blocks is adapted. mlx-lm ignores unknown keys
+of the record, so an adapter that was converted from PEFT keeps PEFT's record under "peft".
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from ...config import require_choice, require_number
 from ...disk.files import one_line, read_json_object
-from .factors import CONFIG, AdapterFile, block_of, by_linear, read_tensors, write_files
+from .factors import CONFIG, AdapterFile, by_linear, read_tensors, split_block, write_files
 
 FILE = "adapters.safetensors"
-OTHER = "peft"
+ORIGINAL_KEY = "peft"
 FACTORS = {"lora_a": "lora_a", "lora_b": "lora_b", "m": "magnitude"}
 SETTINGS = {"rank", "scale", "dropout", "keys"}
-IGNORED = {"alpha"}  # of older versions, which did not compute with it either
+IGNORED = {"alpha"}  # written by older versions, which did not use it either
 
 
 def file_name(name: str) -> str:
@@ -34,20 +34,20 @@ def our_name(name: str, path: Path) -> str:
     if linear.rpartition(".")[2] == "embed_tokens":
         raise ValueError(f"{path}: an adapter of an embedding is not supported, got the tensor {name}")
     if factor not in FACTORS:
-        raise ValueError(f"{path}: the tensor {name} has no place in a LoRA adapter of linears")
+        raise ValueError(f"{path}: the tensor {name} is not part of a LoRA adapter of linears")
     return f"{linear}.{FACTORS[factor]}"
 
 
 def write(folder: Path, adapter: AdapterFile) -> None:
-    record = adapter.record | ({OTHER: adapter.other} if adapter.other else {})
+    record = adapter.record | ({ORIGINAL_KEY: adapter.original} if adapter.original else {})
     tensors = {file_name(name): array for name, array in adapter.tensors.items()}
     write_files(folder, FILE, tensors, record, {"format": "mlx"})
 
 
 def read(folder: Path) -> AdapterFile:
-    """Raises ValueError in one sentence for files that are damaged, none of these, or not only LoRA."""
+    """The adapter in a folder; ValueError if a file is damaged or holds more than LoRA or DoRA of linears."""
     record = read_json_object(folder / CONFIG)
-    other = record.pop(OTHER, None)
+    original = record.pop(ORIGINAL_KEY, None)
     try:
         require_supported(record)
     except KeyError as error:
@@ -60,7 +60,7 @@ def read(folder: Path) -> AdapterFile:
         require_one_rank(record, tensors)
     except ValueError as error:
         raise ValueError(f"{folder / FILE}: {error}") from None
-    return AdapterFile(record, tensors, other if isinstance(other, dict) else None)
+    return AdapterFile(record, tensors, original if isinstance(original, dict) else None)
 
 
 def require_supported(record: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def require_supported(record: dict[str, Any]) -> None:
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise ValueError(f"keys must be a list of names, got {keys!r}")
     for key in sorted(settings.keys() - SETTINGS - IGNORED):
-        raise ValueError(f"lora_parameters must be of {', '.join(sorted(SETTINGS))}, got {key}")
+        raise ValueError(f"lora_parameters may hold {', '.join(sorted(SETTINGS))}, got {key}")
 
 
 def require_one_rank(record: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -87,16 +87,16 @@ def require_one_rank(record: dict[str, Any], tensors: dict[str, Any]) -> None:
         if factors["lora_a"].shape[1] != rank:
             raise ValueError(f"{linear} must have the rank {rank}, got {factors['lora_a'].shape[1]}")
         if ("magnitude" in factors) is not is_dora:
-            raise ValueError(f"{linear} must have a tensor m with fine_tune_type dora, and only then")
+            raise ValueError(f"{linear} must have a tensor m if and only if fine_tune_type is dora")
 
 
-def selected(record: dict[str, Any], linears: Iterable[str], num_blocks: int) -> set[str]:
-    """The linears that mlx-lm would wrap; ValueError that names a key that is none of theirs."""
+def selected_linears(record: dict[str, Any], linears: Iterable[str], num_blocks: int) -> set[str]:
+    """The linears that mlx-lm would adapt; ValueError that names a key that matches none."""
     keys, num_layers = record["lora_parameters"].get("keys"), record["num_layers"]
     first = max(num_blocks - num_layers, 0) if num_layers > 0 else 0
     chosen, unmatched = set(), set(keys or ())
     for linear in linears:
-        block = block_of(linear)
+        block = split_block(linear)
         path = block[1] if block else None
         unmatched -= {linear, path}
         is_last = block is not None and block[0] >= first
@@ -104,5 +104,5 @@ def selected(record: dict[str, Any], linears: Iterable[str], num_blocks: int) ->
             chosen.add(linear)
     if unmatched:
         name = one_line(min(unmatched))
-        raise ValueError(f"keys must be linears of this model's blocks, and {name} is none")
+        raise ValueError(f"keys must name linears in this model's blocks, and {name} is none")
     return chosen

@@ -2,9 +2,9 @@
 
 Source: PEFT's `save_pretrained` and `utils/save_and_load.py`. Its keys are `base_model.model.` + the linear's
 name + `.lora_A.weight` of shape (R, I) and `.lora_B.weight` of shape (O, R), both the transpose of ours, and
-with DoRA `.lora_magnitude_vector` of shape (O,). The scale is not stored; alpha and rank are. The record of
-another format that an adapter comes from travels in the header of the tensors' file, where PEFT, which warns
-of a key it does not know, does not look.
+with DoRA `.lora_magnitude_vector` of shape (O,). The scale is not stored; alpha and rank are. An adapter that
+was converted from mlx-lm keeps mlx-lm's record in the header of the safetensors file: PEFT ignores that
+header, but would warn about an unknown key in its own record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .factors import CONFIG, AdapterFile, read_tensors, write_files
 from .hf_keys import is_off
 
 FILE = "adapter_model.safetensors"
-OTHER = "mlx_lm_adapter_config"  # in the header
+ORIGINAL_KEY = "mlx_lm_adapter_config"  # in the header
 PREFIX = "base_model.model."
 SUFFIXES = {
     "lora_a": ".lora_A.weight",
@@ -27,14 +27,14 @@ SUFFIXES = {
     "magnitude": ".lora_magnitude_vector",
 }
 
-# Keys that change nothing in the mathematics, or are read below; any other must be off.
+# Keys that are read below or do not change the model; any other must be off.
 KNOWN_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern"),
     *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("qalora_group_size", "megatron_core"),  # have a value even where they are not used
+    *("qalora_group_size", "megatron_core"),  # set even where they are not used
 }
-INITIAL_LAWS = (None, True, False, "gaussian")  # the other laws change the base model's weights
+INITIALIZATIONS = (None, True, False, "gaussian")  # the others change the base model's weights
 
 
 def file_name(name: str) -> str:
@@ -47,17 +47,17 @@ def our_name(name: str, path: Path) -> str:
     for factor, suffix in SUFFIXES.items():
         if name.startswith(PREFIX) and name.endswith(suffix):
             return f"{name.removeprefix(PREFIX).removesuffix(suffix)}.{factor}"
-    raise ValueError(f"{path}: the tensor {name} has no place in a LoRA adapter of linears")
+    raise ValueError(f"{path}: the tensor {name} is not part of a LoRA adapter of linears")
 
 
 def write(folder: Path, adapter: AdapterFile) -> None:
-    metadata = {"format": "pt"} | ({OTHER: json.dumps(adapter.other)} if adapter.other else {})
+    metadata = {"format": "pt"} | ({ORIGINAL_KEY: json.dumps(adapter.original)} if adapter.original else {})
     tensors = {file_name(name): array.T for name, array in adapter.tensors.items()}
     write_files(folder, FILE, tensors, adapter.record, metadata)
 
 
 def read(folder: Path) -> AdapterFile:
-    """Raises ValueError in one sentence for a file that is damaged or none of these."""
+    """The adapter in a folder; ValueError if a file is damaged or asks for what is not computed here."""
     record = read_json_object(folder / CONFIG)
     try:
         require_supported(record)
@@ -65,19 +65,19 @@ def read(folder: Path) -> AdapterFile:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     tensors, metadata = read_tensors(folder / FILE)
     named = {our_name(name, folder / FILE): array.T for name, array in tensors.items()}
-    return AdapterFile(record, named, read_other(metadata))
+    return AdapterFile(record, named, read_original(metadata))
 
 
-def read_other(metadata: dict[str, str]) -> dict[str, Any] | None:
+def read_original(metadata: dict[str, str]) -> dict[str, Any] | None:
     try:
-        other = json.loads(metadata.get(OTHER, "null"))
+        original = json.loads(metadata.get(ORIGINAL_KEY, "null"))
     except (ValueError, RecursionError):
         return None
-    return other if isinstance(other, dict) else None
+    return original if isinstance(original, dict) else None
 
 
 def to_record(config: LoRAConfig, layers: list[int] | None, base_name: str | None) -> dict[str, Any]:
-    """`layers` are the numbers of the blocks that the configuration is about, None for all."""
+    """PEFT's record of a configuration; `layers` are the numbers of the adapted blocks, None for all."""
     targets = config.target_modules
     return {
         "peft_type": "LORA",
@@ -103,13 +103,13 @@ def require_supported(record: dict[str, Any]) -> None:
     if record.get("peft_type") != "LORA":
         raise ValueError(f"peft_type must be LORA, got {record.get('peft_type')!r}")
     for key in sorted(record.keys() - KNOWN_KEYS):
-        is_known_law = key == "init_lora_weights" and record[key] in INITIAL_LAWS
-        if not is_known_law and not is_off(record[key]):
+        is_harmless = key == "init_lora_weights" and record[key] in INITIALIZATIONS
+        if not is_harmless and not is_off(record[key]):
             raise ValueError(f"{key} is not supported and must be off, got {record[key]!r}")
 
 
 def to_config(record: dict[str, Any], num_blocks: int | None) -> LoRAConfig:
-    """The configuration in a model of so many blocks; for None, where there is no model, in all blocks."""
+    """The configuration for a model of `num_blocks` blocks; for None, without a model, for all blocks."""
     layers = record.get("layers_to_transform")
     try:
         return LoRAConfig(
@@ -136,7 +136,7 @@ def read_targets(value: Any) -> tuple[str, ...] | str:
 
 
 def read_layers(value: Any, num_blocks: int) -> int:
-    """How many of the last layers the list names: all for None."""
+    """How many of the last layers the list names; -1, which is all, for None."""
     if value is None:
         return -1
     for num_layers in range(1, num_blocks + 1):

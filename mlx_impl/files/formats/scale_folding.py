@@ -1,7 +1,8 @@
-"""A scale into a factor B and out of it again, to the bit.
+"""Multiply a factor B by a ratio of scales, and divide by it again to get back every bit of B.
 
-B * ratio, where it is no float32 number, is the sum of two, hi + lo, and [hi; lo] stands beside [A, A]: the
-function is the same to 2**-48, and (hi + lo) / ratio, rounded, is B again.
+Where float32 cannot hold B * ratio, it is split into a sum of two float32 matrices, hi + lo. B becomes
+[hi; lo] and A becomes [A, A], with twice the rank: the update is the same to a relative 2**-48, and
+(hi + lo) / ratio rounds to B.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 from .factors import Tensors
 
 
-def scaled(factors: Tensors, ratio: float) -> Tensors:
-    """Factors of the same function at a scale that is so many times smaller; A is doubled where B is."""
+def fold_scale(factors: Tensors, ratio: float) -> Tensors:
+    """The factors with B multiplied by `ratio`; their rank doubles if B has to be split."""
     if ratio == 1:
         return dict(factors)
     product_RO = to_float64(factors["lora_b"]) * ratio
@@ -21,20 +22,20 @@ def scaled(factors: Tensors, ratio: float) -> Tensors:
     lo_RO = to_float32(product_RO - hi_RO)
     if not np.isfinite(hi_RO).all():
         raise ValueError("a factor B is too large for the scale of the other linears")
-    a_IR, both = factors["lora_a"], lo_RO.any()
-    b_RO = np.concatenate([hi_RO, lo_RO]) if both else hi_RO
-    exact = mx.array(b_RO).astype(factors["lora_b"].dtype)  # half precision stays where it suffices
-    suffices = not both and np.array_equal(to_float64(exact), b_RO)
+    a_IR, is_split = factors["lora_a"], lo_RO.any()
+    b_RO = np.concatenate([hi_RO, lo_RO]) if is_split else hi_RO
+    stored = mx.array(b_RO).astype(factors["lora_b"].dtype)  # half precision is kept where it is exact
+    is_exact = not is_split and np.array_equal(to_float64(stored), b_RO)
     return {
         **factors,
-        "lora_a": mx.concatenate([a_IR, a_IR], axis=1) if both else a_IR,
-        "lora_b": exact if suffices else mx.array(b_RO),
+        "lora_a": mx.concatenate([a_IR, a_IR], axis=1) if is_split else a_IR,
+        "lora_b": stored if is_exact else mx.array(b_RO),
     }
 
 
-def unscaled(factors: Tensors, rank: int, ratio: float) -> mx.array:
-    """The B that `scaled` was given, of this rank."""
-    b_RO, dtype = factors["lora_b"], factors["lora_a"].dtype  # that of A: B may have been widened
+def unfold_scale(factors: Tensors, rank: int, ratio: float) -> mx.array:
+    """The B of this rank that `fold_scale` got."""
+    b_RO, dtype = factors["lora_b"], factors["lora_a"].dtype  # of A, since B may have become float32
     if ratio == 1:
         return b_RO[:rank]
     hi_RO, lo_RO = to_float64(b_RO[:rank]), to_float64(b_RO[rank : 2 * rank])
@@ -44,15 +45,15 @@ def unscaled(factors: Tensors, rank: int, ratio: float) -> mx.array:
 
 
 def alpha_for(scale: float, rank: int) -> float:
-    """The alpha for which alpha / rank is the scale, to the bit where there is one, else in float32.
+    """The alpha with alpha / rank == scale; where no double gives that exactly, equal in float32.
 
-    Between a power of two and the next the doubles that are multiples of 1 / rank can be fewer than all.
+    Not every double is some other double divided by `rank`.
     """
     alpha = float(scale) * rank
-    near = (alpha, float(np.nextafter(alpha, 0.0)), float(np.nextafter(alpha, np.inf)))
-    best = min(near, key=lambda a: (abs(a / rank - scale), np.float32(a / rank) != np.float32(scale)))
+    candidates = (alpha, float(np.nextafter(alpha, 0.0)), float(np.nextafter(alpha, np.inf)))
+    best = min(candidates, key=lambda a: (abs(a / rank - scale), np.float32(a / rank) != np.float32(scale)))
     if np.float32(best / rank) != np.float32(scale):
-        raise ValueError(f"the scale {scale} is alpha / {rank} for no alpha")
+        raise ValueError(f"no alpha gives the scale {scale} as alpha / {rank}")
     return best
 
 

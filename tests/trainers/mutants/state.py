@@ -10,7 +10,7 @@ from unittest.mock import patch
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_impl.files.quantized import with_weight
+from mlx_impl.files.quantized import plain_module
 from mlx_impl.lora import lora_layers
 from mlx_impl.run.merging import Merged, merge
 from mlx_impl.run.state import load_arrays, state_arrays
@@ -69,7 +69,7 @@ def merge_in_half(model: Any) -> Merged:
     merged = merge(model)
     for name, layer in merged.layers.items():
         half_OI = layer.linear.weight.astype(mx.bfloat16) + layer.delta_OI().astype(mx.bfloat16)
-        plain = with_weight(layer.linear, half_OI.astype(mx.float32))
+        plain = plain_module(layer.linear, half_OI.astype(mx.float32))
         dict(model.named_modules())[name].weight = plain.weight
     return merged
 
