@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..config import LoRAConfig
 from ..disk.files import one_line
-from ..disk.folders import whole_folder
-from ..disk.places import require_apart
+from ..disk.folders import atomic_folder
+from ..disk.output_folder import require_no_overlap
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
 from ..targets import LINEARS, select_targets
@@ -140,7 +140,7 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
 
     Raises ValueError in one sentence, nothing written, for what cannot be converted and brought back.
     """
-    require_apart(target, {"adapter": folder})
+    require_no_overlap(target, {"adapter": folder})
     source = format_of(folder)
     if source == to:
         raise ValueError(f"{folder}: the adapter is in {to}'s format already")
@@ -151,7 +151,7 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
     except ValueError as error:
         names_it = str(error).startswith(str(folder))  # or a file of it
         raise ValueError(str(error) if names_it else f"{folder}: {error}") from None
-    with whole_folder(target) as part:
+    with atomic_folder(target) as part:
         for name in (FORMATS[to].FILE, CONFIG):
             part.file(name)
         FORMATS[to].write(part.path, converted)
