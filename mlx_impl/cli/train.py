@@ -85,7 +85,7 @@ def job_of(args: argparse.Namespace, path: Path) -> Job:
     from .training.job import Job
 
     training = train_settings(args)
-    targets, lora = flags.targets_of(args), lora_config(args)
+    lora, targets = lora_config(args), flags.targets_of(args)
     # --mask-prompt is saved as --targets, which can say everything.
     saved = {"data_seed": training["data_seed"], "targets": targets, "mask_prompt": None}
     computed = {

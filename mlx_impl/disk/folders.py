@@ -17,8 +17,8 @@ from .output_folder import real_path, require_new_folder
 def atomic_folder(path: Path) -> Iterator[TemporaryFolder]:
     """A temporary folder beside `path` to fill, renamed to `path` when the block ends without an error.
 
-    A link to an empty folder is followed; files of file browsers, such as .DS_Store, are kept. Raises
-    ValueError where `path` is anything else that exists. An OSError names a file in `path`.
+    `path` may be an empty folder or a link to one; files of file browsers in it, such as .DS_Store, are kept.
+    Raises ValueError where `path` is anything else that exists. An OSError names a file in `path`.
     """
     require_new_folder(path)
     part = None

@@ -33,7 +33,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.state, self.report = path / "training_state.safetensors", path / "report.json"
+        self.state = path / "training_state.safetensors"
 
     def start(self, settings: dict[str, Any], identity: dict[str, Any], before: Evaluation) -> None:
         """Write the manifest first: it replaces that of the previous run, if there is one."""
