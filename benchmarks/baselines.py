@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_impl.disk.files import read_json_object, whole_file
+from mlx_impl.disk.files import atomic_write, read_json_object
 
 from .gate import SLACK
 
@@ -68,7 +68,7 @@ class Baselines:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path) as part:
+        with atomic_write(self.path) as part:
             part.write_text(json.dumps(self.seconds, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

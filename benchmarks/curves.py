@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_impl.disk.files import whole_file
+from mlx_impl.disk.files import atomic_write
 
 from .cases import CASES, Case
 from .interleave import interleave
@@ -90,6 +90,6 @@ def draw(curve: Curve, points: Sequence[Point], folder: Path = PICTURES) -> Path
         axes.spines[["top", "right"]].set_visible(False)
     folder.mkdir(exist_ok=True)
     path = picture(curve, folder)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=110, metadata={"Software": None})
     return path

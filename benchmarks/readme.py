@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_impl.disk.files import whole_file
+from mlx_impl.disk.files import atomic_write
 
 README = Path(__file__).with_name("README.md")
 NOTES = README.with_name("NOTES.md")
@@ -35,5 +35,5 @@ def rows_of(text: str, name: str) -> list[dict[str, str]]:
 
 def write_part(name: str, body: str, path: Path = README) -> None:
     text = replaced(path.read_text(encoding="utf-8"), name, body)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")

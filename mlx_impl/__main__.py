@@ -1,9 +1,9 @@
-"""`python -m mlx_impl`: one of the commands in `cli/`.
+"""`python -m mlx_impl COMMAND`: runs one of the commands in `cli/`.
 
-A wrong input ends with one sentence on standard error and exit code 2; Ctrl-C, SIGTERM and SIGHUP with 130,
-143 and 129; a reader of standard output who has enough (`| head`) quietly, with 141, as a program that
-SIGPIPE ends. The last line after a stop is the command to go on with. An optimized BLAS is loaded before
-anything imports MLX, which commands therefore do late.
+Exit codes: 0 on success; 2 for a wrong input, after one sentence on standard error; 130, 143 and 129 after
+Ctrl-C, SIGTERM and SIGHUP; 141, silently, where the reader of standard output has left (`| head`). After a
+stop the last line is the command to continue with. An optimized BLAS must be loaded before MLX is imported,
+so the commands import MLX late.
 """
 
 from __future__ import annotations
@@ -14,66 +14,71 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .cli.command_line import command_line
-from .cli.interrupt import Stopped, handling, stop_at_once
 from .cli.parser import COMMANDS, parse_arguments
-from .machine.address_space import require_start
+from .cli.shell_command import shell_command
+from .cli.signals import StoppedBySignal, handle_signals, raise_stopped
+from .machine.address_space import require_address_space
 from .machine.blas import load_optimized_blas
 
-BAD_INPUT, NO_READER = 2, 141
+EXIT_BAD_INPUT, EXIT_BROKEN_PIPE = 2, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without accents is no reason to fail
+            stream.reconfigure(errors="replace")  # a terminal without accents must not end the program
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with handling(stop_at_once):
+        with handle_signals(raise_stopped):
             run(parse_arguments(words))
     except ValueError as error:
         return fail(str(error), error)
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
         print_notes(error)
-        return NO_READER
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}", error)
-    except RuntimeError as error:  # MLX's, such as a GPU's without memory
+    except RuntimeError as error:  # from MLX, such as a GPU out of memory
         if not hasattr(error, "__notes__"):
             raise
         return fail(str(error), error)
     except MemoryError as error:
-        return fail("there is too little memory: Python could get no more", error)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        if words[:1] == ["train"] and not hasattr(stop, "__notes__"):  # nothing is saved
-            stop.add_note(f"begin again with: {command_line(*words)}")
-        print_notes(stop)
-        return stop.exit_code
+        return fail("Python ran out of memory", error)
+    except StoppedBySignal as stop:
+        return stopped(stop, words)
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
-    require_start(getattr(args, "blas", None))
-    is_result_only = args.json or args.command != "train"  # standard output is for the result
-    if "blas" in args:  # a command that multiplies matrices
+    require_address_space(getattr(args, "blas", None))
+    prints_result_only = args.json or args.command != "train"
+    if "blas" in args:  # only commands that multiply matrices have the flag
         sentence = load_optimized_blas(args.blas).sentence
-        print(sentence, file=sys.stderr if is_result_only else sys.stdout, flush=True)
+        print(sentence, file=sys.stderr if prints_result_only else sys.stdout, flush=True)
     COMMANDS[args.command].run(args)
     print(end="", flush=True)
 
 
 def fail(message: str, error: Exception) -> int:
-    from .cli.screen.console import print_error  # rich takes a tenth of a second
+    from .cli.screen.console import print_error  # importing rich takes a tenth of a second
 
     print_error(message)
     print_notes(error)
-    return BAD_INPUT
+    return EXIT_BAD_INPUT
+
+
+def stopped(stop: StoppedBySignal, words: list[str]) -> int:
+    print(stop, file=sys.stderr)
+    is_resumable = hasattr(stop, "__notes__")  # resume_hint adds the note
+    if words[:1] == ["train"] and not is_resumable:
+        stop.add_note(f"start again with: {shell_command(*words)}")
+    print_notes(stop)
+    return stop.exit_code
 
 
 def print_notes(error: BaseException) -> None:
-    """How to go on, where that is known."""
+    """Print how to continue, where a note says so."""
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
 

@@ -1,9 +1,9 @@
-"""Training runs killed at every act on the names of files, and what must hold afterwards.
+"""Kill training runs at every call that changes file names, and check that nothing is lost.
 
     python -m tests.killed_runs                # all moments of all scenarios
-    python -m tests.killed_runs --random N     # N of each, by the clock
+    python -m tests.killed_runs --random N     # N random moments of each scenario
 
-A kill leaves what was there, or a run that goes on to the bit as if it had not been killed.
+After a kill the folder is unchanged, or its run resumes bit-exactly.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_impl.__main__ import main
-from tests.kills import LONGEST, Ended, run_killed
+from tests.kills import MAX_SECONDS, Ended, run_killed
 from tests.tiny_folder import write_data, write_folder
 
 FLAGS = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", "1", "--steps-per-eval", "2",
          "--dropout", "0.1", "--num-questions", "1", "--blas", "off"]  # fmt: skip
-CLOCKS = {"seconds", "peak_bytes"}
-OF_A_CLOCK = {"step_seconds_median", "training_seconds", "peak_bytes"}
-MINE = ("notes.txt", "best/photo.jpg")  # the user's, in the folder of the run
+# Measured values, which differ between equal runs.
+MEASURED_PER_STEP = {"seconds", "peak_bytes"}
+MEASURED_PER_RUN = {"step_seconds_median", "training_seconds", "peak_bytes"}
+USER_FILES = ("notes.txt", "best/photo.jpg")  # in the folder of the run
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`before` makes the folder `run` as it is before the command; the words follow `train`."""
+    """`before` prepares the folder `run`; `words` are the arguments of `train`, with the folder last."""
 
     before: Callable[[Bench, Path], object]
     words: tuple[str, ...]
 
 
 class Bench:
-    """Inputs, and the finished run that every other must end as."""
+    """The inputs, and the finished run that every killed and resumed run must equal."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,7 +53,7 @@ class Bench:
         for folder, seed in ((self.whole, "0"), (self.old, "9")):
             ended = run_killed(main, [*self.train, "--seed", seed, "--adapter-path", str(folder)])
             assert ended.code == 0, ended.output
-        for name in MINE:
+        for name in USER_FILES:
             (self.old / name).write_text("mine")
         run_killed(main, [*self.train, "--adapter-path", str(self.stopped)], at=40)
 
@@ -60,8 +61,8 @@ class Bench:
         settings = ["train"] if "--resume" in scenario.words else self.train
         return [*settings, *scenario.words, str(run), "--blas", "off"]
 
-    def go_on(self, run: Path) -> None:
-        """As a person would: by --resume where there is a run, else by the same command once more."""
+    def complete(self, run: Path) -> None:
+        """Complete the run as a user would: with --resume if it has started, else with the same command."""
         if is_unfinished(run):
             ended = run_killed(main, ["train", "--resume", str(run), "--blas", "off"])
         else:
@@ -79,20 +80,20 @@ SCENARIOS = {
     "a run that replaces another": Scenario(
         lambda bench, run: shutil.copytree(bench.old, run), ("--overwrite", "--adapter-path")
     ),
-    "a run that goes on": Scenario(lambda bench, run: shutil.copytree(bench.stopped, run), ("--resume",)),
+    "a resumed run": Scenario(lambda bench, run: shutil.copytree(bench.stopped, run), ("--resume",)),
 }
 
 
 def contents(path: Path) -> Any:
-    """What must be the same: all but what a clock measures."""
+    """The content of a run's file without measured values."""
     if path.suffix == ".safetensors":
         arrays, metadata = mx.load(str(path), return_metadata=True)
         return {name: bytes(np.array(array)) for name, array in arrays.items()}, metadata
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+        return [{key: value for key, value in row.items() if key not in MEASURED_PER_STEP} for row in rows]
     if path.name == "report.json":
-        return {k: v for k, v in json.loads(path.read_text()).items() if k not in OF_A_CLOCK}
+        return {k: v for k, v in json.loads(path.read_text()).items() if k not in MEASURED_PER_RUN}
     return path.read_bytes()
 
 
@@ -101,24 +102,24 @@ def files(run: Path) -> set[str]:
 
 
 def require_same_run(run: Path, whole: Path) -> None:
-    """The same files with the same contents, and the user's own, and nothing else."""
-    expected = files(whole) - set(MINE)
-    assert files(run) - set(MINE) == expected, files(run) ^ expected
+    """The run has the same files with the same contents; user files may be there too, but nothing else."""
+    expected = files(whole) - set(USER_FILES)
+    assert files(run) - set(USER_FILES) == expected, files(run) ^ expected
     for name in sorted(expected - {"manifest.json"}):
         assert contents(run / name) == contents(whole / name), name
 
 
 def require_nothing_lost(bench: Bench, scenario: str, run: Path) -> None:
-    """After a kill the old run is as it was, or the new one goes on to its end, to the bit."""
+    """After a kill the old run is unchanged, or the new run can be completed bit-exactly."""
     if scenario == "a run that replaces another":
-        assert all((run / name).read_text() == "mine" for name in MINE)
+        assert all((run / name).read_text() == "mine" for name in USER_FILES)
         if not is_unfinished(run) and contents(run / "manifest.json") == contents(
             bench.old / "manifest.json"
         ):
             for path in run.glob(".*"):  # the lock and the temporary files of a dead process
                 path.rename(bench.root / "debris")
             require_same_run(run, bench.old)
-    bench.go_on(run)
+    bench.complete(run)
     require_same_run(run, bench.whole)
 
 
@@ -131,7 +132,7 @@ def killed(bench: Bench, name: str, run: Path, at: int, when: str) -> Ended:
     return ended
 
 
-def killed_by_the_clock(bench: Bench, name: str, run: Path, seconds: float) -> bool:
+def killed_after(bench: Bench, name: str, run: Path, seconds: float) -> bool:
     shutil.rmtree(run, ignore_errors=True)
     SCENARIOS[name].before(bench, run)
     ended = run_killed(main, bench.command(SCENARIOS[name], run), seconds=seconds)
@@ -140,19 +141,19 @@ def killed_by_the_clock(bench: Bench, name: str, run: Path, seconds: float) -> b
     return ended.was_killed
 
 
-def at_random(bench: Bench, run: Path, count: int) -> int:
-    """Of each scenario so many, at moments spread over the time that a run takes."""
+def kill_at_random(bench: Bench, run: Path, count: int) -> int:
+    """Kill `count` runs of each scenario, at random times within the duration of a run."""
     done = 0
     for name in SCENARIOS:
         start = time.monotonic()
-        assert not killed_by_the_clock(bench, name, run, LONGEST)
-        longest = time.monotonic() - start
+        assert not killed_after(bench, name, run, MAX_SECONDS)
+        duration = time.monotonic() - start
         rng = random.Random(name)
-        done += sum(killed_by_the_clock(bench, name, run, longest * rng.random()) for _ in range(count))
+        done += sum(killed_after(bench, name, run, duration * rng.random()) for _ in range(count))
     return done
 
 
-def every_moment(bench: Bench, run: Path) -> int:
+def kill_at_every_moment(bench: Bench, run: Path) -> int:
     count = 0
     for name in SCENARIOS:
         at, is_killed = 0, True
@@ -167,9 +168,9 @@ def every_moment(bench: Bench, run: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--random", type=int, metavar="N", help="N random moments of each, no others")
+    parser.add_argument("--random", type=int, metavar="N", help="only N random moments of each scenario")
     number = parser.parse_args().random
     with tempfile.TemporaryDirectory() as folder:
         bench, run = Bench(Path(folder)), Path(folder, "run")
-        count = every_moment(bench, run) if number is None else at_random(bench, run, number)
+        count = kill_at_every_moment(bench, run) if number is None else kill_at_random(bench, run, number)
     print(count, "kills, nothing lost")

@@ -1,17 +1,17 @@
-"""A process killed at a chosen moment: before or after its Nth act on the names of files, or its Nth fsync.
+"""Kill a process at a chosen moment: before or after its Nth call that changes file names, or its Nth fsync.
 
     ended = run_killed(main, ["train", ...], at=7, when="after")
 
-runs `main(["train", ...])` in a process of its own, which sends itself SIGKILL after the seventh of its calls
-of CALLS. Without `at`, or where there are fewer calls, it runs to its end, and `ended.was_killed` is false.
-So a loop over `kills(...)` ends by itself:
+runs `main(["train", ...])` in a new process, which sends itself SIGKILL after its seventh call of a function
+in CALLS. Without `at`, or if there are fewer calls, it runs to its end and `ended.was_killed` is false. So a
+loop over `kills(...)` ends by itself:
 
     for ended in kills(main, ["fuse", ...], before_each=clean):
-        ...  # what must hold after this kill
+        ...  # check what must hold after this kill
 
-The processes are forked by a server that has imported this project, and has not used MLX: a kill costs what
-the act itself costs. Where there is a GPU they begin from nothing, and take a second or two longer. The act
-and its arguments must be picklable: a function of a module.
+The processes are forked by a server that has imported this project but has not used MLX, so they start fast.
+With a GPU they are spawned instead, which takes a second or two longer. The function and its arguments must
+be picklable.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ PRELOAD = [
     "mlx_impl.__main__",
     "tests.kills",
 ]
-LONGEST = 120  # seconds
+MAX_SECONDS = 120
 
-# A GPU's driver does not live through a fork.
+# A GPU's driver does not survive a fork.
 SERVER: Any = multiprocessing.get_context("spawn" if mx.is_available(mx.gpu) else "forkserver")
 SERVER.set_forkserver_preload(PRELOAD)
 
 
 @dataclass(frozen=True)
 class Ended:
-    code: int  # of the process; -9 where it was killed
-    calls: list[str]  # each with its first argument, the last one too
-    output: str  # what it printed, errors too
+    code: int  # exit code; -9 if killed
+    calls: list[str]  # each with its first argument; the last one may not have been made
+    output: str  # standard output and standard error
 
     @property
     def was_killed(self) -> bool:
@@ -63,20 +63,20 @@ def run_killed(
     calls: Sequence[str] = CALLS,
     seconds: float | None = None,
 ) -> Ended:
-    """`act(*arguments)` in its own process, killed before or after the call number `at`, or by the clock."""
+    """Run `act(*arguments)` in a new process; kill it before or after call `at`, or after some seconds."""
     with tempfile.TemporaryDirectory() as folder:
         seen, output = Path(folder, "calls"), Path(folder, "output")
         seen.touch()
         output.touch()
         process = SERVER.Process(target=in_child, args=(act, arguments, at, when, calls, seen, output))
         process.start()
-        process.join(LONGEST if seconds is None else seconds)
+        process.join(MAX_SECONDS if seconds is None else seconds)
         if process.exitcode is None and seconds is not None:
             process.kill()
             process.join()
         if process.exitcode is None:
             process.kill()
-            raise TimeoutError(f"not at its end after {LONGEST} seconds: {output.read_text('utf-8')}")
+            raise TimeoutError(f"still running after {MAX_SECONDS} seconds: {output.read_text('utf-8')}")
         lines = seen.read_text("utf-8", "replace").splitlines()
         return Ended(process.exitcode, lines, output.read_text("utf-8", "replace"))
 
@@ -88,9 +88,9 @@ def kills(
     calls: Sequence[str] = CALLS,
     every: int = 1,
 ) -> Iterator[Ended]:
-    """Killed before the first call, after it, before the second, ...; ends when a run reaches its end.
+    """Kill before the first call, after it, before the second, ..., until a run reaches its end.
 
-    Of these moments every so many is taken.
+    Only one moment in `every` is tried.
     """
     moments = ((at, when) for at in itertools.count(1) for when in ("before", "after"))
     for at, when in itertools.islice(moments, 0, None, every):
@@ -111,19 +111,19 @@ def in_child(
     seen: Path,
     output: Path,
 ) -> None:
-    """With the calls counted, each noted before it is made."""
+    """Run `act` with patched calls: each is counted and logged before it is made."""
     written = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(written, stream)
     log, count = os.open(seen, os.O_WRONLY | os.O_APPEND), itertools.count(1)
-    note = os.write  # which may be among the calls
+    write_log = os.write  # the original, in case os.write is patched too
 
     def patched(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             number = next(count)
-            note(log, f"{name} {args[0]!s}\n".encode())
+            write_log(log, f"{name} {args[0]!s}\n".encode())
             if (number, when) == (at, "before"):
                 os.kill(os.getpid(), signal.SIGKILL)
             try:

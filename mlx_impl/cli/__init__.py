@@ -1,4 +1,4 @@
-"""The command line: one file a command, its flags and what it does; beneath them what `train` is made of.
+"""The command line: one module per command, with its flags and its `run`.
 
-A command module imports MLX only inside `run`, because an optimized BLAS must be loaded before.
+An optimized BLAS must be loaded before MLX, so a command module imports MLX only inside `run`.
 """

@@ -1,6 +1,6 @@
-"""`python -m mlx_impl.cli.address_space_probe [BLAS]`: bytes of address space of a command without a model.
+"""`python -m mlx_impl.cli.address_space_probe [BLAS]`: print the program's address space in bytes.
 
-It loads what a command loads and starts the threads that it starts; see `address_space.py`.
+It imports every library and starts every thread that a command does, without a model. See address_space.py.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import sys
 import threading
 from pathlib import Path
 
-from ..machine.address_space import share_pools
+from ..machine.address_space import use_one_malloc_arena
 from ..machine.blas import load_optimized_blas
 
 STATUS = Path("/proc/self/status")
-SIDE = 512  # of a matrix that a BLAS multiplies by several threads
+MATRIX_SIZE = 512  # large enough that a BLAS starts its threads
 
 
-def start(blas: str | None) -> None:
-    share_pools()
+def load_everything(blas: str | None) -> None:
+    use_one_malloc_arena()
     load_optimized_blas(blas)
     import gguf  # noqa: F401
     import mlx.core as mx
@@ -27,12 +27,12 @@ def start(blas: str | None) -> None:
 
     from .training import finetune  # noqa: F401
 
-    thread = threading.Thread(target=np.ones(1).sum)  # as a progress bar has one
+    thread = threading.Thread(target=np.ones(1).sum)  # a progress bar has a thread of its own
     thread.start()
-    square = mx.ones((SIDE, SIDE))
+    square = mx.ones((MATRIX_SIZE, MATRIX_SIZE))
     mx.eval(square @ square)
     mx.eval((square @ square).astype(mx.float32).sum())
-    np.ones((SIDE, SIDE)) @ np.ones((SIDE, SIDE))
+    np.ones((MATRIX_SIZE, MATRIX_SIZE)) @ np.ones((MATRIX_SIZE, MATRIX_SIZE))
     figure, axes = pyplot.subplots()
     axes.plot([0, 1])
     figure.savefig(io.BytesIO())
@@ -40,11 +40,11 @@ def start(blas: str | None) -> None:
 
 
 def peak_bytes() -> int:
-    """VmPeak: the most address space that this process had."""
+    """VmPeak: the most address space that this process has mapped at once."""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmPeak:")) * 1024
 
 
 if __name__ == "__main__":
-    start((sys.argv[1] if sys.argv[1:] else None) or None)
+    load_everything((sys.argv[1] if sys.argv[1:] else None) or None)
     print(peak_bytes())

@@ -1,4 +1,4 @@
-"""`fuse`: a Hugging Face folder of the model with the adapter in its weights."""
+"""`fuse`: the model with the adapter added to its weights, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,28 +6,36 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .settings import flags
-from .settings.flags import add_json_flag, folder
+from .settings.flags import add_folder, add_json_flag
 
-HELP = "a model folder with the adapter in its weights"
+if TYPE_CHECKING:
+    from ..files.fusing import Survival
+
+HELP = "merge an adapter into the model's weights"
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    flags.add_model_flags(command.add_argument_group("model"))
+    flags.add_model_flags(
+        command.add_argument_group("model"),
+        dequantize="write MLX-quantized weights as plain weights, which keep more of the update",
+    )
     group = command.add_argument_group("adapter")
-    folder(group, "--adapter-path", "the adapter, in PEFT's format or mlx-lm's", required=True)
-    folder(group, "--save-path", "a new or empty folder for the fused model", required=True)
+    add_folder(group, "--adapter-path", "the adapter, in PEFT's format or mlx-lm's", required=True)
+    add_folder(group, "--save-path", "folder for the fused model; new or empty", required=True)
     add_json_flag(group)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..disk.places import require_apart, require_new_folder
+    from ..disk.output_folder import require_new_folder, require_no_overlap
     from ..files.checkpoint import load_model
     from ..files.fusing import LARGE_ERROR, fuse
 
-    given = {"model": args.model, "adapter": args.adapter_path}  # before minutes of reading
-    require_apart(args.save_path, {what: Path(path) for what, path in given.items() if path})
+    inputs = {"model": args.model, "adapter": args.adapter_path}
+    # fuse() checks this too, but only after minutes of reading the model.
+    require_no_overlap(args.save_path, {what: Path(path) for what, path in inputs.items() if path})
     require_new_folder(args.save_path)
     loaded = load_model(args.model)
     survival = fuse(loaded, args.adapter_path, args.save_path, args.dequantize)
@@ -37,14 +45,18 @@ def run(args: argparse.Namespace) -> None:
         "error": survival.error,
     }
     if survival.error > LARGE_ERROR:
-        advice = "fuse with --dequantize, or" if survival.is_quantized else "to have it whole,"
-        print(
-            f"warning: little of the update survived: the weights, rounded, miss it by {survival.error:.0%} "
-            f"of its size; {advice} keep the adapter beside the model",
-            file=sys.stderr,
-        )
+        print_warning(survival)
     sentence = (
         f"{loaded.name} with {args.adapter_path} in its weights is saved in {args.save_path}: "
-        f"{survival.survived:.1%} of the update survived, with a rounding error of {survival.error:.2%} of it"
+        f"{survival.survived:.1%} of the update survived; its rounding error is {survival.error:.2%} of it"
     )
     print(json.dumps(result) if args.json else sentence)
+
+
+def print_warning(survival: Survival) -> None:
+    remedy = "fuse with --dequantize, or" if survival.is_quantized else "to have it whole,"
+    print(
+        f"warning: little of the update survived: rounding the fused weights changed it by "
+        f"{survival.error:.0%} of its size; {remedy} keep the adapter beside the model",
+        file=sys.stderr,
+    )

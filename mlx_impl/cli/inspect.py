@@ -1,4 +1,4 @@
-"""`inspect`: what of the data is trained, how long the examples are, and what padding costs."""
+"""`inspect`: which tokens are targets, how long the examples are, and how much of a batch is padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import BATCHINGS, TrainConfig
 from .settings import flags
-from .settings.flags import add_json_flag, number, require_at_least, targets
+from .settings.flags import add_json_flag, add_number, require_at_least, targets_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from ..text.examples import Encoded
     from ..text.tokenizer import ChatTokenizer
 
-HELP = "show what of the data is trained: no weights are read"
+HELP = "show which tokens are trained on (reads no weights)"
 FILES = ("train", "valid", "test")
-BINS, BAR = 10, 40  # of the histogram of lengths; characters of its longest bar
-OPEN, CLOSE = "[[", "]]"  # around targets, where there is no colour
+MAX_BINS, MAX_BAR = 10, 40  # of the histogram of lengths: rows, and characters of the longest bar
+OPEN, CLOSE = "[[", "]]"  # around targets where there is no colour
 
-Part = tuple[str, bool]  # a text, and whether it is a target
+Span = tuple[str, bool]  # a text, and whether it is a target
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     flags.add_model_flag(command.add_argument_group("model"))
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("inspection")
-    number(group, "--num-examples", 3, "of the training file to show")
+    add_number(group, "--num-examples", 3, "how many training examples to print")
     add_json_flag(group)
 
 
@@ -47,26 +47,26 @@ def run(args: argparse.Namespace) -> None:
     files = {n: read_conversations(path) for n, path in paths.items() if path.exists() or n == "train"}
     tokenizer = load_tokenizer(args.model)
     encoded = {
-        n: encode_file(tokenizer, rows, targets(args), args.max_seq_length) for n, rows in files.items()
+        n: encode_file(tokenizer, rows, targets_of(args), args.max_seq_length) for n, rows in files.items()
     }
     train = encoded["train"].examples
     result = {
-        "files": {name: describe(file) for name, file in encoded.items()},
+        "files": {name: file_statistics(file) for name, file in encoded.items()},
         "lengths": histogram([len(example.tokens) for example in train]),
-        "padding": {kind: padding_share(train, kind, args) for kind in BATCHINGS},
-        "examples": [parts_of(tokenizer, example) for example in train[: args.num_examples]],
+        "padding": {batching: padding_fraction(train, batching, args) for batching in BATCHINGS},
+        "examples": [spans_of(tokenizer, example) for example in train[: args.num_examples]],
     }
     if args.json:
         print(json.dumps(result))
         return
     console = make_console(stderr=False)
-    show(result, paths["train"], console)
+    print_inspection(result, paths["train"], console)
     for name, file in encoded.items():
         for remark in file.remarks(name):
             console.print(remark)
 
 
-def describe(file: Encoded) -> dict[str, Any]:
+def file_statistics(file: Encoded) -> dict[str, Any]:
     return {
         "num_examples": len(file.examples),
         "num_tokens": sum(len(example.tokens) for example in file.examples),
@@ -77,17 +77,17 @@ def describe(file: Encoded) -> dict[str, Any]:
 
 
 def histogram(lengths: list[int]) -> list[dict[str, int]]:
-    """How many examples have from `first` to `last` tokens, in at most BINS steps of one width."""
-    least = min(lengths) - 1
-    width = -(-(max(lengths) - least) // BINS)
+    """How many examples have `first` to `last` tokens, in at most MAX_BINS bins of equal width."""
+    start = min(lengths) - 1
+    width = -(-(max(lengths) - start) // MAX_BINS)
     return [
         {"first": i + 1, "last": i + width, "count": sum(i < length <= i + width for length in lengths)}
-        for i in range(least, max(lengths), width)
+        for i in range(start, max(lengths), width)
     ]
 
 
-def padding_share(examples: list[Example], batching: str, args: argparse.Namespace) -> float:
-    """The share of an epoch's inputs that are padding, in batches made as `train` makes them."""
+def padding_fraction(examples: list[Example], batching: str, args: argparse.Namespace) -> float:
+    """The fraction of an epoch's inputs that is padding, in the batches that `train` would make."""
     from ..batching import updates_an_epoch
     from ..data import num_inputs, training_windows
 
@@ -99,8 +99,8 @@ def padding_share(examples: list[Example], batching: str, args: argparse.Namespa
     return 1 - sum(tokens for _, tokens in batches) / sum(size for size, _ in batches)
 
 
-def parts_of(tokenizer: ChatTokenizer, example: Example) -> list[Part]:
-    """The example's text, cut where targets begin and end. The first token is never predicted."""
+def spans_of(tokenizer: ChatTokenizer, example: Example) -> list[Span]:
+    """The example's text, split where targets begin and end. The first token is never a target."""
     marks = zip(example.tokens, (False, *example.is_target[1:]), strict=True)
     runs = groupby(marks, key=lambda mark: mark[1])
     return [
@@ -108,31 +108,39 @@ def parts_of(tokenizer: ChatTokenizer, example: Example) -> list[Part]:
     ]
 
 
-def show(result: dict[str, Any], path: Path, console: Console) -> None:
-    from rich.text import Text
-
-    from .screen.console import harmless
-
-    is_coloured = console.color_system is not None and not console.no_color
-    meaning = "targets are green" if is_coloured else f"targets stand between {OPEN} and {CLOSE}"
-    if result["examples"]:
-        console.print(f"{path}, the first examples; {meaning}")
-    for parts in result["examples"]:
-        text = Text()
-        for part, is_target in parts:
-            marked = f"{OPEN}{part}{CLOSE}" if is_target and not is_coloured else part
-            text.append(harmless(marked), "green" if is_target else "dim")
-        console.print(text, end="\n\n")
+def print_inspection(result: dict[str, Any], path: Path, console: Console) -> None:
+    print_examples(result["examples"], path, console)
     for name, file in result["files"].items():
-        share = file["num_targets"] / file["num_tokens"]
+        fraction = file["num_targets"] / file["num_tokens"]
         console.print(
             f"{name}: {file['num_examples']:,} examples, {file['num_tokens']:,} tokens, "
-            f"{file['num_targets']:,} targets ({share:.0%})"
+            f"{file['num_targets']:,} targets ({fraction:.0%})"
         )
-    most = max(row["count"] for row in result["lengths"])
-    console.print("tokens of the training examples")
-    for row in result["lengths"]:
-        bar = "#" * -(-row["count"] * BAR // most)
+    print_histogram(result["lengths"], console)
+    fractions = ", ".join(f"{batching} {padding:.1%}" for batching, padding in result["padding"].items())
+    console.print(f"padding in the training batches, by --batching: {fractions}")
+
+
+def print_examples(examples: list[list[Span]], path: Path, console: Console) -> None:
+    from rich.text import Text
+
+    from .screen.console import printable
+
+    is_coloured = console.color_system is not None and not console.no_color
+    legend = "targets are green" if is_coloured else f"targets are between {OPEN} and {CLOSE}"
+    if examples:
+        console.print(f"{path}, the first examples; {legend}")
+    for spans in examples:
+        text = Text()
+        for span, is_target in spans:
+            marked = f"{OPEN}{span}{CLOSE}" if is_target and not is_coloured else span
+            text.append(printable(marked), "green" if is_target else "dim")
+        console.print(text, end="\n\n")
+
+
+def print_histogram(rows: list[dict[str, int]], console: Console) -> None:
+    most = max(row["count"] for row in rows)
+    console.print("training examples by their number of tokens")
+    for row in rows:
+        bar = "#" * -(-row["count"] * MAX_BAR // most)
         console.print(f"{row['first']:>7} - {row['last']:<7} {row['count']:>7}  {bar}".rstrip())
-    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in result["padding"].items())
-    console.print(f"padding in a training batch, by --batching: {shares}")

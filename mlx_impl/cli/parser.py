@@ -1,4 +1,4 @@
-"""The parser over all commands; each command's module brings its own flags. No MLX import."""
+"""The parser of all commands; each command's module adds its own flags. No MLX import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from . import convert, evaluate, fuse, generate, inspect, train
 from .settings.config_file import read_config
-from .settings.settings import closest, with_settings
+from .settings.precedence import closest_match, merge_settings
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -26,51 +26,58 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_impl",
         description="LoRA fine-tuning in pure MLX, checked against PyTorch.",
+        epilog="Each command has its own help: python -m mlx_impl COMMAND --help",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
         help_text = module.HELP
-        command = commands.add_parser(
-            name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", allow_abbrev=False
-        )
+        description = help_text[0].upper() + help_text[1:] + "."
+        command = commands.add_parser(name, help=help_text, description=description, allow_abbrev=False)
         module.add_flags(command)
     return parser
 
 
-def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Each command's own parser."""
+def command_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Each command's own parser, by the command's name."""
     return next(dict(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; beneath it the file of --config and the run to resume, beneath those the defaults.
+    """The settings of a command. Flags win over the --config file, which wins over the run to resume.
 
-    Raises ValueError for a wrong file; a wrong command line ends the program, as argparse does.
+    Raises ValueError for a wrong file. A wrong command line exits with code 2, as argparse does.
     """
     parser = make_parser()
     args, unknown = parser.parse_known_args(arguments)
-    command = commands_of(parser)[args.command]
+    command = command_parsers(parser)[args.command]
     if unknown:
-        near = closest(unknown[0].partition("=")[0], command._option_string_actions)
-        hint = f"; the closest flag is {near}" if near else ""
+        match = closest_match(unknown[0].partition("=")[0], command._option_string_actions)
+        hint = f"; the closest flag is {match}" if match else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    if getattr(args, "config", None) is not None or getattr(args, "resume", None) is not None:
-        for action in command._actions:
-            action.default = argparse.SUPPRESS
-        given = vars(parser.parse_args(arguments))  # and nothing else
-        if "resume" in given and "adapter_path" in given:
-            raise ValueError("--adapter-path is that of --resume: give one of them")
-        if args.config is not None:
-            given = with_settings(command, read_config(args.config), given, args.config)
-        if args.resume is not None:
-            given = with_settings(command, settings_of_run(args.resume), given, args.resume)
-        args = argparse.Namespace(**{**vars(args), **given})
-    return args
+    if getattr(args, "config", None) is None and getattr(args, "resume", None) is None:
+        return args
+    for action in command._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args(arguments))  # without defaults: only the flags on the command line
+    return argparse.Namespace(**{**vars(args), **with_files(args, command, given)})
 
 
-def settings_of_run(folder: Path) -> dict[str, Any]:
-    """Those of a run that is resumed, beneath all that is given."""
+def with_files(
+    args: argparse.Namespace, command: argparse.ArgumentParser, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The given flags, merged with the --config file and the settings of the run to resume."""
+    if "resume" in given and "adapter_path" in given:
+        raise ValueError("--resume already names the run's folder: leave --adapter-path out")
+    if args.config is not None:
+        given = merge_settings(command, read_config(args.config), given, args.config)
+    if args.resume is not None:
+        given = merge_settings(command, saved_settings(args.resume), given, args.resume)
+    return given
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the manifest of the run to resume."""
     from .training.manifest import read
 
     return read(folder).settings

@@ -1,1 +1,1 @@
-"""Reading and writing so that nothing of the user's is lost: whole files, whole folders, free places."""
+"""Atomic writes of files and folders, checked reads, and the choice of an output folder."""

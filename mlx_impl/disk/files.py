@@ -1,4 +1,4 @@
-"""Files out, whole or not at all; regular files in, or one sentence on what is wrong with them."""
+"""Atomic writes of files, and checked reads: only regular files, up to a size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Of this process alone. It stands in the name of each of its temporary files: who records it can tell the
-# files of a process that died from all others, and from a user's.
-PROCESS = secrets.token_hex(8)
+# Unique to this process and part of the names of its temporary files. A lock file or a journal records it, so
+# that after a crash exactly the dead process's files can be removed.
+PROCESS_TOKEN = secrets.token_hex(8)
 
-LONGEST_REASON = 300  # characters
-MOST_JSON_BYTES = 2**28
+MAX_REASON = 300  # characters
+MAX_JSON_BYTES = 2**28
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -31,39 +31,39 @@ KINDS = {
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; the file gets its own name when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to, renamed to `path` when the block ends without an error.
 
-    Raises ValueError where `path` is there and is no regular file: a link is neither followed nor replaced.
-    OSError, of a full disk for example, names `path`.
+    Raises ValueError where `path` is a link or anything else but a regular file. An OSError, such as a full
+    disk, names `path` and not the temporary file.
     """
     part = None
     try:
         require_replaceable(path)
-        part = open_part(path)
+        part = open_temporary(path)
         yield part
-        synchronize(part)
+        fsync_path(part)
         os.replace(part, path)
         part = None
-        synchronize_folder(path.parent)  # the new name too
+        fsync_folder(path.parent)  # makes the rename durable
     except OSError as error:
-        raise named(error, path) from None
+        raise with_filename(error, path) from None
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
 
 
 def require_replaceable(path: Path) -> None:
-    """ValueError where a file cannot be written under this name without loss of something else."""
+    """ValueError where writing the file would replace something else than a regular file."""
     if os.path.lexists(path) and not is_regular(path):
-        kind = "a link" if path.is_symlink() else kind_of(path.stat().st_mode)
-        raise ValueError(f"{path}: a file is to be written here, and this is {kind}: move it away")
+        kind = "a link" if path.is_symlink() else file_kind(path.stat().st_mode)
+        raise ValueError(f"{path}: must be a regular file to be overwritten, but is {kind}: move it away")
 
 
-def open_part(path: Path) -> Path:
-    """A new, empty file beside `path`; its name ends as that of `path` does, by which some writers go."""
+def open_temporary(path: Path) -> Path:
+    """A new, empty file beside `path`, with the suffix of `path`, from which some writers infer a format."""
     while True:
-        part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{PROCESS}.part{path.suffix}")
+        part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{PROCESS_TOKEN}.part{path.suffix}")
         try:
             os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             return part
@@ -71,21 +71,21 @@ def open_part(path: Path) -> Path:
             continue
 
 
-def remove_parts_of(folder: Path, process: str) -> None:
-    """Remove the temporary files that a process, which is dead, left in this folder, not in those below."""
-    part = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(process)}\.part(\.[^.]*)?", re.DOTALL)
+def remove_temporary_files(folder: Path, process_token: str) -> None:
+    """Remove the temporary files of a dead process from this folder, but not from its subfolders."""
+    part = re.compile(rf"\..*\.[0-9a-f]{{8}}\.{re.escape(process_token)}\.part(\.[^.]*)?", re.DOTALL)
     for path in list(folder.iterdir()):
         if part.fullmatch(path.name) and is_regular(path):
             path.unlink(missing_ok=True)
 
 
-def named(error: OSError, path: Path) -> OSError:
-    """The same error of a file with this name, not of the temporary one."""
+def with_filename(error: OSError, path: Path) -> OSError:
+    """The same error with `path` as its filename."""
     return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
-def synchronize(path: Path) -> None:
-    """Wait until it is on the disk, so that a power cut finds it there."""
+def fsync_path(path: Path) -> None:
+    """Wait until the file is on the disk, where a power cut cannot lose it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,62 +93,65 @@ def synchronize(path: Path) -> None:
         os.close(descriptor)
 
 
-def synchronize_folder(path: Path) -> None:
-    """The names in it, where the system can."""
+def fsync_folder(path: Path) -> None:
+    """Wait until the folder's names are on the disk, on systems that support it."""
     if os.name == "posix":
-        synchronize(path)
+        fsync_path(path)
 
 
 # Reading.
 
 
 def is_regular(path: Path) -> bool:
-    """A regular file of this very name, not a link to one."""
+    """Whether the path is a regular file, and not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
 
 
-def kind_of(mode: int) -> str:
+def file_kind(mode: int) -> str:
     return KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def require_file(path: Path, most_bytes: int | None = None) -> None:
-    """ValueError for what is no regular file, or link to one, or larger: to open a pipe may wait for ever."""
+def require_file(path: Path, max_bytes: int | None = None) -> None:
+    """ValueError for a file that is too large or not regular; a link to a regular file is fine.
+
+    Opening a named pipe could wait forever.
+    """
     try:
         found = path.stat()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path}: must be a regular file, and is {kind_of(found.st_mode)}")
-    if most_bytes is not None and found.st_size > most_bytes:
-        raise ValueError(f"{path}: must have at most {most_bytes} bytes, and has {found.st_size}")
+        raise ValueError(f"{path}: must be a regular file, but is {file_kind(found.st_mode)}")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise ValueError(f"{path}: must have at most {max_bytes} bytes, got {found.st_size}")
 
 
-def read_bytes(path: Path, most_bytes: int = MOST_JSON_BYTES) -> bytes:
-    """All of a regular file; ValueError in one sentence where there is none, or a larger one."""
-    require_file(path, most_bytes)
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file; ValueError for one that is missing, unreadable or too large."""
+    require_file(path, max_bytes)
     try:
         with open(path, "rb") as file:
-            content = file.read(most_bytes + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    if len(content) > most_bytes:  # it grew, or lies about its size
-        raise ValueError(f"{path}: must have at most {most_bytes} bytes, and has more")
+    if len(content) > max_bytes:  # the file grew, or its size is wrong, as under /proc
+        raise ValueError(f"{path}: must have at most {max_bytes} bytes, got more")
     return content
 
 
-def read_text(path: Path, most_bytes: int = MOST_JSON_BYTES) -> str:
-    """As `read_bytes`; ValueError too for what is not UTF-8."""
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The content as text; ValueError also for a file that is not UTF-8."""
     try:
-        return read_bytes(path, most_bytes).decode("utf-8")
+        return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: must be UTF-8 text: {error.reason}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError where there is no file, no JSON or no object."""
+    """The object in a JSON file; ValueError for a missing file, wrong JSON or another JSON value."""
     content = read_bytes(path)
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=with_printable_keys)
@@ -160,10 +163,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def with_printable_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys can stand in a message."""
+    """A JSON object; ValueError for a key with control characters, which could not be shown in a message."""
     for key, _ in pairs:
         if not key.isprintable():
-            raise ValueError(f"the keys of an object must be printable, got {key!r}")
+            raise ValueError(f"keys must be printable, got {key!r}")
     return dict(pairs)
 
 
@@ -173,5 +176,5 @@ def one_line(error: object) -> str:
     White space becomes single spaces and what is not printable is escaped; without any text it is its repr.
     """
     text = " ".join(str(error).split()) or repr(error)
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST_REASON + 1])
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MAX_REASON + 1])
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]} ..."

@@ -1,4 +1,4 @@
-"""Folders out, whole or not at all; what a killed process left of one is removed by the next."""
+"""Atomic writes of whole folders. The leftovers of a killed process are removed by the next one."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import named, synchronize, synchronize_folder
+from .files import fsync_folder, fsync_path, with_filename
 from .journal import Journal, remove_leftovers
-from .places import real, require_new_folder
+from .output_folder import real_path, require_new_folder
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Unfinished]:
-    """A temporary folder beside `path` to fill; it gets the name `path` when the block ends well.
+def atomic_folder(path: Path) -> Iterator[TemporaryFolder]:
+    """A temporary folder beside `path` to fill, renamed to `path` when the block ends without an error.
 
-    A link is followed to the empty folder that it names; what file browsers left there stays. Raises
-    ValueError where there is something else of that name. OSError names a file in `path`.
+    `path` may be an empty folder or a link to one; files of file browsers in it, such as .DS_Store, are kept.
+    Raises ValueError where `path` is anything else that exists. An OSError names a file in `path`.
     """
     require_new_folder(path)
     part = None
     try:
-        target = real(path)
+        target = real_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent)
-        part = Unfinished(target)
+        part = TemporaryFolder(target)
         yield part
         part.finish()
     except OSError as error:
-        raise named(error, name_for(error, part, path)) from None
+        raise with_filename(error, final_name(error, part, path)) from None
     finally:
         if part is not None:
             part.journal.close()
 
 
-def name_for(error: OSError, part: Unfinished | None, path: Path) -> Path:
-    """A file of the unfinished folder as one of `path`; `path` itself for all else."""
+def final_name(error: OSError, part: TemporaryFolder | None, path: Path) -> Path:
+    """The error's file in `path`, if it is in the temporary folder; else `path`."""
     name = Path(str(error.filename or path))
     return path / name.relative_to(part.path) if part and name.is_relative_to(part.path) else path
 
 
-class Unfinished:
-    """A folder that is being filled: every name in it comes from `file`."""
+class TemporaryFolder:
+    """A folder under a temporary name; `file` makes the path of each file in it."""
 
     def __init__(self, target: Path) -> None:
         self.target, self.journal = target, Journal(target)
@@ -55,19 +55,19 @@ class Unfinished:
             raise
 
     def file(self, name: str) -> Path:
-        """The path of a file of this name, which is about to be made."""
+        """The path of a new file; its name goes into the journal before the file is created."""
         self.journal.add({"file": name})
         return self.path / name
 
     def finish(self) -> None:
-        """Everything onto the disk, and then the folder's own name."""
+        """Write everything through to the disk, then rename the folder."""
         for path in self.path.iterdir():
-            synchronize(path)
+            fsync_path(path)
         if self.target.exists():
             self.path.chmod(stat.S_IMODE(self.target.stat().st_mode))
-            for path in list(self.target.iterdir()):  # what file browsers left
+            for path in list(self.target.iterdir()):  # files of file browsers
                 self.journal.add({"moved": path.name})
                 os.replace(path, self.path / path.name)
-        synchronize_folder(self.path)
+        fsync_folder(self.path)
         os.replace(self.path, self.target)
-        synchronize_folder(self.target.parent)
+        fsync_folder(self.target.parent)

@@ -1,11 +1,11 @@
-"""The journal of a folder that is being filled, by which a killed process's folder is told from all others.
+"""The journal of a temporary folder: with it the leftovers of a killed process can be found and removed.
 
-A folder is filled under a temporary name, `.NAME.TOKEN.part`. Beside it stands its journal: which process
-fills it, which holds a lock on the journal for as long as it lives, and the name of every file in the folder,
-written down before the file is made. So the next one that writes a folder here can tell what a dead process
-left: it removes the files that the journal names, one by one, and nothing else. The journal stands beside the
-folder, not in it, so that the folder can be renamed first and lose its journal afterwards: there is no moment
-at which a kill would leave a folder that no journal names.
+A folder is filled under a temporary name, `.NAME.TOKEN.part`, with the journal `.NAME.TOKEN.part.journal`
+beside it. The journal names the process that fills the folder, and each file before it is created. The
+process holds a lock on the journal as long as it lives. The next process that writes a folder here removes
+the files that a dead process's journal names, and nothing else. The journal is beside the folder, not in it,
+so that the folder can be renamed before the journal is removed: a kill at any moment leaves a folder either
+finished or with its journal.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .files import PROCESS, is_regular, remove_parts_of
-from .places import is_junk_name
+from .files import PROCESS_TOKEN, is_regular, remove_temporary_files
+from .output_folder import is_junk_name
 
 JOURNAL = re.compile(r"\..+\.[0-9a-f]{16}\.part\.journal", re.DOTALL)
-LONGEST_NAME = 40  # characters of the folder's own name in the temporary one
-MOST_BYTES = 2**24
-LONGEST_LIFE = 24 * 3600  # seconds without a new file, of a process on another host, whose locks may not show
+MAX_NAME = 40  # characters of the final name in the temporary name
+MAX_BYTES = 2**24
+# Locks of another host may be invisible here: its process counts as dead after this time without a new file.
+MAX_IDLE_SECONDS = 24 * 3600
 
 
 class Journal:
-    """Lines of JSON: who fills the folder, and what is in it. Locked while this process lives."""
+    """Lines of JSON: the process that fills the folder, then its files. Locked while this process lives."""
 
     def __init__(self, target: Path) -> None:
         self.path, self.descriptor = new_journal(target)
         self.folder = self.path.with_suffix("")
         self.entries: list[dict[str, Any]] = []
-        who = {"host": platform.node(), "pid": os.getpid(), "process": PROCESS}
+        who = {"host": platform.node(), "pid": os.getpid(), "process": PROCESS_TOKEN}
         try:
             self.add({"writer": "mlx_impl", **who, "target": target.name})
         except OSError:
@@ -52,7 +53,7 @@ class Journal:
             os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """Remove what the folder, if it did not get its own name, holds of ours; the journal last."""
+        """Remove our files from the folder, unless it has been renamed; then remove the journal."""
         with suppress(OSError):
             remove_unfinished(self.folder, self.entries)
             self.path.unlink(missing_ok=True)
@@ -60,9 +61,9 @@ class Journal:
 
 
 def new_journal(target: Path) -> tuple[Path, int]:
-    """A new file, open and locked, and still there: before the lock another process may take it for left."""
+    """A new journal file, open and locked; made again if another process removed it before it was locked."""
     while True:
-        name = f".{target.name[:LONGEST_NAME]}.{secrets.token_hex(8)}.part.journal"
+        name = f".{target.name[:MAX_NAME]}.{secrets.token_hex(8)}.part.journal"
         path = target.with_name(name)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         with suppress(OSError):  # a file system without locks
@@ -72,11 +73,11 @@ def new_journal(target: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-# What a dead process left.
+# Leftovers of a dead process.
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Of every unfinished folder here whose process is dead; what cannot be removed stays."""
+    """Remove the temporary folders of dead processes; what cannot be removed stays."""
     with suppress(OSError):
         for path in list(parent.iterdir()):
             if JOURNAL.fullmatch(path.name) and is_regular(path):
@@ -87,21 +88,21 @@ def remove_leftovers(parent: Path) -> None:
 def remove_leftover(journal: Path) -> None:
     descriptor = os.open(journal, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError while its process lives
         found = os.fstat(descriptor)
-        if found.st_uid != os.getuid() or found.st_size > MOST_BYTES:
+        if found.st_uid != os.getuid() or found.st_size > MAX_BYTES:
             return
-        entries = parsed(os.pread(descriptor, MOST_BYTES, 0))
-        is_here = bool(entries) and entries[0]["host"] == platform.node()
-        if found.st_size == 0 or is_here or (entries and time.time() - found.st_mtime > LONGEST_LIFE):
+        entries = parse_entries(os.pread(descriptor, MAX_BYTES, 0))
+        is_local = bool(entries) and entries[0]["host"] == platform.node()
+        if found.st_size == 0 or is_local or (entries and time.time() - found.st_mtime > MAX_IDLE_SECONDS):
             remove_unfinished(journal.with_suffix(""), entries)
             journal.unlink()
     finally:
         os.close(descriptor)
 
 
-def parsed(content: bytes) -> list[dict[str, Any]]:
-    """The lines of a journal, up to one that is damaged; none unless the first is that of a journal."""
+def parse_entries(content: bytes) -> list[dict[str, Any]]:
+    """The entries of a journal up to the first damaged line; [] unless the first line is a journal's."""
     entries: list[dict[str, Any]] = []
     for line in content.split(b"\n"):
         try:
@@ -116,13 +117,13 @@ def parsed(content: bytes) -> list[dict[str, Any]]:
 
 
 def remove_unfinished(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """The files that the journal names, then the folder if it is empty; no link, nothing of anyone else's."""
-    name = plain(str(entries[0]["target"])) if entries else ""
+    """Remove the regular files that the journal names, then the folder if it is empty."""
+    name = plain_name(str(entries[0]["target"])) if entries else ""
     if not name or not is_own_folder(folder):
         return
     target = folder.with_name(name)
     for entry in entries[1:]:
-        name = plain(str(entry.get("file") or entry.get("moved") or ""))
+        name = plain_name(str(entry.get("file") or entry.get("moved") or ""))
         path, back = folder / name, target / name
         if not is_regular(path):
             continue
@@ -130,19 +131,19 @@ def remove_unfinished(folder: Path, entries: list[dict[str, Any]]) -> None:
             path.unlink()
         elif is_junk_name(name) and is_own_folder(target) and not os.path.lexists(back):
             os.replace(path, back)
-    remove_parts_of(folder, str(entries[0]["process"]))
+    remove_temporary_files(folder, str(entries[0]["process"]))
     with suppress(OSError):  # not empty
         folder.rmdir()
 
 
-def plain(name: str) -> str:
-    """A name of a folder's own file; "" for a path that leads elsewhere."""
+def plain_name(name: str) -> str:
+    """The name if it is that of a file directly in a folder; "" for a path that leads elsewhere."""
     is_name = name == os.path.basename(name) and name not in (".", "..") and "\0" not in name
     return name if is_name else ""
 
 
 def is_own_folder(folder: Path) -> bool:
-    """A folder of this user's, not a link to one."""
+    """Whether the path is a folder of this user, and not a link to one."""
     try:
         found = folder.lstat()
     except OSError:

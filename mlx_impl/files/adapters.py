@@ -13,8 +13,8 @@ import mlx.core as mx
 
 from ..config import LoRAConfig
 from ..disk.files import one_line
-from ..disk.folders import whole_folder
-from ..disk.places import require_apart
+from ..disk.folders import atomic_folder
+from ..disk.output_folder import require_no_overlap
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
 from ..targets import LINEARS, select_targets
@@ -141,7 +141,7 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
 
     Raises ValueError, with nothing written, for an adapter that could not be converted back bit for bit.
     """
-    require_apart(target, {"adapter": folder})
+    require_no_overlap(target, {"adapter": folder})
     source = adapter_format(folder)
     if source == to:
         raise ValueError(f"{folder}: the adapter is in {to}'s format already")
@@ -152,7 +152,7 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
     except ValueError as error:
         has_path = str(error).startswith(str(folder))  # the folder's, or a file's in it
         raise ValueError(str(error) if has_path else f"{folder}: {error}") from None
-    with whole_folder(target) as part:
+    with atomic_folder(target) as part:
         for name in (FORMATS[to].FILE, CONFIG):
             part.file(name)
         FORMATS[to].write(part.path, converted)

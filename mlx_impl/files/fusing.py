@@ -18,8 +18,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..disk.files import read_json_object
-from ..disk.folders import Unfinished, whole_folder
-from ..disk.places import require_apart, require_new_folder
+from ..disk.folders import TemporaryFolder, atomic_folder
+from ..disk.output_folder import require_new_folder, require_no_overlap
 from ..lora import FACTORS, dense_weight_OI, lora_layers
 from ..model import CausalLM
 from .adapters import load_adapter
@@ -78,7 +78,7 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     adapter does not fit the model or is too large; if the model was loaded in bfloat16, which would lose
     digits that its file has.
     """
-    require_apart(folder, {"model": loaded.path, "adapter": adapter})
+    require_no_overlap(folder, {"model": loaded.path, "adapter": adapter})
     require_new_folder(folder)
     if dtype_of(loaded.model) != "float32":
         raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(loaded.model)}")
@@ -86,7 +86,7 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     fusion = Fusion(loaded, dequantize)
     has_quantized = any(isinstance(module, QUANTIZED) for _, module in loaded.model.named_modules())
     fusion.survival.is_quantized = has_quantized and not dequantize
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         if loaded.path.is_dir():
             write_description(loaded.path, part, dequantize)
         else:
@@ -98,7 +98,7 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     return fusion.survival
 
 
-def write_description(source: Path, folder: Unfinished, dequantize: bool) -> None:
+def write_description(source: Path, folder: TemporaryFolder, dequantize: bool) -> None:
     """Copy the base's configuration, without its quantization if it is dequantized, and its tokenizer."""
     copy_side_files(source, folder)
     written = folder.file("config.json")
@@ -108,7 +108,7 @@ def write_description(source: Path, folder: Unfinished, dequantize: bool) -> Non
         write_json(written, {k: v for k, v in config.items() if k not in QUANTIZATION_KEYS})
 
 
-def write_gguf_description(loaded: LoadedModel, folder: Unfinished) -> None:
+def write_gguf_description(loaded: LoadedModel, folder: TemporaryFolder) -> None:
     """Write configuration and tokenizer from a GGUF file's metadata; its weights are written as float32."""
     metadata, _ = read_container(loaded.path)
     vocabulary = read_vocabulary(metadata)

@@ -1,1 +1,1 @@
-"""What this machine brings: its memory, its address space, the BLAS that multiplies matrices on a CPU."""
+"""This machine: its memory, its address space, and the BLAS that multiplies matrices on its CPU."""

@@ -1,8 +1,8 @@
-"""How much memory MLX may come to hold: the least of all limits, each with its name.
+"""How much memory MLX's arrays may take: all limits that apply, each with its name.
 
-A hard limit ends the process, by a signal or an error inside MLX. What is free now may become more, when
-others end or the system swaps, so it is worth a warning. Each is that of all of MLX's arrays: what is left,
-and what they hold already.
+Exceeding a hard limit ends the process with a signal or an error inside MLX. The memory that is free now is
+a soft limit, worth only a warning: it grows when other processes end or the system swaps. Every limit is for
+all arrays together: the memory they take now plus what is left.
 """
 
 from __future__ import annotations
@@ -17,54 +17,55 @@ import psutil
 from .address_space import address_space_limit, program_bytes
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Address space that is mapped and not used: pools of the C library, and their gaps. Chosen, not derived: with
-# it no limit that the check lets pass was seen to end in a signal.
-MAPPED = 128 * 2**20
+# Address space that is mapped but unused: malloc arenas and gaps between them. The value is empirical: with
+# it, no run that passed the check was seen to end with a signal.
+UNUSED_BYTES = 128 * 2**20
 
 
-class TooLittle(ValueError):
-    """Memory; the message is one sentence."""
+class TooLittleMemory(ValueError):
+    """A hard limit would be exceeded."""
 
 
 class Limit(NamedTuple):
-    what: str
+    name: str
     num_bytes: int
     is_hard: bool
 
 
-def limits() -> list[Limit]:
-    """All that there are, the smallest first."""
-    held = int(mx.get_active_memory())
-    found = [Limit(what, held + left, True) for what, left in left_of_limits()] if uses_host() else []
+def memory_limits() -> list[Limit]:
+    """All limits that apply, smallest first."""
+    active = int(mx.get_active_memory())
+    found = [Limit(name, active + left, True) for name, left in remaining_by_limit()] if uses_host() else []
     found += device_limits(mx.device_info() if mx.default_device() == mx.gpu else {})
     if uses_host():
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        found.append(Limit("free memory", held + memory.available, False))
+        found.append(Limit("free memory", active + memory.available, False))
         found.append(Limit("memory and swap", memory.total + swap.total, True))
     return sorted(found, key=lambda limit: limit.num_bytes)
 
 
 def uses_host() -> bool:
-    """Whether arrays are in the memory of the processor, as on a CPU and on Apple's chips."""
+    """Whether arrays are in host memory, as on a CPU and on Apple's chips."""
     return bool(mx.default_device() != mx.gpu or mx.metal.is_available())
 
 
-def left_of_limits() -> Iterator[tuple[str, int]]:
-    held = int(mx.get_active_memory())
+def remaining_by_limit() -> Iterator[tuple[str, int]]:
+    """(name, bytes left) of each limit that the system sets for this process."""
+    active = int(mx.get_active_memory())
     if (limit := address_space_limit()) is not None:
         mapped = psutil.Process().memory_info().vms
-        yield "RLIMIT_AS", left_of_address_space(limit, mapped, held, program_bytes())
-    for left in left_of_control_groups(CGROUPS, OWN_CGROUPS):
+        yield "RLIMIT_AS", remaining_address_space(limit, mapped, active, program_bytes())
+    for left in remaining_in_control_groups(CGROUPS, OWN_CGROUPS):
         yield "the control group's limit", left
 
 
-def left_of_address_space(limit: int, mapped: int, held: int, program: int) -> int:
-    """Beside the arrays: what is mapped now, or what the whole program comes to map if that is more."""
-    return limit - held - max(mapped - held, program) - MAPPED
+def remaining_address_space(limit: int, mapped: int, active: int, program: int) -> int:
+    """The limit minus the active arrays and the program, as mapped now or at its peak, whichever is more."""
+    return limit - active - max(mapped - active, program) - UNUSED_BYTES
 
 
-def left_of_control_groups(root: Path, own: Path) -> Iterator[int]:
-    """Of this process's groups and all above them; pages of files that nobody uses do not count."""
+def remaining_in_control_groups(root: Path, own: Path) -> Iterator[int]:
+    """Bytes left in this process's control groups and their parents; inactive file cache counts as free."""
     if not own.is_file():
         return
     for line in own.read_text(encoding="utf-8").splitlines():
@@ -78,12 +79,12 @@ def left_of_control_groups(root: Path, own: Path) -> Iterator[int]:
         top, *names = files
         path = top / name.strip("/")
         for group in (path, *path.parents):
-            if group.is_relative_to(top) and (left := left_of_group(group, *names)) is not None:
+            if group.is_relative_to(top) and (left := remaining_in_group(group, *names)) is not None:
                 yield left
 
 
-def left_of_group(group: Path, limit: str, current: str, reclaimable: str) -> int | None:
-    """None where it has no limit, or says nothing."""
+def remaining_in_group(group: Path, limit: str, current: str, reclaimable: str) -> int | None:
+    """None for a group without a limit or without these files."""
     try:
         most, used = (int((group / file).read_text()) for file in (limit, current))
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -93,32 +94,32 @@ def left_of_group(group: Path, limit: str, current: str, reclaimable: str) -> in
 
 
 def device_limits(info: dict[str, object]) -> list[Limit]:
-    """Of what MLX says about a GPU: Metal's limit, or all the memory that the card has."""
-    for key, what in (
+    """The limit in MLX's description of a GPU: Metal's working set, or the GPU's whole memory."""
+    for key, name in (
         ("max_recommended_working_set_size", "Metal's working set"),
         ("total_memory", "the GPU's memory"),
     ):
         if isinstance(size := info.get(key), int) and size > 0:
-            return [Limit(what, size, True)]
+            return [Limit(name, size, True)]
     return []
 
 
-def shown(num_bytes: float) -> str:
-    """12.3 GiB."""
+def format_bytes(num_bytes: float) -> str:
+    """For example "12.3 GiB" or "300 MiB"."""
     if num_bytes < 2**30:
         return f"{max(0, num_bytes) / 2**20:.0f} MiB"
     return f"{num_bytes / 2**30:.1f} GiB"
 
 
-def refusal(what: str, need: int, limit: Limit) -> str:
-    return (
-        f"{what} needs about {shown(need)} and this process may have {shown(limit.num_bytes)} ({limit.what})"
-    )
+def shortage(what: str, need: int, limit: Limit) -> str:
+    """The error message for a hard limit that would be exceeded."""
+    available = format_bytes(limit.num_bytes)
+    return f"{what} needs about {format_bytes(need)} but this process may use {available} ({limit.name})"
 
 
 def require_bytes(what: str, more: int) -> None:
-    """TooLittle where a hard limit leaves no room for so many bytes beside what MLX holds."""
+    """TooLittleMemory where a hard limit leaves no room for `more` bytes beside the active arrays."""
     need = int(mx.get_active_memory()) + more
-    for limit in limits():
+    for limit in memory_limits():
         if limit.is_hard and need > limit.num_bytes:
-            raise TooLittle(refusal(what, need, limit))
+            raise TooLittleMemory(shortage(what, need, limit))

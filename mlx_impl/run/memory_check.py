@@ -1,8 +1,8 @@
-"""Whether a run fits into memory, asked before its first step; if not, which flags would help, and how much.
+"""Whether a run fits into memory, checked before its first step; if not, which flags would help.
 
-The largest batch of the run is looked for among its own batches (`batching.window_rows`), or, where these are
-too many to go through, made of its longest rows. memory_model.py says what it needs, memory_limits.py what
-there is.
+The need of a run is that of its largest batch: among its own batches (`batching.window_rows`) or, where these
+are too many to go through, a batch of its longest rows. memory_model.py computes the need, memory_limits.py
+finds the limits.
 """
 
 from __future__ import annotations
@@ -32,145 +32,165 @@ from ..fast.memory_model import (
     sizes_of,
     training_bytes,
 )
-from ..machine.memory_limits import Limit, TooLittle, limits, refusal, shown
+from ..machine.memory_limits import Limit, TooLittleMemory, format_bytes, memory_limits, shortage
 from ..model import CausalLM
 from .trainer import LoRATrainer
 
-MANY = 10**6  # of updates times rows: more would take seconds to go through
-SHORTEST = 16  # tokens that --max-seq-length is lowered to
+MAX_ROWS_CHECKED = 10**6  # rows of all batches; going through more would take seconds
+MIN_SEQ_LENGTH = 16  # the smallest --max-seq-length that is suggested
 
 
 @dataclass(frozen=True)
-class Run:
-    """What memory is needed for; each flag makes another run of it."""
+class Workload:
+    """Everything that decides how much memory a training run or an evaluation needs."""
 
     sizes: Sizes
-    train: Sequence[Example]  # none: an evaluation
-    judged: tuple[Sequence[Example], ...]  # sets whose loss is computed
+    train: Sequence[Example]  # empty for an evaluation
+    evaluated: tuple[Sequence[Example], ...]  # the sets whose loss is computed
     training: TrainConfig
     first_step: int = 0
 
-    def need(self) -> int:
+    def bytes_needed(self) -> int:
         checkpointed = self.training.grad_checkpoint
-        of_updates = largest_update(self, lambda shape: training_bytes(self.sizes, shape, checkpointed))
+        update = largest_update_bytes(self, lambda shape: training_bytes(self.sizes, shape, checkpointed))
         size = self.training.batch_size
-        # The batches are sorted by length: the last may be small, the one before it is full.
-        last = [sorted(e, key=lambda example: len(example.tokens))[-2 * size :] for e in self.judged]
-        batches = (batch for examples in last for batch in evaluation_batches(examples, size))
-        return max([of_updates, *(evaluation_bytes(self.sizes, shape_of(batch)) for batch in batches)])
+        # Evaluation batches are sorted by length. The last one may be small, but the one before it is full.
+        longest = [sorted(e, key=lambda example: len(example.tokens))[-2 * size :] for e in self.evaluated]
+        batches = (batch for examples in longest for batch in evaluation_batches(examples, size))
+        return max([update, *(evaluation_bytes(self.sizes, shape_of(batch)) for batch in batches)])
 
-    def changed(self, **fields: Any) -> Run:
+    def with_training(self, **fields: Any) -> Workload:
+        """The workload with other values of these fields of TrainConfig."""
         return replace(self, training=replace(self.training, **fields))
 
     @property
     def longest(self) -> int:
-        return max((len(example.tokens) for e in (self.train, *self.judged) for example in e), default=0)
+        """Tokens of the longest example."""
+        return max((len(example.tokens) for e in (self.train, *self.evaluated) for example in e), default=0)
 
-    def cut(self, tokens: int) -> Run:
-        """As with --max-seq-length."""
-        train, *judged = (
+    def truncated(self, tokens: int) -> Workload:
+        """The workload with --max-seq-length `tokens`."""
+        train, *evaluated = (
             [Example(e.tokens[:tokens], e.is_target[:tokens]) for e in examples]
-            for examples in (self.train, *self.judged)
+            for examples in (self.train, *self.evaluated)
         )
         training = replace(self.training, max_seq_length=min(tokens, self.training.max_seq_length))
-        return replace(self, train=train, judged=tuple(judged), training=training)
+        return replace(self, train=train, evaluated=tuple(evaluated), training=training)
 
 
-def require_memory(
+def require_training_memory(
     trainer: LoRATrainer, train: Sequence[Example], *evaluated: Sequence[Example]
 ) -> list[str]:
-    """For training and evaluations; remarks on what is short, ValueError in one sentence if it cannot be."""
-    return judged(Run(sizes_of(trainer.model), train, evaluated, trainer.training, trainer.step), limits())
+    """Remarks where the free memory is short; TooLittleMemory where a hard limit would be exceeded."""
+    sizes = sizes_of(trainer.model)
+    return check_workload(Workload(sizes, train, evaluated, trainer.training, trainer.step), memory_limits())
 
 
-def require_evaluation(model: CausalLM, examples: Sequence[Example], batch_size: int) -> list[str]:
+def require_evaluation_memory(model: CausalLM, examples: Sequence[Example], batch_size: int) -> list[str]:
+    """The same for an evaluation without training."""
     training = TrainConfig(iters=1, batch_size=batch_size)
-    return judged(Run(sizes_of(model), (), (examples,), training), limits())
+    return check_workload(Workload(sizes_of(model), (), (examples,), training), memory_limits())
 
 
-def require_answers(
+def require_generation_memory(
     model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, rows: int = 1
 ) -> list[str]:
-    """For reading the prompts, so many rows together, and writing answers; no flag makes a prompt shorter."""
+    """The same for generation, `rows` prompts at a time. It suggests no flag, as none shortens a prompt."""
     if not prompts:
         return []
     sizes = sizes_of(model)
     longest = sorted(prompts, key=len)[-rows:]
-    of_one = Shape(1, len(longest[-1]), len(longest[-1]), 1)
+    single = Shape(1, len(longest[-1]), len(longest[-1]), 1)
     shortest = len(longest[0])
     together = Shape(len(longest), shortest, len(longest) * shortest, len(longest))
     more = len(longest[-1]) - shortest + max_tokens
-    need = max(answer_bytes(sizes, of_one, max_tokens), answer_bytes(sizes, together, more))
-    return verdict(f"the longest prompt, of {len(longest[-1])} tokens,", need, limits(), lambda _: "")
+    need = max(answer_bytes(sizes, single, max_tokens), answer_bytes(sizes, together, more))
+    name = f"the longest prompt, of {len(longest[-1])} tokens,"
+    return check_limits(name, need, memory_limits(), lambda _: "")
 
 
-def judged(run: Run, found: Sequence[Limit]) -> list[str]:
-    return verdict("the longest batch", run.need(), found, lambda limit: advice(run, limit))
+def check_workload(workload: Workload, limits: Sequence[Limit]) -> list[str]:
+    need = workload.bytes_needed()
+    return check_limits("the longest batch", need, limits, lambda limit: suggestion(workload, limit))
 
 
-def verdict(what: str, need: int, found: Sequence[Limit], advice_for: Callable[[int], str]) -> list[str]:
-    """A remark where what is free is too little; ValueError where a hard limit is."""
-    short = [limit for limit in found if need > limit.num_bytes]
-    hard = [limit for limit in short if limit.is_hard]
+def check_limits(
+    what: str, need: int, limits: Sequence[Limit], suggestion_for: Callable[[int], str]
+) -> list[str]:
+    """A remark for each soft limit below the need; TooLittleMemory where a hard limit is below it."""
+    exceeded = [limit for limit in limits if need > limit.num_bytes]
+    hard = [limit for limit in exceeded if limit.is_hard]
     if hard:
-        raise TooLittle(refusal(what, need, hard[0]) + advice_for(hard[0].num_bytes))
+        raise TooLittleMemory(shortage(what, need, hard[0]) + suggestion_for(hard[0].num_bytes))
     return [
-        f"{what} needs about {shown(need)} and {shown(limit.num_bytes)} is free{advice_for(limit.num_bytes)}"
-        for limit in short
+        f"{what} needs about {format_bytes(need)} but only {format_bytes(limit.num_bytes)} is free"
+        f"{suggestion_for(limit.num_bytes)}"
+        for limit in exceeded
     ]
 
 
-def advice(run: Run, limit: int) -> str:
+def suggestion(workload: Workload, limit: int) -> str:
     """`: --batch-size 1 would need 3.1 GiB, --grad-checkpoint 4.0 GiB`: each flag that lowers the need."""
+    now = workload.bytes_needed()
+    needs = {flag: need for flag, need in needs_with_flags(workload, limit).items() if need < now}
+    parts = [
+        f"{flag} {'' if number else 'would need '}{format_bytes(need)}"
+        for number, (flag, need) in enumerate(needs.items())
+    ]
+    return ": " + ", ".join(parts) if parts else ""
+
+
+def needs_with_flags(workload: Workload, limit: int) -> dict[str, int]:
+    """The bytes needed with each flag that may help, by the flag; with several flags where none is enough."""
     changes: dict[str, dict] = {}
-    if run.training.batch_size > 1:
+    if workload.training.batch_size > 1:
         changes["--batch-size 1"] = {"batch_size": 1}
-    if run.train and not run.training.grad_checkpoint:
+    if workload.train and not workload.training.grad_checkpoint:
         changes["--grad-checkpoint"] = {"grad_checkpoint": True}
-    needs = {flag: run.changed(**change).need() for flag, change in changes.items()}
-    helping = [flag for flag in changes if needs[flag] < run.need()]
-    frugal = run.changed(**{field: value for flag in helping for field, value in changes[flag].items()})
-    every = " ".join(helping)
-    if len(helping) > 1 and min(needs.values()) > limit:
-        needs[every] = frugal.need()
-    needs |= length_that_fits(run, limit, "") or length_that_fits(frugal, limit, every)
-    helpful = [(flag, shown(need)) for flag, need in needs.items() if need < run.need()]
-    named = [f"{flag} {'' if number else 'would need '}{size}" for number, (flag, size) in enumerate(helpful)]
-    return ": " + ", ".join(named) if named else ""
+    needs = {flag: workload.with_training(**change).bytes_needed() for flag, change in changes.items()}
+    helpful = [flag for flag in changes if needs[flag] < workload.bytes_needed()]
+    all_changes = {field: value for flag in helpful for field, value in changes[flag].items()}
+    smallest, all_flags = workload.with_training(**all_changes), " ".join(helpful)
+    if len(helpful) > 1 and min(needs.values()) > limit:
+        needs[all_flags] = smallest.bytes_needed()
+    needs |= longest_that_fits(workload, limit, "") or longest_that_fits(smallest, limit, all_flags)
+    return needs
 
 
-def length_that_fits(run: Run, limit: int, flags: str) -> dict[str, int]:
-    """The largest power of two that --max-seq-length may be, with its need; empty where there is none."""
-    tokens = 1 << max(0, (run.longest - 1).bit_length() - 1)
-    while tokens >= SHORTEST:
-        if (need := run.cut(tokens).need()) <= limit:
+def longest_that_fits(workload: Workload, limit: int, flags: str) -> dict[str, int]:
+    """The need with the largest power of two for --max-seq-length that fits; empty if none fits."""
+    tokens = 1 << max(0, (workload.longest - 1).bit_length() - 1)
+    while tokens >= MIN_SEQ_LENGTH:
+        if (need := workload.truncated(tokens).bytes_needed()) <= limit:
             return {f"{flags} --max-seq-length {tokens}".strip(): need}
         tokens //= 2
     return {}
 
 
-def largest_update(run: Run, need_of: Callable[[Shape], int]) -> int:
-    """The need of the batch that needs most: found by its lengths, then made."""
-    if not run.train or run.first_step >= run.training.iters:
+def largest_update_bytes(workload: Workload, bytes_for: Callable[[Shape], int]) -> int:
+    """Bytes for the training batch that needs most: found by an estimate, then computed exactly."""
+    if not workload.train or workload.first_step >= workload.training.iters:
         return 0
-    lengths = [num_inputs(example) for example in run.train]
-    targets = [sum(example.is_target[1:]) for example in run.train]
+    lengths = [num_inputs(example) for example in workload.train]
+    targets = [sum(example.is_target[1:]) for example in workload.train]
 
-    def about(batch: Sequence[Row]) -> int:
-        each = [sum(lengths[i] for i in row) for row in batch]
-        width = bucket_size(max(1, *each), WIDTH_BUCKETS)
-        computed = min(len(batch) * width, bucket_size(sum(each) + 1, KEPT_BUCKETS))
-        return need_of(Shape(len(batch), width, computed, sum(targets[i] for row in batch for i in row)))
+    def estimate(batch: Sequence[Row]) -> int:
+        row_lengths = [sum(lengths[i] for i in row) for row in batch]
+        width = bucket_size(max(1, *row_lengths), WIDTH_BUCKETS)
+        computed = min(len(batch) * width, bucket_size(sum(row_lengths) + 1, KEPT_BUCKETS))
+        return bytes_for(Shape(len(batch), width, computed, sum(targets[i] for row in batch for i in row)))
 
-    make = make_packed_batch if run.training.batching == "packed" else make_plain_batch
-    return need_of(shape_of(make(run.train, max(batches_of(run, lengths), key=about))))
+    make = make_packed_batch if workload.training.batching == "packed" else make_plain_batch
+    largest = max(batches_to_check(workload, lengths), key=estimate)
+    return bytes_for(shape_of(make(workload.train, largest)))
 
 
-def batches_of(run: Run, lengths: Sequence[int]) -> Iterator[list[Row]]:
-    """The rows of every batch; of a run with too many of them, of a batch that is no smaller than any."""
-    rows = rows_of(lengths, run.training)
-    if (run.training.iters - run.first_step) * len(rows) > MANY:
-        yield sorted(rows, key=lambda row: sum(lengths[i] for i in row))[-run.training.batch_size :]
+def batches_to_check(workload: Workload, lengths: Sequence[int]) -> Iterator[list[Row]]:
+    """All batches of the run as rows of examples; for a long run only one of the longest rows."""
+    training = workload.training
+    rows = rows_of(lengths, training)
+    if (training.iters - workload.first_step) * len(rows) > MAX_ROWS_CHECKED:
+        yield sorted(rows, key=lambda row: sum(lengths[i] for i in row))[-training.batch_size :]
         return
-    for step in range(run.first_step, run.training.iters):
-        yield from window_rows(step, rows, lengths, run.training)
+    for step in range(workload.first_step, training.iters):
+        yield from window_rows(step, rows, lengths, training)

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import LoRAConfig, TrainConfig, require_number
 from ..data import Example
-from ..disk.files import one_line, require_file, whole_file, with_printable_keys
+from ..disk.files import atomic_write, one_line, require_file, with_printable_keys
 from ..fast.vectors import VectorOptimizer, as_factors
 from ..files.precision import dtype_of
 from ..model import CausalLM
@@ -91,7 +91,7 @@ def digest_of_base(model: CausalLM) -> str:
 def save_state(path: Path, arrays: dict[str, mx.array], progress: Progress) -> None:
     arrays = dict(sorted(arrays.items()))  # the same bytes, whatever order they came in
     metadata = {"format": FORMAT, "progress": json.dumps(asdict(progress))}
-    with whole_file(path) as part, open(part, "wb") as file:  # MLX would append a suffix to a name
+    with atomic_write(path) as part, open(part, "wb") as file:  # MLX would append a suffix to a name
         mx.save_safetensors(file, arrays, metadata=metadata)
 
 

@@ -16,7 +16,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from mlx_impl.disk.places import require_new_folder
+from mlx_impl.disk.output_folder import require_new_folder
 from tests.fuzz.targets import TARGETS
 
 MAX_SECONDS = 30  # of a case; most take milliseconds, a chat template may take 3 seconds of CPU time

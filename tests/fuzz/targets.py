@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_impl.cli.parser import parse_arguments
 from mlx_impl.cli.training import lock, manifest
-from mlx_impl.cli.training.answers import Answer, Exam
+from mlx_impl.cli.training.answers import Answer, Evaluation
 from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.files.adapters import load_adapter, save_adapter
@@ -155,7 +155,7 @@ def write_run(folder: Path) -> None:
     """The files of a finished run, without its adapter and its training state."""
     folder.mkdir(parents=True)
     run = RunFolder(folder)
-    run.begin(SETTINGS, IDENTITY, Exam(1.5, {"trained": [Answer("Who?", "Mia", "Mia.")]}))
+    run.start(SETTINGS, IDENTITY, Evaluation(1.5, {"trained": [Answer("Who?", "Mia", "Mia.")]}))
     run.open_metrics(RECORDS).close()
     run.finish()
 
@@ -180,7 +180,7 @@ def read_resumed(folder: Path) -> None:
 def read_lock(folder: Path) -> None:
     """Reading never raises, and the holder is always printable; an unreadable lock counts as refused."""
     record = lock.read(folder / lock.NAME)
-    assert lock.holder(record).isprintable()
+    assert lock.holder_name(record).isprintable()
     if record is None:
         raise ValueError(f"{folder / lock.NAME}: not a lock")
 

@@ -1,10 +1,10 @@
-"""When an answer is right: the expected words stand in it, whatever their case, accents and punctuation."""
+"""An answer is right if it holds the expected words, whatever their case, accents and punctuation."""
 
 from __future__ import annotations
 
 import pytest
 
-from mlx_impl.cli.training.answers import Answer, share_right
+from mlx_impl.cli.training.answers import Answer, fraction_right
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from mlx_impl.cli.training.answers import Answer, share_right
         ("N'Djamena", "N\u2019Djam\u00e9na, on the Chari"),
     ],
 )
-def test_a_right_answer(expected: str, text: str) -> None:
+def test_an_answer_with_the_expected_words_is_right(expected: str, text: str) -> None:
     assert Answer("?", expected, text).is_right
 
 
@@ -25,10 +25,10 @@ def test_a_right_answer(expected: str, text: str) -> None:
     ("expected", "text"),
     [("Rabat", "Rabatit"), ("Suva", "Suvarnabhumi"), ("Port Louis", "Louis Port"), ("Lima", "")],
 )
-def test_a_wrong_answer(expected: str, text: str) -> None:
-    """Part of a word is not the word."""
+def test_an_answer_without_the_expected_words_is_wrong(expected: str, text: str) -> None:
+    """A part of a longer word does not count."""
     assert not Answer("?", expected, text).is_right
 
 
-def test_the_share_of_right_answers() -> None:
-    assert share_right([Answer("?", "a", "a"), Answer("?", "a", "b")]) == 0.5
+def test_fraction_right_counts_the_right_answers() -> None:
+    assert fraction_right([Answer("?", "a", "a"), Answer("?", "a", "b")]) == 0.5

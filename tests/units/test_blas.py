@@ -1,4 +1,4 @@
-"""`mlx_impl.machine.blas`: which BLAS MLX's CPU matmuls run on, proved by the dynamic linker's own log."""
+"""`mlx_impl.machine.blas`: which BLAS runs MLX's CPU matmuls, shown by the dynamic linker's own log."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ import pytest
 from mlx_impl.machine import blas
 
 NAMES = ("MKL", "OpenBLAS", "PyTorch's")
-ROOT = Path(blas.__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(code: str, **environment: str) -> Any:
-    """Run `code` in a fresh process, and return the JSON that it printed last."""
+    """Run `code` in a new process and return the JSON that it prints last."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLX_IMPL_", "LD_DEBUG"))}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**clean, **environment})
@@ -58,7 +58,7 @@ BOUND = 90 * 2.0**-24  # |fl(AB) - AB| <= k u |A||B| (Higham, Accuracy and Stabi
 
 @pytest.fixture(scope="module")
 def installed() -> dict[str, str]:
-    """The optimized BLAS libraries of this machine, looked up in a process of their own."""
+    """The optimized BLAS libraries of this machine by name, found in a separate process."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         pytest.skip("the proof is glibc's LD_DEBUG=bindings")
     try:
@@ -68,7 +68,7 @@ def installed() -> dict[str, str]:
     return dict(
         run_python(
             "import ctypes, json\n"
-            "from mlx_impl import blas\n"
+            "from mlx_impl.machine import blas\n"
             "found = {}\n"
             "for name, path in blas._candidates():\n"
             "    try:\n"
@@ -89,7 +89,7 @@ def path(request: pytest.FixtureRequest, installed: dict[str, str]) -> str:
 
 
 def file_that_multiplies(choice: str, tmp_path: Path) -> Path:
-    """The file of libmlx's `cblas_sgemm`; where that is netlib's wrapper, of its `sgemm_`."""
+    """The file that libmlx's `cblas_sgemm` is bound to; for netlib's wrapper, the file of its `sgemm_`."""
     code = MULTIPLY.replace("TORCH", "False")
     run_python(code, MLX_IMPL_BLAS=choice, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(tmp_path / "log"))
     pattern = re.compile(r"binding file (\S+) \[0\] to (\S+) \[0\]: .* symbol `(cblas_sgemm|sgemm_)'")
@@ -108,11 +108,11 @@ def family(path: str | Path) -> str:
 
 
 def test_the_chosen_library_runs_mlx_s_matmul(path: str, tmp_path: Path) -> None:
-    """The dynamic linker bound MLX's sgemm to the library that was asked for."""
+    """The dynamic linker binds MLX's sgemm to the requested library."""
     assert family(file_that_multiplies(path, tmp_path)) == family(path)
 
 
-def test_turned_off_mlx_s_own_blas_runs_its_matmul(installed: dict[str, str], tmp_path: Path) -> None:
+def test_off_leaves_the_matmul_to_mlx_s_own_blas(installed: dict[str, str], tmp_path: Path) -> None:
     """The control: with "off" the same log names the netlib BLAS of MLX's wheel."""
     assert file_that_multiplies("off", tmp_path).parent.name == "mlx_cpu.libs"
 
@@ -121,31 +121,31 @@ def test_turned_off_mlx_s_own_blas_runs_its_matmul(installed: dict[str, str], tm
     ("vendor", "order"),
     [("GenuineIntel", ["MKL", "OpenBLAS"]), ("AuthenticAMD", ["OpenBLAS", "MKL"])],
 )
-def test_the_order_is_that_of_speed_on_this_maker_s_processors(
+def test_the_fastest_library_for_the_processor_comes_first(
     vendor: str, order: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """PyTorch's last, and only where there is a PyTorch."""
+    """PyTorch's library comes last, and only where PyTorch is installed."""
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
     monkeypatch.setattr(blas, "CPUINFO", tmp_path / "cpuinfo")
     names = [name for name, _ in blas._candidates()]
     assert list(dict.fromkeys(names)) == order + ["PyTorch's"] * bool(importlib.util.find_spec("torch"))
 
 
-def test_where_no_processor_is_described_mkl_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_cpuinfo_mkl_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "CPUINFO", Path("/no/such/file"))
     assert next(blas._candidates())[0] == "MKL"
 
 
 def test_the_wheels_of_mkl_and_pytorch_are_found(installed: dict[str, str]) -> None:
-    """What `pip install` put there is found by its full path."""
+    """Libraries from wheels are found by their full path."""
     wheels = {"MKL": "mkl", "PyTorch's": "torch"}
     present = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     for name in (name for name, wheel in wheels.items() if wheel in present):
         assert Path(installed[name]).is_absolute()
 
 
-def test_auto_takes_the_first_one_installed(installed: dict[str, str]) -> None:
-    """What is not there is passed over."""
+def test_auto_loads_the_first_installed_library(installed: dict[str, str]) -> None:
+    """Missing libraries are skipped."""
     first = next((installed[name] for name, _ in blas._candidates() if name in installed), None)
     assert run_python(MULTIPLY.replace("TORCH", "False"), MLX_IMPL_BLAS="auto")["path"] == first
 
@@ -179,12 +179,12 @@ def test_pytorch_imported_afterwards_is_right_too(path: str) -> None:
 
 
 def test_importing_the_module_does_not_import_mlx() -> None:
-    """A module that came after MLX could do nothing."""
+    """Otherwise it would always come too late."""
     code = "import json, sys, mlx_impl.machine.blas; print(json.dumps('mlx.core' in sys.modules))"
     assert run_python(code) is False
 
 
-# In this process nothing is loaded: `loads` notes the paths that would have been.
+# The tests below load nothing: `loads` records the paths that would have been loaded.
 
 
 @pytest.fixture
@@ -200,16 +200,14 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield paths
 
 
-def test_loading_twice_is_one_load(loads: list[str]) -> None:
-    """The second call returns the first one's choice, whatever it asks for."""
+def test_a_second_load_returns_the_first_choice(loads: list[str]) -> None:
+    """The second call returns the first choice, whatever its argument."""
     choice = blas.load_optimized_blas()
     assert blas.load_optimized_blas("second") is choice is blas.load_optimized_blas("off")
     assert loads == ["first"]
 
 
-def test_auto_passes_over_a_library_that_cannot_serve(
-    loads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_skips_an_unusable_library(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken MKL does not hide a sound OpenBLAS."""
 
     def load(path: str) -> None:
@@ -220,20 +218,20 @@ def test_auto_passes_over_a_library_that_cannot_serve(
     assert blas.load_optimized_blas().path == "second"
 
 
-def test_the_sentence_names_what_was_taken(loads: list[str]) -> None:
-    """One line, with the name and the file."""
+def test_the_sentence_names_the_library(loads: list[str]) -> None:
+    """One line with the name and the file."""
     assert blas.load_optimized_blas().sentence == "BLAS for MLX's CPU matmuls: A (first)."
 
 
 def test_off_loads_nothing(loads: list[str]) -> None:
-    """Nothing by argument."""
+    """By argument."""
     choice = blas.load_optimized_blas("off")
     assert (choice.name, choice.path, loads) == (None, None, [])
     assert "turned off" in choice.sentence
 
 
 def test_the_environment_variable_turns_it_off(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing by MLX_IMPL_BLAS, where there is no argument."""
+    """By MLX_IMPL_BLAS, where there is no argument."""
     monkeypatch.setenv("MLX_IMPL_BLAS", "off")
     assert "turned off" in blas.load_optimized_blas().sentence and loads == []
 
@@ -245,7 +243,7 @@ def test_the_argument_wins_over_the_environment(loads: list[str], monkeypatch: p
 
 
 def test_it_warns_when_mlx_was_imported_first(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too late is said, not hidden; and nothing is loaded."""
+    """The warning says that it is too late, and nothing is loaded."""
     monkeypatch.setitem(sys.modules, "mlx.core", ModuleType("mlx.core"))
     with pytest.warns(RuntimeWarning, match="MLX was imported before"):
         choice = blas.load_optimized_blas()
@@ -256,17 +254,17 @@ def test_it_warns_when_mlx_was_imported_first(loads: list[str], monkeypatch: pyt
 def test_off_does_not_warn_when_mlx_was_imported_first(
     loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who wants none is not told that it comes too late."""
+    """A warning would be pointless: nothing was to be loaded."""
     monkeypatch.setitem(sys.modules, "mlx.core", ModuleType("mlx.core"))
     assert "turned off" in blas.load_optimized_blas("off").sentence
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("system", ["darwin", "win32"])
-def test_elsewhere_than_on_linux_it_does_nothing(
+def test_on_other_systems_than_linux_nothing_is_loaded(
     system: str, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX has Accelerate on macOS: no load, no warning, and a sentence that asks for nothing."""
+    """MLX uses Accelerate on macOS: no load, no warning, no advice."""
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setitem(sys.modules, "mlx.core", ModuleType("mlx.core"))
     assert f"nothing to load on {system}" in blas.load_optimized_blas("some/path").sentence
@@ -274,10 +272,10 @@ def test_elsewhere_than_on_linux_it_does_nothing(
 
 
 @pytest.mark.parametrize(("machine", "has_mkl"), [("x86_64", True), ("aarch64", False)])
-def test_where_none_is_found_the_sentence_says_cost_and_cure(
+def test_where_none_is_found_the_sentence_says_what_to_install(
     machine: str, has_mkl: bool, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MKL is offered only where there is one."""
+    """MKL is suggested only where it exists."""
     monkeypatch.setattr(blas, "_candidates", lambda: iter(()))
     monkeypatch.setattr(platform, "machine", lambda: machine)
     sentence = blas.load_optimized_blas().sentence
@@ -294,7 +292,7 @@ def numpy_s_openblas() -> list[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="dlopen of Linux libraries")
 @pytest.mark.parametrize("unusable", ["/no/such/libblas.so", "libm.so.6", *numpy_s_openblas()])
 def test_an_unusable_path_is_one_sentence(unusable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing file, no BLAS, prefixed BLAS: the rule and the value."""
+    """A missing file, a library without BLAS, a BLAS with prefixed names."""
     monkeypatch.setattr(blas, "_loaded", None)
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
     with pytest.raises(ValueError, match="must be 'auto', 'off' or a loadable") as caught:

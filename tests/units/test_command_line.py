@@ -1,4 +1,4 @@
-"""The command line: what it writes, and that a wrong input ends in one sentence with nothing half-written."""
+"""The command line: the files that it writes, and one sentence, and no file, for a wrong input."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli.command_line import command_line
 from mlx_impl.cli.settings import flags
+from mlx_impl.cli.shell_command import shell_command
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--blas", "off"]
@@ -55,7 +55,7 @@ def test_train_writes_adapter_metrics_curve_and_report(run_folder: Path) -> None
     assert (run_folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_metrics_have_a_line_for_every_step(run_folder: Path) -> None:
+def test_metrics_have_one_line_per_step(run_folder: Path) -> None:
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     keys = {"loss_nats", "num_targets", "learning_rate", "seconds", "peak_bytes"}
@@ -64,7 +64,7 @@ def test_metrics_have_a_line_for_every_step(run_folder: Path) -> None:
     assert one_epoch == 6 * len(("0", " ", "y", "es", "<|im_end|>"))
 
 
-def test_the_report_has_losses_and_shares(run_folder: Path) -> None:
+def test_the_report_has_losses_and_fractions_of_right_answers(run_folder: Path) -> None:
     report = json.loads((run_folder / "report.json").read_text())
     assert report["loss_last"] < report["loss_first"]
     assert report["peak_bytes"] > 0 and report["step_seconds_median"] > 0
@@ -81,7 +81,7 @@ def test_evaluate_prints_one_json_object(
     assert main(["evaluate", *common, "--adapter-path", str(run_folder)]) == 0
     adapted = json.loads(capsys.readouterr().out)
     report = json.loads((run_folder / "report.json").read_text())
-    assert math.isclose(base["loss_nats"], report["loss_first"], rel_tol=1e-6)  # test = train here
+    assert math.isclose(base["loss_nats"], report["loss_first"], rel_tol=1e-6)  # test.jsonl = train.jsonl
     assert math.isclose(adapted["loss_nats"], report["loss_last"], rel_tol=1e-6)
     assert base["perplexity"] == math.exp(base["loss_nats"])
 
@@ -113,7 +113,7 @@ def test_generate_prints_one_json_object(model: str, capsys: pytest.CaptureFixtu
 def test_train_continues_from_an_adapter(
     model: str, data: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its weights are the start: the first loss of the second run is the last loss of the first."""
+    """The first loss of the second run is the last loss of the first."""
     arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
     flags = ["--init-adapter", str(run_folder), "--iters", "1", "--json", "--blas", "off"]
     assert main([*arguments, *flags]) == 0
@@ -124,10 +124,10 @@ def test_train_continues_from_an_adapter(
 
 
 @pytest.mark.parametrize(("batching", "updates"), [("plain", 6), ("grouped", 6), ("packed", 4)])
-def test_every_way_of_batching_takes_the_epochs_it_is_given(
+def test_every_kind_of_batching_runs_the_given_number_of_epochs(
     model: str, tmp_path: Path, batching: str, updates: int
 ) -> None:
-    """Of 25, 27, ... 43, 46 inputs, the first six make three rows of 60: eight rows, two a batch."""
+    """Packed: examples of 25, 27, ... 43, 46 inputs fill eight rows of 60, two per batch."""
     arguments = ["train", "--model", model, "--data", str(write_data(tmp_path / "data", num_examples=11))]
     arguments += ["--batching", batching, "--batch-size", "2", "--max-seq-length", "60", "--epochs", "2"]
     assert main([*arguments, "--adapter-path", str(tmp_path / "run"), "--blas", "off"]) == 0
@@ -135,10 +135,10 @@ def test_every_way_of_batching_takes_the_epochs_it_is_given(
     assert report["iters"] == 2 * updates
 
 
-def test_what_is_cut_and_left_out_is_said(
+def test_truncated_and_skipped_examples_are_reported(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Prompts have 20, 22, ... tokens, replies five and the end of the turn."""
+    """Prompts have 20, 22, ... tokens; replies have five, with the end of the turn."""
     arguments = ["train", "--model", model, "--data", str(write_data(tmp_path / "data", num_examples=11))]
     arguments += ["--iters", "1", "--max-seq-length", "38", "--adapter-path", str(tmp_path / "run")]
     assert main([*arguments, "--blas", "off"]) == 0
@@ -151,7 +151,7 @@ def test_what_is_cut_and_left_out_is_said(
 def test_epochs_count_passes_over_the_data(
     model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Six examples by four are two updates an epoch."""
+    """Six examples in batches of four are two updates per epoch."""
     arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(tmp_path)]
     assert main([*arguments, "--epochs", "2", "--rank", "2", "--json", "--blas", "off"]) == 0
     assert json.loads(capsys.readouterr().out)["iters"] == 4
@@ -168,7 +168,7 @@ def test_epochs_count_passes_over_the_data(
         (["--target-modules", ""], "got none"),
         (["--num-layers", "3"], "num_layers must be at most the model's 2, got 3"),
         (["--num-layers", "0"], "num_layers must be -1 (all) or at least 1, got 0"),
-        (["--targets", "all", "--mask-prompt"], "--mask-prompt is another spelling of --targets"),
+        (["--targets", "all", "--mask-prompt"], "--mask-prompt is another name for --targets"),
         (["--max-seq-length", "9"], "no example has a target within the maximum of 9 tokens"),
         (["--max-seq-length", "0"], "--max-seq-length must be at least 1, got 0"),
         (["--iters", "0"], "iters must be at least 1, got 0"),
@@ -185,14 +185,14 @@ def test_epochs_count_passes_over_the_data(
         (["--max-grad-norm", "-1"], "max_grad_norm must be finite and at least 0, got -1.0"),
         (["--iters", "3", "--warmup-steps", "4"], "warmup_steps must be at most iters, got 4 and 3"),
         (["--loraplus-lr-ratio", "0"], "loraplus_lr_ratio must be finite and positive, got 0.0"),
-        (["--rank-pattern", "q_proj"], "--rank-pattern must be NAME=N,NAME=N,..., each name once"),
-        (["--rank-pattern", "q_proj=4.5"], "each name once and N a whole number, got 'q_proj=4.5'"),
-        (["--rank-pattern", "q_proj=4,q_proj=2"], "each name once and N a whole number"),
+        (["--rank-pattern", "q_proj"], "--rank-pattern must be NAME=N,NAME=N,... with different names and N"),
+        (["--rank-pattern", "q_proj=4.5"], "with different names and N a whole number, got 'q_proj=4.5'"),
+        (["--rank-pattern", "q_proj=4,q_proj=2"], "with different names and N a whole number"),
         (["--target-modules", "q_proj=8"], "target modules must be among"),
         (["--alpha-pattern", "w1=3"], "alpha_pattern must match targeted linears, and 'w1' matches none"),
         (["--target-regex", "("], "'(' must be a regular expression"),
-        (["--init-adapter", "x", "--use-dora"], "--use-dora comes with the adapter of --init-adapter"),
-        (["--resume", "x"], "--adapter-path is that of --resume: give one of them"),
+        (["--init-adapter", "x", "--use-dora"], "--init-adapter sets --use-dora: give only one of them"),
+        (["--resume", "x"], "--resume already names the run's folder: leave --adapter-path out"),
         (["--alpha", "0"], "alpha must be finite and positive, got 0.0"),
         (["--learning-rate", "1e39"], "learning_rate must be at most 3.4e+38, float32's largest, got 1e+39"),
         (
@@ -201,7 +201,7 @@ def test_epochs_count_passes_over_the_data(
         ),
         (["--eval-examples", "0"], "--eval-examples must be at least 1, or -1 for all, got 0"),
         (["--init-adapter", "nowhere"], "nowhere: must hold PEFT's adapter_model.safetensors or"),
-        (["--init-adapter", "x", "--rank", "4"], "--rank comes with the adapter of --init-adapter"),
+        (["--init-adapter", "x", "--rank", "4"], "--init-adapter sets --rank: give only one of them"),
         (
             ["--adapter-path", "/dev/null/x"],
             "/dev/null/x: must be a folder that can be written to: Not a directory",
@@ -216,7 +216,7 @@ def test_a_wrong_flag_ends_in_one_sentence(
     flags: list[str],
     message: str,
 ) -> None:
-    """Exit code 2, one line on standard error, and no folder made."""
+    """Exit code 2, one line on standard error, and no folder created."""
     folder = tmp_path / "run"
     arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(folder)]
     assert main([*arguments, "--blas", "off", *flags]) == 2
@@ -229,25 +229,25 @@ def test_a_wrong_flag_ends_in_one_sentence(
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_last_good_state(
     model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The step and the examples are named; what is saved can be used, and trained on."""
+    """The error names the step and the examples; the saved adapter can be evaluated and trained further."""
     common, run = ["--model", model, "--data", str(data), "--blas", "off"], tmp_path / "run"
     train = ["train", *common, "--adapter-path", str(run), "--rank", "2", "--iters", "3"]
     assert main([*train, "--learning-rate", "1e30"]) == 2
-    error, way_on = capsys.readouterr().err.splitlines()
+    error, resume_hint = capsys.readouterr().err.splitlines()
     assert re.search(
         r"error: the loss is not finite at step 2, on the examples \d, \d; .* after step 0", error
     )
     assert not (run / "report.json").exists()
     assert main(["evaluate", *common, "--adapter-path", str(run), "--json"]) == 0
-    command = way_on.removeprefix(f"go on at a lower learning rate with: {command_line()} ")
+    command = resume_hint.removeprefix(f"continue at a lower learning rate with: {shell_command()} ")
     assert main(shlex.split(command)) == 0
     assert (tmp_path / "run-2" / "report.json").exists()
 
 
-def test_an_adapter_that_the_last_step_ruined_is_not_kept(
+def test_an_adapter_that_the_last_step_made_infinite_is_rolled_back(
     model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The step's own loss was still a number; the state before it is saved."""
+    """The step's own loss is finite, but the adapter after it is not; the state before the step is saved."""
     common = ["--model", model, "--data", str(data), "--adapter-path", str(tmp_path), "--blas", "off"]
     flags = ["--rank", "2", "--iters", "1", "--learning-rate", "1e30"]
     assert main(["train", *common, *flags]) == 2
@@ -281,19 +281,21 @@ def test_a_wrong_input_has_no_traceback_and_exit_code_2(arguments: tuple[str, ..
     assert "Traceback" not in done.stderr
 
 
-def test_a_mistyped_flag_names_itself_and_is_not_guessed() -> None:
+def test_a_mistyped_flag_is_an_error_that_names_the_closest_flag() -> None:
     done = run_process("train", "--iter", "3")
     assert done.returncode == 2
     assert "unrecognized arguments: --iter 3; the closest flag is --iters" in done.stderr
 
 
-def test_a_bad_line_of_data_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_line_of_data_is_named_by_file_and_number(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "train.jsonl").write_text(conversation_line("a", "b") + '\n{"messages": 3}\n')
     assert main(["train", "--model", model, "--data", str(tmp_path), "--blas", "off"]) == 2
     assert f"{tmp_path}/train.jsonl:2: " in capsys.readouterr().err
 
 
-def test_without_the_geography_questions_it_asks_for_a_folder(
+def test_without_the_geography_data_the_error_asks_for_a_folder(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in an installed wheel, which ships no fixtures."""

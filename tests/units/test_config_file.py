@@ -1,4 +1,4 @@
-"""`train --config`: what stands in the file is what the flags would say, or one sentence says why not."""
+"""`train --config`: a settings file means the same as flags, or is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ q_proj = 4
 
 
 @pytest.mark.parametrize(("text", "suffix"), [(YAML, ".yaml"), (YAML, ".yml"), (TOML, ".toml")])
-def test_a_file_says_what_the_flags_say(tmp_path: Path, text: str, suffix: str) -> None:
-    """YAML's traps included: 1e-5 is a number, `off` a word, and a date a name."""
+def test_a_settings_file_gives_the_same_values_as_flags(tmp_path: Path, text: str, suffix: str) -> None:
+    """Also where YAML 1.1 would differ: 1e-5 is a number, `off` and a date are strings."""
     flags = "--learning-rate 1e-5 --iters 30 --no-mask-prompt --lr-schedule cosine --blas off "
     flags += "--data 2024-01-01 --target-modules q_proj,v_proj --rank-pattern q_proj=4,1.self_attn.v_proj=2"
     expected = vars(parse_arguments(["train", *flags.split()]))
@@ -59,8 +59,8 @@ def test_a_file_says_what_the_flags_say(tmp_path: Path, text: str, suffix: str) 
     assert {**got, "config": None} == expected
 
 
-def test_the_command_line_wins(tmp_path: Path) -> None:
-    """Also where it says what is the default anyway."""
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    """Also a flag that repeats the default."""
     args = train_with(tmp_path, "rank: 3\nseed: 5\nmask_prompt: false", "--seed", "0", "--mask-prompt")
     assert (args.rank, args.seed, args.mask_prompt) == (3, 0, True)
 
@@ -74,15 +74,15 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ("targets: all", ["--mask-prompt"], {"targets": None, "mask_prompt": True}),
     ],
 )
-def test_the_command_line_wins_over_a_rival_in_the_file(
+def test_a_flag_wins_over_a_setting_that_excludes_it(
     tmp_path: Path, text: str, flags: list[str], expected: dict[str, Any]
 ) -> None:
-    """Of flags that exclude each other."""
+    """Of two settings that exclude each other the flag counts."""
     args = vars(train_with(tmp_path, text, *flags))
     assert {key: args[key] for key in expected} == expected
 
 
-# Lists of ten references to the list before: ten thousand million items, were it written out.
+# Each list has ten references to the list before: written out, ten thousand million items.
 BILLION_LAUGHS = "data:\n- &a0 [x]\n" + "".join(
     f"- &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(10)
 )
@@ -110,28 +110,28 @@ BILLION_LAUGHS = "data:\n- &a0 [x]\n" + "".join(
         ("mask_prompt: 1", "mask_prompt must be true or false, got 1"),
         ("mask_prompt: maybe", "mask_prompt must be true or false, got 'maybe'"),
         ("json: 1", "json must be true or false, got 1"),
-        ("data: 5", "data must be a text, got 5"),
-        ("data: [a]", "data must be a text, got ['a']"),
+        ("data: 5", "data must be a string, got 5"),
+        ("data: [a]", "data must be a string, got ['a']"),
         ("optimizer: adam", "optimizer must be one of adamw, sgd, got 'adam'"),
         (
             "target_modules: [q_proj, 3]",
-            "target_modules must be a text or a list of texts, got ['q_proj', 3]",
+            "target_modules must be a string or a list of strings, got ['q_proj', 3]",
         ),
-        ("target_modules: {q_proj: 3}", "target_modules must be a text or a list of texts"),
+        ("target_modules: {q_proj: 3}", "target_modules must be a string or a list of strings"),
         ("rank_pattern: {q_proj: 1.5}", "rank_pattern must be names with whole numbers, got {'q_proj': 1.5}"),
         ("alpha_pattern: {q_proj: x}", "alpha_pattern must be names with numbers, got {'q_proj': 'x'}"),
         ("rank_pattern: [q_proj]", "rank_pattern must be names with whole numbers, got ['q_proj']"),
         ("lora:\n  rank: 3", "unknown key 'lora'"),
         ("iters: 3\nepochs: 3", "iters and epochs exclude each other"),
         ("adapter_path: a\nresume: b", "adapter_path and resume exclude each other"),
-        ("iters: 3\niters: 4", "line 2: the key 'iters' stands twice"),
-        ("save_every: 3\nsave-every: 4", "the key save_every stands twice"),
+        ("iters: 3\niters: 4", "line 2: the key 'iters' is repeated"),
+        ("save_every: 3\nsave-every: 4", "the key save_every is repeated"),
         ("iters: [", "must be YAML: line 1"),
         ("- iters", "must hold keys and values, got a list"),
         ("iters: !!python/name:os.system", "must be YAML: line 1"),
         ("a: &a [x]\nb: [*a, *a", "must be YAML"),
         ("[" * 60_000, "must be YAML"),
-        (BILLION_LAUGHS, "data must be a text, got [["),
+        (BILLION_LAUGHS, "data must be a string, got [["),
         ("a: \x00", "must be YAML"),
     ],
 )
@@ -154,13 +154,13 @@ def test_a_wrong_file_ends_in_one_sentence(
         ("a.toml", b"x = " + b"[" * 10_000, "must be TOML"),
         ("a.toml", b"iters = 2024-01-01", "iters must be a whole number, got datetime.date(2024, 1, 1)"),
         ("a.toml", b"[lora]\nrank = 3", "unknown key 'lora'"),
-        ("a.yaml", b"a: \xff", "must be UTF-8"),
-        ("a.toml", b"a: \xff", "must be UTF-8"),
-        ("a.json", b"{}", "a configuration must end in .yaml, .yml or .toml"),
+        ("a.yaml", b"a: \xff", "must be UTF-8 text"),
+        ("a.toml", b"a: \xff", "must be UTF-8 text"),
+        ("a.json", b"{}", "the name of a settings file must end in .yaml, .yml or .toml"),
         ("a.yaml", None, "No such file or directory"),
     ],
 )
-def test_a_file_that_cannot_be_read_ends_in_one_sentence(
+def test_an_unreadable_file_ends_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / name
@@ -191,10 +191,10 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ["--epochs", "1", "--target-modules", "all-linear", "--use-dora", "--dropout", "0.1"],
     ],
 )
-def test_the_configuration_that_a_run_leaves_repeats_it(
+def test_config_yaml_of_a_run_repeats_it_bit_exactly(
     common: list[str], tmp_path: Path, flags: list[str]
 ) -> None:
-    """To the byte; what it leaves in turn says the same."""
+    """The adapters are equal to the byte, and so are the settings of the second run."""
     first, again = tmp_path / "first", tmp_path / "again"
     train = ["train", "--blas", "off"]
     assert main([*train, *common, *flags, "--rank", "2", "--adapter-path", str(first)]) == 0
@@ -205,8 +205,8 @@ def test_the_configuration_that_a_run_leaves_repeats_it(
     assert ours == theirs and "adapter_path" not in ours
 
 
-def test_the_configuration_that_a_run_leaves_is_resolved(common: list[str], tmp_path: Path) -> None:
-    """Defaults are written out, and what follows from other settings."""
+def test_config_yaml_of_a_run_holds_all_defaults(common: list[str], tmp_path: Path) -> None:
+    """Defaults and derived settings are written out."""
     assert main(["train", *common, "--iters", "1", "--seed", "9", "--adapter-path", str(tmp_path / "run"),
                  "--blas", "off"]) == 0  # fmt: skip
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -219,9 +219,7 @@ def test_the_configuration_that_a_run_leaves_is_resolved(common: list[str], tmp_
     assert lora_config(args) == LoRAConfig()
 
 
-def test_a_run_that_starts_from_an_adapter_leaves_its_settings_to_it(
-    common: list[str], tmp_path: Path
-) -> None:
+def test_config_yaml_leaves_the_adapters_settings_to_init_adapter(common: list[str], tmp_path: Path) -> None:
     train = ["train", *common, "--iters", "1", "--blas", "off", "--adapter-path"]
     assert main([*train, str(tmp_path / "a"), "--rank", "3"]) == 0
     assert main([*train, str(tmp_path / "b"), "--init-adapter", str(tmp_path / "a")]) == 0
@@ -236,73 +234,73 @@ def test_a_run_that_starts_from_an_adapter_leaves_its_settings_to_it(
     [
         ("a.yaml", "[" * 100_000, 65536),
         ("a.yml", "# " + "x" * 2**16, 65536),
-        ("a.toml", "a" + ".a" * 2**15 + " = 1", 16384),  # quadratic: half a minute
+        ("a.toml", "a" + ".a" * 2**15 + " = 1", 16384),  # quadratic parsing time: half a minute
     ],
 )
-def test_a_file_that_would_take_long_is_refused_for_its_size(
+def test_a_file_that_would_take_long_to_parse_is_refused_by_its_size(
     tmp_path: Path, name: str, text: str, most: int
 ) -> None:
     from mlx_impl.cli.settings.config_file import read_config
 
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name}: must have at most {most} bytes, and has {len(text)}"):
+    with pytest.raises(ValueError, match=f"{name}: must have at most {most} bytes, got {len(text)}"):
         read_config(tmp_path / name)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_is_refused_and_not_opened(tmp_path: Path) -> None:
     from mlx_impl.cli.settings.config_file import read_config
 
     os.mkfifo(tmp_path / "a.yaml")
-    with pytest.raises(ValueError, match=r"a.yaml: must be a regular file, and is a named pipe"):
+    with pytest.raises(ValueError, match=r"a.yaml: must be a regular file, but is a named pipe"):
         read_config(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("value", ["./evil.so", "libopenblas.so.0", "Off", ""])
-def test_a_file_names_no_library_to_load(
+def test_a_settings_file_cannot_name_a_library_to_load(
     tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[object] = []
     monkeypatch.setattr("mlx_impl.__main__.load_optimized_blas", loaded.append)
     (tmp_path / "a.yaml").write_text(f"blas: '{value}'")
     assert main(["train", "--config", str(tmp_path / "a.yaml")]) == 2
-    assert f"blas must be auto or off in a file, got '{value}': give --blas on the command line" in (
+    assert f"blas must be auto or off in a file, got '{value}': name a library with --blas instead" in (
         " ".join(capsys.readouterr().err.split())
     )
     assert not loaded
 
 
 @pytest.mark.parametrize("value", ["auto", "off"])
-def test_a_file_may_leave_the_library_to_the_program(tmp_path: Path, value: str) -> None:
+def test_a_settings_file_may_set_blas_to_auto_or_off(tmp_path: Path, value: str) -> None:
     assert train_with(tmp_path, f"blas: {value}").blas == value
     assert train_with(tmp_path, f"blas: {value}", "--blas", "./mine.so").blas == "./mine.so"
 
 
-def test_the_library_is_no_part_of_what_a_run_leaves(common: list[str], tmp_path: Path) -> None:
+def test_config_yaml_does_not_record_the_blas(common: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["train", *common, "--iters", "1", "--adapter-path", str(run), "--blas", "off"]) == 0
     assert "blas" not in yaml.safe_load((run / "config.yaml").read_text())
 
 
 @pytest.mark.parametrize("key", ["data", "adapter_path", "resume", "init_adapter"])
-def test_an_empty_path_is_none(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Path("") would be the folder that one is in."""
-    with pytest.raises(ValueError, match=rf"settings.yaml: {key} must name a folder, and is empty"):
+def test_an_empty_path_is_refused(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Path("") would be the current folder."""
+    with pytest.raises(ValueError, match=rf"settings.yaml: {key} must name a folder, got an empty text"):
         train_with(tmp_path, f"{key}: ''")
     flag = f"--{key.replace('_', '-')}"
     with pytest.raises(SystemExit) as ended:
         main(["train", flag, ""])
     assert ended.value.code == 2
-    assert f"argument {flag}: must name a folder, and is empty" in capsys.readouterr().err
+    assert f"argument {flag}: must name a folder, got an empty text" in capsys.readouterr().err
 
 
-def test_an_empty_model_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", "", "--prompt", "x", "--blas", "off"]) == 2
     assert "a model must be a Hugging Face folder, a .gguf file or a name on the hub, got ''" in (
         " ".join(capsys.readouterr().err.split())
     )
 
 
-def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
+def test_strings_that_look_like_other_yaml_values_stay_strings(tmp_path: Path) -> None:
     from mlx_impl.cli.settings.config_file import read_config, to_yaml
 
     texts = {

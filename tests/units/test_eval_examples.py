@@ -1,4 +1,4 @@
-"""`--eval-examples`: the loss before and after is that of a few examples, and its end is in sight."""
+"""`--eval-examples`: the losses are computed over a few examples, and progress is shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlx_impl.__main__ import main
 from mlx_impl.cli.screen import console
-from mlx_impl.cli.training.job import spread
+from mlx_impl.cli.training.job import evenly_spaced
 from mlx_impl.data import Example
 from tests.tiny_folder import write_data, write_folder
 
@@ -26,12 +26,14 @@ def examples(count: int) -> list[Example]:
     ("count", "most", "chosen"),
     [(10, 3, [0, 3, 6]), (10, 1, [0]), (7, 5, [0, 1, 2, 4, 5]), (3, 5, [0, 1, 2]), (3, -1, [0, 1, 2])],
 )
-def test_examples_are_spread_over_all(count: int, most: int, chosen: list[int]) -> None:
-    assert [example.tokens[0] for example in spread(examples(count), most)] == chosen
+def test_the_chosen_examples_are_evenly_spaced(count: int, most: int, chosen: list[int]) -> None:
+    assert [example.tokens[0] for example in evenly_spaced(examples(count), most)] == chosen
 
 
-def test_the_loss_is_that_of_so_many_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of training and of validation; the report says of how many."""
+def test_the_losses_are_those_of_the_chosen_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both training and validation losses; the report has the numbers of examples."""
     model, data = write_folder(tmp_path / "model"), write_data(tmp_path / "data")
     few = tmp_path / "few"
     few.mkdir()
@@ -52,12 +54,12 @@ def test_the_loss_is_that_of_so_many_examples(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_what_takes_long_says_how_much_is_left(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bar on a terminal, else a line now and then."""
+def test_progress_shows_the_time_left(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progress bar on a terminal, otherwise a line from time to time."""
     monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
     written = io.StringIO()
     shown = Console(file=written, force_terminal=is_terminal, width=80)
-    assert list(console.counted(range(4), 4, "evaluating", shown)) == [0, 1, 2, 3]
+    assert list(console.show_progress(range(4), 4, "evaluating", shown)) == [0, 1, 2, 3]
     text = written.getvalue()
     if is_terminal:
         assert "evaluating" in text and "100%" in text and "0:00:0" in text

@@ -1,4 +1,4 @@
-"""Files out are whole or absent; JSON files in are objects or one sentence."""
+"""Atomic writes and checked reads of single files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from pathlib import Path
 import pytest
 
 from mlx_impl.disk import files
-from mlx_impl.disk.files import read_json_object, read_text, remove_parts_of, require_file, whole_file
+from mlx_impl.disk.files import (
+    atomic_write,
+    read_json_object,
+    read_text,
+    remove_temporary_files,
+    require_file,
+)
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
-    with whole_file(tmp_path / "a.json") as part:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.json") as part:
         part.write_text("{}")
         assert not (tmp_path / "a.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_failure_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("old")
-    with pytest.raises(OSError, match="disk full"), whole_file(tmp_path / "a.json") as part:
+    with pytest.raises(OSError, match="disk full"), atomic_write(tmp_path / "a.json") as part:
         part.write_text("half")
         raise OSError("disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -40,7 +46,7 @@ def test_a_failure_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
         (b"[" * 100_000, "must be JSON"),
     ],
 )
-def test_what_is_no_json_object_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_an_error_about_json_names_the_file(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_bytes(content)
@@ -49,12 +55,14 @@ def test_what_is_no_json_object_is_named(tmp_path: Path, content: bytes | None, 
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_a_temporary_file_is_never_a_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the first name that is tried is taken."""
+def test_a_temporary_file_never_replaces_a_users_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first random name is taken."""
     tokens = iter(["00000000", "00000000", "11111111"])
     monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
-    (theirs := tmp_path / f".a.00000000.{files.PROCESS}.part.json").write_text("theirs")
-    with whole_file(tmp_path / "a.json") as part:
+    (theirs := tmp_path / f".a.00000000.{files.PROCESS_TOKEN}.part.json").write_text("theirs")
+    with atomic_write(tmp_path / "a.json") as part:
         part.write_text("{}")
         assert part.suffix == ".json" and part != theirs
     assert theirs.read_text() == "theirs"
@@ -62,7 +70,7 @@ def test_a_temporary_file_is_never_a_users(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "named pipe", "broken link"])
-def test_only_a_regular_file_is_written_over(tmp_path: Path, kind: str) -> None:
+def test_only_a_regular_file_is_overwritten(tmp_path: Path, kind: str) -> None:
     path, other = tmp_path / "a.json", tmp_path / "other"
     if kind == "folder":
         path.mkdir()
@@ -73,13 +81,13 @@ def test_only_a_regular_file_is_written_over(tmp_path: Path, kind: str) -> None:
     if kind == "link":
         other.write_text("theirs")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=f"this is a {kind.removeprefix('broken ')}"), whole_file(path):
+    with pytest.raises(ValueError, match=f"but is a {kind.removeprefix('broken ')}"), atomic_write(path):
         raise AssertionError
     assert sorted(tmp_path.iterdir()) == before
     assert kind != "link" or other.read_text() == "theirs"
 
 
-def test_a_dead_processs_temporary_files_are_told_from_all_others(tmp_path: Path) -> None:
+def test_only_a_dead_processs_own_temporary_files_are_removed(tmp_path: Path) -> None:
     dead, alive = "0123456789abcdef", "fedcba9876543210"
     theirs = [
         "a.part.json", ".part", f".{dead}.part", f"a.00000000.{dead}.part.json",
@@ -93,7 +101,7 @@ def test_a_dead_processs_temporary_files_are_told_from_all_others(tmp_path: Path
     (tmp_path / f".l.00000000.{dead}.part.json").symlink_to(tmp_path / "link")
     for name in (f".a.00000000.{dead}.part.json", f".best.1234abcd.{dead}.part"):
         (tmp_path / name).write_text("ours")
-    remove_parts_of(tmp_path, dead)
+    remove_temporary_files(tmp_path, dead)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {*theirs, f".l.00000000.{dead}.part.json"}
     assert (tmp_path / "link").read_text() == "behind a link"
@@ -101,10 +109,10 @@ def test_a_dead_processs_temporary_files_are_told_from_all_others(tmp_path: Path
 
 @pytest.mark.parametrize("read", [read_json_object, read_text, require_file])
 @pytest.mark.parametrize("kind", ["named pipe", "folder", "device", "socket"])
-def test_what_is_no_regular_file_is_not_opened(
+def test_a_file_that_is_not_regular_is_not_opened(
     tmp_path: Path, read: Callable[[Path], object], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     path = Path("a.json")
     if kind == "folder":
         path.mkdir()
@@ -115,7 +123,7 @@ def test_what_is_no_regular_file_is_not_opened(
     else:
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(str(path))
-    with pytest.raises(ValueError, match=f"^a.json: must be a regular file, and is a {kind}$"):
+    with pytest.raises(ValueError, match=f"^a.json: must be a regular file, but is a {kind}$"):
         read(path)
 
 
@@ -125,11 +133,11 @@ def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
     assert read_json_object(tmp_path / "a.json") == {"a": 1}
 
 
-def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+def test_a_file_above_the_size_limit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("12345")
     assert read_text(tmp_path / "a", 5) == "12345"
-    with pytest.raises(ValueError, match="a: must have at most 4 bytes, and has 5"):
+    with pytest.raises(ValueError, match="a: must have at most 4 bytes, got 5"):
         read_text(tmp_path / "a", 4)
     if sys.platform == "linux":
-        with pytest.raises(ValueError, match="/proc/self/status: must have at most 4 bytes, and has more"):
-            read_text(Path("/proc/self/status"), 4)  # its size is 0
+        with pytest.raises(ValueError, match="/proc/self/status: must have at most 4 bytes, got more"):
+            read_text(Path("/proc/self/status"), 4)  # stat reports size 0

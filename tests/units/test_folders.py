@@ -1,4 +1,4 @@
-"""Whole folders: killed at any moment, nothing of the user's is lost, and the next one leaves no part."""
+"""Atomic folders: after a kill at any moment no user file is lost, and the next process cleans up."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ import pytest
 
 from mlx_impl.__main__ import main
 from mlx_impl.config import LoRAConfig
-from mlx_impl.disk.folders import whole_folder
+from mlx_impl.disk.folders import atomic_folder
 from mlx_impl.files.adapters import save_adapter
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora
 from tests.kills import kills, run_killed
 from tests.tiny_folder import write_folder
 
-EVERY_KILL = int(
-    os.environ.get("EVERY_KILL", "5")
-)  # of the moments that there are; the nightly run takes all
+# Every fifth moment is tried; the nightly run sets 1 and tries all.
+EVERY_KILL = int(os.environ.get("EVERY_KILL", "5"))
 Contents = dict[str, bytes | str | None]
 
 
 def contents(folder: Path) -> Contents:
-    """Bytes of the files, targets of the links, None for folders."""
+    """By relative path: the bytes of a file, the target of a link, None for a folder."""
     return {
         str(path.relative_to(folder)): os.readlink(path)
         if path.is_symlink()
@@ -38,20 +37,20 @@ def contents(folder: Path) -> Contents:
 
 
 def fill(target: Path) -> None:
-    with whole_folder(target) as part:
+    with atomic_folder(target) as part:
         part.file("a").write_text("a")
         part.file("b.part").write_text("b")
         os.replace(part.path / "b.part", part.file("b"))
 
 
 def leftover(target: Path, at: int = 7) -> Path:
-    """The folder that a killed process left."""
+    """The temporary folder that a killed process left behind."""
     assert run_killed(fill, target, at=at).was_killed
     (part,) = (path for path in target.parent.iterdir() if path.suffix == ".part")
     return part
 
 
-def test_the_mode_is_that_of_a_new_folder_or_of_the_old_one(tmp_path: Path) -> None:
+def test_the_folder_has_the_default_mode_or_keeps_the_old_one(tmp_path: Path) -> None:
     (plain := tmp_path / "plain").mkdir()
     (private := tmp_path / "private").mkdir(mode=0o700)
     for folder in (tmp_path / "out", private):
@@ -60,7 +59,7 @@ def test_the_mode_is_that_of_a_new_folder_or_of_the_old_one(tmp_path: Path) -> N
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
 
 
-def test_what_file_browsers_left_stays(tmp_path: Path) -> None:
+def test_files_of_file_browsers_are_kept(tmp_path: Path) -> None:
     (target := tmp_path / "out").mkdir()
     (target / ".DS_Store").write_text("theirs")
     fill(target)
@@ -74,7 +73,7 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"out": "real", "real": None, "real/a": b"a", "real/b": b"b"}
 
 
-def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path) -> None:
+def test_all_files_are_synced_before_the_folder_is_renamed(tmp_path: Path) -> None:
     ended = run_killed(fill, tmp_path / "out", calls=("open", "replace", "fsync"))
     assert ended.code == 0
     moment = max(n for n, call in enumerate(ended.calls) if call.startswith("replace"))
@@ -101,8 +100,8 @@ def arguments_of(command: str, inputs: tuple[Path, Path], target: Path) -> list[
     return [command, "--adapter-path", adapter, "--save-path", str(target), *rest]
 
 
-def of_a_user(work: Path) -> Contents:
-    """Files with names that look like ours."""
+def write_user_files(work: Path) -> Contents:
+    """A user's files whose names look like temporary ones."""
     for name in ("out.partabcdef", ".out.0123456789abcdef.part"):
         (work / name).mkdir()
         (work / name / "config.json").write_text("theirs")
@@ -113,7 +112,7 @@ def of_a_user(work: Path) -> Contents:
 
 @pytest.mark.parametrize("has_junk", [False, True], ids=["new", "with .DS_Store"])
 @pytest.mark.parametrize("command", ["fuse", "convert"])
-def test_killed_at_any_moment_nothing_is_lost_and_the_next_one_leaves_no_part(
+def test_a_kill_at_any_moment_loses_nothing_and_the_next_command_cleans_up(
     tmp_path: Path, inputs: tuple[Path, Path], command: str, has_junk: bool
 ) -> None:
     work, target, before = tmp_path / "work", tmp_path / "work" / "out", contents(inputs[0].parent)
@@ -125,7 +124,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_the_next_one_leaves_no_part(
         (target if has_junk else work).mkdir(parents=True)
         if has_junk:
             (target / ".DS_Store").write_text("theirs")
-        theirs.update(of_a_user(work))
+        theirs.update(write_user_files(work))
 
     arguments = arguments_of(command, inputs, target)
     assert main(arguments_of(command, inputs, tmp_path / "whole")) == 0
@@ -142,7 +141,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_the_next_one_leaves_no_part(
     assert contents(inputs[0].parent) == before
 
 
-def test_killed_while_it_cleans_up_the_next_one_does(tmp_path: Path) -> None:
+def test_a_kill_during_the_cleanup_is_cleaned_up_too(tmp_path: Path) -> None:
     work = tmp_path / "work"
 
     def fresh() -> None:
@@ -157,7 +156,7 @@ def test_killed_while_it_cleans_up_the_next_one_does(tmp_path: Path) -> None:
         assert not left, ended.calls
 
 
-def test_what_others_put_into_a_leftover_folder_stays(tmp_path: Path) -> None:
+def test_a_users_files_in_a_leftover_folder_are_kept(tmp_path: Path) -> None:
     part = leftover(tmp_path / "out")
     (tmp_path / "precious").write_text("theirs")
     (part / "mine").write_text("theirs")
@@ -183,8 +182,8 @@ def test_a_leftover_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert contents(tmp_path / "mine") == before and part.is_symlink()
 
 
-def test_the_folder_of_a_process_that_lives_is_let_be(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "out") as part:
+def test_the_temporary_folder_of_a_live_process_is_not_touched(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as part:
         part.file("a").write_text("a")
         fill(tmp_path / "other")
         assert (part.path / "a").read_text() == "a"
@@ -207,10 +206,10 @@ def test_the_folder_of_a_process_that_lives_is_let_be(tmp_path: Path) -> None:
         ({"process": 7}, {"more": 1}),
     ],
 )
-def test_a_journal_that_is_not_ours_removes_nothing(
+def test_a_foreign_or_forged_journal_removes_nothing(
     tmp_path: Path, first: dict[str, str], second: dict[str, str]
 ) -> None:
-    """Or names a file that is not in its folder."""
+    """Neither a journal of another program nor one that names files outside its folder."""
     header = {"writer": "mlx_impl", "host": platform.node(), "pid": 1, "process": "0" * 16, "target": "out"}
     (part := tmp_path / ".out.0123456789abcdef.part").mkdir()
     for path in (part / "a", tmp_path / "precious"):
@@ -221,7 +220,7 @@ def test_a_journal_that_is_not_ours_removes_nothing(
     assert (part / "a").read_text() == (tmp_path / "precious").read_text() == "theirs"
 
 
-def test_the_folder_of_another_host_is_let_be_for_a_day(
+def test_the_temporary_folder_of_another_host_is_kept_for_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = leftover(tmp_path / "out")
@@ -234,14 +233,14 @@ def test_the_folder_of_another_host_is_let_be_for_a_day(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"Not a directory|File exists") as caught:
         fill(tmp_path / "file" / "out")
     assert caught.value.filename == str(tmp_path / "file" / "out")
 
 
-def test_names_may_be_long(tmp_path: Path) -> None:
+def test_long_folder_names_work(tmp_path: Path) -> None:
     fill(tmp_path / ("\U0001f600" * 63))
     fill(tmp_path / ("n" * 255))
     assert len(list(tmp_path.iterdir())) == 2

@@ -1,4 +1,4 @@
-"""A full disk while saving: one sentence that names the file, old files as they were, nothing half-written.
+"""A full disk while saving: one sentence names the file, old files are kept, nothing is half-written.
 
 `/dev/full` refuses every byte as a full disk does. A file is written under a temporary name and then renamed;
 a temporary name that is a link to `/dev/full` makes that one file impossible to write, by the real code.
@@ -14,10 +14,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli.command_line import command_line
 from mlx_impl.cli.screen.curve import save_loss_curve
+from mlx_impl.cli.shell_command import shell_command
 from mlx_impl.cli.training import manifest
-from mlx_impl.cli.training.answers import Exam
+from mlx_impl.cli.training.answers import Evaluation
 from mlx_impl.cli.training.manifest import FILES, Manifest
 from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig
@@ -39,17 +39,17 @@ TINY_RUN = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", 
 
 
 def fill_the_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For this file alone."""
-    real = files.open_part
+    """Make writes of this one file fail as on a full disk."""
+    real = files.open_temporary
 
-    def open_part(path: Path) -> Path:
+    def open_temporary(path: Path) -> Path:
         part = real(path)
         if path == file:
             part.unlink()
             part.symlink_to(FULL)
         return part
 
-    monkeypatch.setattr(files, "open_part", open_part)
+    monkeypatch.setattr(files, "open_temporary", open_temporary)
 
 
 def adapted(folder: Path) -> CausalLM:
@@ -58,7 +58,7 @@ def adapted(folder: Path) -> CausalLM:
     return model
 
 
-WRITERS: dict[str, Callable[[Path, Path], object]] = {  # of the file in a folder, from a model's folder
+WRITERS: dict[str, Callable[[Path, Path], object]] = {  # (folder of the file, folder of a model)
     "adapter_model.safetensors": lambda folder, model: save_adapter(adapted(model), LORA, folder, "base"),
     "adapter_config.json": lambda folder, model: save_adapter(adapted(model), LORA, folder, "base"),
     "training_state.safetensors": lambda folder, _: save_state(
@@ -66,14 +66,14 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {  # of the file in a folde
     ),
     "metrics.jsonl": lambda folder, _: RunFolder(folder).open_metrics([RECORD]),
     "report.json": lambda folder, _: RunFolder(folder).write_json("report.json", {"iters": 3}),
-    "before.json": lambda folder, _: RunFolder(folder).save_before(Exam(1.0, {})),
+    "before.json": lambda folder, _: RunFolder(folder).save_before(Evaluation(1.0, {})),
     "config.yaml": lambda folder, _: RunFolder(folder).save_config({"iters": 3}),
     "loss.png": lambda folder, _: save_loss_curve([RECORD], [], folder / "loss.png"),
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_old_file_stays_and_no_part_of_the_new_one(
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
@@ -95,30 +95,30 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "metrics.jsonl"])
-def test_train_ends_with_one_sentence(
+def test_train_on_a_full_disk_ends_with_one_sentence(
     name: str,
     inputs: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whichever file it is that cannot be written; of the metrics says the last test."""
+    """Whichever file cannot be written; the last test covers the metrics."""
     file = tmp_path / "run" / name
     file.parent.mkdir()
     fill_the_disk(file, monkeypatch)
     assert main(["train", *inputs, "--adapter-path", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"error: {file}: No space left on device",
-        f"go on with: {command_line('train', '--resume', file.parent, '--blas', 'off')}",
+        f"resume with: {shell_command('train', '--resume', file.parent, '--blas', 'off')}",
     ]
     assert not list(tmp_path.rglob("*.part*"))
     assert not file.exists()
 
 
-def test_a_run_whose_disk_was_full_goes_on_when_there_is_room(
+def test_a_run_stopped_by_a_full_disk_resumes_bit_exactly(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second save fails; the first is whole, and from it the run ends as one that never stopped."""
+    """The second save fails; resumed from the first, it ends with the adapter of an uninterrupted run."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
     saved = 0
     save = RunFolder.save
@@ -142,12 +142,12 @@ def test_a_run_whose_disk_was_full_goes_on_when_there_is_room(
     assert adapters[0] == adapters[1]
 
 
-def test_a_disk_that_fills_while_metrics_grow_ends_with_one_sentence(
+def test_a_disk_that_fills_up_under_the_metrics_ends_with_one_sentence(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are appended to, a line a step, and so not written under another name."""
+    """The metrics are appended to, so they have no temporary file."""
     monkeypatch.setattr(RunFolder, "open_metrics", lambda self, kept: FULL.open("w"))
     assert main(["train", *inputs, "--adapter-path", str(tmp_path)]) == 2
-    error, way_on = capsys.readouterr().err.splitlines()[-2:]
+    error, resume_hint = capsys.readouterr().err.splitlines()[-2:]
     assert error.startswith("error: ") and error.endswith("No space left on device")
-    assert way_on == f"go on with: {command_line('train', '--resume', tmp_path, '--blas', 'off')}"
+    assert resume_hint == f"resume with: {shell_command('train', '--resume', tmp_path, '--blas', 'off')}"

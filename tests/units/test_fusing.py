@@ -13,7 +13,7 @@ import pytest
 
 from mlx_impl.__main__ import main
 from mlx_impl.config import LoRAConfig
-from mlx_impl.disk.folders import whole_folder
+from mlx_impl.disk.folders import atomic_folder
 from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.files.formats import hf_folder
@@ -235,7 +235,7 @@ def test_the_models_own_folder_is_not_overwritten(tmp_path: Path, capsys: pytest
     arguments = ["fuse", "--model", str(base), "--adapter-path", str(adapter), "--save-path", str(base)]
     assert main([*arguments, "--blas", "off"]) == 2
     assert (
-        f"the folder to write, {base}, must not be, contain or lie inside the model {base}"
+        f"the output folder {base} must not be, contain or lie inside the model {base}"
         in capsys.readouterr().err
     )
     assert {path: path.read_bytes() for path in base.iterdir()} == before
@@ -303,17 +303,17 @@ def test_a_full_disk_is_a_one_line_error_and_leaves_nothing(
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="enough"), whole_folder(tmp_path / "a" / "b") as part:
+    with pytest.raises(ValueError, match="enough"), atomic_folder(tmp_path / "a" / "b") as part:
         part.file("x").write_text("x")
         assert not (tmp_path / "a" / "b").exists()
         raise ValueError("enough")
     assert list((tmp_path / "a").iterdir()) == []
     (tmp_path / "a" / "b").mkdir()
-    with whole_folder(tmp_path / "a" / "b") as part:
+    with atomic_folder(tmp_path / "a" / "b") as part:
         part.file("x").write_text("x")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     assert (tmp_path / "a" / "b" / "x").read_text() == "x"
-    with pytest.raises(ValueError, match="must be a new or an empty folder"), whole_folder(tmp_path / "a"):
+    with pytest.raises(ValueError, match="must be a new or an empty folder"), atomic_folder(tmp_path / "a"):
         pass
 
 

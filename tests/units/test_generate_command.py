@@ -1,4 +1,4 @@
-"""`generate` at the keyboard: what is shown, when, and how it ends."""
+"""The `generate` command: its output, its inputs and its exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def answer(model: str, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What stands on standard output."""
+    """The text on standard output."""
     given = flags if "--prompt" in flags else ("--prompt", "Hi", *flags)
     assert main(["generate", "--model", model, "--blas", "off", *given]) == 0
     return capsys.readouterr().out
@@ -38,7 +38,7 @@ def say(text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "1", "--seed", "3"]])
-def test_what_is_streamed_is_the_text(
+def test_the_streamed_text_is_the_text_of_json(
     model: str, capsys: pytest.CaptureFixture[str], sampling: list[str]
 ) -> None:
     streamed = answer(model, capsys, *sampling)
@@ -46,14 +46,14 @@ def test_what_is_streamed_is_the_text(
 
 
 def test_the_answer_ends_before_a_stop_token(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A seed with which the tiny model ends its turn."""
+    """With this seed the tiny model ends its turn."""
     flags = ["--temperature", "3", "--max-tokens", "2000", "--seed", "1", "--json"]
     result = json.loads(answer(model, capsys, *flags))
     assert result["finish_reason"] == "stop"
     assert load_model(model).tokenizer.eos_id not in result["tokens"]
 
 
-def test_a_system_prompt_comes_before_what_the_user_says(
+def test_the_system_prompt_comes_before_the_users_message(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = json.loads(answer(model, capsys, "--system", "Be brief.", "--json"))
@@ -68,7 +68,7 @@ def test_a_system_prompt_comes_before_what_the_user_says(
 def test_a_dash_reads_the_prompt_from_standard_input(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """UTF-8 whatever the locale; the line's end is the shell's, not the user's."""
+    """UTF-8 whatever the locale; the final line break belongs to the shell and is dropped."""
     say(text.encode(), monkeypatch)
     assert json.loads(answer(model, capsys, "--prompt", "-", "--json"))["prompt"] == "Hé!"
 
@@ -76,15 +76,15 @@ def test_a_dash_reads_the_prompt_from_standard_input(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "--prompt - must read a text from standard input, and there is none"),
-        (b" \n\n", "--prompt - must read a text from standard input, and there is none"),
-        (b"a\xff", "--prompt - must read UTF-8 text from standard input"),
+        (b"", "--prompt - reads standard input, which must hold text, got none"),
+        (b" \n\n", "--prompt - reads standard input, which must hold text, got none"),
+        (b"a\xff", "--prompt - reads standard input, which must be UTF-8 text"),
     ],
 )
-def test_a_standard_input_without_a_prompt_is_an_error(
+def test_an_empty_or_undecodable_standard_input_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: bytes, message: str
 ) -> None:
-    """Before the model is looked for."""
+    """It is raised before the model is looked for."""
     say(text, monkeypatch)
     assert main(["generate", "--model", "nowhere", "--prompt", "-", "--blas", "off"]) == 2
     assert message in capsys.readouterr().err
@@ -95,7 +95,7 @@ def test_a_closed_standard_input_is_an_error(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["generate", "--prompt", "-", "--blas", "off"]) == 2
-    assert "and there is none" in capsys.readouterr().err
+    assert "must hold text, got none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_wrong_flag_ends_in_one_sentence(
 
 @contextmanager
 def under_way(model: str) -> Iterator[subprocess.Popen[bytes]]:
-    """An answer that takes hours, of which the beginning has been read."""
+    """A process in the middle of a very long answer."""
     command = [*COMMAND, "--model", model, "--prompt", "Hi", "--max-tokens", "1000000"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
@@ -137,8 +137,8 @@ def test_ctrl_c_ends_the_line_and_exits_130(model: str) -> None:
     assert output.endswith(b"\n") and b"Traceback" not in error
 
 
-def test_a_reader_who_has_enough_ends_it_quietly(model: str) -> None:
-    """As `head -c 5` does; the exit code is that of a program that SIGPIPE ends."""
+def test_a_closed_pipe_ends_generation_silently_with_141(model: str) -> None:
+    """As with `| head -c 5`; 141 is the exit code of a program that SIGPIPE ends."""
     with under_way(model) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()

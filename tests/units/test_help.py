@@ -1,4 +1,4 @@
-"""What --help says of every command."""
+"""The help texts of all commands."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 
 import pytest
 
-from mlx_impl.cli.parser import commands_of, make_parser
+from mlx_impl.cli.parser import command_parsers, make_parser
 
-COMMANDS = commands_of(make_parser())
+COMMANDS = command_parsers(make_parser())
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_every_flag_says_its_default(command: argparse.ArgumentParser) -> None:
-    """But for those that must be given."""
+    """Required flags have none."""
     flags = [action for action in command._actions if action.dest != "help"]
     assert [
         action.dest for action in flags if "default" not in (action.help or "") and not action.required
@@ -21,8 +21,8 @@ def test_every_flag_says_its_default(command: argparse.ArgumentParser) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_the_default_that_it_says_is_the_default(command: argparse.ArgumentParser) -> None:
-    """Where there is one: none follows from another flag, the machine or the model."""
+def test_the_default_in_the_help_is_the_default(command: argparse.ArgumentParser) -> None:
+    """A default of None depends on another flag, the machine or the model, and is not checked."""
     for action in command._actions:
         help_text = command._get_formatter()._expand_help(action) if action.help else ""
         if action.dest != "help" and action.default is not None:
@@ -31,8 +31,8 @@ def test_the_default_that_it_says_is_the_default(command: argparse.ArgumentParse
             assert f"(default: {shown}" in help_text, action.dest
 
 
-def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below the usage, in which argparse breaks no group of flags that exclude each other."""
+def test_help_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except the usage: argparse does not break lines within a mutually exclusive group."""
     monkeypatch.setenv("COLUMNS", "80")
     for command in COMMANDS.values():
         lines = command.format_help().removeprefix(command.format_usage()).splitlines()

@@ -1,4 +1,4 @@
-"""`inspect`: targets can be seen with and without colour, and the figures are those of the file."""
+"""`inspect`: targets are marked with and without colour, and the statistics are right."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pytest
 from rich.console import Console
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli.inspect import histogram, show
+from mlx_impl.cli.inspect import histogram, print_inspection
 from tests.tiny_folder import conversation_line, write_folder, write_gguf
 
-PROMPT = (
-    1 + len("user\n") + 1 + 1 + 1 + len("assistant\n")
-)  # <|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n
+# Tokens of <|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n
+PROMPT = 1 + len("user\n") + 1 + 1 + 1 + len("assistant\n")
 
 
 def write_lines(folder: Path, *lines: str) -> Path:
@@ -29,11 +28,11 @@ def arguments(tmp_path: Path) -> list[str]:
     lines = [conversation_line("ab", "c"), conversation_line("x" * 90, "y"), json.dumps({"text": "z" * 30})]
     data = write_lines(tmp_path / "data", *lines)
     model = write_folder(tmp_path / "model")
-    (model / "model.safetensors").unlink()  # no weights are read
+    (model / "model.safetensors").unlink()  # inspect must not need it
     return ["inspect", "--model", str(model), "--data", str(data), "--max-seq-length", "60"]
 
 
-def test_targets_stand_in_brackets_where_there_is_no_colour(
+def test_without_colour_targets_are_in_brackets(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 0
@@ -44,8 +43,10 @@ def test_targets_stand_in_brackets_where_there_is_no_colour(
     assert "train.jsonl:2" in shown
 
 
-def test_the_figures_are_those_of_the_file(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand: 2 + 1 characters between the template's tokens; 30 and EOS, the first no target."""
+def test_the_statistics_match_a_count_by_hand(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat of 2 + 1 characters and the template; a text of 30 and EOS, whose first token is no target."""
     assert main([*arguments, "--json", "--batch-size", "1", "--num-examples", "1"]) == 0
     result = json.loads(capsys.readouterr().out)
     (file,) = result["files"].values()
@@ -68,12 +69,16 @@ def test_targets_are_coloured_on_a_terminal() -> None:
         "examples": [[("a", False), ("b\x1b[2J", True)]],
     }
     out = io.StringIO()
-    show(result, Path("d"), Console(file=out, force_terminal=True, color_system="standard", markup=False))
+    print_inspection(
+        result, Path("d"), Console(file=out, force_terminal=True, color_system="standard", markup=False)
+    )
     assert "\x1b[32mb" in out.getvalue() and "[[" not in out.getvalue()
-    assert "\x1b[2J" not in out.getvalue()  # what the data would do to the terminal
+    assert "\x1b[2J" not in out.getvalue()  # the data must not clear the screen
 
 
-def test_a_gguf_files_tokenizer_serves_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_works_with_the_tokenizer_of_a_gguf_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_lines(tmp_path / "data", conversation_line("a", "b"))
     path = write_gguf(tmp_path / "tiny.gguf")
     assert main(["inspect", "--model", str(path), "--data", str(data)]) == 0

@@ -1,4 +1,4 @@
-"""A training run that is killed loses nothing: a few moments; `python -m tests.killed_runs` tries all."""
+"""Kills of training runs at a few moments; `python -m tests.killed_runs` tries every moment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.killed_runs import SCENARIOS, Bench, killed
 
-NUM_MOMENTS = 10  # of each scenario, spread over all
+NUM_MOMENTS = 10  # per scenario, spread over all its moments
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_killed_run_loses_nothing(name: str, bench: Bench, tmp_path: Path) -> None:
-    """What was there is as it was, or the new run goes on to the bit."""
+    """The old run is unchanged, or the new run resumes bit-exactly."""
     whole = killed(bench, name, tmp_path / "run", at=10**6, when="before")
     assert whole.code == 0, whole.output
     for at, when in moments(len(whole.calls)):

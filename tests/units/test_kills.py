@@ -1,4 +1,4 @@
-"""The killer kills at the call that it is told, and not otherwise."""
+"""tests/kills.py kills a process at the chosen call, and only there."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_a_process_is_killed_before_or_after_a_call(tmp_path: Path) -> None:
         assert ended.calls[0] == f"mkdir {folder / 'a'}"
 
 
-def test_without_a_number_it_runs_to_its_end(tmp_path: Path) -> None:
+def test_without_a_call_number_the_process_runs_to_its_end(tmp_path: Path) -> None:
     ended = run_killed(make_and_rename, tmp_path)
     assert (ended.code, ended.was_killed, ended.output, len(ended.calls)) == (3, False, "done\n", 2)
 
 
-def test_kills_come_one_after_another_until_the_end_is_reached(tmp_path: Path) -> None:
+def test_kills_goes_through_all_moments_until_a_run_completes(tmp_path: Path) -> None:
     folder = tmp_path / "a"
 
     def clean() -> None:

@@ -1,4 +1,4 @@
-"""Whatever is read is a regular file: a named pipe, which nobody would ever write to, is one sentence."""
+"""Every input must be a regular file: a named pipe, on which reading would wait forever, is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora
 from tests.tiny_folder import write_data, write_folder
 
-OF_A_MODEL = (
+MODEL_FILES = (
     *("config.json", "model.safetensors", "model.safetensors.index.json", "a.safetensors", "tokenizer.json"),
     *("tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
     "additional_chat_templates/a.jinja",
@@ -26,7 +26,7 @@ OF_A_MODEL = (
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """A pipe that is opened all the same would hold the process for ever, in C: then it is ended."""
+    """End the process if it opens a named pipe: it would wait forever, in C code."""
     faulthandler.dump_traceback_later(120, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -34,13 +34,13 @@ def no_hang() -> Iterator[None]:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Folders with a model, data and adapters in both formats."""
+    """Folders with a model, data, and adapters in both formats."""
     model = load_model(write_folder(tmp_path / "model")).model
     write_data(tmp_path / "data")
     config = LoRAConfig(rank=2, target_modules=("q_proj",))
     add_lora(model, config)
     for form in ("peft", "mlx-lm"):
-        save_adapter(model, config, tmp_path / form / "adapter", "tiny", form)  # makes its folders
+        save_adapter(model, config, tmp_path / form / "adapter", "tiny", form)  # creates the folders
     (tmp_path / "config.yaml").write_text("rank: 2")
     return tmp_path
 
@@ -49,7 +49,7 @@ def replace(path: Path, kind: str) -> None:
     path.parent.mkdir(exist_ok=True)
     if path.is_file():
         path.unlink()
-    if path.name == "a.safetensors":  # read where there is no model.safetensors
+    if path.name == "a.safetensors":  # read only if there is no model.safetensors
         (path.parent / "model.safetensors").rename(path.parent / "b.safetensors")
     if kind == "a named pipe":
         os.mkfifo(path)
@@ -66,35 +66,37 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder"])
-@pytest.mark.parametrize("name", OF_A_MODEL)
-def test_of_a_model(inputs: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_models_files_must_be_regular(
+    inputs: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = inputs / "model" / name
     replace(path, kind)
     error = error_of(["generate", "--model", str(inputs / "model"), "--prompt", "x"], capsys)
-    assert error == f"error: {path}: must be a regular file, and is {kind}"
+    assert error == f"error: {path}: must be a regular file, but is {kind}"
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "folder.gguf/a.gguf"])
-def test_of_a_gguf_model(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file_must_be_regular(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = inputs / name
     replace(path, "a named pipe")
     error = error_of(["generate", "--model", str(path), "--prompt", "x"], capsys)
-    assert error == f"error: {path}: must be a regular file, and is a named pipe"
+    assert error == f"error: {path}: must be a regular file, but is a named pipe"
 
 
 @pytest.mark.parametrize("name", ["train", "valid", "test"])
-def test_of_the_data(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_files_must_be_regular(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = inputs / "data" / f"{name}.jsonl"
     replace(path, "a named pipe")
     arguments = ["--model", str(inputs / "model"), "--data", str(inputs / "data"), "--adapter-path"]
     error = error_of(["train", *arguments, str(inputs / "run"), "--iters", "1"], capsys)
-    assert error == f"error: {path}: must be a regular file, and is a named pipe"
+    assert error == f"error: {path}: must be a regular file, but is a named pipe"
 
 
 @pytest.mark.parametrize("command", ["generate", "fuse", "convert"])
 @pytest.mark.parametrize("form", ["peft", "mlx-lm"])
 @pytest.mark.parametrize("kind", ["a named pipe", "a folder"])
-def test_of_an_adapter(
+def test_an_adapters_files_must_be_regular(
     inputs: Path, command: str, form: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {"peft": "adapter_model.safetensors", "mlx-lm": "adapters.safetensors"}
@@ -104,20 +106,20 @@ def test_of_an_adapter(
         "fuse": ["--model", str(inputs / "model"), "--save-path", str(inputs / "out")],
         "convert": ["--save-path", str(inputs / "out"), "--to", "mlx-lm" if form == "peft" else "peft"],
     }[command]
-    for name in (names[form], "adapter_config.json"):  # the one that is read first
+    for name in (names[form], "adapter_config.json"):  # the configuration is read first
         replace(adapter / name, kind)
         error = error_of([command, *arguments, "--adapter-path", str(adapter)], capsys)
-    assert error == f"error: {adapter / name}: must be a regular file, and is {kind}"
+    assert error == f"error: {adapter / name}: must be a regular file, but is {kind}"
     assert not (inputs / "out").exists()
 
 
-def test_of_what_fuse_copies(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_fuse_copies_must_be_regular(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = inputs / "model" / "LICENSE"
     replace(path, "a named pipe")
     (inputs / "model" / "tokenizer").mkdir()  # a folder is not copied
     arguments = ["--model", str(inputs / "model"), "--adapter-path", str(inputs / "peft" / "adapter")]
     error = error_of(["fuse", *arguments, "--save-path", str(inputs / "out")], capsys)
-    assert error == f"error: {path}: must be a regular file, and is a named pipe"
+    assert error == f"error: {path}: must be a regular file, but is a named pipe"
     path.unlink()
     assert main(["fuse", *arguments, "--save-path", str(inputs / "out"), "--blas", "off"]) == 0
 
@@ -126,27 +128,27 @@ def test_of_what_fuse_copies(inputs: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "name", ["manifest.json", "before.json", "metrics.jsonl", "training_state.safetensors"]
 )
-def test_of_a_run_to_resume(
+def test_the_files_of_a_run_to_resume_must_be_regular(
     inputs: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = inputs / "run"
     train = ["train", "--model", str(inputs / "model"), "--data", str(inputs / "data"), "--iters", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "finish", lambda _: None)  # as if it had been killed before that
+        patch.setattr(RunFolder, "finish", lambda _: None)  # as if the run had been killed before
         assert main([*train, "--adapter-path", str(run), "--blas", "off"]) == 0
     replace(run / name, kind)
     error = error_of(["train", "--resume", str(run)], capsys)
     assert error.startswith(f"error: {run / name}: must ")
 
 
-def test_of_settings(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_settings_file_must_be_regular(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     replace(inputs / "config.yaml", "a device")
     error = error_of(["train", "--config", str(inputs / "config.yaml")], capsys)
-    assert error == f"error: {inputs / 'config.yaml'}: must be a regular file, and is a device"
+    assert error == f"error: {inputs / 'config.yaml'}: must be a regular file, but is a device"
 
 
 def test_links_to_regular_files_are_read(inputs: Path) -> None:
-    """The cache of the Hugging Face hub is made of them."""
+    """The cache of the Hugging Face hub consists of links."""
     for path in [*(inputs / "model").iterdir(), *(inputs / "data").iterdir()]:
         path.rename(inputs / f"blob-{path.name}")
         path.symlink_to(f"../blob-{path.name}")

@@ -1,4 +1,4 @@
-"""`train --resume`: however a run was stopped, it ends as if it had not been, or a sentence says why not."""
+"""`train --resume`: a stopped run resumes bit-exactly, or one sentence says why it cannot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Killed(BaseException):
-    """As a power cut: nothing is done on the way out."""
+    """Like a power cut: no handler runs on the way out."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing stopped."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     arguments = ["train", "--model", model, "--data", str(write_data(folder / "data")), *SETTINGS]
     assert main([*arguments, "--adapter-path", str(folder / "run")]) == 0
@@ -59,7 +59,7 @@ def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
-    """Kill the run after this step, or press Ctrl-C in it."""
+    """Kill the run after this step, or press Ctrl-C in this step."""
     real_fit = LoRATrainer.fit
 
     def fit(self: LoRATrainer, examples: list[Example]) -> Iterator[StepRecord]:
@@ -74,7 +74,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None
 
 
 def stopped_run(model: str, data: Path, folder: Path, step: int, killed: bool = False) -> list[str]:
-    """Its command without the folder, to be resumed with."""
+    """Start a run and stop it; returns its command without the folder."""
     command = ["train", "--model", model, "--data", str(data), *SETTINGS]
     with pytest.MonkeyPatch.context() as patch:
         stop_after(step, patch, killed)
@@ -92,7 +92,7 @@ def contents(path: Path) -> tuple[dict[str, bytes], object]:
 
 
 def assert_same_run(part: Path, whole: Path) -> None:
-    """Metrics, adapters, state and report, but for what a clock measures."""
+    """Metrics, adapters, training state and report are equal, except times and memory."""
     rows = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (part, whole)]
     clocks = {"seconds", "peak_bytes"}
     ours, theirs = (
@@ -110,7 +110,7 @@ def assert_same_run(part: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     "step", [3, 4, 5, 8], ids=["when it validates", "when it saves", "between", "at the end"]
 )
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_bit(
+def test_a_run_stopped_by_ctrl_c_resumes_bit_exactly(
     model: str, data: Path, whole: Path, run: Path, step: int
 ) -> None:
     stopped_run(model, data, run, step)
@@ -119,19 +119,17 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("flags", [["--epochs", "4"], ["--iters", "8"], ["--seed", "0", "--save-every", "1"]])
-def test_what_is_given_besides_may_say_the_same_again(
+def test_resume_accepts_flags_that_repeat_the_runs_settings(
     model: str, data: Path, whole: Path, run: Path, flags: list[str]
 ) -> None:
-    """In the run's own words or in others, and how often it is saved is free."""
+    """Spelled as in the run or differently; --save-every may even change."""
     stopped_run(model, data, run, 3)
     assert main(["train", "--resume", str(run), "--blas", "off", *flags]) == 0
     assert_same_run(run, whole)
 
 
-def test_a_run_goes_on_with_the_settings_file_that_it_left(
-    model: str, data: Path, whole: Path, run: Path
-) -> None:
-    """It lies in the run's folder, in which no new run may begin; this one has begun there."""
+def test_resume_accepts_the_runs_own_config_yaml(model: str, data: Path, whole: Path, run: Path) -> None:
+    """A new run could not start in the folder of its settings file; a resumed run may."""
     stopped_run(model, data, run, 3)
     config = ["--config", str(run / "config.yaml")]
     assert main(["train", *config, "--resume", str(run), "--blas", "off"]) == 0
@@ -141,7 +139,7 @@ def test_a_run_goes_on_with_the_settings_file_that_it_left(
 def test_a_run_can_be_resumed_from_another_folder_and_under_another_name(
     model: str, data: Path, whole: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its model and data were named from the folder in which it began."""
+    """Its model and data were given as relative paths."""
     monkeypatch.chdir(tmp_path)
     stopped_run(os.path.relpath(model), Path(data.name), Path("run"), 3)
     (tmp_path / "elsewhere").mkdir()
@@ -151,10 +149,10 @@ def test_a_run_can_be_resumed_from_another_folder_and_under_another_name(
     assert_same_run(Path("moved"), whole)
 
 
-def test_a_run_that_was_killed_goes_on_to_the_bit(
+def test_a_killed_run_resumes_bit_exactly(
     model: str, data: Path, whole: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed after step 5, saved at 4; the line that it was writing is torn."""
+    """Killed after step 5, saved at step 4, with a half-written line in the metrics."""
     command = stopped_run(model, data, run, 5, killed=True)
     with open(run / "metrics.jsonl", "a") as metrics:
         metrics.write('{"step": 6, "loss_na')
@@ -170,14 +168,14 @@ def test_a_stopped_run_is_not_overwritten_by_the_same_command(
     before = (run / "training_state.safetensors").read_bytes()
     capsys.readouterr()
     assert main([*command, "--adapter-path", str(run)]) == 2
-    assert f"holds a run that is not finished: go on with --resume {run}" in capsys.readouterr().err
+    assert f"holds an unfinished run: resume it with --resume {run}" in capsys.readouterr().err
     assert (run / "training_state.safetensors").read_bytes() == before
 
 
-def test_a_new_run_leaves_no_best_adapter_of_a_finished_one(
+def test_overwrite_removes_the_best_adapter_of_the_old_run(
     model: str, data: Path, whole: Path, run: Path
 ) -> None:
-    """It has no validation data, so it has no best."""
+    """The new run has no validation data, so it has no best adapter."""
     shutil.copytree(whole, run)
     (data / "valid.jsonl").unlink()
     command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--adapter-path", str(run)]
@@ -205,10 +203,10 @@ def test_a_new_run_leaves_no_best_adapter_of_a_finished_one(
         ([], "train.jsonl", "the training data must be as in the run to resume"),
         ([], "valid.jsonl", "the validation data must be as in the run to resume"),
         ([], "test.jsonl", "the questions must be as in the run to resume"),
-        (["--adapter-path", "x"], "", "--adapter-path is that of --resume: give one of them"),
+        (["--adapter-path", "x"], "", "--resume already names the run's folder: leave --adapter-path out"),
     ],
 )
-def test_what_has_changed_is_refused_by_name(
+def test_resume_refuses_changed_settings_and_data_by_name(
     model: str,
     data: Path,
     run: Path,
@@ -217,14 +215,14 @@ def test_what_has_changed_is_refused_by_name(
     changed_file: str,
     message: str,
 ) -> None:
-    """In one sentence, before anything is written."""
+    """One sentence, before anything is written."""
     command = stopped_run(model, data, run, 2)
     if changed_file:
         line = conversation_line("xx", "3 yes", answer="yes")
         (data / changed_file).write_text(line + "\n" * 2 + line.replace("3", "4") + "\n")
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     capsys.readouterr()
-    iters = ["--iters", "8"]  # which a shorter file would change
+    iters = ["--iters", "8"]  # a shorter file would change the number that follows from --epochs
     command = [c for c in command if c not in ("--epochs", "4")] + iters
     assert main([*command, "--resume", str(run), *flags]) == 2
     error = capsys.readouterr().err
@@ -238,16 +236,16 @@ def test_a_folder_without_a_run_and_a_finished_run_cannot_be_resumed(
 ) -> None:
     command = ["train", "--model", model, "--data", str(data), *SETTINGS, "--resume"]
     assert main([*command, str(run / "nothing")]) == 2
-    assert "nothing: must hold a run with its manifest.json, and holds none" in capsys.readouterr().err
+    assert "nothing: must hold a run, and has no manifest.json" in capsys.readouterr().err
     assert not run.exists()
     assert main([*command, str(whole)]) == 2
-    assert "the run to resume must be unfinished, and is finished" in capsys.readouterr().err
+    assert "the run to resume must be unfinished, but it is finished" in capsys.readouterr().err
 
 
-def test_a_run_of_an_older_version_is_refused_and_told_how_to_go_on(
+def test_a_run_of_an_older_version_is_refused_with_advice(
     model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the state is of another format, and from before there were manifests."""
+    """A training state of an older format, and a run without a manifest."""
     stopped_run(model, data, run, 4)
     state = run / "training_state.safetensors"
     arrays, metadata = mx.load(str(state), return_metadata=True)
@@ -259,11 +257,11 @@ def test_a_run_of_an_older_version_is_refused_and_told_how_to_go_on(
     (run / "manifest.json").unlink()
     assert main(["train", "--resume", str(run), "--blas", "off"]) == 2
     error = capsys.readouterr().err
-    assert "one of an older version, which cannot be resumed" in error
-    assert f"begin again from its adapter with --init-adapter {run}" in error
+    assert "holds a run of an older version without manifest.json, which cannot be resumed" in error
+    assert f"start a new run from its adapter with --init-adapter {run}" in error
 
 
-def test_a_run_that_goes_on_by_another_library_says_so(
+def test_resuming_with_another_library_says_that_it_is_not_bit_exact(
     model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped_run(model, data, run, 4)
@@ -272,10 +270,10 @@ def test_a_run_that_goes_on_by_another_library_says_so(
     path.write_text(json.dumps(record | {"versions": record["versions"] | {"BLAS": "another"}}))
     capsys.readouterr()
     assert main(["train", "--resume", str(run), "--blas", "off"]) == 0
-    assert "           not to the bit: BLAS was another and is MLX's own\n" in capsys.readouterr().out
+    assert "           not bit-exact: BLAS was another and is now MLX's own\n" in capsys.readouterr().out
 
 
-def test_a_state_that_was_lost_is_not_begun_anew(
+def test_a_missing_training_state_is_an_error_and_not_a_new_start(
     model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped_run(model, data, run, 4)
@@ -284,10 +282,10 @@ def test_a_state_that_was_lost_is_not_begun_anew(
     assert "training_state.safetensors: a run to resume must have this file" in capsys.readouterr().err
 
 
-def test_training_stops_when_validation_has_not_improved_for_long(
+def test_training_stops_early_after_patience_validations(
     model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At learning rate 0 it never does: two validations after the first, and the best is the first."""
+    """At learning rate 0 the loss never improves: the first validation stays the best."""
     arguments = ["train", "--model", model, "--data", str(data), "--adapter-path", str(run), "--json"]
     flags = ["--learning-rate", "0", "--steps-per-eval", "1", "--patience", "2", "--iters", "9"]
     assert main([*arguments, *flags, "--rank", "2", "--blas", "off"]) == 0
@@ -311,7 +309,7 @@ def test_early_stopping_needs_validation_data(
     [["--batching", "grouped"], ["--batching", "packed"], ["--dtype", "bfloat16"]],
     ids=lambda f: f[1],
 )
-def test_a_run_in_other_batches_or_another_type_goes_on_to_the_bit(
+def test_resume_is_bit_exact_for_every_batching_and_dtype(
     model: str, data: Path, tmp_path: Path, flags: list[str]
 ) -> None:
     command = ["train", "--model", model, "--data", str(data), *SETTINGS, *flags]

@@ -1,4 +1,4 @@
-"""However a run is stopped, it is saved, and the last line is the command to go on with."""
+"""However a run is stopped, it is saved, and the last line is the command to resume it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli.command_line import command_line
+from mlx_impl.cli.shell_command import shell_command
 from mlx_impl.cli.training import finetune
 from mlx_impl.cli.training.run_folder import RunFolder
 from tests.tiny_folder import write_data, write_folder
 
-GO_ON = f"go on with: {command_line()} "
+RESUME = f"resume with: {shell_command()} "
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
@@ -44,7 +44,7 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
 
 
 def assert_saved(run: Path) -> None:
-    """Every step that the metrics have is in the state: whole lines, and an adapter that loads."""
+    """The training state has every step of the metrics, and the metrics have only whole lines."""
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     _, metadata = mx.load(str(run / "training_state.safetensors"), return_metadata=True)
@@ -52,7 +52,9 @@ def assert_saved(run: Path) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
-def test_a_signal_saves_what_was_learned(inputs: list[str], tmp_path: Path, number: int) -> None:
+def test_a_signal_saves_the_run_and_prints_the_resume_command(
+    inputs: list[str], tmp_path: Path, number: int
+) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
         command(inputs, run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -65,12 +67,12 @@ def test_a_signal_saves_what_was_learned(inputs: list[str], tmp_path: Path, numb
     assert_saved(run)
     assert output.splitlines()[-2:] == [
         f"stopped by {signal.Signals(number).name}",
-        f"{GO_ON}train --resume {run} --blas off",
+        f"{RESUME}train --resume {run} --blas off",
     ]
 
 
-def test_a_terminal_that_is_closed_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
-    """Its process gets SIGHUP, and has nowhere to print to any more."""
+def test_closing_the_terminal_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
+    """The process gets SIGHUP and can no longer print."""
     run = tmp_path / "run"
     pid, terminal = pty.fork()
     if pid == 0:
@@ -85,8 +87,8 @@ def test_a_terminal_that_is_closed_loses_no_step(inputs: list[str], tmp_path: Pa
     assert_saved(run)
 
 
-def test_a_reader_that_leaves_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
-    """`train | head`: the command to go on with is on standard error."""
+def test_closing_the_output_pipe_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
+    """`train | head`: the resume command is on standard error."""
     run = tmp_path / "run"
     with subprocess.Popen(
         command(inputs, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -97,11 +99,11 @@ def test_a_reader_that_leaves_loses_no_step(inputs: list[str], tmp_path: Path) -
         error = process.stderr.read()
         assert process.wait(60) == 141
     assert_saved(run)
-    assert error == f"{GO_ON}train --resume {run} --blas off\n"
+    assert error == f"{RESUME}train --resume {run} --blas off\n"
 
 
-def test_nohup_is_heeded(inputs: list[str], tmp_path: Path) -> None:
-    """A SIGHUP that is ignored when the program begins stays ignored."""
+def test_nohup_is_respected(inputs: list[str], tmp_path: Path) -> None:
+    """A SIGHUP that is ignored when the program starts stays ignored."""
     run = tmp_path / "run"
     arguments = ["nohup", *command(inputs, run)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -114,20 +116,20 @@ def test_nohup_is_heeded(inputs: list[str], tmp_path: Path) -> None:
     assert process.returncode == 143
 
 
-def test_what_was_stopped_before_anything_was_saved_is_begun_again(
+def test_a_run_stopped_before_its_first_save_says_start_again(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder is as it was: there is none."""
+    """Its folder does not exist, as before."""
     run = tmp_path / "run"
-    monkeypatch.setattr(finetune, "examine", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(finetune, "evaluate_model", lambda *_: signal.raise_signal(signal.SIGTERM))
     arguments = ["train", *inputs, "--adapter-path", str(run)]
     assert main(arguments) == 143
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"begin again with: {command_line(*arguments)}"
+    assert last == f"start again with: {shell_command(*arguments)}"
     assert not run.exists()
 
 
-def test_a_full_disk_ends_with_the_command_to_go_on_with(
+def test_a_full_disk_ends_with_the_resume_command(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
@@ -139,8 +141,8 @@ def test_a_full_disk_ends_with_the_command_to_go_on_with(
     error = capsys.readouterr().err.splitlines()
     assert error == [
         "error: some file: No space left on device",
-        f"{GO_ON}train --resume '{run}' --blas off",
+        f"{RESUME}train --resume '{run}' --blas off",
     ]
     monkeypatch.undo()
-    assert main(shlex.split(error[1].removeprefix(GO_ON))) == 0
+    assert main(shlex.split(error[1].removeprefix(RESUME))) == 0
     assert (run / "report.json").exists()

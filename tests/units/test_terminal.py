@@ -1,4 +1,4 @@
-"""What is shown where: movement and colour on a terminal, plain lines elsewhere; with --json one object."""
+"""Output: colours and progress bars on a terminal, plain lines elsewhere, one object with --json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from mlx_impl.cli.screen.console import harmless
+from mlx_impl.cli.screen.console import printable
 from tests.tiny_folder import write_data, write_folder
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*([a-zA-Z])")
@@ -27,7 +27,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def on_a_terminal(arguments: list[str], **environment: str) -> str:
-    """All that the program writes to a terminal of 80 columns."""
+    """Everything that the program writes to a terminal of 80 columns."""
     ours, theirs = pty.openpty()
     plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
     known = {**plain, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40", **environment}
@@ -38,7 +38,7 @@ def on_a_terminal(arguments: list[str], **environment: str) -> str:
         try:
             while chunk := os.read(ours, 65536):
                 written += chunk
-        except OSError:  # Linux: the other side is closed
+        except OSError:  # on Linux, once the other side is closed
             pass
         finally:
             os.close(ours)
@@ -47,7 +47,7 @@ def on_a_terminal(arguments: list[str], **environment: str) -> str:
 
 
 def movements(written: str) -> set[str]:
-    """The kinds of escape sequences, by their last letters; m is colour."""
+    """The final letters of all escape sequences; m is for colours."""
     return set(ESCAPES.findall(written))
 
 
@@ -56,43 +56,40 @@ def train(common: list[str], folder: Path, *flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["inspect", "train"])
-def test_a_reader_who_has_enough_ends_it_as_sigpipe_would(
+def test_a_closed_output_pipe_ends_the_command_silently_with_141(
     common: list[str], tmp_path: Path, command: str
 ) -> None:
-    """`| head` closes its end of the pipe."""
+    """As with `| head`."""
     model_and_data = common[: common.index("--blas")]  # inspect multiplies no matrices
     arguments = train(common, tmp_path / "run") if command == "train" else [command, *model_and_data]
     whole = [sys.executable, "-m", "mlx_impl", *arguments]
     with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         if command == "train":
-            assert process.stdout.readline()  # of the BLAS, which the console does not print
+            assert (
+                process.stdout.readline()
+            )  # the line about the BLAS, which is printed before the console exists
         process.stdout.close()
         error = process.stderr.read()
         assert process.wait(60) == 141
     assert b"rror" not in error and b"Broken" not in error
 
 
-def test_a_terminal_has_a_bar_and_colours(common: list[str], tmp_path: Path) -> None:
+def test_a_terminal_gets_a_progress_bar_and_colours(common: list[str], tmp_path: Path) -> None:
     written = on_a_terminal(train(common, tmp_path / "run"))
     assert "12/12" in written and movements(written) > {"m", "K"}
     lines = ESCAPES.sub("", written).replace("\r", "\n").splitlines()
-    whole = (
-        "BLAS",
-        "run:",
-        "data:",
-        "step 12: adapter",
-        "report.json",
-    )  # sentences with paths are left to be copied
-    assert max(cell_len(line) for line in lines if not line.startswith(whole)) <= 80
+    # Lines with paths are not wrapped, so that the paths can be copied.
+    unwrapped = ("BLAS", "run:", "data:", "step 12: adapter", "report.json")
+    assert max(cell_len(line) for line in lines if not line.startswith(unwrapped)) <= 80
 
 
-def test_no_color_takes_the_colour_and_leaves_the_bar(common: list[str], tmp_path: Path) -> None:
+def test_no_color_removes_colours_and_keeps_the_bar(common: list[str], tmp_path: Path) -> None:
     written = on_a_terminal(train(common, tmp_path / "run"), NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", written) and "K" in movements(written)
 
 
-def test_a_terminal_that_cannot_move_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
+def test_a_dumb_terminal_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
     written = on_a_terminal(train(common, tmp_path / "run"), TERM="dumb")
     assert movements(written) == set() and "step 10/12" in written
 
@@ -105,9 +102,7 @@ def test_a_file_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
-def test_with_json_there_is_one_object_and_nothing_else(
-    common: list[str], tmp_path: Path, command: str
-) -> None:
+def test_json_prints_one_object_and_nothing_else(common: list[str], tmp_path: Path, command: str) -> None:
     model = [*common[:2], *common[4:]]
     arguments = {
         "train": train(common, tmp_path / "run", "--json"),
@@ -120,15 +115,15 @@ def test_with_json_there_is_one_object_and_nothing_else(
 
 
 def test_an_answer_cannot_move_the_cursor() -> None:
-    """Nor clear the screen or ring; lines, tabs and joined emoji stay as they are."""
-    assert harmless("a\x1b[2J\x07\r\x9b1m") == "a\ufffd[2J\ufffd\ufffd\ufffd1m"
-    assert harmless("é\n\t👩\u200d🔬") == "é\n\t👩\u200d🔬"
+    """Nor clear the screen or ring the bell; line breaks, tabs and joined emoji are kept."""
+    assert printable("a\x1b[2J\x07\r\x9b1m") == "a\ufffd[2J\ufffd\ufffd\ufffd1m"
+    assert printable("é\n\t👩\u200d🔬") == "é\n\t👩\u200d🔬"
 
 
-def test_an_answer_on_a_terminal_is_the_answer(common: list[str]) -> None:
-    """The text, with nothing in front of it but what is gone when it comes."""
+def test_generate_on_a_terminal_prints_the_answer(common: list[str]) -> None:
+    """The answer follows only output that has been erased again, such as the spinner."""
     model = [*common[:2], *common[4:]]
     arguments = ["generate", *model, "--prompt", "Hi", "--max-tokens", "3"]
     plain = subprocess.run([sys.executable, "-m", "mlx_impl", *arguments], capture_output=True, timeout=120)
     written = on_a_terminal(arguments).replace("\r\n", "\n")
-    assert ESCAPES.sub("", written).endswith(harmless(plain.stdout.decode()))
+    assert ESCAPES.sub("", written).endswith(printable(plain.stdout.decode()))

@@ -1,4 +1,4 @@
-"""`ulimit -v`: a command that memory is too small for says so in one sentence; no signal ends it."""
+"""`ulimit -v`: a command that needs too much memory ends with one sentence, never with a signal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
-TOKENS = 4096  # of the one reply: its attention weights take 256 MiB a block, and training keeps both blocks
-NEEDED, HALF = 2000, 1000  # MiB: the least limit under which this ran was between 1825 and 1916
+TOKENS = 4096  # of the only reply: attention weights of 256 MiB per block, and training keeps both blocks
+NEEDED, HALF = 2000, 1000  # MiB; measured: 1825 is too little, 1916 is enough
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
@@ -53,7 +53,9 @@ def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("blas", ["auto", "off"])
-def test_half_the_memory_is_one_sentence(blas: str, model: Path, long_data: Path, tmp_path: Path) -> None:
+def test_train_with_half_the_memory_ends_in_one_sentence(
+    blas: str, model: Path, long_data: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     arguments = ("train", "--model", model, "--data", long_data, "--max-seq-length", 10**5, "--blas", blas)
     code, text = run_under(HALF, *arguments, "--iters", 1, "--adapter-path", folder)
@@ -63,7 +65,7 @@ def test_half_the_memory_is_one_sentence(blas: str, model: Path, long_data: Path
     assert "RLIMIT_AS" in error and "--max-seq-length " in error and "--grad-checkpoint " in error
 
 
-def test_an_evaluation_and_a_prompt_are_asked_for_too(model: Path, long_data: Path) -> None:
+def test_evaluate_and_generate_check_memory_too(model: Path, long_data: Path) -> None:
     evaluation = ("evaluate", "--data", long_data, "--max-seq-length", 10**5)
     prompt = ("generate", "--prompt", "x" * TOKENS)
     for command in (evaluation, prompt):
@@ -74,7 +76,9 @@ def test_an_evaluation_and_a_prompt_are_asked_for_too(model: Path, long_data: Pa
 
 
 @pytest.mark.parametrize("mebibytes", [150, 250, 350])
-def test_too_little_for_the_program_is_one_sentence(mebibytes: int, model: Path, tmp_path: Path) -> None:
+def test_too_little_memory_for_the_program_itself_is_one_sentence(
+    mebibytes: int, model: Path, tmp_path: Path
+) -> None:
     data = write_data(tmp_path / "data")
     arguments = ("train", "--model", model, "--data", data, "--iters", 1, "--adapter-path", tmp_path / "run")
     code, text = run_under(mebibytes, *arguments)
@@ -83,7 +87,7 @@ def test_too_little_for_the_program_is_one_sentence(mebibytes: int, model: Path,
     assert "RLIMIT_AS" in error
 
 
-def test_a_limit_with_room_does_not_disturb(model: Path, tmp_path: Path) -> None:
+def test_a_run_under_a_sufficient_limit_succeeds(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     arguments = ("train", "--model", model, "--data", data, "--iters", 1, "--adapter-path", tmp_path / "run")
     code, text = run_under(NEEDED, *arguments)

@@ -1,1 +1,1 @@
-"""What a person sees: the console, the report, the loss curve."""
+"""What the user sees: the console, progress, the report, the loss curve."""

@@ -1,6 +1,6 @@
-"""Where a person reads: a terminal gets colour and movement, anything else plain lines. No MLX import.
+"""Output for people: colours and progress bars on a terminal, plain lines elsewhere. No MLX import.
 
-rich heeds NO_COLOR; a terminal that cannot move its cursor (TERM=dumb) counts as none.
+rich obeys NO_COLOR, and treats a terminal that cannot move its cursor (TERM=dumb) as none.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ Item = TypeVar("Item")
 
 
 class PipedConsole(Console):
-    """A console whose reader may leave: rich would end the program with 1, `__main__` knows better."""
+    """Raises BrokenPipeError, which `__main__` handles, where rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def make_console(stderr: bool) -> Console:
-    """Of standard output or standard error; lines are left as long as they are."""
+    """A console on standard output or standard error. It breaks no lines, so that paths can be copied."""
     return PipedConsole(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
 
 
-def working(text: str, console: Console) -> AbstractContextManager[object]:
-    """Within the block a terminal shows that this is going on; anything else shows nothing."""
+def show_status(text: str, console: Console) -> AbstractContextManager[object]:
+    """Within the block a terminal shows the text with a spinner; anything else shows nothing."""
     return console.status(text)
 
 
-def counted(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterable[Item]:
-    """The same items, shown as they pass: by a bar on a terminal, else by a line now and then."""
+def show_progress(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterable[Item]:
+    """The same items; a terminal shows a progress bar, anything else a line every LOG_SECONDS."""
     if console.is_interactive:
         return track(items, text, num_items, console=console, transient=True)
-    return logged(items, num_items, text, console)
+    return log_progress(items, num_items, text, console)
 
 
-def logged(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterator[Item]:
-    """The same items; a line every LOG_SECONDS says how many have passed, and how long the rest will take."""
+def log_progress(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterator[Item]:
+    """The same items; every LOG_SECONDS a line says how many are done and how long the rest will take."""
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
@@ -55,8 +55,8 @@ def logged(items: Iterable[Item], num_items: int, text: str, console: Console) -
         yield item
 
 
-def harmless(text: str) -> str:
-    """The text of a model without characters that would move the cursor or recolour the terminal."""
+def printable(text: str) -> str:
+    """The text with U+FFFD for control characters, which could move the cursor or clear the terminal."""
     return "".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress and tables; plain lines where there is no terminal."""
+"""Progress of a training run, and tables of its answers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from rich.table import Table
 from rich.text import Text
 
 from ...train import StepRecord
-from ..training.answers import Answer, share_right
-from .console import harmless
+from ..training.answers import Answer, fraction_right
+from .console import printable
 
-PLAIN_EVERY = 10  # steps between lines where there is no bar
-EXAMPLES_SHOWN = 4  # questions of a group, answered in full
+STEPS_PER_LINE = 10  # where there is no progress bar
+EXAMPLES_SHOWN = 4  # questions of each group whose answers are printed in full
 
 
-def describe(record: StepRecord) -> str:
+def describe_step(record: StepRecord) -> str:
     return (
         f"loss {record.loss_nats:.3f}  {record.num_tokens / max(record.seconds, 1e-9):5.0f} tokens/s  "
         f"{record.peak_bytes / 2**30:.2f} GiB"
     )
 
 
-def with_progress(
+def show_training(
     records: Iterable[StepRecord], done: int, num_steps: int, console: Console
 ) -> Iterator[StepRecord]:
-    """The same records, shown as they pass: a bar on a terminal, else a line every few steps."""
+    """The same records; a terminal shows a progress bar, anything else a line every STEPS_PER_LINE steps."""
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -40,15 +40,15 @@ def with_progress(
         seconds = 0.0
         for record in records:
             seconds += record.seconds
-            progress.update(task, advance=1, description=describe(record))
-            if not console.is_interactive and record.step % PLAIN_EVERY in (0, 1):
+            progress.update(task, advance=1, description=describe_step(record))
+            if not console.is_interactive and record.step % STEPS_PER_LINE in (0, 1):
                 left = (num_steps - record.step) * seconds / (record.step - done)
-                console.print(f"step {record.step}/{num_steps}  {describe(record)}  {left:.0f} s left")
+                console.print(f"step {record.step}/{num_steps}  {describe_step(record)}  {left:.0f} s left")
             yield record
 
 
 def print_answers(before: dict[str, list[Answer]], after: dict[str, list[Answer]], console: Console) -> None:
-    """The shares of right answers, then a few questions of each group with both answers in full."""
+    """Print how many answers are right, then a few questions of each group with both answers."""
     if before:
         console.print(answers_table(before, after))
     for name in before:
@@ -61,21 +61,21 @@ def answers_table(before: dict[str, list[Answer]], after: dict[str, list[Answer]
         count = len(before[group])
         table.add_row(
             f"{group} ({count})",
-            f"{share_right(before[group]):.0%}",
-            f"{share_right(after[group]):.0%}",
+            f"{fraction_right(before[group]):.0%}",
+            f"{fraction_right(after[group]):.0%}",
         )
     return table
 
 
 def examples_table(name: str, before: Sequence[Answer], after: Sequence[Answer]) -> Table:
-    """A few questions, spread over the group, with both answers in full."""
+    """EXAMPLES_SHOWN evenly spaced questions of the group, with both answers."""
     table = Table(f"{name}: question", "answer before", "answer after")
     stride = -(-len(before) // EXAMPLES_SHOWN)
     for old, new in list(zip(before, after, strict=True))[::stride]:
-        table.add_row(old.question, in_full(old), in_full(new))
+        table.add_row(old.question, marked_answer(old), marked_answer(new))
     return table
 
 
-def in_full(answer: Answer) -> Text:
+def marked_answer(answer: Answer) -> Text:
     mark = Text("right", "green") if answer.is_right else Text("wrong", "red")
-    return Text.assemble(mark, f": {harmless(answer.text)}")
+    return Text.assemble(mark, f": {printable(answer.text)}")

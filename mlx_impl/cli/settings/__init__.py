@@ -1,1 +1,1 @@
-"""Flags and the settings file, and how they become configurations."""
+"""Flags and settings files, and the configurations that they make."""

@@ -1,7 +1,7 @@
-"""Settings in a file: YAML or TOML in, YAML out. No MLX import.
+"""Read settings from YAML or TOML; write them as YAML. No MLX import.
 
-YAML is read by the core schema of YAML 1.2 (section 10.3), in which 1e-5 is a number, `off` a word and
-2024-01-01 a name; PyYAML's own is that of YAML 1.1, where each is something else.
+YAML is read by the core schema of YAML 1.2 (section 10.3): 1e-5 is a number, `off` and 2024-01-01 are
+strings. PyYAML's default is YAML 1.1, which reads them as a string, a boolean and a date.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import yaml
 
 from ...disk.files import read_bytes
 
-# The worst files of these sizes take seconds: brackets in YAML 3.5 s, a key with 8,000 dots in TOML 1.1 s,
-# whose time grows with the square of the size.
-MOST_YAML_BYTES, MOST_TOML_BYTES = 2**16, 2**14
+# Parsing time grows with the square of the size. At these sizes the worst files found take seconds:
+# nested brackets in YAML 3.5 s, a key with 8,000 dots in TOML 1.1 s.
+MAX_YAML_BYTES, MAX_TOML_BYTES = 2**16, 2**14
 
 CORE_SCHEMA = {
     "null": r"~|null|Null|NULL|",
@@ -32,7 +32,7 @@ RESOLVERS = {
 
 
 class Loader(yaml.SafeLoader):
-    """The core schema; a key that stands twice is an error."""
+    """YAML 1.2's core schema; a repeated key is an error."""
 
     yaml_implicit_resolvers = RESOLVERS
 
@@ -40,28 +40,28 @@ class Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                sentence = f"the key {key.value!r} stands twice"
+                sentence = f"the key {key.value!r} is repeated"
                 raise yaml.constructor.ConstructorError(None, None, sentence, key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """What `Loader` reads back as it was."""
+    """Quotes what `Loader` would otherwise not read back as the same string."""
 
     yaml_implicit_resolvers = RESOLVERS
 
 
 def read_config(path: Path) -> dict[Any, Any]:
-    """The keys and values in a file; ValueError of one sentence where it holds nothing of the kind."""
+    """The keys and values in the file; ValueError for another kind of file or content."""
     readers = {".toml": read_toml, ".yaml": read_yaml, ".yml": read_yaml}
-    most_bytes = MOST_TOML_BYTES if path.suffix == ".toml" else MOST_YAML_BYTES
+    max_bytes = MAX_TOML_BYTES if path.suffix == ".toml" else MAX_YAML_BYTES
     if path.suffix not in readers:
-        raise ValueError(f"{path}: a configuration must end in .yaml, .yml or .toml")
+        raise ValueError(f"{path}: the name of a settings file must end in .yaml, .yml or .toml")
     try:
-        text = read_bytes(path, most_bytes).decode("utf-8-sig")
+        text = read_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: must be UTF-8") from None
+        raise ValueError(f"{path}: must be UTF-8 text") from None
     try:
         values = readers[path.suffix](text)
     except ValueError as error:
@@ -75,17 +75,17 @@ def read_toml(text: str) -> object:
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise ValueError("must be TOML, and is nested too deeply") from None
+        raise ValueError("must be TOML: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"must be TOML: {error}") from None
 
 
 def read_yaml(text: str) -> object:
-    """{} where there is nothing but comments."""
+    """The value of the document; {} for an empty one."""
     try:
         values = yaml.load(text, Loader)  # a SafeLoader
     except RecursionError:
-        raise ValueError("must be YAML, and is nested too deeply") from None
+        raise ValueError("must be YAML: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ValueError(f"must be YAML: line {line}: {error.problem}") from None

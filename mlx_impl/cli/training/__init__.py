@@ -1,1 +1,1 @@
-"""What `train` is made of: the job, the folder of a run, who may write there, how to go on."""
+"""The parts of `train`: the job, the run's folder, its lock and manifest, how to resume."""

@@ -1,4 +1,4 @@
-"""What a model answers: questions asked greedily, answers judged by the word that must stand in them."""
+"""Ask a model questions, with greedy decoding, and mark the answers by an expected text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rich.console import Console
 from ...fast.decode import MAX_ROWS, generate_all
 from ...files.checkpoint import LoadedModel
 from ...model import CausalLM
-from ...run.memory_check import require_answers
+from ...run.memory_check import require_generation_memory
 from ...text.rows import Conversation
 from ...text.tokenizer import ChatTokenizer
-from ..screen.console import counted
+from ..screen.console import show_progress
 
 MAX_TOKENS = 24  # of an answer
 
@@ -28,19 +28,20 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        return f" {fold(self.expected)} " in f" {fold(self.text)} "
+        """Whether the expected words occur in the answer, as whole words and in their order."""
+        return f" {normalized(self.expected)} " in f" {normalized(self.text)} "
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What the model knows at one time."""
+class Evaluation:
+    """Loss and answers of a model, before or after training."""
 
-    loss_nats: float  # mean over the targets of the training examples that are evaluated
+    loss_nats: float  # per target of the evaluated training examples
     answers: dict[str, list[Answer]]  # by the names of QUESTION_FILES
 
 
-def fold(text: str) -> str:
-    """Lower case, no accents, words separated by single spaces: "N'Djaména!" and "n djamena" are one."""
+def normalized(text: str) -> str:
+    """Lower case without accents, words separated by single spaces: "N'Djaména!" becomes "n djamena"."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     kept = "".join(c for c in plain if not unicodedata.combining(c))
     return " ".join("".join(c if c.isalnum() else " " for c in kept).split())
@@ -49,14 +50,14 @@ def fold(text: str) -> str:
 def ask(
     model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation], console: Console
 ) -> list[Answer]:
-    """The model's greedy answers to all conversations that say what a right answer contains."""
-    judged = [c for c in conversations if c.answer is not None]
-    groups = partial(counted, text="asking", console=console)
-    prompts = prompts_of(tokenizer, judged)
-    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids, groups)
+    """The model's answers to the conversations that have an expected answer."""
+    questions = [c for c in conversations if c.answer is not None]
+    progress = partial(show_progress, text="asking", console=console)
+    prompts = prompts_of(tokenizer, questions)
+    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids, progress)
     return [
         Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
-        for c, reply in zip(judged, replies, strict=True)
+        for c, reply in zip(questions, replies, strict=True)
     ]
 
 
@@ -64,12 +65,11 @@ def prompts_of(tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) 
     return [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in conversations]
 
 
-def require_memory_to_ask(loaded: LoadedModel, conversations: Sequence[Conversation]) -> list[str]:
-    """Remarks on what memory is short; ValueError where it is too little."""
+def require_memory_for_questions(loaded: LoadedModel, conversations: Sequence[Conversation]) -> list[str]:
+    """Remarks where free memory is short; ValueError where a memory limit would be exceeded."""
     prompts = prompts_of(loaded.tokenizer, conversations)
-    return require_answers(loaded.model, prompts, MAX_TOKENS, MAX_ROWS)
+    return require_generation_memory(loaded.model, prompts, MAX_TOKENS, MAX_ROWS)
 
 
-def share_right(answers: Sequence[Answer]) -> float:
-    """From 0 to 1."""
+def fraction_right(answers: Sequence[Answer]) -> float:
     return sum(answer.is_right for answer in answers) / len(answers)

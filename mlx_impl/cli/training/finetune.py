@@ -1,4 +1,4 @@
-"""The main job: fine-tune, and show by questions asked before and after what the model has learned."""
+"""The whole run of `train`: evaluate, fine-tune, save, evaluate again, report."""
 
 from __future__ import annotations
 
@@ -14,42 +14,34 @@ from rich.console import Console
 from ...data import evaluation_batches
 from ...run.guard import NotFinite
 from ...train import StepRecord, evaluate
-from ..interrupt import Interrupt, interrupt_requested
-from ..screen.console import counted, harmless, working
-from ..screen.report import print_answers, with_progress
+from ..screen.console import printable, show_progress, show_status
+from ..screen.report import print_answers, show_training
 from ..screen.summary import make_report, print_summary
-from .answers import Exam, ask
-from .job import Job, Prepared, prepare, spread
-from .stops import way_on
+from ..signals import StopRequest, defer_signals
+from .answers import Evaluation, ask
+from .job import Job, PreparedJob, evenly_spaced, prepare
+from .resume_hint import resume_hint
 
 
 def finetune(job: Job, console: Console) -> dict[str, Any]:
-    """Read, examine, train, save, examine again; the report that is also written to `report.json`.
+    """Run the job and return the report, which is also written to `report.json`.
 
-    Raises ValueError for a wrong input before anything is written, and for a model whose loss is no number;
-    NotFinite, the last good state saved; Stopped, everything saved. A note says with which command to go on.
+    Raises ValueError, before anything is written, for a wrong input or a model whose loss is not finite;
+    NotFinite after saving the last good state; StoppedBySignal after saving everything. A note on the
+    exception is the command to continue with.
     """
-    with working("reading model and data", console):
+    with show_status("reading model and data", console):
         prepared = prepare(job)
     print_summary(prepared, console)
-    before, records = begin_or_go_on(prepared, console)
-    with way_on(prepared):
-        with interrupt_requested() as interrupt:
-            try:
-                fit(prepared, records, console, interrupt)
-                save(prepared, records, console)
-            except NotFinite:
-                save(prepared, records[: prepared.trainer.step], console)
-                raise
-            except BrokenPipeError:  # nobody reads what is printed
-                prepared.folder.save(prepared.trainer, prepared.train, prepared.base_name)
-                if interrupt.requested is None:
-                    raise
-        after = examine(prepared, console, "after")
+    before, records = start_or_resume(prepared, console)
+    with resume_hint(prepared):
+        with defer_signals() as stop_request:
+            fit_and_save(prepared, records, console, stop_request)
+        after = evaluate_model(prepared, console, "after")
         report = make_report(prepared, before, after, records)
         prepared.folder.write_json("report.json", report)
         prepared.folder.finish()
-    saved = f"report.json saved in {harmless(str(job.folder))}"
+    saved = f"report.json saved in {printable(str(job.folder))}"
     try:
         print_answers(before.answers, after.answers, console)
     except KeyboardInterrupt as stop:
@@ -59,77 +51,105 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     return report
 
 
-def begin_or_go_on(prepared: Prepared, console: Console) -> tuple[Exam, list[StepRecord]]:
-    """What the model knew before the run, and the records of the steps done."""
+def start_or_resume(prepared: PreparedJob, console: Console) -> tuple[Evaluation, list[StepRecord]]:
+    """The evaluation before training, and the records of the steps done so far."""
     job, folder, step = prepared.job, prepared.folder, prepared.trainer.step
     if not job.resume:
-        before = examine(prepared, console, "before")
+        before = evaluate_model(prepared, console, "before")
         identity = prepared.trainer.identity(prepared.train)
-        with way_on(prepared):
-            folder.begin(job.settings, identity, before)
+        with resume_hint(prepared):
+            folder.start(job.settings, identity, before)
         return before, []
-    with way_on(prepared):
-        folder.go_on(job.settings)
-        console.print(f"resumed:   {harmless(str(folder.path))}, after step {step}")
-        for change in folder.changed_programs():
-            console.print(f"           not to the bit: {change}")
-        known, records = folder.read_before(step), folder.read_metrics(step)
-        if known is None:  # stopped in the middle of its beginning
-            known = examine(prepared, console, "before")
-            folder.save_before(known)
-        return known, records
+    with resume_hint(prepared):
+        folder.save_missing_config(job.settings)
+        console.print(f"resumed:   {printable(str(folder.path))}, after step {step}")
+        for change in folder.changed_versions():
+            console.print(f"           not bit-exact: {change}")
+        saved, records = folder.read_before(step), folder.read_metrics(step)
+        if saved is None:  # the run was stopped before it had saved its first evaluation
+            saved = evaluate_model(prepared, console, "before")
+            folder.save_before(saved)
+        return saved, records
 
 
-def save(prepared: Prepared, records: list[StepRecord], console: Console) -> None:
+def fit_and_save(
+    prepared: PreparedJob, records: list[StepRecord], console: Console, stop_request: StopRequest
+) -> None:
+    try:
+        fit(prepared, records, console, stop_request)
+        save(prepared, records, console)
+    except NotFinite:
+        save(prepared, records[: prepared.trainer.step], console)
+        raise
+    except BrokenPipeError:  # the reader of standard output has left
+        prepared.folder.save(prepared.trainer, prepared.train, prepared.base_name)
+        if stop_request.signal_number is None:
+            raise
+
+
+def save(prepared: PreparedJob, records: list[StepRecord], console: Console) -> None:
     folder, trainer = prepared.folder, prepared.trainer
     folder.save(trainer, prepared.train, prepared.base_name)
     folder.save_curve(records, trainer)
-    console.print(
-        f"step {trainer.step}: adapter, training state and loss.png saved in {harmless(str(folder.path))}"
-    )
+    path = printable(str(folder.path))
+    console.print(f"step {trainer.step}: adapter, training state and loss.png saved in {path}")
 
 
-def examine(prepared: Prepared, console: Console, when: str) -> Exam:
-    """The loss over training examples and the answers to all questions."""
-    examples = spread(prepared.train, prepared.job.eval_examples)
+def evaluate_model(prepared: PreparedJob, console: Console, when: str) -> Evaluation:
+    """The loss over training examples, and the answers to all questions."""
+    loss_nats = training_set_loss(prepared, console, when)
+    questions = [c for group in prepared.questions.values() for c in group]
+    if questions:
+        console.print(f"asking {len(questions)} questions")
+    answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, questions, console))
+    by_group = {name: [next(answers) for _ in group] for name, group in prepared.questions.items()}
+    return Evaluation(loss_nats, by_group)
+
+
+def training_set_loss(prepared: PreparedJob, console: Console, when: str) -> float:
+    """Nats per target token over at most --eval-examples training examples; ValueError unless finite."""
+    examples = evenly_spaced(prepared.train, prepared.job.eval_examples)
     size = prepared.trainer.training.batch_size
-    batches = counted(evaluation_batches(examples, size), -(-len(examples) // size), "evaluating", console)
+    num_batches = -(-len(examples) // size)
+    batches = show_progress(evaluation_batches(examples, size), num_batches, "evaluating", console)
     loss_nats, _ = evaluate(prepared.loaded.model, batches)
     if not math.isfinite(loss_nats):
-        raise ValueError(f"the loss over the training set {when} training is not a finite number")
-    whole = len(examples) == len(prepared.train)
-    of = "the training set" if whole else f"{len(examples)} of {len(prepared.train)} training examples"
+        raise ValueError(
+            f"the loss over the training set {when} training must be a finite number, got {loss_nats}"
+        )
+    is_whole = len(examples) == len(prepared.train)
+    of = "the training set" if is_whole else f"{len(examples)} of {len(prepared.train)} training examples"
     console.print(f"loss over {of} {when} training: {loss_nats:.4f} nats per target token")
-    together = [c for questions in prepared.questions.values() for c in questions]
-    if together:
-        console.print(f"asking {len(together)} questions")
-    answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, together, console))
-    return Exam(loss_nats, {n: [next(answers) for _ in cs] for n, cs in prepared.questions.items()})
+    return loss_nats
 
 
-def fit(prepared: Prepared, records: list[StepRecord], console: Console, interrupt: Interrupt) -> None:
-    """Train to the end, to Ctrl-C or until validation has not improved for long; adds to the records."""
+def fit(
+    prepared: PreparedJob, records: list[StepRecord], console: Console, stop_request: StopRequest
+) -> None:
+    """Train to the last step, a request to stop or early stopping; append to the records."""
     job, trainer, folder = prepared.job, prepared.trainer, prepared.folder
-    validate_where_due(prepared, console)  # also what a stop has prevented
-    if is_exhausted(prepared, console):
+    validate_if_due(prepared, console)  # at step 0, or where the run was stopped before it could
+    if should_stop_early(prepared, console):
         return
     with folder.open_metrics(records) as metrics:
-        steps = recorded(trainer.fit(prepared.train), records, metrics)
-        for record in with_progress(steps, trainer.step, trainer.training.iters, console):
-            if interrupt.requested is not None:
+        steps = record_steps(trainer.fit(prepared.train), records, metrics)
+        for record in show_training(steps, trainer.step, trainer.training.iters, console):
+            if stop_request.signal_number is not None:
                 break
-            validate_where_due(prepared, console)
+            validate_if_due(prepared, console)
             if record.step % job.save_every == 0:
                 os.fsync(metrics.fileno())
                 folder.save(trainer, prepared.train, prepared.base_name)
-            if is_exhausted(prepared, console):
+            if should_stop_early(prepared, console):
                 break
         os.fsync(metrics.fileno())
         folder.require_metrics(metrics)
 
 
-def recorded(steps: Iterable[StepRecord], records: list[StepRecord], metrics: TextIO) -> Iterator[StepRecord]:
-    """The same records, kept and written down as they pass."""
+def record_steps(
+    steps: Iterable[StepRecord], records: list[StepRecord], metrics: TextIO
+) -> Iterator[StepRecord]:
+    """The same steps, each appended to the records and to the metrics file."""
     for record in steps:
         records.append(record)
         metrics.write(json.dumps(asdict(record)) + "\n")
@@ -137,8 +157,8 @@ def recorded(steps: Iterable[StepRecord], records: list[StepRecord], metrics: Te
         yield record
 
 
-def validate_where_due(prepared: Prepared, console: Console) -> None:
-    """The validation loss every few steps and at the end; the adapter kept where it is the best so far."""
+def validate_if_due(prepared: PreparedJob, console: Console) -> None:
+    """Compute the validation loss every --steps-per-eval steps and at the end; save the best adapter."""
     trainer = prepared.trainer
     is_due = trainer.step % prepared.job.steps_per_eval == 0 or trainer.step == trainer.training.iters
     is_done = any(step == trainer.step for step, _ in trainer.validation)
@@ -149,8 +169,8 @@ def validate_where_due(prepared: Prepared, console: Console) -> None:
             prepared.folder.save_best(trainer, prepared.base_name)
 
 
-def is_exhausted(prepared: Prepared, console: Console) -> bool:
-    """Whether early stopping was asked for and is due."""
+def should_stop_early(prepared: PreparedJob, console: Console) -> bool:
+    """Whether --patience validations in a row were no better than the best."""
     patience, trainer = prepared.job.patience, prepared.trainer
     is_due = 0 < patience <= trainer.validations_since_best()
     if is_due:

@@ -1,4 +1,4 @@
-"""What `train` was asked for, and all that it needs: read, checked and in place before it writes anything."""
+"""The settings of a `train` command, and everything read and checked before it writes anything."""
 
 from __future__ import annotations
 
@@ -9,88 +9,106 @@ from typing import Any
 from ...batching import updates_an_epoch
 from ...config import LoRAConfig, TrainConfig
 from ...data import Example, num_inputs
-from ...disk.places import require_apart
+from ...disk.output_folder import require_no_overlap
 from ...files.adapters import load_adapter
 from ...files.checkpoint import LoadedModel, load_model
 from ...files.precision import to_dtype
-from ...run.memory_check import require_memory
+from ...run.memory_check import require_training_memory
 from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
 from ...text.examples import encode_file
 from ...text.rows import Conversation, read_conversations
 from . import manifest
-from .answers import require_memory_to_ask
+from .answers import require_memory_for_questions
 from .run_folder import RunFolder
 
-# Which file's questions are reported under which name.
+# The names under which the report lists the questions of a file.
 QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "control.jsonl"}
+Questions = dict[str, list[Conversation]]  # by the names of QUESTION_FILES
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that `train` was asked for."""
+    """All settings of a `train` command."""
 
     model: str | None
     dequantize: bool
-    dtype: str  # that the model computes in
+    dtype: str
     data: Path
-    folder: Path  # where adapter, metrics and report go
-    resume: bool  # go on with the run in that folder
+    folder: Path  # for adapter, metrics and report
+    resume: bool  # resume the run in that folder
     init_adapter: Path | None
-    config: Path | None  # that settings were read from
-    lora: LoRAConfig | None  # None: as the initial adapter has it
-    training: dict[str, Any]  # the fields of TrainConfig but iters
-    iters: int | None  # None: as many as the epochs take
+    config: Path | None  # the settings file
+    lora: LoRAConfig | None  # None: that of the initial adapter
+    training: dict[str, Any]  # the fields of TrainConfig except iters
+    iters: int | None  # None: follows from epochs
     epochs: int
-    targets: str  # what is trained: completion, assistant or all
+    targets: str  # completion, assistant or all
     max_seq_length: int
     steps_per_eval: int
     save_every: int
-    patience: int  # validations without a new best after which to stop; 0: never
+    patience: int  # validations without a new best before early stopping; 0: never stop early
     num_questions: int | None
-    eval_examples: int  # of training and of validation that the loss is computed over; -1: all
+    eval_examples: int  # at most this many training and validation examples are evaluated; -1: all
     compiled: bool | None
-    settings: dict[str, Any]  # all of this again, as --config reads it
-    blas: str | None = None  # as it was given
+    settings: dict[str, Any]  # the same settings as --config reads them
+    blas: str | None = None  # the value of --blas
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The job with everything read, checked and in place; nothing is written yet."""
+class PreparedJob:
+    """A job with everything read and checked. Nothing is written yet."""
 
     job: Job
     loaded: LoadedModel
     folder: RunFolder
     trainer: LoRATrainer
     train: list[Example]
-    valid: list[Example]  # those that are evaluated
-    num_valid: int  # of all
-    questions: dict[str, list[Conversation]]  # by the names of QUESTION_FILES
-    remarks: list[str]  # what was cut, and what was left out
+    valid: list[Example]  # only those that are evaluated
+    num_valid: int  # of all validation examples
+    questions: Questions
+    remarks: list[str]  # on truncated and skipped examples and on short memory
 
     @property
     def base_name(self) -> str:
-        """What the adapter says that it belongs to."""
+        """The base model's name, as the adapter's configuration records it."""
         return str(self.job.model or self.loaded.name)
 
 
-def prepare(job: Job) -> Prepared:
-    """Read everything and check it, the cheap things first."""
+def prepare(job: Job) -> PreparedJob:
+    """Read and check everything, cheap checks first; ValueError for a wrong input."""
     to_dtype(job.dtype)
     folder = RunFolder(job.folder)
     if not job.resume:
-        require_apart_from_inputs(job)
+        require_separate_inputs(job)
     train, valid, questions = read_data(job)
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
-    train_config(job, [job.max_seq_length] * len(train))  # its numbers, before a model is loaded
+    train_config(job, [job.max_seq_length] * len(train))  # raises for wrong numbers before a model is loaded
     loaded = load_model(job.model, job.dequantize, job.dtype)
     encoded, valid_encoded = (
         encode_file(loaded.tokenizer, conversations, job.targets, job.max_seq_length)
         for conversations in (train, valid)
     )
-    examples, valid_examples = encoded.examples, spread(valid_encoded.examples, job.eval_examples)
-    training = train_config(job, [num_inputs(example) for example in examples])
+    examples = encoded.examples
+    valid_examples = evenly_spaced(valid_encoded.examples, job.eval_examples)
+    trainer = make_trainer(job, loaded, examples, valid_examples, questions)
+    if job.resume:
+        load_training_state(folder, trainer, examples)
+    remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
+    remarks += require_training_memory(
+        trainer, examples, evenly_spaced(examples, job.eval_examples), valid_examples
+    )
+    remarks += require_memory_for_questions(loaded, [c for group in questions.values() for c in group])
+    num_valid = len(valid_encoded.examples)
+    return PreparedJob(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
+
+
+def make_trainer(
+    job: Job, loaded: LoadedModel, train: list[Example], valid: list[Example], questions: Questions
+) -> LoRATrainer:
+    """The trainer at step 0, with the initial adapter where there is one."""
+    training = train_config(job, [num_inputs(example) for example in train])
     lora = job.lora
     if job.init_adapter is not None:
         lora = load_adapter(loaded.model, job.init_adapter)
@@ -98,49 +116,43 @@ def prepare(job: Job) -> Prepared:
     trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
     trainer.resume_identity = {
         "eval_examples": job.eval_examples,
-        "the validation data": digest_of_examples(valid_examples),
-        "the questions": {name: [c.question for c in cs] for name, cs in questions.items()},
+        "the validation data": digest_of_examples(valid),
+        "the questions": {name: [c.question for c in group] for name, group in questions.items()},
         "steps_per_eval": job.steps_per_eval,
         "patience": job.patience,
     }
-    if job.resume:
-        load_state_of(folder, trainer, examples)
-    remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
-    remarks += require_memory(trainer, examples, spread(examples, job.eval_examples), valid_examples)
-    remarks += require_memory_to_ask(loaded, [c for asked in questions.values() for c in asked])
-    num_valid = len(valid_encoded.examples)
-    return Prepared(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
+    return trainer
 
 
-def require_apart_from_inputs(job: Job) -> None:
-    """ValueError where the run's folder is, contains or lies in something that is read."""
+def require_separate_inputs(job: Job) -> None:
+    """ValueError where the run's folder is, contains or lies inside an input."""
     inputs = {"data": job.data, "initial adapter": job.init_adapter, "--config file": job.config}
     if job.model is not None and Path(job.model).exists():
         inputs["model"] = Path(job.model)
     given = {name: path for name, path in inputs.items() if path is not None}
-    for name, path in list(given.items()):  # a folder may be made of links to files in other places
+    for name, path in list(given.items()):  # the files of an input may be links into other folders
         links = [file for file in path.iterdir() if file.is_symlink()] if path.is_dir() else []
         given |= {f"{name}'s file {file.name}": file.resolve() for file in links}
-    require_apart(job.folder, given)
+    require_no_overlap(job.folder, given)
 
 
-def load_state_of(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
-    """From the last save, or from the beginning where the run was stopped before the first."""
-    begun = manifest.read(folder.path)
-    require_same(folder.path, begun.identity, trainer.identity(examples))
+def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
+    """Load the last saved state; keep step 0 where the run was stopped before its first save."""
+    started = manifest.read(folder.path)
+    require_same(folder.path, started.identity, trainer.identity(examples))
     if folder.state.exists() or (folder.path / "adapter_model.safetensors").exists():
         trainer.resume(folder.state, examples)
 
 
-def spread(examples: list[Example], most: int) -> list[Example]:
-    """At most so many, evenly spread over all; -1: all."""
+def evenly_spaced(examples: list[Example], most: int) -> list[Example]:
+    """At most `most` of the examples, evenly spaced; all of them for -1."""
     if most == -1 or len(examples) <= most:
         return examples
     return [examples[i * len(examples) // most] for i in range(most)]
 
 
-def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[str, list[Conversation]]]:
-    """The training and the validation conversations, and the questions that have answers."""
+def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], Questions]:
+    """The training conversations, the validation conversations, and the questions with expected answers."""
 
     def optional(name: str) -> list[Conversation]:
         path = job.data / name
@@ -148,15 +160,15 @@ def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], dict[st
 
     train = read_conversations(job.data / "train.jsonl")
     files = {name: optional(file) for name, file in QUESTION_FILES.items()}
-    judged = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in files.items()}
-    return train, optional("valid.jsonl"), {name: asked for name, asked in judged.items() if asked}
+    questions = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in files.items()}
+    return train, optional("valid.jsonl"), {name: group for name, group in questions.items() if group}
 
 
 def train_config(job: Job, lengths: list[int]) -> TrainConfig:
-    """As many updates as were asked for, or as the epochs take with examples of these lengths."""
+    """The TrainConfig with --iters steps, or as many as --epochs takes with examples of these lengths."""
     if job.iters is not None:
         return TrainConfig(iters=job.iters, **job.training)
     if job.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {job.epochs}")
-    an_epoch = updates_an_epoch(lengths, TrainConfig(iters=1, **{**job.training, "warmup_steps": 0}))
-    return TrainConfig(iters=job.epochs * an_epoch, **job.training)
+    epoch_updates = updates_an_epoch(lengths, TrainConfig(iters=1, **{**job.training, "warmup_steps": 0}))
+    return TrainConfig(iters=job.epochs * epoch_updates, **job.training)

@@ -1,9 +1,9 @@
-"""`manifest.json`: what a run belongs to, which files it writes, and, once it is finished, what they hold.
+"""`manifest.json`: a run's settings, the files that it writes and, once it is finished, their sha256 digests.
 
-It is the first file of a run, so a folder with a manifest that lists no digests holds a run that can be
-resumed. A finished run's lists a sha256 for each file: with `--overwrite` those files are removed that still
-have it. Replacing the old manifest by the new one is the moment at which the old run ends and the new one
-begins: what is left to remove stands in the new one, in case that is interrupted.
+The manifest is a run's first file. Without digests it marks a run that can be resumed. With `--overwrite`
+only files that still have their digest are removed. Replacing the old manifest by the new one is the moment
+at which the old run ends and the new one starts; the new one lists the old files that are still to be
+removed, so that an interrupted removal can be completed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...disk.files import is_regular, read_json_object, whole_file
+from ...disk.files import atomic_write, is_regular, read_json_object
 
 NAME = "manifest.json"
 FORMAT = "mlx-lora-run-1"
-FILES = (  # all that a run writes beside its manifest
+FILES = (  # all files of a run except its manifest
     *("config.yaml", "report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png"),
     *("adapter_config.json", "adapter_model.safetensors"),
     *("best/adapter_config.json", "best/adapter_model.safetensors"),
@@ -30,56 +30,66 @@ Digests = dict[str, str]  # sha256 by the name of a file in FILES
 @dataclass(frozen=True)
 class Manifest:
     settings: dict[str, Any]  # as `--config` reads them
-    identity: dict[str, Any]  # as the training state has it
-    versions: dict[str, str]
+    identity: dict[str, Any]  # as in the training state; must match on resume
+    versions: dict[str, str]  # of the libraries that compute
     finished: Digests | None = None  # None until the run is finished
-    to_remove: Digests = field(default_factory=dict)  # of the run that stood here before
-    written: list[str] = field(default_factory=list)  # names that this run has written, or is about to
+    to_remove: Digests = field(default_factory=dict)  # files of the run that this one replaces
+    written: list[str] = field(default_factory=list)  # files that this run has written or is about to write
 
 
 def read(folder: Path) -> Manifest:
-    """ValueError where there is no run of this version."""
+    """The manifest; ValueError where the folder holds no run, or one of another version."""
     path = folder / NAME
     if not path.exists():
-        old = (folder / "training_state.safetensors").exists()
-        what = "one of an older version, which cannot be resumed" if old else "none"
-        advice = f": begin again from its adapter with --init-adapter {folder}" if old else ""
-        raise ValueError(f"{folder}: must hold a run with its {NAME}, and holds {what}{advice}")
+        raise ValueError(without_manifest(folder))
     record = read_json_object(path)
     if record.pop("format", None) != FORMAT:
-        raise ValueError(f"{path}: must be of the format {FORMAT}, which this version writes")
+        raise ValueError(f"{path}: must have the format {FORMAT} of this version")
     try:
         manifest = Manifest(**record)
     except TypeError as error:
-        raise ValueError(f"{path}: is not what a run writes: {error}") from None
-    objects = (manifest.settings, manifest.identity, manifest.versions, manifest.to_remove)
-    finished = {} if manifest.finished is None else manifest.finished
-    if not all(isinstance(value, dict) for value in (*objects, finished)) or not isinstance(
-        manifest.written, list
-    ):
-        raise ValueError(f"{path}: is not what a run writes")
-    for name in (*finished, *manifest.to_remove, *manifest.written):
-        if name not in FILES:
-            raise ValueError(f"{path}: a run writes no file {name!r}")
+        raise ValueError(f"{path}: must be a manifest as a run writes it: {error}") from None
+    require_valid(manifest, path)
     return manifest
 
 
+def without_manifest(folder: Path) -> str:
+    """The error message for a folder without a manifest."""
+    if (folder / "training_state.safetensors").exists():
+        return (
+            f"{folder}: holds a run of an older version without {NAME}, which cannot be resumed: "
+            f"start a new run from its adapter with --init-adapter {folder}"
+        )
+    return f"{folder}: must hold a run, and has no {NAME}"
+
+
+def require_valid(manifest: Manifest, path: Path) -> None:
+    objects = (manifest.settings, manifest.identity, manifest.versions, manifest.to_remove)
+    finished = {} if manifest.finished is None else manifest.finished
+    has_objects = all(isinstance(value, dict) for value in (*objects, finished))
+    if not has_objects or not isinstance(manifest.written, list):
+        raise ValueError(f"{path}: must be a manifest as a run writes it")
+    for name in (*finished, *manifest.to_remove, *manifest.written):
+        if name not in FILES:
+            raise ValueError(f"{path}: must name only files that a run writes, got {name!r}")
+
+
 def write(folder: Path, manifest: Manifest) -> None:
-    with whole_file(folder / NAME) as part:
+    with atomic_write(folder / NAME) as part:
         part.write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n", encoding="utf-8")
 
 
 def finish(folder: Path) -> None:
-    """Write down what the files of this run hold."""
+    """Record the digests of the run's files, which marks the run as finished."""
     manifest = read(folder)
     digests = {name: digest(folder / name) for name in manifest.written if is_regular(folder / name)}
     write(folder, replace(manifest, finished=digests))
 
 
-def claim(folder: Path, *names: str) -> None:
-    """Write down that the run writes these files, before it does; ValueError for one that is there already.
+def register(folder: Path, *names: str) -> None:
+    """Record, before they are written, that these files are the run's; ValueError where one already exists.
 
-    So a file of the user's that has such a name is told from one of the run's.
+    This distinguishes the run's files from a user's files of the same names.
     """
     manifest = read(folder)
     new = [name for name in names if name not in manifest.written]
@@ -91,14 +101,14 @@ def claim(folder: Path, *names: str) -> None:
 
 
 def require_own_files(folder: Path) -> None:
-    """ValueError where a name that the run writes, now or later, is taken by something else."""
+    """ValueError where a file or folder that is not the run's has the name of one of its files."""
     written = read(folder).written
     for name in FILES:
         path = folder / name
         if os.path.lexists(path) and name not in written:
             raise ValueError(f"{path}: was not written by the run in this folder: move it away")
         if os.path.lexists(path) and not is_regular(path):
-            raise ValueError(f"{path}: must be a regular file, as the run wrote it")
+            raise ValueError(f"{path}: must be the regular file that the run wrote")
 
 
 def digest(path: Path) -> str:
@@ -107,14 +117,14 @@ def digest(path: Path) -> str:
 
 
 def is_unchanged(folder: Path, name: str, sha256: str) -> bool:
-    """Whether it is a file of this content, reached through no link."""
+    """Whether the file has this digest, and neither it nor its folder is a link."""
     path = folder / name
-    is_reached = is_regular(path) and ("/" not in name or not path.parent.is_symlink())
-    return is_reached and digest(path) == sha256
+    is_own = is_regular(path) and ("/" not in name or not path.parent.is_symlink())
+    return is_own and digest(path) == sha256
 
 
-def remove_the_run_before(folder: Path) -> None:
-    """Remove, one by one, what the run that stood here has left, where it is as that run left it."""
+def remove_previous_run(folder: Path) -> None:
+    """Remove the unchanged files of the run that this one replaces."""
     manifest = read(folder)
     for name, sha256 in manifest.to_remove.items():
         if is_unchanged(folder, name, sha256):

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...disk.files import whole_file
+from ...disk.files import atomic_write
 from .safetensors import load_with_metadata, save
 
 CONFIG = "adapter_config.json"
@@ -48,9 +48,9 @@ def write_files(
     folder: Path, file_name: str, tensors: Tensors, record: dict[str, Any], metadata: dict[str, str]
 ) -> None:
     """Write tensors and record, each file atomically."""
-    with whole_file(folder / file_name) as path:
+    with atomic_write(folder / file_name) as path:
         save(path, tensors, metadata)
-    with whole_file(folder / CONFIG) as path:
+    with atomic_write(folder / CONFIG) as path:
         path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config import ModelConfig
 from ...disk.files import one_line
-from ...machine.memory_limits import TooLittle, require_bytes
+from ...machine.memory_limits import TooLittleMemory, require_bytes
 from .gguf_config import config_from_metadata
 from .gguf_file import StoredTensor, quote, read_container
 
@@ -56,7 +56,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
         raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"{path}: not a usable GGUF file: it lacks the key {error}") from None
-    except TooLittle:
+    except TooLittleMemory:
         raise
     except ValueError as error:
         raise ValueError(f"{path}: not a usable GGUF file: {one_line(error)}") from None

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ...config import ModelConfig
 from ...disk.files import require_file
-from ...disk.folders import Unfinished
+from ...disk.folders import TemporaryFolder
 from ...text.tokenizer import ChatTokenizer
 from .safetensors import INDEX, save
 
@@ -29,7 +29,7 @@ SIDE_FILES = (
 )
 
 
-def write_weights(folder: Unfinished, tensors: Iterable[tuple[str, mx.array]], form: str) -> None:
+def write_weights(folder: TemporaryFolder, tensors: Iterable[tuple[str, mx.array]], form: str) -> None:
     """Write tensors in order, in shards; `form` is "mlx" if only MLX can read them, else "pt"."""
     weight_map: dict[str, int] = {}
     shard: dict[str, mx.array] = {}
@@ -46,7 +46,7 @@ def write_weights(folder: Unfinished, tensors: Iterable[tuple[str, mx.array]], f
     name_files(folder, num_full + 1, weight_map, total)
 
 
-def write_part(folder: Unfinished, number: int, shard: dict[str, mx.array], form: str) -> None:
+def write_part(folder: TemporaryFolder, number: int, shard: dict[str, mx.array], form: str) -> None:
     save(folder.file(part_name(number)), shard, {"format": form})
 
 
@@ -54,7 +54,7 @@ def part_name(number: int) -> str:
     return f"{number}.part"
 
 
-def name_files(folder: Unfinished, count: int, weight_map: dict[str, int], total: int) -> None:
+def name_files(folder: TemporaryFolder, count: int, weight_map: dict[str, int], total: int) -> None:
     """Rename the files, now that their number is known; write the index if there are several."""
     if count == 1:
         os.replace(folder.path / part_name(0), folder.file("model.safetensors"))
@@ -66,7 +66,7 @@ def name_files(folder: Unfinished, count: int, weight_map: dict[str, int], total
     write_json(folder.file(INDEX), {"metadata": {"total_size": total}, "weight_map": files})
 
 
-def copy_side_files(source: Path, folder: Unfinished) -> None:
+def copy_side_files(source: Path, folder: TemporaryFolder) -> None:
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
             if not path.is_dir():
@@ -124,7 +124,7 @@ def rope_record(config: ModelConfig) -> dict[str, Any]:
     return {"rope_type": scaling.rope_type, **{name: getattr(scaling, name) for name in names}}
 
 
-def write_tokenizer(folder: Unfinished, tokenizer: ChatTokenizer, settings: dict[str, Any]) -> None:
+def write_tokenizer(folder: TemporaryFolder, tokenizer: ChatTokenizer, settings: dict[str, Any]) -> None:
     """`settings` are the special tokens and the chat template; those that are None are left out."""
     tokenizer.save(folder.file("tokenizer.json"))
     record = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

@@ -12,13 +12,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ...disk.files import MOST_JSON_BYTES, one_line, read_json_object, read_text, require_file
+from ...disk.files import MAX_JSON_BYTES, one_line, read_json_object, read_text, require_file
 from ...text.tokenizer import ChatTokenizer
 
 
 def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
     """The tokenizer, with a chat template if there is one; ValueError names a file that is wrong."""
-    require_file(folder / "tokenizer.json", MOST_JSON_BYTES)
+    require_file(folder / "tokenizer.json", MAX_JSON_BYTES)
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception

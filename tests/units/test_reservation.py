@@ -1,4 +1,4 @@
-"""Where a run may begin: nothing that it did not write itself is removed or overwritten."""
+"""The folder of a run: a run removes and overwrites only files that a run wrote."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.cli.command_line import command_line
+from mlx_impl.cli.shell_command import shell_command
 from mlx_impl.cli.training import lock, manifest
 from mlx_impl.cli.training.manifest import FILES
 from mlx_impl.cli.training.run_folder import RunFolder
-from mlx_impl.disk.files import PROCESS
+from mlx_impl.disk.files import PROCESS_TOKEN
 from tests.tiny_folder import write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "2", "--batch-size", "4", "--num-questions", "0", "--blas", "off"]
@@ -38,7 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody has touched since."""
+    """A finished run, unchanged."""
     run = tmp_path_factory.mktemp("finished") / "run"
     assert main(["train", *inputs, *TINY_RUN, "--adapter-path", str(run)]) == 0
     return run
@@ -46,13 +46,13 @@ def finished(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, as `run` in the empty folder."""
+    """A copy of the finished run, as `run` in an empty folder."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
 def train(inputs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The command of a tiny run, in an empty folder."""
+    """The command of a tiny run; the current folder is empty."""
     monkeypatch.chdir(tmp_path)
     return ["train", *inputs, *TINY_RUN]
 
@@ -69,7 +69,7 @@ def write(folder: Path, *names: str) -> dict[str, bytes]:
 
 
 def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that it ends with."""
+    """The error of a command that must fail with one sentence."""
     capsys.readouterr()
     assert main(command) == 2
     error = capsys.readouterr().err
@@ -77,7 +77,7 @@ def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_the_same_command_twice_takes_two_folders(
+def test_repeating_the_same_command_uses_a_new_folder(
     train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("adapters", "adapters-2", "adapters-3"):
@@ -88,37 +88,37 @@ def test_the_same_command_twice_takes_two_folders(
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=["", "overwrite"])
 @pytest.mark.parametrize("names", [NAMES, *[(name,) for name in NAMES]], ids=lambda names: names[0])
-def test_a_folder_with_the_users_files_stays_as_it_is(
+def test_a_folder_with_the_users_files_is_refused_and_unchanged(
     train: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     names: tuple[str, ...],
     flags: list[str],
 ) -> None:
-    """Also under every name that a run uses; the sentence names a folder in which the run begins."""
+    """Also where they have the names of a run's files; the error suggests a free folder."""
     mine = write(tmp_path / "mine", *names)
     error = refusal([*train, "--adapter-path", "mine", *flags], capsys)
     assert re.search(
-        r"mine: must be new or empty, and holds \S+: take another folder, such as mine-2$", error
+        r"mine: must be new or empty, but holds \S+: choose another folder, such as mine-2$", error
     )
     assert contents(tmp_path / "mine") == mine
     assert not (tmp_path / "mine-2").exists()
 
 
-def test_what_a_file_browser_leaves_does_not_count(train: list[str], tmp_path: Path) -> None:
+def test_a_folder_with_only_file_browser_files_counts_as_empty(train: list[str], tmp_path: Path) -> None:
     write(tmp_path / "run", ".DS_Store", "._x", "Thumbs.db")
     assert main([*train, "--adapter-path", "run"]) == 0
     assert (tmp_path / "run" / ".DS_Store").read_text() == "the user's own .DS_Store"
 
 
-def test_a_finished_run_is_replaced_where_that_is_asked_for(
+def test_overwrite_replaces_only_the_files_that_the_run_wrote(
     train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And with it goes nothing that it did not write."""
+    """The user's own files in the folder are kept."""
     mine = write(run, "notes.txt", "best/photo.jpg", "more/adapter_model.safetensors")
     error = refusal([*train, "--adapter-path", "run"], capsys)
     assert (
-        "run: holds a finished run: replace it with --overwrite, or take another folder, such as run-2"
+        "run: holds a finished run: replace it with --overwrite, or choose another folder, such as run-2"
         in error
     )
     assert contents(run) == mine
@@ -130,43 +130,45 @@ def test_a_finished_run_is_replaced_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_was_changed_since_is_the_users(
+def test_a_file_changed_after_the_run_is_not_overwritten(
     train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (run / name).write_bytes((run / name).read_bytes() + b" ")
     before = contents(run)
     error = refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
-    assert f"run/{name}: is not as the run wrote it, and is not overwritten: take another" in error
+    assert f"run/{name}: was changed after the run wrote it, and is not overwritten: choose another" in error
     assert contents(run) == before
 
 
 @pytest.mark.parametrize("name", ["loss.png", "best", "best/adapter_model.safetensors"])
-def test_nothing_is_removed_through_a_link(
+def test_overwrite_removes_nothing_through_a_link(
     train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """The file or the folder has been moved elsewhere, and a link stands in its place."""
+    """The file or folder was moved elsewhere and replaced by a link."""
     elsewhere = tmp_path / "elsewhere"
     (run / name).rename(elsewhere)
     (run / name).symlink_to(elsewhere)
     before = contents(tmp_path)
-    assert "is not as the run wrote it" in refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
+    assert "was changed after the run wrote it" in refusal(
+        [*train, "--adapter-path", "run", "--overwrite"], capsys
+    )
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "train.jsonl"])
-def test_a_model_folder_and_a_data_folder_hold_no_run(
+def test_a_model_or_data_folder_cannot_hold_a_run(
     train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """transformers would load the adapter with the model by itself."""
+    """transformers would load an adapter in a model's folder automatically."""
     before = write(tmp_path / "run", name)
     error = refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
-    assert f"run/{name}: a " in error and "folder must not hold a run: take another folder" in error
+    assert f"run/{name}: a " in error and "folder must not hold a run: choose another folder" in error
     assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("place", ["link", "link/run", "link/a/b"])
 @pytest.mark.parametrize("what", ["model", "data", "adapter"])
-def test_a_run_does_not_begin_in_what_it_reads(
+def test_a_run_cannot_start_inside_its_inputs(
     inputs: list[str],
     train: list[str],
     run: Path,
@@ -175,7 +177,7 @@ def test_a_run_does_not_begin_in_what_it_reads(
     what: str,
     place: str,
 ) -> None:
-    """Nor anywhere inside, nor through a link."""
+    """Neither in the folder of an input, nor deeper inside, nor through a link."""
     (tmp_path / "link").symlink_to({"model": Path(inputs[1]), "data": Path(inputs[3]), "adapter": run}[what])
     before = contents(tmp_path) | contents(tmp_path / "link")
     command = ["train", *inputs, "--iters", "1", "--blas", "off", "--init-adapter", str(run)]
@@ -183,10 +185,10 @@ def test_a_run_does_not_begin_in_what_it_reads(
     assert contents(tmp_path) | contents(tmp_path / "link") == before
 
 
-def test_a_run_does_not_replace_the_one_that_it_goes_on_from(
+def test_a_run_cannot_replace_the_run_that_it_starts_from(
     inputs: list[str], train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither its adapter, nor its best, nor the settings in it."""
+    """Neither with its last adapter, nor its best, nor its settings."""
     before = contents(tmp_path)
     common = ["train", *inputs, "--iters", "2", "--blas", "off", "--adapter-path", "run", "--overwrite"]
     for flags in (["--init-adapter", "run"], ["--init-adapter", "run/best"], ["--config", "run/config.yaml"]):
@@ -194,10 +196,10 @@ def test_a_run_does_not_replace_the_one_that_it_goes_on_from(
     assert contents(tmp_path) == before
 
 
-def test_two_runs_do_not_share_a_folder(
+def test_two_processes_cannot_share_a_folder(
     train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The sentence says who has it; without --adapter-path the next folder is taken."""
+    """The error names the other process; without --adapter-path the next folder is used."""
     run = tmp_path / "adapters"
     who = r"is using this folder"
     with lock.locked(run):
@@ -209,7 +211,7 @@ def test_two_runs_do_not_share_a_folder(
     assert not run.exists() and (tmp_path / "adapters-2").exists()
 
 
-def test_a_run_that_is_going_on_cannot_be_resumed(
+def test_a_run_in_progress_cannot_be_resumed(
     train: list[str], tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = tmp_path / "run" / "manifest.json"
@@ -220,26 +222,28 @@ def test_a_run_that_is_going_on_cannot_be_resumed(
     assert main(["train", "--resume", "run", "--blas", "off"]) == 0
 
 
-def test_a_crash_releases_the_lock_and_its_temporary_files_go(train: list[str], tmp_path: Path) -> None:
-    """Only those of the process that crashed."""
+def test_after_a_crash_the_lock_is_free_and_temporary_files_are_removed(
+    train: list[str], tmp_path: Path
+) -> None:
+    """Only the temporary files of the process that crashed are removed."""
     run = tmp_path / "run"
     code = f"""
 import os, sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
 from pathlib import Path
 from mlx_impl.cli.training.lock import locked
-from mlx_impl.disk.files import whole_file
-with locked(Path("run")), whole_file(Path("run/manifest.json")) as part:
+from mlx_impl.disk.files import atomic_write
+with locked(Path("run")), atomic_write(Path("run/manifest.json")) as part:
     part.write_text("half"); print(part.name, flush=True); os.kill(os.getpid(), 9)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == -9 and (run / done.stdout.strip()).exists(), done.stderr
     assert main([*train, "--adapter-path", "run"]) == 0
     assert not (run / done.stdout.strip()).exists()
-    assert not list(run.glob(f".*{PROCESS}*")) and not (run / lock.NAME).exists()
+    assert not list(run.glob(f".*{PROCESS_TOKEN}*")) and not (run / lock.NAME).exists()
 
 
-def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
-    """A link, a folder, a text of the user's."""
+def test_a_file_that_is_no_lock_is_not_read_as_one(tmp_path: Path) -> None:
+    """A link, a folder and a user's text file."""
     link, folder, text = (tmp_path / name for name in "abc")
     link.symlink_to(tmp_path / "nowhere")
     folder.mkdir()
@@ -247,24 +251,24 @@ def test_a_lock_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     assert [lock.read(path) for path in (link, folder, text)] == [None] * 3
 
 
-def test_a_lock_does_not_overwrite_what_is_not_one(
+def test_locking_does_not_overwrite_a_users_file(
     train: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A text of the user's under its name, and one that has another name too."""
+    """Neither a text file of that name, nor a lock file that has a second hard link."""
     precious = tmp_path / "precious"
     for content in ("mine", '{"host": "h", "process": 1, "parts": "0123456789abcdef"}'):
         precious.write_text(content)
         os.link(precious, run / lock.NAME)
         error = refusal([*train, "--adapter-path", "run", "--overwrite"], capsys)
-        assert "is not as" in error or "a lock is to be here, and this is another file" in error
+        assert "was changed after" in error or "must be a lock file, but is another file" in error
         assert precious.read_text() == content
         (run / lock.NAME).unlink()
 
 
-def test_a_lock_that_its_last_holder_removes_is_taken_anew(
+def test_a_lock_file_removed_before_locking_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the opening and the locking the file has gone, and another process may have made a new one."""
+    """Between opening and locking, its last holder removes the file; another process may make a new one."""
     real, calls = fcntl.flock, []
 
     def flock(descriptor: int, how: int) -> None:
@@ -280,10 +284,10 @@ def test_a_lock_that_its_last_holder_removes_is_taken_anew(
             pass
 
 
-def test_a_run_whose_folder_is_moved_away_writes_into_no_other(
+def test_a_run_whose_folder_was_moved_writes_into_no_other_folder(
     train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its last save is in the folder that was moved, and goes on from there."""
+    """Its last save is in the moved folder, from which it can be resumed."""
     real = RunFolder.save
 
     def save(self: RunFolder, *rest: Any) -> None:
@@ -305,7 +309,7 @@ def test_a_run_whose_folder_is_moved_away_writes_into_no_other(
 
 @pytest.mark.parametrize("name", ["report.json", "loss.png"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_file_that_is_put_into_a_stopped_run_is_not_overwritten(
+def test_resume_does_not_overwrite_a_file_added_to_the_run(
     train: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -313,7 +317,7 @@ def test_a_file_that_is_put_into_a_stopped_run_is_not_overwritten(
     name: str,
     kind: str,
 ) -> None:
-    """It is noticed before anything is trained."""
+    """The error comes before any training."""
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save_curve", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert main([*train, "--adapter-path", "run"]) == 143
@@ -326,18 +330,18 @@ def test_a_file_that_is_put_into_a_stopped_run_is_not_overwritten(
     assert main(["train", "--resume", "run", "--blas", "off"]) == 0
 
 
-def test_what_was_changed_between_a_kill_and_a_resume_stays(run: Path) -> None:
-    """The new run has begun, and the old one is not yet removed."""
+def test_a_file_changed_between_kill_and_resume_is_kept(run: Path) -> None:
+    """The new run has started, and the old one is not yet removed."""
     old = manifest.read(run)
     manifest.write(run, replace(old, finished=None, to_remove=old.finished or {}, written=[]))
     (run / "loss.png").write_text("mine")
-    manifest.remove_the_run_before(run)
+    manifest.remove_previous_run(run)
     assert set(contents(run)) == {"loss.png", "manifest.json"}
     with pytest.raises(ValueError, match=r"loss\.png: was not written by the run in this folder"):
         manifest.require_own_files(run)
 
 
-def test_an_initial_adapter_may_be_links_into_the_run_that_is_replaced(
+def test_a_run_cannot_be_replaced_while_the_initial_adapter_links_into_it(
     inputs: list[str], train: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = tmp_path / "adapter"
@@ -352,7 +356,7 @@ def test_an_initial_adapter_may_be_links_into_the_run_that_is_replaced(
 
 
 @pytest.mark.parametrize("name", ["-q", "nodir/../run", "a b"])
-def test_a_folder_of_any_name_is_named_in_the_command_to_go_on_with(
+def test_the_resume_command_works_for_any_folder_name(
     train: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -362,10 +366,10 @@ def test_a_folder_of_any_name_is_named_in_the_command_to_go_on_with(
         patch.setattr(RunFolder, "save_curve", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert main([*train, f"--adapter-path={name}"]) == 143
     last = capsys.readouterr().err.splitlines()[-1]
-    assert main(shlex.split(last.removeprefix(f"go on with: {command_line()} "))) == 0
+    assert main(shlex.split(last.removeprefix(f"resume with: {shell_command()} "))) == 0
 
 
-def test_a_folder_whose_name_cannot_be_shown_is_refused(
+def test_a_folder_name_with_control_characters_is_refused(
     train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = refusal([*train, "--adapter-path", "a\x1b[2J"], capsys)
@@ -373,7 +377,7 @@ def test_a_folder_whose_name_cannot_be_shown_is_refused(
     assert not (tmp_path / "a\x1b[2J").exists()
 
 
-def test_metrics_that_vanish_during_a_run_are_an_error(
+def test_removing_the_metrics_during_a_run_is_an_error(
     train: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = RunFolder.save_best
@@ -385,13 +389,13 @@ def test_metrics_that_vanish_during_a_run_are_an_error(
     monkeypatch.setattr(RunFolder, "save_best", save_best)
     assert main([*train, "--adapter-path", "run", "--learning-rate", "0.01"]) == 2
     error = capsys.readouterr().err
-    assert "run/metrics.jsonl: was removed or replaced while the run was going on" in error
+    assert "run/metrics.jsonl: was removed or replaced during the run" in error
 
 
-def test_a_folder_that_a_run_did_not_begin_in_is_not_left(
+def test_a_run_that_never_started_leaves_no_folder(
     train: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor those that it lies in."""
+    """Neither the folder nor its parents, unless they existed before."""
     refusal([*train, "--adapter-path", "a/b/c", "--rank", "1000"], capsys)
     assert not (tmp_path / "a").exists()
     (tmp_path / "empty").mkdir()

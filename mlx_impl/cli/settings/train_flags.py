@@ -1,0 +1,109 @@
+"""The flags of `train` that describe the training and the run. No MLX import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...config import BATCHINGS
+from .flags import TRAIN_DEFAULTS, add_folder, add_json_flag, add_number, add_switch
+
+DEFAULT_EPOCHS = 5
+
+
+def add_training_flags(group: Any) -> None:
+    add_length_flags(group)
+    add_optimizer_flags(group)
+    add_switch(
+        group,
+        "--grad-checkpoint",
+        TRAIN_DEFAULTS.grad_checkpoint,
+        "gradient checkpointing: recompute activations in the backward pass to save memory (default: no)",
+    )
+    add_number(group, "--seed", TRAIN_DEFAULTS.seed, "seed of the initial adapter and of dropout")
+    add_number(group, "--data-seed", None, "seed of the order of the examples", "the value of --seed")
+    add_switch(group, "--compile", None, "compile the training step (default: only on a GPU)")
+
+
+def add_length_flags(group: Any) -> None:
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--iters", type=int, metavar="N", help="number of optimizer steps (default: from --epochs)"
+    )
+    add_number(length, "--epochs", DEFAULT_EPOCHS, "passes over the training data")
+    group.add_argument(
+        "--batching",
+        choices=BATCHINGS,
+        default=TRAIN_DEFAULTS.batching,
+        help="grouped: batches of examples of similar length; packed: several examples per row; both need "
+        "less padding than plain (default: %(default)s)",
+    )
+    add_number(
+        group,
+        "--grad-accumulation-steps",
+        TRAIN_DEFAULTS.grad_accumulation_steps,
+        "micro-batches per optimizer step, each of --batch-size examples",
+    )
+
+
+def add_optimizer_flags(group: Any) -> None:
+    defaults = TRAIN_DEFAULTS
+    add_number(group, "--learning-rate", defaults.learning_rate, "peak learning rate")
+    group.add_argument(
+        "--lr-schedule",
+        choices=("constant", "linear", "cosine"),
+        default=defaults.lr_schedule,
+        help="learning rate after the warmup; linear and cosine decay to 0 (default: %(default)s)",
+    )
+    add_number(
+        group, "--warmup-steps", defaults.warmup_steps, "steps in which the learning rate rises from 0"
+    )
+    add_number(
+        group,
+        "--loraplus-lr-ratio",
+        defaults.loraplus_lr_ratio,
+        "LoRA+: learning rate of matrix B divided by that of matrix A",
+    )
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "sgd"),
+        default=defaults.optimizer,
+        help="optimizer, as PyTorch defines it (default: %(default)s)",
+    )
+    add_number(group, "--weight-decay", defaults.weight_decay, "weight decay of the adapter")
+    add_number(
+        group, "--max-grad-norm", defaults.max_grad_norm, "clip gradients to this norm; 0: no clipping"
+    )
+
+
+def add_run_flags(group: Any) -> None:
+    add_folder(
+        group,
+        "--adapter-path",
+        "folder for the run's adapter, metrics and report; new or empty (default: the first free one of "
+        "adapters, adapters-2, adapters-3, ...)",
+    )
+    add_switch(
+        group,
+        "--overwrite",
+        False,
+        "replace the finished run in --adapter-path; removes only files that it wrote (default: no)",
+    )
+    add_folder(
+        group,
+        "--resume",
+        "resume the stopped run in this folder bit-exactly, with its model, data and settings "
+        "(default: start a new run)",
+    )
+    add_number(group, "--save-every", 25, "save the adapter and the training state every N steps")
+    add_number(group, "--steps-per-eval", 25, "compute the validation loss every N steps")
+    add_number(
+        group, "--patience", 0, "early stopping: stop after N validations without a better loss; 0: never"
+    )
+    add_number(
+        group,
+        "--eval-examples",
+        200,
+        "compute the losses before, after and in validation over at most N examples, evenly spaced; -1: all",
+    )
+    add_number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
+    add_json_flag(group)
