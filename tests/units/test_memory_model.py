@@ -22,8 +22,8 @@ from benchmarks.memory import (
     budget_of,
     numbers,
 )
-from mlx_impl import loss
 from mlx_impl.config import LoRAConfig
+from mlx_impl.fast import head
 from mlx_impl.lora import add_lora, count_parameters
 from mlx_impl.model import CausalLM
 
@@ -75,7 +75,7 @@ def test_half_the_bytes_a_number_halve_all_but_the_float32_factors() -> None:
 
 
 def test_a_chunk_of_the_head_is_as_large_as_the_loss_makes_it() -> None:
-    assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
+    assert memory.CHUNK_LOGITS == head.CHUNK_LOGITS
 
 
 def test_padding_costs_attention_alone() -> None:

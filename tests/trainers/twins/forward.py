@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+from mlx_impl.fast.view import View, view_of
 
 from mlx_impl import ops
 from mlx_impl.config import ModelConfig
-from mlx_impl.fast.view import View, view_of
 from mlx_impl.model import CausalLM, Decoder, rope_frequencies
 from tests.trainers.twins.twin import Patches, Twin
 
