@@ -22,7 +22,7 @@ from mlx_impl.config import ModelConfig
 
 from .flops import linear_shapes
 
-CHUNK_LOGITS = 2**25  # that of mlx_impl/loss.py, which cannot be imported before a BLAS is chosen
+CHUNK_LOGITS = 2**25  # that of mlx_impl/fast/head.py, which cannot be imported before a BLAS is chosen
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -41,7 +41,7 @@ ATTENTION = (  # of every position of a row, padding too
     Kept("k and v, turned", "G", 2, "scores and mix: the gradients of q and of the weights"),
     Kept("attention weights", "HS", 1, "softmax and mix; a fused kernel on a GPU keeps none"),
 )
-BEFORE = (  # of the positions that a target sees (mlx_impl/fast/layout.py)
+BEFORE = (  # of the positions that a target depends on (mlx_impl/fast/kept_positions.py)
     Kept("x, before attention", "D", 1, "the norm's input"),
     Kept("its norm", "D", 1, "the input of A in q, k, v"),
     Kept("A x of q, k, v", "R", 3, "the gradient of B"),
@@ -59,7 +59,7 @@ AFTER = (  # of the same, but in the last block of the targets alone
 HEAD = (  # of target positions, rounded up as `data.bucket_size` says
     Kept("the last hidden state there", "D", 1, "what the head reads"),
     Kept("its gradient", "D", 1, "what the head's chunk gives"),
-    Kept("logits, shifted, their exponentials, gradient", "V", 4, "of one chunk: loss.py has at most 2**25"),
+    Kept("logits, shifted, their exponentials, gradient", "V", 4, "of one chunk: head.py has at most 2**25"),
 )
 TRAINED = (  # copies of all factors
     Kept("factors, first and second moments", "T", 3, "the state"),
@@ -84,7 +84,7 @@ class Shapes:
     rank: int
     rows: int  # of the largest batch
     tokens: int  # a row
-    seen: int  # positions that a target sees
+    seen: int  # positions that a target depends on
     targets: int  # positions that the head reads
     dtype: str = "float32"
     checkpointed: bool = False
