@@ -50,7 +50,7 @@ def attention_of_short_rows() -> tuple[Step, Step]:
     """Attention and its gradients: heads and width of SmolLM2, four rows of 56."""
     import mlx.core as mx
 
-    from mlx_impl import ops
+    from mlx_impl.fast import ops
 
     q_BHTK, (k_BGTK, v_BGTK) = mx.random.normal((4, 9, 56, 64)), mx.random.normal((2, 4, 3, 56, 64))
 
@@ -58,7 +58,11 @@ def attention_of_short_rows() -> tuple[Step, Step]:
         return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, scale=0.125, mask="causal")
 
     arrays = (q_BHTK, k_BGTK, v_BGTK)
-    return gradients(ops.attention, *arrays), gradients(plain, *arrays)
+
+    def fast(q_BHTK: Any, k_BGTK: Any, v_BGTK: Any) -> Any:
+        return ops.attention(q_BHTK, k_BGTK, v_BGTK, None)
+
+    return gradients(fast, *arrays), gradients(plain, *arrays)
 
 
 def head_at_targets() -> tuple[Step, Step]:
@@ -74,10 +78,10 @@ def head_at_targets() -> tuple[Step, Step]:
 
     def fast(x_ND: Any) -> Any:
         logits_MV = x_ND[positions_M] @ head_DV
-        return next_token_nats(logits_MV, targets_N[positions_M], mask_N[positions_M])[0]
+        return next_token_nats(logits_MV[None], targets_N[positions_M], mask_N[positions_M])[0]
 
     def plain(x_ND: Any) -> Any:
-        return next_token_nats(x_ND @ head_DV, targets_N, mask_N)[0]
+        return next_token_nats((x_ND @ head_DV)[None], targets_N, mask_N)[0]
 
     return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
 
@@ -86,12 +90,13 @@ def gate_and_up() -> tuple[Step, Step]:
     """silu(gate) * up and both gradients, at the width of SmolLM2."""
     import mlx.core as mx
 
-    from mlx_impl import ops
+    from mlx_impl import ops as plain_ops
+    from mlx_impl.fast import ops
 
     gate_BTF, up_BTF = mx.random.normal((2, 4, 64, 1536))
 
     def plain(gate_BTF: Any, up_BTF: Any) -> Any:
-        return ops.silu(gate_BTF) * up_BTF
+        return plain_ops.silu(gate_BTF) * up_BTF
 
     return gradients(ops.gated, gate_BTF, up_BTF), gradients(plain, gate_BTF, up_BTF)
 
@@ -122,7 +127,8 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
     """The loss of 64 targets over SmolLM2's vocabulary, and its gradient by the hidden state."""
     import mlx.core as mx
 
-    from mlx_impl.fast.head import head_nats, next_token_nats
+    from mlx_impl.fast.head import head_nats
+    from mlx_impl.loss import next_token_nats
 
     N, D, V = 64, 576, 49152
     x_ND, head_VD = mx.random.normal((N, D)), mx.random.normal((V, D)) / math.sqrt(D)
@@ -135,7 +141,7 @@ def head_and_loss_in_one() -> tuple[Step, Step]:
         return head_nats(head, V, x_ND, targets_N, mask_N)[0]
 
     def plain(x_ND: Any) -> Any:
-        return next_token_nats(head(x_ND), targets_N, mask_N)[0]
+        return next_token_nats(head(x_ND)[None], targets_N, mask_N)[0]
 
     return evaluated(mx.value_and_grad(fast), x_ND), evaluated(mx.value_and_grad(plain), x_ND)
 
@@ -146,17 +152,17 @@ def rows_of_unequal_lengths() -> tuple[Step, Step]:
 
     from mlx_impl.config import LoRAConfig
     from mlx_impl.data import Example, make_batch
+    from mlx_impl.fast.forward import batch_loss, to_arrays
     from mlx_impl.lora import add_lora
     from mlx_impl.model import CausalLM
-    from mlx_impl.train import batch_loss, to_arrays
 
     model = CausalLM(SMALL)
     add_lora(model, LoRAConfig(rank=8))
     rows = [Example((1,) * (n + 1), (False,) * (n - 7) + (True,) * 8) for n in (128, 64, 48, 16)]
-    *arrays, layout = to_arrays(make_batch(rows))
-    assert "kept" in layout
+    *arrays, kept = to_arrays(make_batch(rows))
+    assert kept
     run = nn.value_and_grad(model, batch_loss)
-    return evaluated(run, model, [*arrays, layout]), evaluated(run, model, [*arrays, {}])
+    return evaluated(run, model, [*arrays, kept]), evaluated(run, model, [*arrays, []])
 
 
 def rows_with_one_system_prompt() -> tuple[Step, Step]:
@@ -164,10 +170,10 @@ def rows_with_one_system_prompt() -> tuple[Step, Step]:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_impl.fast import layout
+    from mlx_impl.fast import kept_positions
+    from mlx_impl.fast.forward import batch_loss, to_arrays
     from mlx_impl.lora import add_lora
     from mlx_impl.model import CausalLM
-    from mlx_impl.train import batch_loss, to_arrays
 
     from .inputs import read_inputs
 
@@ -178,9 +184,9 @@ def rows_with_one_system_prompt() -> tuple[Step, Step]:
     add_lora(model, case.lora)
     run, batch = nn.value_and_grad(model, batch_loss), inputs.windows[0][0]
     fast = to_arrays(batch)
-    with patch.object(layout, "shared_columns", lambda batch, is_needed_BT: 0):
+    with patch.object(kept_positions, "shared_prefix_length", lambda batch, is_needed_BT: 0):
         plain = to_arrays(batch)
-    assert len(fast[-1]["kept"][0]) < len(plain[-1]["kept"][0])
+    assert len(fast[-1][0]) < len(plain[-1][0])
     return evaluated(run, model, fast), evaluated(run, model, plain)
 
 

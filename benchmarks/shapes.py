@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_impl.data import Batch, target_positions
-from mlx_impl.fast.layout import kept_slots
+from mlx_impl.data import Batch
+from mlx_impl.fast.kept_positions import kept_positions, target_positions
 
 from .cases import Case
 from .inputs import Inputs
@@ -17,6 +17,6 @@ def shapes_of(case: Case, inputs: Inputs) -> Shapes:
 
 def shapes_of_batch(case: Case, inputs: Inputs, batch: Batch) -> Shapes:
     rows, tokens = batch.inputs_BT.shape
-    kept, num_targets = kept_slots(batch), len(target_positions(batch)[0])
-    seen = len(kept.slot_S) if kept else rows * tokens
+    kept, num_targets = kept_positions(batch), len(target_positions(batch)[0])
+    seen = len(kept.kept_S) if kept else rows * tokens
     return Shapes(inputs.config, case.rank, rows, tokens, seen, num_targets, case.dtype, case.checkpointed)

@@ -8,10 +8,8 @@ import mlx.core as mx
 
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
-from mlx_impl.fast.pace import paced
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
-from mlx_impl.train import train
 
 
 class Ours:
@@ -21,10 +19,7 @@ class Ours:
         model.set_dtype(getattr(mx, case.dtype))
         mx.eval(model.parameters())
         trainer = LoRATrainer(model, case.lora, case.training, compiled)
-        windows = paced(cycle(inputs.windows), model, case.checkpointed)
-        self.records = train(
-            model, trainer.optimizer, windows, case.training, trainer.compiled, trainer.guard
-        )
+        self.records = trainer.fit_windows(cycle(inputs.windows))
 
     def step(self) -> float:
         loss_nats = next(self.records).loss_nats

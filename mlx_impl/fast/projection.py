@@ -42,7 +42,22 @@ def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
     if low_ranks:
         y_of = dict(zip(low_ranks, products(x_BTI.flatten(0, -2), [*low_ranks.values()]), strict=True))
     shape = x_BTI.shape[:-1]
-    return [y_of[j].reshape(*shape, -1) if j in y_of else linear(x_BTI) for j, linear in enumerate(linears)]
+    return [
+        y_of[j].reshape(*shape, -1) if j in y_of else plain_call(linear, x_BTI)
+        for j, linear in enumerate(linears)
+    ]
+
+
+def plain_call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
+    """linear(x), with A in memory as A^T; `rounded` says why."""
+    if not isinstance(linear, LoRALinear):
+        return linear(x_BTI)
+    a_IR = linear.lora_a
+    linear.lora_a = mx.contiguous(a_IR.T).T
+    try:
+        return linear(x_BTI)
+    finally:
+        linear.lora_a = a_IR
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
@@ -131,8 +146,8 @@ class Group:
 def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
     """[A_1 ... A_n]^T and each B_j, in the type of x.
 
-    A always lies in memory as A^T, as the optimizer hands it over (`optim.as_factors`): a GPU's matmul may
-    round a matrix differently from its transpose, and factors loaded would give other bits than updated ones.
+    A is always in memory as A^T, as `vectors.as_factors` has it: a GPU or an optimized BLAS may round a
+    transposed matrix's product differently, and loaded factors would give other bits than updated ones.
     """
     num = len(factors) // 2
     a_RI = mx.concatenate([a_IR.T for a_IR in factors[:num]]) if num > 1 else mx.contiguous(factors[0].T)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_impl.data import TARGETS, bucket_size
+from mlx_impl.data import bucket_size
+from mlx_impl.fast.kept_positions import TARGET_BUCKETS
 from tests.e2e.conftest import Run
 
 LOGITS_BYTES = (
@@ -56,4 +57,4 @@ def test_memory_stays_flat(main_job: Run) -> None:
 
 def size_of(record: dict) -> int:
     """The targets that a step makes room for."""
-    return bucket_size(record["num_targets"], TARGETS)
+    return bucket_size(record["num_targets"], TARGET_BUCKETS)

@@ -15,14 +15,14 @@ from mlx_impl.cli.training import lock, manifest
 from mlx_impl.cli.training.answers import Answer, Evaluation
 from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.config import LoRAConfig, TrainConfig
+from mlx_impl.fast.vectors import VectorOptimizer
 from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.files.formats.hf_config import read_config
 from mlx_impl.files.formats.hf_tokenizer import tokenizer_from_folder
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.optim import LoRAOptimizer
-from mlx_impl.run.state import Progress, load_state, save_state, snapshot
+from mlx_impl.run.state import Progress, load_state, save_state, state_arrays
 from mlx_impl.text.examples import encode_all
 from mlx_impl.text.rows import read_conversations
 from mlx_impl.text.tokenizer import ChatTokenizer
@@ -103,9 +103,9 @@ def write_mlx_lm_adapter(folder: Path) -> None:
 
 
 def trained(folder: Path) -> dict[str, mx.array]:
-    model, optimizer = adapted_model(folder), LoRAOptimizer(TrainConfig(iters=1))
+    model, optimizer = adapted_model(folder), VectorOptimizer(TrainConfig(iters=1))
     optimizer.init(model.trainable_parameters())
-    return snapshot(optimizer)
+    return state_arrays(model, optimizer)
 
 
 def write_state(folder: Path) -> None:

@@ -16,10 +16,10 @@ from mlx_impl import load_model
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Batch, Example, make_batch
 from mlx_impl.fast.decode import generate_all
+from mlx_impl.fast.forward import FAST
 from mlx_impl.generate import generate
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.train import batch_loss, to_arrays
 from tests.derived import assert_within_rounding
 from tests.peers.cases import Arrays
 from tests.peers.families import FolderTwin, random_factors
@@ -55,7 +55,7 @@ def load(
 def logits_and_gradients(model: CausalLM, batch: Batch) -> Arrays:
     """Logits of every position, and by name the gradients of the mean loss over all targets."""
     logits_BTV = model(mx.array(batch.inputs_BT))
-    (_, num_targets), grads = nn.value_and_grad(model, batch_loss)(model, to_arrays(batch))
+    (_, num_targets), grads = nn.value_and_grad(model, FAST.batch_loss)(model, FAST.to_arrays(batch))
     named = {name: np.array(grad / num_targets) for name, grad in tree_flatten(grads)}
     return {"logits": np.array(logits_BTV), **named}
 

@@ -45,7 +45,7 @@ MARK = ".float64"
 
 @contextmanager
 def float64_in_safetensors() -> Iterator[None]:
-    """MLX refuses to write it; so its bits are written as uint64, and read back as what they are."""
+    """MLX refuses to write float64, so its bits are written as uint64 and read back as float64."""
     save, load = mx.save_safetensors, mx.load
 
     def save_bits(file: BinaryIO, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
@@ -102,26 +102,33 @@ class RunOfActs(RuleBasedStateMachine):
         training=train_configs(ITERS, ["adamw"]),  # SGD keeps nothing that could be forgotten
         batch_size=st.integers(1, 3),
         num_batches=st.integers(1, 2),
+        plain=st.booleans(),
         data=st.data(),
     )
     def begin(
-        self, case: Drawn, training: TrainConfig, batch_size: int, num_batches: int, data: st.DataObject
+        self,
+        case: Drawn,
+        training: TrainConfig,
+        batch_size: int,
+        num_batches: int,
+        plain: bool,
+        data: st.DataObject,
     ) -> None:
         self.case = in_double(case)
         self.training = replace(training, batch_size=batch_size, grad_accumulation_steps=num_batches)
         self.examples = data.draw(example_lists(case.spec.vocab_size))
         self.held_out = data.draw(example_lists(case.spec.vocab_size))
         self.masks = make_masks(case, seed=len(self.examples))
-        self.trainer = self.new_trainer(self.case)
+        self.trainer = self.new_trainer(self.case, plain)
         self.records: Iterator[StepRecord] | None = None
         roundings = [self.case.moved(seed, UNIT_ROUNDOFF_64) for seed in range(1, NUM_TWINS)]
         self.twins = [Twin(c, self.training, self.masks) for c in (self.case, *roundings)]
 
-    def new_trainer(self, case: Any) -> LoRATrainer:
-        """On a model that has its adapter already, in float64."""
+    def new_trainer(self, case: Any, plain: bool) -> LoRATrainer:
+        """On a model that has its adapter already, in float64; by the plain or the fast path."""
         built = case.build(MlxTrainer)
         built.set_dropout_masks(self.masks)
-        return LoRATrainer(built.model, self.case.lora, self.training)
+        return LoRATrainer(built.model, self.case.lora, self.training, plain=plain)
 
     # What a user does.
 
@@ -153,23 +160,23 @@ class RunOfActs(RuleBasedStateMachine):
         self.saved[name] = (self.trainer.step, list(self.trainer.validation), states)
 
     @precondition(lambda self: self.merged is None and self.saved)
-    @rule(is_new=st.booleans(), data=st.data())
-    def load(self, is_new: bool, data: st.DataObject) -> None:
-        """A state of any age, into this trainer or into a new one with other factors."""
-        self.resume(data.draw(st.sampled_from(sorted(self.saved))), is_new)
+    @rule(new=st.sampled_from([None, "fast", "plain"]), data=st.data())
+    def load(self, new: str | None, data: st.DataObject) -> None:
+        """A state of any age, into this trainer or into a new one of either path with other factors."""
+        self.resume(data.draw(st.sampled_from(sorted(self.saved))), new)
 
     @precondition(lambda self: self.merged is None)
-    @rule(before=st.integers(0, 2), after=st.integers(0, 2))
-    def stop_and_go_on(self, before: int, after: int) -> None:
-        """What is done most."""
+    @rule(before=st.integers(0, 2), after=st.integers(0, 2), new=st.sampled_from(["fast", "plain"]))
+    def stop_and_go_on(self, before: int, after: int, new: str) -> None:
+        """The most frequent use."""
         self.train(before)
         self.save("one")
-        self.resume("one", is_new=True)
+        self.resume("one", new)
         self.train(after)
 
-    def resume(self, name: str, is_new: bool) -> None:
-        if is_new:
-            self.trainer = self.new_trainer(self.case.with_zero_b())
+    def resume(self, name: str, new: str | None) -> None:
+        if new is not None:
+            self.trainer = self.new_trainer(self.case.with_zero_b(), plain=new == "plain")
         self.trainer.resume(self.folder / name, self.examples)
         self.records = None
         step, validation, states = self.saved[name]

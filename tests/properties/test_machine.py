@@ -36,8 +36,8 @@ def evaluation_leaves_dropout_off() -> Iterator[None]:
     """It calls `model.eval()` and never `model.train()`: every later update is one without dropout."""
     evaluate = trainer.__dict__["evaluate"]
 
-    def left(model: Any, batches: Any) -> Any:
-        result = evaluate(model, batches)
+    def left(model: Any, *others: Any) -> Any:
+        result = evaluate(model, *others)
         model.eval()
         return result
 
@@ -50,9 +50,9 @@ def evaluation_keeps_dropout_on() -> Iterator[None]:
     """`model.eval()` forgotten."""
     evaluate = trainer.__dict__["evaluate"]
 
-    def with_dropout(model: Any, batches: Any) -> Any:
+    def with_dropout(model: Any, *others: Any) -> Any:
         with patch.object(model, "eval", lambda: None):
-            return evaluate(model, batches)
+            return evaluate(model, *others)
 
     with patch.object(trainer, "evaluate", with_dropout):
         yield
@@ -60,14 +60,14 @@ def evaluation_keeps_dropout_on() -> Iterator[None]:
 
 @contextmanager
 def loading_forgets(part: str) -> Iterator[None]:
-    """What of the optimizer's state ends with `part` begins at zero again."""
-    restore = trainer.__dict__["restore"]
+    """The arrays of the optimizer's state whose names end with `part` begin at zero again."""
+    load_arrays = trainer.__dict__["load_arrays"]
 
     def forgetful(model: Any, optimizer: Any, arrays: dict[str, mx.array]) -> None:
         forgotten = {n: mx.zeros_like(a) if n.endswith(part) else a for n, a in arrays.items()}
-        restore(model, optimizer, forgotten)
+        load_arrays(model, optimizer, forgotten)
 
-    with patch.object(trainer, "restore", forgetful):
+    with patch.object(trainer, "load_arrays", forgetful):
         yield
 
 

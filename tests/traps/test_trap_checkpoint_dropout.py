@@ -3,14 +3,14 @@
 PyTorch's `checkpoint` saves and restores the random state (`preserve_rng_state`). `mx.checkpoint` calls its
 function again with MLX's global state as it is by then, so a dropout mask differs between the loss and its
 gradient: nothing fails, and the gradient is that of another function. A key that is an argument of the
-function is the same both times; this is what `mlx_impl/fast/recompute.py` does.
+function is the same both times; this is what `mlx_impl/recompute.py` does.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl.fast.recompute import recomputed
 from mlx_impl.lora import Dropout
+from mlx_impl.recompute import recomputed
 
 X = mx.arange(1.0, 65.0)
 

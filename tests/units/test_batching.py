@@ -16,7 +16,7 @@ from mlx_impl.data import Batch, Example, make_batch, make_packed_batch, trainin
 from tests.derived import Divergence, assert_within_rounding
 from tests.ladder.cases import SPEC, Case, copies, named_case
 from tests.ladder.protocol import Dialect
-from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer
 from tests.trainers.reference import oracle
 
 DTYPES = (torch.float32, torch.float64)
@@ -28,6 +28,8 @@ EXAMPLES = [
     for n, p in ((9, 4), (3, 1), (12, 11), (5, 0), (2, 1), (7, 3))
 ]
 PACKED = [(0, 1, 4), (5, 3), (2,)]  # rows of 8 + 2 + 1, 6 + 4 and 11 inputs
+
+fast_and_plain = pytest.mark.parametrize("trainer", [MlxTrainer, PlainTrainer], ids=["fast", "plain"])
 
 
 def config(batching: str, **more: Any) -> TrainConfig:
@@ -105,25 +107,26 @@ def answers(trainer: Any, case: Case, batch: Batch) -> dict[str, np.ndarray]:
     return {"nats": np.array(nats), "targets": np.array(num_targets), **built.gradients(batch)}
 
 
-def hold_to_the_unpacked(case: Case, packed: Batch) -> None:
+def hold_to_the_unpacked(case: Case, packed: Batch, trainer: Any) -> None:
     """The oracle is PyTorch, in float32 and in float64, on one example a row."""
     plain = make_batch(EXAMPLES)
     ref32, ref64 = (answers(oracle(Dialect(), t), case, plain) for t in DTYPES)
-    ours = answers(MlxTrainer, case, packed)
+    ours = answers(trainer, case, packed)
     assert_within_rounding("a packed batch", ours, ref32, ref64, max(case.longest_sum, packed.inputs_BT.size))
 
 
+@fast_and_plain
 @pytest.mark.parametrize("name", ["untied", "sliding window", "qk norm", "dora"])
-def test_a_packed_batch_has_the_loss_and_gradients_of_its_examples_unpacked(name: str) -> None:
-    hold_to_the_unpacked(named_case(name), make_packed_batch(EXAMPLES, PACKED))
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_examples_unpacked(name: str, trainer: Any) -> None:
+    hold_to_the_unpacked(named_case(name), make_packed_batch(EXAMPLES, PACKED), trainer)
 
 
 @pytest.mark.parametrize("name", ["untied", "sliding window"])
 def test_the_logits_of_a_packed_example_are_its_own(name: str) -> None:
     case, packed = named_case(name), make_packed_batch(EXAMPLES, PACKED)
     model = MlxTrainer(case.spec, copies(case.weights), case.lora, copies(case.factors)).model.eval()
-    arrays = (mx.array(packed.inputs_BT), None, mx.array(packed.segment_BT))
-    logits_BTV = np.array(model.head(model.model(*arrays)))
+    arrays = mx.array(packed.inputs_BT), mx.array(packed.segment_BT)
+    logits_BTV = np.array(model(*arrays))
     alone = [
         oracle(Dialect(), t)(case.spec, copies(case.weights), case.lora, copies(case.factors)) for t in DTYPES
     ]
@@ -138,8 +141,9 @@ def test_the_logits_of_a_packed_example_are_its_own(name: str) -> None:
             assert_within_rounding("logits", {"l": ours}, {"l": ref32}, {"l": ref64}, case.longest_sum)
 
 
-def test_examples_that_see_one_another_are_noticed() -> None:
-    """The red twin: a mask that leaks, which is what rows without segments are."""
+@fast_and_plain
+def test_a_mask_that_leaks_from_one_example_to_the_next_is_noticed(trainer: Any) -> None:
+    """The mutant: rows without segment numbers."""
     leaking = make_packed_batch(EXAMPLES, PACKED)._replace(segment_BT=None)
     with pytest.raises(Divergence, match="a packed batch"):
-        hold_to_the_unpacked(named_case("untied"), leaking)
+        hold_to_the_unpacked(named_case("untied"), leaking, trainer)

@@ -1,6 +1,6 @@
-"""The primitives for a CPU are those they stand for, in value and in every gradient.
+"""The primitives for a CPU equal plain compositions, in value and in every gradient.
 
-The oracle is a plain composition under automatic differentiation, in float64, where nothing hides.
+The oracle is a plain composition under automatic differentiation, in float64.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ QUERIES, KEYS, VALUES = ("q", (B, H, T, K)), ("k", (B, G, S, K)), ("v", (B, G, S
 CASES: dict[str, tuple[Op, Op, list[tuple[str, tuple[int, ...]]]]] = {
     "attention": (
         lambda q, k, v: cpu_ops.attention(q, k, v, mx.array(IS_PAST_TS)),
-        exact_ops.attention,
+        lambda q, k, v: exact_ops.attention(q, k, v, None),
         [QUERIES, KEYS, VALUES],
     ),
     "attention through a mask": (
         lambda q, k, v: cpu_ops.attention(q, k, v, mx.array(HOLES_B1TS)),
-        lambda q, k, v: exact_ops.masked_attention(q, k, v, mx.array(HOLES_B1TS)),
+        lambda q, k, v: exact_ops.attention(q, k, v, mx.array(HOLES_B1TS)),
         [QUERIES, KEYS, VALUES],
     ),
 }

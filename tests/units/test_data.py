@@ -13,9 +13,9 @@ from mlx_impl.data import (
     evaluation_batches,
     make_batch,
     require_tokens,
-    target_positions,
     training_windows,
 )
+from mlx_impl.fast.kept_positions import target_positions
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.text.examples import encode
 from mlx_impl.text.rows import Conversation

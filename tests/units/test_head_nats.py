@@ -1,6 +1,6 @@
-"""Head and cross-entropy in chunks are what they are at once, and never hold the logits of two chunks.
+"""Chunked cross-entropy equals the plain one, and never holds the logits of two chunks.
 
-The oracle is `next_token_nats(model.head(x))` under automatic differentiation, in float64.
+The oracle is `loss.next_token_nats(model.head(x))` under automatic differentiation, in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_impl import loss
+from mlx_impl.fast import head as head_module
 from mlx_impl.fast.head import head_nats
 from mlx_impl.files.quantized import Quantization, dequantize, quantize_modules
 from mlx_impl.loss import next_token_nats
@@ -32,11 +32,11 @@ UPSTREAM = 2.5
 CHUNKS = (1, 4, 5, 13, 100)  # positions; 4 and 5 leave a last chunk that is not full
 MASKS = {
     "every target": np.ones(N, bool),
-    "fillings at the end": np.arange(N) < 9,
-    "fillings anywhere": np.arange(N) % 3 != 1,
-    "a chunk of fillings": np.arange(N) // 4 != 1,
+    "padding at the end": np.arange(N) < 9,
+    "padding anywhere": np.arange(N) % 3 != 1,
+    "a chunk of padding": np.arange(N) // 4 != 1,
 }
-HEADS = ("untied", "tied", "untied, packed", "tied, packed")
+HEADS = ("untied", "tied", "untied, quantized", "tied, quantized")
 
 Head = Callable[[mx.array], mx.array]
 
@@ -46,7 +46,7 @@ def model_of(head: str) -> CausalLM:
     name = "model.embed_tokens" if head.startswith("tied") else "lm_head"
     weight_VD = mx.array(random_array("head", (V, D), 0.5)).astype(mx.bfloat16).astype(mx.float32)
     model.load_weights([(f"{name}.weight", weight_VD)], strict=False)
-    if head.endswith("packed"):
+    if head.endswith("quantized"):
         packed = mx.quantize(weight_VD, group_size=32, bits=8)
         quantize_modules(model, {name: Quantization(32, 8)})
         kinds = ("weight", "scales", "biases")
@@ -72,7 +72,7 @@ def in_chunks(head: Head, x_ND: mx.array, targets_N: mx.array, mask_N: mx.array)
 
 
 def at_once(head: Head, x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
-    return next_token_nats(head(x_ND), targets_N, mask_N)
+    return next_token_nats(head(x_ND)[None], targets_N[None], mask_N[None])
 
 
 def results(
@@ -104,7 +104,7 @@ def oracle(head: str, mask_N: np.ndarray, dtype: mx.Dtype) -> Arrays:
 @pytest.fixture(params=CHUNKS)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """So many positions at a time."""
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", request.param * V + V // 2)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", request.param * V + V // 2)
     return int(request.param)
 
 
@@ -113,7 +113,7 @@ every_mask = pytest.mark.parametrize("mask", MASKS)
 
 @every_mask
 @pytest.mark.parametrize("head", ["untied", "tied"])
-def test_chunks_are_in_float64_what_all_is_at_once(head: str, mask: str, chunk: int) -> None:
+def test_in_float64_chunks_equal_the_whole(head: str, mask: str, chunk: int) -> None:
     ours = results(in_chunks, in_type(model_of(head), mx.float64).head, given(mx.float64, MASKS[mask]))
     ref64 = oracle(head, MASKS[mask], mx.float64)
     require_same_names(mask, ours, ref64)
@@ -122,7 +122,7 @@ def test_chunks_are_in_float64_what_all_is_at_once(head: str, mask: str, chunk: 
 
 @every_mask
 @pytest.mark.parametrize("head", HEADS)
-def test_chunks_are_in_float32_what_all_is_at_once_but_for_rounding(head: str, mask: str, chunk: int) -> None:
+def test_in_float32_chunks_equal_the_whole_within_rounding(head: str, mask: str, chunk: int) -> None:
     ours = results(in_chunks, model_of(head).head, given(mx.float32, MASKS[mask]))
     ref32, ref64 = (oracle(head, MASKS[mask], dtype) for dtype in (mx.float32, mx.float64))
     require_same_names(mask, ours, ref64)
@@ -130,19 +130,19 @@ def test_chunks_are_in_float32_what_all_is_at_once_but_for_rounding(head: str, m
 
 
 @pytest.mark.parametrize("head", ["untied", "tied"])
-def test_chunks_are_in_bfloat16_what_all_is_at_once_but_for_rounding(head: str, chunk: int) -> None:
-    mask_N = MASKS["fillings anywhere"]
+def test_in_bfloat16_chunks_equal_the_whole_within_rounding(head: str, chunk: int) -> None:
+    mask_N = MASKS["padding anywhere"]
     ours = results(in_chunks, in_type(model_of(head), mx.bfloat16).head, given(mx.bfloat16, mask_N))
     ref64 = oracle(head, mask_N, mx.float64)
     require(head, [within_bfloat16(name, ours[name], ref64[name], V) for name in ref64])
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_chunks_compiled_are_chunks(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 5 * V)
-    arrays = given(mx.float32, MASKS["fillings anywhere"])
+def test_compiled_chunks_equal_the_whole_within_rounding(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 5 * V)
+    arrays = given(mx.float32, MASKS["padding anywhere"])
     ours = results(in_chunks, model_of(head).head, arrays, compiled=True)
-    ref32, ref64 = (oracle(head, MASKS["fillings anywhere"], dtype) for dtype in (mx.float32, mx.float64))
+    ref32, ref64 = (oracle(head, MASKS["padding anywhere"], dtype) for dtype in (mx.float32, mx.float64))
     require(head, [compare(name, ours[name], ref32[name], ref64[name], V) for name in ref64])
 
 
@@ -152,7 +152,7 @@ def test_without_a_target_there_are_no_nats_and_no_gradient(chunk: int) -> None:
 
 
 def test_a_logit_of_thousands_leaves_loss_and_gradient_finite(chunk: int) -> None:
-    """Sure and right is no loss; sure and wrong is one of as many nats."""
+    """A certain and right prediction costs nothing; a certain and wrong one costs thousands of nats."""
     logits_NV = 5000.0 * (mx.arange(V) == 7) + mx.zeros((N, V))
     targets_N = mx.array([7] * (N - 1) + [8])
     nats, dx_NV = mx.value_and_grad(
@@ -163,14 +163,16 @@ def test_a_logit_of_thousands_leaves_loss_and_gradient_finite(chunk: int) -> Non
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_no_chunks_logits_stand_beside_anothers(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+def test_two_chunks_of_logits_are_never_in_memory_together(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
     """Eight chunks need what one needs, and beside it x, its gradient and its chunks, each of N D numbers.
 
     And one array of logits: MLX gives memory to a chunk's first operations while the last of the chunk before
     are still computed. All eight together would be seven such arrays and more.
     """
     width, vocab_size, chunk = 16, 4096, 64
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * vocab_size)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", chunk * vocab_size)
     weight_VD = mx.array(random_array("wide head", (vocab_size, width), 0.1))
 
     def peak(num_chunks: int) -> int:

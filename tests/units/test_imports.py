@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATTERN = ""  # the modules at the top of mlx_impl
 # Each folder, and the folders whose modules it may import beside its own.
 MAY_IMPORT = {
-    PATTERN: ("fast", "run"),
+    PATTERN: (),
     "disk": (),
     "machine": (),
     "fast": (PATTERN,),

@@ -1,8 +1,8 @@
-"""What a step keeps for its backward pass, counted in bytes on the CPU: what was said, and nothing else.
+"""What a step keeps for its backward pass, counted in bytes on the CPU: what is listed, and nothing else.
 
 MLX runs an operation when its result is asked for, and frees an array when the last operation that reads it
-has run. The gradients of the factors are asked for last: unless told otherwise (`mx.depends`) MLX would keep
-every input and every output's gradient until then. What is told is taken back here, to see that it counts.
+has run. The gradients of the factors are asked for last: without `mx.depends` MLX would keep every input and
+every output's gradient until then. The mutants here leave `mx.depends` out.
 
 What a layer keeps is the slope of the peak over the number of layers: what else the peak holds does not grow
 with them. The quotient of two peaks is near that slope; how near follows from the way MLX frees memory. One
@@ -25,13 +25,14 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_impl import ops
 from mlx_impl.config import LoRAConfig
-from mlx_impl.fast import projection, recompute
+from mlx_impl.fast import forward, ops, projection, recompute
+from mlx_impl.fast.forward import batch_loss
 from mlx_impl.fast.projection import project
 from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.train import add_up, batch_loss
+from mlx_impl.ops import silu
+from mlx_impl.train import add_up
 from tests.ladder.cases import SPEC as NARROW
 from tests.ladder.cases import random_rows
 from tests.units.peak import peak_bytes
@@ -78,8 +79,8 @@ def bytes_a_link(compiled: bool) -> float:
     return (chain_bytes(FEW + MORE, compiled) - chain_bytes(FEW, compiled)) / MORE
 
 
-def untold(monkeypatch: pytest.MonkeyPatch, module: Any, which: Callable[[list], bool]) -> None:
-    """mx.depends does nothing where this module calls it for such arrays."""
+def without_depends(monkeypatch: pytest.MonkeyPatch, module: Any, which: Callable[[list], bool]) -> None:
+    """Leave out `mx.depends` in this module, for these arrays."""
 
     def depends(arrays: list, on: list) -> list:
         return arrays if which(arrays) else mx.depends(arrays, on)
@@ -102,9 +103,9 @@ def test_the_factors_gradients_are_formed_before_that_of_the_input(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a short chain keeps half as much again; of a long one MLX looks only so far ahead."""
-    told = chain_bytes(8, compiled)
-    untold(monkeypatch, projection, lambda arrays: True)
-    assert chain_bytes(8, compiled) > 1.25 * told
+    with_depends = chain_bytes(8, compiled)
+    without_depends(monkeypatch, projection, lambda arrays: True)
+    assert chain_bytes(8, compiled) > 1.25 * with_depends
 
 
 def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: bool) -> int:
@@ -114,7 +115,7 @@ def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: 
     model.train()
     model.model.grad_checkpoint = checkpointed
     tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
-    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), {}]
+    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
     mx.eval(model.parameters(), arrays)
     run = nn.value_and_grad(model, lambda arrays: batch_loss(model, arrays))
     state = [model.state, mx.random.state]
@@ -145,18 +146,18 @@ def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: b
 
 
 def test_a_block_is_not_recomputed_before_its_gradient_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a compiled step computes blocks ahead, and keeps what they keep."""
-    untold(monkeypatch, recompute, lambda arrays: len(arrays) > 1)  # a block's inputs
+    """Else a compiled step recomputes several blocks ahead, and keeps their activations."""
+    without_depends(monkeypatch, recompute, lambda arrays: len(arrays) > 1)  # a block's inputs
     assert hidden_states_a_layer(DROPPING, True, compiled=True) > 2 + MARGIN
 
 
 def test_a_blocks_factors_gradients_are_formed_before_that_of_its_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else they are formed at the end, where the linears do not see to it: dropout takes the plain road."""
-    told = step_bytes(6, DROPPING, checkpointed=True, compiled=False)
-    untold(monkeypatch, recompute, lambda arrays: len(arrays) == 1)  # the gradient of a block's input
-    assert step_bytes(6, DROPPING, checkpointed=True, compiled=False) > told + LATE * UNIT
+    """Else they are computed at the end: with dropout a linear is computed by its plain call."""
+    with_depends = step_bytes(6, DROPPING, checkpointed=True, compiled=False)
+    without_depends(monkeypatch, recompute, lambda arrays: len(arrays) == 1)  # d of a block's input
+    assert step_bytes(6, DROPPING, checkpointed=True, compiled=False) > with_depends + LATE * UNIT
 
 
 # Of each token: both residuals and both norms; q, the mix of values, and that in the order of tokens; k, v;
@@ -171,17 +172,17 @@ def test_a_layer_keeps_no_more_than_is_listed(compiled: bool) -> None:
 
 @eager_and_compiled
 def test_a_gate_without_its_own_gradient_keeps_more(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The red twin: automatic differentiation keeps every step on the way to silu(gate) * up."""
-    derived = lambda gate, up, linear: projection.project(ops.silu(gate) * up, linear)[0]  # noqa: E731
-    monkeypatch.setattr("mlx_impl.model.project_gated", derived)
-    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + 3 * F / D
+    """The mutant: automatic differentiation also keeps silu(gate) and its product with up."""
+    derived = lambda gate, up, linear: projection.project(silu(gate) * up, linear)[0]  # noqa: E731
+    monkeypatch.setattr(forward, "project_gated", derived)
+    assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + MARGIN
 
 
 @eager_and_compiled
 def test_a_linear_that_keeps_its_input_keeps_more(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The red twin: the product of the gate is not made again, and F numbers a token are kept."""
+    """The mutant: the gate's product is not computed again, so F numbers a token are kept."""
     kept = lambda gate, up, linear: projection.project(ops.gated(gate, up), linear)[0]  # noqa: E731
-    monkeypatch.setattr("mlx_impl.model.project_gated", kept)
+    monkeypatch.setattr(forward, "project_gated", kept)
     assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + MARGIN
 
 
@@ -190,9 +191,9 @@ def test_of_several_batches_one_is_in_memory_at_a_time() -> None:
     model = CausalLM(SPEC)
     add_lora(model, PLAIN)
     tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
-    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), {}]
+    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
     mx.eval(model.parameters(), arrays)
     gradients = nn.value_and_grad(model, batch_loss)
-    one, three = (peak_bytes(lambda n: add_up(gradients(model, arrays) for _ in range(n)), n) for n in (1, 3))
+    one, three = (peak_bytes(lambda n: add_up([lambda: gradients(model, arrays)] * n), n) for n in (1, 3))
     sums = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
     assert three <= one + 2 * sums + LATE * LARGEST * UNIT  # the sum so far, and the next

@@ -22,8 +22,8 @@ from benchmarks.memory import (
     budget_of,
     numbers,
 )
-from mlx_impl import loss
 from mlx_impl.config import LoRAConfig
+from mlx_impl.fast import head
 from mlx_impl.lora import add_lora, count_parameters
 from mlx_impl.model import CausalLM
 
@@ -75,7 +75,7 @@ def test_bfloat16_halves_everything_except_the_float32_factors() -> None:
 
 
 def test_the_chunk_size_of_the_head_is_that_of_the_loss() -> None:
-    assert memory.CHUNK_LOGITS == loss.CHUNK_LOGITS
+    assert memory.CHUNK_LOGITS == head.CHUNK_LOGITS
 
 
 def test_padding_costs_attention_alone() -> None:

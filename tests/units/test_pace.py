@@ -9,10 +9,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_impl import ops
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Example, make_batch
-from mlx_impl.fast import pace
+from mlx_impl.fast import ops, pace
 from mlx_impl.fast.pace import paced, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM

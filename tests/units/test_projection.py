@@ -1,4 +1,4 @@
-"""Linears of one input by one function are the same linears one by one, in value and in every gradient.
+"""Linears of one input together equal the same linears one by one, in value and in every gradient.
 
 The oracle is `LoRALinear.__call__` under automatic differentiation, in float64.
 """
@@ -143,14 +143,14 @@ def as_near(name: str, ours: Arrays, plain: Arrays) -> Verdict:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_together_they_are_in_float64_what_they_are_one_by_one(name: str) -> None:
+def test_in_float64_linears_together_equal_one_by_one(name: str) -> None:
     group = Group(GROUPS[name]).in_type(mx.float64, mx.float64)
     ours, ref64 = numpy(results(group, project, mx.float64)), oracle(group, mx.float64)
     hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
 
 
 @eager_and_compiled
-def test_together_they_are_in_float32_what_they_are_but_for_rounding(name: str, compiled: bool) -> None:
+def test_in_float32_linears_together_equal_one_by_one_within_rounding(name: str, compiled: bool) -> None:
     group = Group(GROUPS[name])
     ours = numpy(results(group, project, mx.float32, compiled))
     ref32, ref64 = oracle(group, mx.float32), oracle(group, mx.float64)
@@ -158,8 +158,8 @@ def test_together_they_are_in_float32_what_they_are_but_for_rounding(name: str, 
 
 
 @eager_and_compiled
-def test_together_they_are_in_bfloat16_what_they_are_but_for_rounding(name: str, compiled: bool) -> None:
-    """The base bfloat16, the factors float32, their gradients bfloat16 until `optim.as_vectors`."""
+def test_in_bfloat16_linears_together_equal_one_by_one_within_rounding(name: str, compiled: bool) -> None:
+    """The base bfloat16, the factors float32, their gradients bfloat16 until `vectors.as_vectors`."""
     group = Group(GROUPS[name]).in_type(mx.bfloat16, mx.float32)
     found = results(group, project, mx.bfloat16, compiled)
     for n, array in found.items():
@@ -185,14 +185,14 @@ GATED = {"plain": Part(9), "with a bias": Part(9, bias=True), "not adapted": Par
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", GATED)
-def test_a_linear_of_a_gate_is_in_float64_what_it_is_composed(name: str, compiled: bool) -> None:
+def test_in_float64_a_gated_linear_equals_its_composition(name: str, compiled: bool) -> None:
     group = Group([GATED[name]]).in_type(mx.float64, mx.float64)
     ours = numpy(results(group, of_a_gate, mx.float64, compiled))
     ref64 = oracle(group, mx.float64, plain=of_a_gate_plainly)
     hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
 
 
-def test_a_linear_of_a_gate_is_in_bfloat16_what_it_is_but_for_rounding() -> None:
+def test_in_bfloat16_a_gated_linear_equals_its_composition_within_rounding() -> None:
     group = Group([GATED["plain"]]).in_type(mx.bfloat16, mx.float32)
     ours = numpy(results(group, of_a_gate, mx.bfloat16))
     ref64 = oracle(group, mx.float64, mx.bfloat16, of_a_gate_plainly)
@@ -201,7 +201,7 @@ def test_a_linear_of_a_gate_is_in_bfloat16_what_it_is_but_for_rounding() -> None
 
 @pytest.mark.parametrize("name", ["alike", "the middle not adapted"])
 def test_a_linear_whose_result_is_not_used_gets_no_gradient(name: str) -> None:
-    """And gives none: the others' are those without it."""
+    """And changes no other gradient."""
     group, x_BTI = Group(GROUPS[name]), given("x", (B, T, I), mx.float32)
     own = group.trainable_parameters()
 
@@ -231,21 +231,25 @@ def dropout_in_the_middle() -> Group:
     return group
 
 
-def packed_in_the_middle() -> Group:
+def quantized_in_the_middle() -> Group:
     group = Group(GROUPS["alike"])
-    packed = nn.QuantizedLinear.from_linear(group.linears[1].linear, group_size=32, bits=8)
-    group.linears[1] = adapted(packed, Part(9), LoRALinear, 0.0, 1)
+    quantized = nn.QuantizedLinear.from_linear(group.linears[1].linear, group_size=32, bits=8)
+    group.linears[1] = adapted(quantized, Part(9), LoRALinear, 0.0, 1)
     group.linears[1].linear.freeze()
     return group
 
 
-PLAIN_ROADS = {"dora": dora_in_the_middle, "dropout": dropout_in_the_middle, "packed": packed_in_the_middle}
+PLAIN_CALLS = {
+    "dora": dora_in_the_middle,
+    "dropout": dropout_in_the_middle,
+    "quantized": quantized_in_the_middle,
+}
 
 
-@pytest.mark.parametrize("name", PLAIN_ROADS)
-def test_what_is_no_plain_lora_goes_its_own_road_between_the_others(name: str) -> None:
-    """To the bit what its `__call__` gives; the gradient of the shared x has its part."""
-    group = PLAIN_ROADS[name]()
+@pytest.mark.parametrize("name", PLAIN_CALLS)
+def test_dora_dropout_and_quantized_weights_are_computed_by_the_plain_call(name: str) -> None:
+    """To the bit, between two others; the gradient of their common input is the sum of all three."""
+    group = PLAIN_CALLS[name]()
     assert [low_rank_of(linear) is None for linear in group.linears] == [False, True, False]
     mx.random.seed(1)
     ours = numpy(results(group, project, mx.float32))
@@ -258,10 +262,10 @@ def test_what_is_no_plain_lora_goes_its_own_road_between_the_others(name: str) -
     hold(name, ours, plain, lambda n: as_near(n, ours, plain))
 
 
-def test_dropout_takes_the_plain_road_in_training_only() -> None:
+def test_dropout_is_computed_by_the_plain_call_in_training_only() -> None:
     layer = adapted(make_linear(Part(9), 0), Part(9), LoRALinear, 0.5, 0)
-    assert layer.train().low_rank() is None
-    assert isinstance(layer.eval().low_rank(), LowRank)
+    assert low_rank_of(layer.train()) is None
+    assert isinstance(low_rank_of(layer.eval()), LowRank)
 
 
 @pytest.mark.parametrize("shape", [(3, I), (2, 1, 3, I)])

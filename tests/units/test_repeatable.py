@@ -1,8 +1,8 @@
 """The same program twice gives the same bits, on the device that trains; and where it does not, by how much.
 
-A sum whose order is left to chance changes bits from run to run. On a CPU there is none. On a GPU MLX adds
-up the gradient of a gather by atomics, so an index that repeats is such a sum, and cuDNN's attention in
-bfloat16 has another one in its backward pass. `slots.py` avoids the first; the second is only stated.
+A sum in random order changes bits from run to run. On a CPU there is none. On a GPU MLX adds up the gradient
+of a gather by atomics, so an index that repeats is such a sum, and cuDNN's attention in bfloat16 has another
+one in its backward pass. `unpadding.py` avoids the first; the second is only measured.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from mlx_impl.fast.layout import kept_slots
+from mlx_impl.fast.forward import FAST
+from mlx_impl.fast.kept_positions import kept_positions
+from mlx_impl.fast.vectors import VectorOptimizer, as_factors, as_vectors
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
-from mlx_impl.optim import LoRAOptimizer
-from mlx_impl.train import batch_loss, to_arrays, train
+from mlx_impl.train import train
 from tests.ladder.cases import SPEC, make_batch, random_array, random_rows
 from tests.ladder.protocol import Arrays
 
@@ -60,7 +61,8 @@ def model_of(spec: ModelConfig, dtype: mx.Dtype, use_dora: bool = False) -> Caus
 def run(dtype: mx.Dtype, batch: Batch, compiled: bool) -> Arrays:
     """Losses and factors of four updates."""
     model, training = model_of(WIDE, dtype), TrainConfig(iters=4, learning_rate=2.0**-6)
-    records = list(train(model, LoRAOptimizer(training), [[batch]] * 4, training, compiled))
+    windows, optimizer = [[batch]] * 4, VectorOptimizer(training)
+    records = list(train(model, optimizer, windows, training, compiled=compiled, loss=FAST))
     factors = {name: np.array(value) for name, value in tree_flatten(model.trainable_parameters())}
     return {"losses": np.array([record.loss_nats for record in records]), **factors}
 
@@ -77,7 +79,7 @@ def test_five_runs_of_one_seed_end_with_the_same_bits(dtype: mx.Dtype, kind: str
 
 def gradients(model: CausalLM, batch: Batch) -> Arrays:
     model.eval()
-    _, found = nn.value_and_grad(model, batch_loss)(model, to_arrays(batch))
+    _, found = nn.value_and_grad(model, FAST.batch_loss)(model, FAST.to_arrays(batch))
     return {name: np.array(value.astype(mx.float32)) for name, value in tree_flatten(found)}
 
 
@@ -90,9 +92,9 @@ def test_gradients_of_one_batch_have_the_same_bits_a_hundred_times(kind: str) ->
         assert all(np.array_equal(again[name], first[name]) for name in first)
 
 
-def test_rows_of_a_prompt_share_slots_with_targets() -> None:
-    """What the claims above are about."""
-    kept = kept_slots(shared_batch(24))
+def test_rows_of_a_prompt_share_positions_that_are_targets() -> None:
+    """Else the claims above would be about less than they say."""
+    kept = kept_positions(shared_batch(24))
     assert kept is not None and kept.is_shared_S is not None and shared_batch(24).mask_BT[:, :18].any()
 
 
@@ -111,19 +113,17 @@ def test_with_cudnns_attention_two_runs_differ_by_less_than_bfloat16_costs() -> 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "dropout"])
-def test_a_factor_has_the_same_effect_to_the_bit_however_it_lies_in_memory(
-    use_dora: bool, is_training: bool
-) -> None:
-    """As loaded, and as the optimizer hands it over: a view of one vector of all factors."""
-    model, tokens_BT = model_of(SPEC, mx.float32, use_dora), mx.array(plain_batch(24).inputs_BT)
+def test_factors_loaded_or_updated_give_the_same_bits(use_dora: bool, is_training: bool) -> None:
+    """A loaded factor is a row-major array; an updated one is a slice of a vector, A stored transposed."""
+    model, batch = model_of(SPEC, mx.float32, use_dora), plain_batch(24)
     model.train(is_training)
 
-    def logits() -> np.ndarray:
+    def found() -> Arrays:
         mx.random.seed(5)
-        return np.array(model(tokens_BT))
+        (nats, _), grads = nn.value_and_grad(model, FAST.batch_loss)(model, FAST.to_arrays(batch))
+        return {"nats": np.array(nats), **{name: np.array(grad) for name, grad in tree_flatten(grads)}}
 
-    loaded = logits()
-    optimizer = LoRAOptimizer(TrainConfig(iters=1, learning_rate=0.0))
-    optimizer.init(model.trainable_parameters())
-    optimizer.hand_over(model)
-    assert np.array_equal(logits(), loaded)
+    loaded, factors = found(), model.trainable_parameters()
+    model.update(as_factors(as_vectors(factors), factors))
+    updated = found()
+    assert all(np.array_equal(updated[name], loaded[name]) for name in loaded)

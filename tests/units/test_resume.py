@@ -252,7 +252,7 @@ def test_a_run_of_an_older_version_is_refused_with_advice(
     mx.save_safetensors(str(state), arrays, {**metadata, "format": "mlx-lora-training-state-2"})
     assert main(["train", "--resume", str(run), "--blas", "off"]) == 2
     error = capsys.readouterr().err
-    assert "must be of the format mlx-lora-training-state-3, got 'mlx-lora-training-state-2'" in error
+    assert "must be of the format mlx-lora-training-state-4, got 'mlx-lora-training-state-2'" in error
     assert "begin a new one from its adapter with --init-adapter" in error
     (run / "manifest.json").unlink()
     assert main(["train", "--resume", str(run), "--blas", "off"]) == 2

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_impl.run.sampling import Sampling, next_tokens
+from mlx_impl.run.sampling import Sampling
 
 NUM_DRAWS = 20_000
 LOGITS_V = np.array([0.3, 2.0, -1.0, 1.1, -3.0, 1.9, 0.0], dtype=np.float32)
@@ -29,7 +29,7 @@ def test_tokens_are_drawn_as_the_definition_says(temperature: float, top_p: floa
     """Shares within five standard errors; what is outside the nucleus is never drawn."""
     mx.random.seed(3)
     logits_BV = mx.broadcast_to(mx.array(LOGITS_V), (NUM_DRAWS, len(LOGITS_V)))
-    drawn_B = np.array(next_tokens(logits_BV, Sampling(temperature, top_p)))
+    drawn_B = np.array(Sampling(temperature, top_p)(logits_BV))
     share_V = np.bincount(drawn_B, minlength=len(LOGITS_V)) / NUM_DRAWS
     expected_V = nucleus(LOGITS_V, temperature, top_p)
     assert (np.abs(share_V - expected_V) <= 5 * np.sqrt(expected_V * (1 - expected_V) / NUM_DRAWS)).all()
@@ -39,20 +39,20 @@ def test_the_token_that_reaches_p_is_the_last_one_kept() -> None:
     """Halves, quarters and eighths are exact: 1/2 + 1/4 reaches 0.75, and not 0.76."""
     logits_BV = mx.log(mx.broadcast_to(mx.array([0.125, 0.5, 0.125, 0.25]), (2000, 4)))
     for top_p, kept in ((0.25, {1}), (0.5, {1}), (0.74, {1, 3})):
-        assert set(next_tokens(logits_BV, Sampling(1.0, top_p)).tolist()) == kept
-    assert len(set(next_tokens(logits_BV, Sampling(1.0, 0.76)).tolist())) == 3
+        assert set(Sampling(1.0, top_p)(logits_BV).tolist()) == kept
+    assert len(set(Sampling(1.0, 0.76)(logits_BV).tolist())) == 3
 
 
 def test_rows_have_nuclei_of_their_own() -> None:
     logits_BV = mx.array([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
     for _ in range(50):
-        assert next_tokens(logits_BV, Sampling(1.0, 0.5)).tolist() == [0, 2]
+        assert Sampling(1.0, 0.5)(logits_BV).tolist() == [0, 2]
 
 
 def test_the_tiniest_p_and_a_temperature_of_zero_take_the_most_likely() -> None:
     logits_BV = mx.array(LOGITS_V)[None]
     for sampling in (Sampling(), Sampling(0.0, 0.5), Sampling(5.0, 1e-9)):
-        assert {next_tokens(logits_BV, sampling).item() for _ in range(50)} == {1}
+        assert {sampling(logits_BV).item() for _ in range(50)} == {1}
 
 
 @pytest.mark.parametrize(

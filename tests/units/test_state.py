@@ -158,7 +158,7 @@ def test_a_run_that_would_be_saved_with_a_ruined_adapter_goes_back(tmp_path: Pat
     ruined = trainer(training=TrainConfig(iters=1, learning_rate=1e25))
     before = adapter(ruined)
     list(ruined.fit(EXAMPLES))
-    with pytest.raises(NotFinite, match=r"the loss after step 1 is not finite; .* after step 0"):
+    with pytest.raises(NotFinite, match=r"the loss after step 1 is not finite; .* back at step 0"):
         ruined.save(tmp_path / "state.safetensors", EXAMPLES)
     assert ruined.step == 0 and list(tmp_path.iterdir()) == []
     for name, array in adapter(ruined).items():
@@ -176,7 +176,7 @@ def test_two_runs_side_by_side_do_not_disturb_each_other() -> None:
 
 def test_an_adapter_of_another_configuration_is_not_taken_for_this_one() -> None:
     model = trainer(replace(LORA, alpha=4.0)).model
-    with pytest.raises(ValueError, match="must be of the configuration given, and is LoRAConfig"):
+    with pytest.raises(ValueError, match="must have the given configuration, and has LoRAConfig"):
         LoRATrainer(model, replace(LORA, alpha=400.0), TRAINING)
 
 
