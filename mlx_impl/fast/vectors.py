@@ -30,6 +30,10 @@ class VectorOptimizer(LoRAOptimizer):
     def update(self, model: nn.Module, gradients: Vectors) -> None:
         # In place: a compiled step captured this dictionary, and would not notice another.
         self.factors.update(self.apply_gradients(gradients, self.factors))
+        self.write_back(model)
+
+    def write_back(self, model: nn.Module) -> None:
+        """Make the model's factors slices of the vectors."""
         model.update(as_factors(self.factors, model.trainable_parameters()))
 
     @property
@@ -53,6 +57,7 @@ class VectorOptimizer(LoRAOptimizer):
         self.factors = as_vectors(factors)
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_tree(tree, factors)
+        self.write_back(model)
 
 
 def as_vectors(factors: Any) -> Vectors:

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import LoRAConfig, TrainConfig, require_number
 from ..data import Example
 from ..disk.files import atomic_write, one_line, require_file, with_printable_keys
-from ..fast.vectors import VectorOptimizer, as_factors
+from ..fast.vectors import VectorOptimizer
 from ..files.precision import dtype_of
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
@@ -53,7 +53,6 @@ def load_arrays(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.
     model.update(tree["factors"])
     if isinstance(optimizer, VectorOptimizer):
         optimizer.load_tree_state(model, tree["optimizer"])
-        model.update(as_factors(optimizer.factors, model.trainable_parameters()))
     else:
         optimizer.state = tree["optimizer"]
 

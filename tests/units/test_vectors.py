@@ -90,7 +90,7 @@ def test_a_restored_snapshot_is_in_both_the_optimizer_and_the_model() -> None:
     restore(trainer.model, trainer.optimizer, before)
     assert same(lora_parameters(trainer.model), factors)
     assert same(trainer.optimizer.factors, as_vectors(trainer.model.trainable_parameters()))
-    assert same(snapshot(trainer.model, trainer.optimizer).state, before.state)
+    assert same(snapshot(trainer.model, trainer.optimizer), before)
 
 
 def test_the_state_is_factors_and_moments_and_nothing_frozen() -> None:
@@ -98,7 +98,7 @@ def test_the_state_is_factors_and_moments_and_nothing_frozen() -> None:
     optimizer = VectorOptimizer(TrainConfig(iters=1))
     optimizer.init(model.trainable_parameters())
     num_trained = sum(factor.size for factor in lora_parameters(model).values())
-    vectors = [array.size for array in snapshot(model, optimizer).state.values() if array.ndim]
+    vectors = [array.size for array in snapshot(model, optimizer).values() if array.ndim]
     assert sum(vectors) == 3 * num_trained  # the factors, and two moments of each
 
 
