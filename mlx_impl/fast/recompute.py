@@ -19,10 +19,10 @@ from ..recompute import new_key, random_keys_from
 def recomputed(block: nn.Module, forward: Callable[[mx.array], mx.array], x_BTD: mx.array) -> mx.array:
     """forward(x), which uses the block's parameters; of it only x is kept for the backward pass."""
     parameters = block.trainable_parameters()
-    names, arrays = zip(*tree_flatten(parameters), strict=True) if parameters else ((), ())
+    flat = dict(tree_flatten(parameters))  # empty in a block without an adapter
 
     def run(key: mx.array, x_BTD: mx.array, *trained: mx.array) -> mx.array:
-        block.update(tree_unflatten(list(zip(names, trained, strict=True))))
+        block.update(tree_unflatten(list(zip(flat, trained, strict=True))) or {})
         try:
             with random_keys_from(key):
                 return forward(x_BTD)
@@ -37,4 +37,4 @@ def recomputed(block: nn.Module, forward: Callable[[mx.array], mx.array], x_BTD:
         d_key, dx_BTD, *d_arrays = mx.vjp(run, waiting, [d_BTD])[1]
         return [d_key, *mx.depends([dx_BTD], d_arrays), *d_arrays]
 
-    return function(new_key(), x_BTD, *arrays)
+    return function(new_key(), x_BTD, *flat.values())

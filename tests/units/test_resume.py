@@ -273,6 +273,21 @@ def test_resuming_with_another_library_says_that_it_is_not_bit_exact(
     assert "           not bit-exact: BLAS was another and is now MLX's own\n" in capsys.readouterr().out
 
 
+def test_a_plain_run_is_resumed_by_the_fast_path_and_says_that_it_is_not_bit_exact(
+    model: str, data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the other way: each of the two paths resumes what the other saved."""
+    begin = ["train", "--model", model, "--data", str(data), *SETTINGS, "--adapter-path", str(run), "--plain"]
+    with monkeypatch.context() as patches:
+        stop_after(3, patches, killed=False)
+        assert main(begin) == INTERRUPTED
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--no-plain", "--blas", "off"]) == 0
+    said = "           not bit-exact: it was trained by the plain path and is now by the fast path\n"
+    assert said in capsys.readouterr().out
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
+
+
 def test_a_missing_training_state_is_an_error_and_not_a_new_start(
     model: str, data: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

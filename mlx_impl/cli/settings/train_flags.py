@@ -22,6 +22,13 @@ def add_training_flags(group: Any) -> None:
     add_number(group, "--seed", TRAIN_DEFAULTS.seed, "seed of the initial adapter and of dropout")
     add_number(group, "--data-seed", None, "seed of the order of the examples", "the value of --seed")
     add_switch(group, "--compile", None, "compile the training step (default: only on a GPU)")
+    add_switch(
+        group,
+        "--plain",
+        False,
+        "train by the plain pattern instead of the fast path: same numbers, slower; try it first when a run "
+        "looks wrong (default: no)",
+    )
 
 
 def add_length_flags(group: Any) -> None:

@@ -63,7 +63,7 @@ def start_or_resume(prepared: PreparedJob, console: Console) -> tuple[Evaluation
     with resume_hint(prepared):
         folder.save_missing_config(job.settings)
         console.print(f"resumed:   {printable(str(folder.path))}, after step {step}")
-        for change in folder.changed_versions():
+        for change in [*folder.changed_versions(), *folder.changed_path(job.plain)]:
             console.print(f"           not bit-exact: {change}")
         saved, records = folder.read_before(step), folder.read_metrics(step)
         if saved is None:  # the run was stopped before it had saved its first evaluation

@@ -51,6 +51,7 @@ class Job:
     num_questions: int | None
     eval_examples: int  # at most this many training and validation examples are evaluated; -1: all
     compiled: bool | None
+    plain: bool  # train without the fast path
     settings: dict[str, Any]  # the same settings as --config reads them
     blas: str | None = None  # the value of --blas
 
@@ -113,7 +114,7 @@ def make_trainer(
     if job.init_adapter is not None:
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
-    trainer = LoRATrainer(loaded.model, lora, training, job.compiled)
+    trainer = LoRATrainer(loaded.model, lora, training, job.compiled, job.plain)
     trainer.resume_identity = {
         "eval_examples": job.eval_examples,
         "the validation data": digest_of_examples(valid),

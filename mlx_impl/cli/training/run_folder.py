@@ -57,6 +57,14 @@ class RunFolder:
         changed = [name for name in now if before.get(name) != now[name]]
         return [f"{name} was {one_line(before.get(name))} and is now {now[name]}" for name in changed]
 
+    def changed_path(self, plain: bool) -> list[str]:
+        """A sentence where the run started on the other of the plain and the fast path."""
+        before = manifest.read(self.path).settings.get("plain", False)
+        if before == plain:
+            return []
+        was, now = ("plain", "fast") if before else ("fast", "plain")
+        return [f"it was trained by the {was} path and is now by the {now} path"]
+
     def has_started(self) -> bool:
         return (self.path / manifest.NAME).exists()
 
