@@ -1,13 +1,13 @@
 """A LoRA trainer in pure MLX.
 
-Read in this order: config, ops, model, lora, loss, data, tokenizer, examples, train, trainer.
+`README.md` beside this file explains the pattern step by step and says what each module is for.
 
 Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
 heads, K head dim, F ffn, V vocab, I in, O out, R rank, N target positions. `logits_BTV` has three axes; a new
 shape is a new name.
 
 The names below load on first use, so that importing the package does not import MLX: an optimized BLAS must
-be loaded before it (see `blas.py`), and `reference/` reads `config.py` without it.
+be loaded before it (see `machine/blas.py`), and `reference/` reads `config.py` without it.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_type_hints
 
-LARGEST_FLOAT32 = 3.4028234e38  # in which every setting is computed with
+LARGEST_FLOAT32 = 3.4028234e38  # settings are used in float32 arithmetic
 
-# The seven linear layers of a Llama block, in the order in which a token meets them.
+# The seven linear layers of a Llama block, in the order of the computation.
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -57,7 +57,7 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2's: of q_proj, k_proj and v_proj
     qk_norm: bool = False  # Qwen3's: an RMSNorm over each head's queries and keys, before rope
     rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None  # Mistral's: a token sees itself and so many less one before it
+    sliding_window: int | None = None  # Mistral's: attention window in tokens, the current one included
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -120,14 +120,14 @@ class TrainConfig:
     batch_size: int = 4
     batching: str = "plain"  # or "grouped" by length, or "packed": several examples a row
     max_seq_length: int = 2048  # tokens of a packed row
-    grad_accumulation_steps: int = 1  # batches an update
-    learning_rate: float = 3e-4  # the highest of the schedule
+    grad_accumulation_steps: int = 1  # micro-batches per optimizer update
+    learning_rate: float = 3e-4  # the peak learning rate
     lr_schedule: str = "constant"  # or "linear" or "cosine": down to 0 at the end
     warmup_steps: int = 0  # updates in which the learning rate rises from 0
-    loraplus_lr_ratio: float = 1.0  # LoRA+: B learns so many times as fast as A
+    loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of B divided by that of A
     optimizer: str = "adamw"  # or "sgd"
     weight_decay: float = 0.0  # decoupled for adamw, L2 for sgd, as in PyTorch
-    max_grad_norm: float = 0.0  # clip the gradients' global norm to it; 0: do not
+    max_grad_norm: float = 0.0  # clip the global norm of the gradients to this; 0: no clipping
     grad_checkpoint: bool = False  # recompute activations in the backward pass, to save memory
     seed: int = 0  # initial A, dropout
     data_seed: int = 0  # order of the examples
@@ -148,7 +148,7 @@ class TrainConfig:
 
 
 def require_numbers(record: object, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless int fields are at least 1, float fields finite and positive, or 0 where they may."""
+    """ValueError unless int fields are at least 1 and float fields finite and positive, or 0 if allowed."""
     for name, kind in get_type_hints(type(record)).items():
         value = getattr(record, name)
         if kind is bool and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Which linears get an adapter, of which rank and scale: PEFT's rules, but what matches nothing is an error.
+"""Which linears get an adapter, and its rank and scale: PEFT's rules, but a name without a match is an error.
 
 Source: PEFT's `check_target_module_exists` and `get_pattern_key`; the scales of Hu et al. 2021, section 4.1,
 and Kalajdzievski 2023, "rsLoRA", theorem 3.2.
@@ -33,8 +33,8 @@ class Target:
 def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
     """The targeted linears of the last N blocks, in the model's order.
 
-    Raises ValueError when a target or a pattern matches nothing there, is no regular expression, when there
-    are fewer than N blocks, or when a rank exceeds a linear's smaller side.
+    Raises ValueError for a target or a pattern that matches nothing or is no regular expression, for more
+    blocks than the model has, and for a rank above a linear's smaller side.
     """
     linears = linears_of_last_blocks(model, config.num_layers)
     chosen = [name for name in linears if is_target(name, config)]
