@@ -1,6 +1,7 @@
 """A LoRA trainer in pure MLX.
 
-`README.md` beside this file explains the pattern step by step and says what each module is for.
+Read in this order: train, loss, model, lora, optim; then config, ops, targets, batching, data, recompute and
+generate. These are the pattern, and train by themselves. The folders below are what a user needs beside them.
 
 Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
 heads, K head dim, F ffn, V vocab, I in, O out, R rank, N target positions. `logits_BTV` has three axes; a new

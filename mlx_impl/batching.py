@@ -1,12 +1,15 @@
 """Which examples share a row, a batch and an update: a pure function of the update's number.
 
-plain: a batch is `batch_size` examples of the epoch's random order. grouped: of like length, to save padding:
-within every POOL batches of that order the examples are sorted by length, then the batches are shuffled.
-packed: a batch is `batch_size` rows, each of several examples that together are at most `max_seq_length`
-(best-fit decreasing; Krell et al. 2021, "Efficient Sequence Packing", section 4), the same in every epoch.
+plain: a batch is `batch_size` examples of the epoch's random order.
+grouped: examples of similar length share a batch, to save padding. Within every POOL batches of the random
+order the examples are sorted by length; then the batches are shuffled.
+packed: a batch is `batch_size` rows, each of several examples of together at most `max_seq_length` tokens
+(best-fit decreasing; Krell et al. 2021, "Efficient Sequence Packing", section 4). The rows are the same in
+every epoch.
 
-Every epoch takes each example once, in an order of its own. The last batch is smaller where the division
-leaves a remainder, and the last update has fewer batches; nothing is dropped.
+Every epoch takes each example once, in its own order. Nothing is dropped: the last batch may be smaller, and
+the last update of an epoch may have fewer micro-batches.
+Differs from reference/batching.py: packing finds the best fit by a sorted list.
 """
 
 from __future__ import annotations
@@ -19,19 +22,22 @@ import numpy as np
 from .config import TrainConfig
 
 Row = tuple[int, ...]  # numbers of the examples in a row of a batch, from 0; one, unless packed
-POOL = 50  # batches within which "grouped" sorts
+POOL = 50  # batches within which "grouped" sorts by length
 
 
 def rows_of(lengths: Sequence[int], config: TrainConfig) -> list[Row]:
-    """The rows of an epoch; `lengths` are those of the examples, in inputs."""
+    """The rows of an epoch; `lengths` are the examples' numbers of inputs."""
     if config.batching != "packed":
         return [(number,) for number in range(len(lengths))]
-    return pack(lengths, config.max_seq_length, config.data_seed)
+    return pack_rows(lengths, config.max_seq_length, config.data_seed)
 
 
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[Row]:
-    """Each example, the longest first, into the fullest row that has room; one too long is alone."""
-    shuffled = np.random.default_rng(seed).permutation(len(lengths)).tolist()  # neighbours of one length vary
+def pack_rows(lengths: Sequence[int], capacity: int, seed: int) -> list[Row]:
+    """Sequence packing: each example, the longest first, into the fullest row that has room for it.
+
+    An example longer than the capacity gets its own row. Examples of one length come in random order.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     rows: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (room, row), sorted
     for number in sorted(shuffled, key=lambda number: -lengths[number]):
@@ -53,25 +59,27 @@ def updates_an_epoch(lengths: Sequence[int], config: TrainConfig) -> int:
 def window_rows(
     step: int, rows: Sequence[Row], lengths: Sequence[int], config: TrainConfig
 ) -> list[list[Row]]:
-    """The rows of each batch of update `step`, counted from 0."""
+    """The rows of each micro-batch of update `step`, counted from 0."""
     size = config.batch_size * config.grad_accumulation_steps
     epoch, index = divmod(step, -(-len(rows) // size))
     random = np.random.default_rng([config.data_seed, epoch])
-    batches = in_batches(random.permutation(len(rows)).tolist(), config.batch_size)
+    batches = chunks(random.permutation(len(rows)).tolist(), config.batch_size)
     if config.batching == "grouped":
-        batches = grouped(batches, lengths, random)
+        batches = group_by_length(batches, lengths, random)
     first = index * config.grad_accumulation_steps
     return [[rows[i] for i in batch] for batch in batches[first : first + config.grad_accumulation_steps]]
 
 
-def in_batches(numbers: Sequence[int], size: int) -> list[list[int]]:
+def chunks(numbers: Sequence[int], size: int) -> list[list[int]]:
     return [list(numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
 
-def grouped(batches: list[list[int]], lengths: Sequence[int], random: np.random.Generator) -> list[list[int]]:
-    """The same examples, within every POOL batches sorted by length; then the batches in random order."""
+def group_by_length(
+    batches: list[list[int]], lengths: Sequence[int], random: np.random.Generator
+) -> list[list[int]]:
+    """The examples sorted by length within every POOL batches; then the batches in random order."""
     size, sorted_batches = len(batches[0]), []
     for start in range(0, len(batches), POOL):
         pool = [number for batch in batches[start : start + POOL] for number in batch]
-        sorted_batches += in_batches(sorted(pool, key=lambda number: lengths[number]), size)
+        sorted_batches += chunks(sorted(pool, key=lambda number: lengths[number]), size)
     return [sorted_batches[i] for i in random.permutation(len(sorted_batches))]

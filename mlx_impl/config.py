@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_type_hints
 
-LARGEST_FLOAT32 = 3.4028234e38  # settings are used in float32 arithmetic
+LARGEST_FLOAT32 = 3.4028234e38  # settings become float32 numbers
 
 # The seven linear layers of a Llama block, in the order of the computation.
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -57,7 +57,7 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2's: of q_proj, k_proj and v_proj
     qk_norm: bool = False  # Qwen3's: an RMSNorm over each head's queries and keys, before rope
     rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None  # Mistral's: attention window in tokens, the current one included
+    sliding_window: int | None = None  # attention window in tokens, the current one included (Mistral)
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -69,7 +69,7 @@ class ModelConfig:
                 f"got {self.num_attention_heads} and {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rope turns pairs), got {self.head_dim}")
+            raise ValueError(f"head_dim must be even (rope rotates pairs), got {self.head_dim}")
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class LoRAConfig:
     """A low-rank update: y = W x + scale * B A x  (Hu et al. 2021, section 4.1). PEFT's names and rules.
 
     The scale is alpha / rank, or with rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023). DoRA trains direction
-    and length apart (Liu et al. 2024, eq. 5). A pattern is matched against the end of a linear's name, and
-    the first that matches decides.
+    and length apart (Liu et al. 2024, eq. 5). A pattern is matched against the end of a linear's name; the
+    first match decides.
     """
 
     rank: int = 8  # R
     alpha: float = 16.0
     dropout: float = 0.0  # on the input of A, while training
-    # Ends of names; or one text: "all-linear", or a regular expression that the whole name must match.
+    # Ends of names; or one string: "all-linear", or a regular expression for the whole name.
     target_modules: tuple[str, ...] | str = BLOCK_LINEARS
     num_layers: int = -1  # the last N blocks; -1 means all
     use_rslora: bool = False
@@ -120,14 +120,14 @@ class TrainConfig:
     batch_size: int = 4
     batching: str = "plain"  # or "grouped" by length, or "packed": several examples a row
     max_seq_length: int = 2048  # tokens of a packed row
-    grad_accumulation_steps: int = 1  # micro-batches per optimizer update
+    grad_accumulation_steps: int = 1  # micro-batches an update
     learning_rate: float = 3e-4  # the peak learning rate
     lr_schedule: str = "constant"  # or "linear" or "cosine": down to 0 at the end
     warmup_steps: int = 0  # updates in which the learning rate rises from 0
     loraplus_lr_ratio: float = 1.0  # LoRA+: learning rate of B divided by that of A
     optimizer: str = "adamw"  # or "sgd"
     weight_decay: float = 0.0  # decoupled for adamw, L2 for sgd, as in PyTorch
-    max_grad_norm: float = 0.0  # clip the global norm of the gradients to this; 0: no clipping
+    max_grad_norm: float = 0.0  # clip the gradients' global norm to this; 0: no clipping
     grad_checkpoint: bool = False  # recompute activations in the backward pass, to save memory
     seed: int = 0  # initial A, dropout
     data_seed: int = 0  # order of the examples

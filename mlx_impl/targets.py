@@ -1,7 +1,8 @@
-"""Which linears get an adapter, and its rank and scale: PEFT's rules, but a name without a match is an error.
+"""Which linears get an adapter, of which rank and scale: PEFT's rules, but what matches nothing is refused.
 
 Source: PEFT's `check_target_module_exists` and `get_pattern_key`; the scales of Hu et al. 2021, section 4.1,
 and Kalajdzievski 2023, "rsLoRA", theorem 3.2.
+Differs from reference/targets.py: wrong configurations are refused, in one sentence each.
 """
 
 from __future__ import annotations

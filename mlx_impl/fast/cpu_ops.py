@@ -1,8 +1,8 @@
-"""Attention, gate and cross-entropy for a CPU, in fewer passes over memory than MLX composes them of.
+"""Attention, gate and cross-entropy for a CPU, with fewer passes over memory than MLX's compositions.
 
-Each gradient is written out instead of derived operation by operation, exponentials are powers of e^8, sums
-over rows are products with ones, which the BLAS does faster, and attention takes the query heads that share
-a key/value head as rows of one product. Equations as in `ops.py`, which chooses; sources as in `model.py`.
+Gradients are written out. Exponentials are powers of e^8, which are faster than `mx.exp` and more exact. Sums
+over rows are products with ones, which a BLAS does faster. Attention multiplies all query heads that share a
+key/value head at once. Equations as in `ops.py`; sources as in `model.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ PIECE = 1024  # terms
 
 
 def exp(x: mx.array, sign: int = 1) -> mx.array:
-    """e^x, or e^-x, of x in float32 at least: a power of e^8, faster than `mx.exp` and more exact.
+    """e^x, or e^-x for sign = -1, as a power of e^8; x in float32 or better.
 
-    In float32 e is off by 3e-8 of itself, and so would e^x be by 3e-8 x; e^8 is off by so little that it is
-    1e-9 x. The eighth of x is exact.
+    float32's e has a relative error of 3e-8, which becomes 3e-8 x in e^x. float32's e^8 happens to be so
+    close that the error is 1e-9 x. x / 8 is exact.
     """
     return mx.power(mx.array(math.exp(8), x.dtype), x * (sign / 8))
 
 
 def row_sums(x: mx.array) -> mx.array:
-    """Over the last axis, which stays; long rows piece by piece, so that small terms are not lost."""
+    """Sums over the last axis, kept as 1; long rows in pieces, so that small terms are not lost."""
     num_pieces, rest = divmod(x.shape[-1], PIECE)
     if num_pieces == 0:
         return x @ mx.ones((x.shape[-1], 1), x.dtype)
@@ -36,7 +36,7 @@ def row_sums(x: mx.array) -> mx.array:
 
 
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array) -> mx.array:
-    """softmax(q k^T / sqrt(K)) v over the keys that the mask lets a query see, which is one at least."""
+    """softmax(q k^T / sqrt(K)) v over the keys where the mask is true, at least one for each query."""
     bias_B1TS = mx.where(mask_B1TS, mx.array(0, q_BHTK.dtype), mx.array(-math.inf, q_BHTK.dtype))
     mix_BHTK: mx.array = _mixed(q_BHTK, k_BGSK, v_BGSK, bias_B1TS)[0]
     return mix_BHTK

@@ -36,7 +36,7 @@ class LowRank(NamedTuple):
 
 
 def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
-    """[linear(x) for linear in linears], those that are plain LoRA by one function."""
+    """[linear(x) for linear in linears]; the plain LoRA ones are computed together."""
     low_ranks = {j: parts for j, linear in enumerate(linears) if (parts := low_rank_of(linear))}
     y_of: dict[int, mx.array] = {}
     if low_ranks:
@@ -49,7 +49,7 @@ def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
 
 
 def plain_call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
-    """linear(x), with A in memory as A^T; `rounded` says why."""
+    """linear(x), with A in memory as A^T; `cast_factors` says why."""
     if not isinstance(linear, LoRALinear):
         return linear(x_BTI)
     a_IR = linear.lora_a
@@ -71,7 +71,7 @@ def low_rank_of(linear: nn.Module) -> LowRank | None:
 
 
 def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
-    """linear(silu(gate) * up); on a CPU the product is not kept for the gradient but made again."""
+    """linear(silu(gate) * up); on a CPU the product is recomputed for the gradient instead of kept."""
     low_rank = low_rank_of(linear)
     if ops.on_gpu() or low_rank is None:
         return project(ops.gated(gate_BTF, up_BTF), linear)[0]
@@ -118,9 +118,9 @@ class Group:
         self.rows = [slice(*of_part) for of_part in pairwise(ends)]
 
     def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
-        """Each y; then what is needed again, so as not to be made again."""
-        a_RI, bs_RO = rounded(factors, x_NI.dtype)
-        h_RN = scaled(a_RI @ x_NI.T, self.parts)
+        """Each y; then what the backward pass needs: h, A^T and each B."""
+        a_RI, bs_RO = cast_factors(factors, x_NI.dtype)
+        h_RN = times_scale(a_RI @ x_NI.T, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO = [with_base(low_NO, x_NI, part) for low_NO, part in zip(lows_NO, self.parts, strict=True)]
         return [*ys_NO, h_RN, a_RI, *bs_RO]
@@ -131,11 +131,11 @@ class Group:
         num = len(self.parts)
         dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        dh_RN = scaled(dh_RN, self.parts)
+        dh_RN = times_scale(dh_RN, self.parts)
         da_RI = dh_RN @ x_NI
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
         gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]
-        # The factors' gradients first: MLX would else keep x and every dy until the end of the backward pass.
+        # The factors' gradients first: otherwise MLX keeps x and every dy until the backward pass ends.
         (dh_RN,) = mx.depends([dh_RN], gradients)
         dx_NI = dh_RN.T @ a_RI
         for dy_NO, part in zip(dys_NO, self.parts, strict=True):
@@ -143,7 +143,7 @@ class Group:
         return [dx_NI, *gradients]
 
 
-def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
+def cast_factors(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:
     """[A_1 ... A_n]^T and each B_j, in the type of x.
 
     A is always in memory as A^T, as `vectors.as_factors` has it: a GPU or an optimized BLAS may round a
@@ -154,8 +154,8 @@ def rounded(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, lis
     return a_RI.astype(dtype), [b_RO.astype(dtype) for b_RO in factors[num:]]
 
 
-def scaled(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
-    """Each linear's rows by its scale."""
+def times_scale(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
+    """Each linear's rows times its scale."""
     if len({part.scale for part in parts}) == 1:
         return parts[0].scale * h_RN
     scale_R1 = [[part.scale] for part in parts for _ in range(part.a_IR.shape[1])]

@@ -1,7 +1,7 @@
-"""The adapter into the base weights, and out again.
+"""Merge the adapter into the base weights, and unmerge it.
 
-Merged, a linear costs what it did without an adapter, but its weight is W + dW rounded to the weight's own
-type: what that loses is reported. Taken out again, the base is the old one to the bit, because it was kept.
+A merged linear costs as much as one without an adapter. Its weight is W + dW rounded to the weight's type;
+how much of the update the rounding loses is reported. Unmerging restores every bit: the base was kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Merged:
     """What `merge` took out of the model, and what the rounding did to it."""
 
     layers: dict[str, LoRALinear]
-    plain: dict[str, nn.Module]  # what stands in their place
+    plain: dict[str, nn.Module]  # the merged linears in their place
     rounding: float  # |(W' - W) - dW| / |dW|, Frobenius norms over all layers
 
 
