@@ -89,7 +89,7 @@ def dense_weight_OI(module: nn.Module) -> mx.array:
 
 
 def add_lora(model: CausalLM, config: LoRAConfig) -> None:
-    """Freeze the model, then wrap the targeted linears, whose factors are then all that trains.
+    """Freeze the model, then wrap the targeted linears: their factors are the only trainable parameters.
 
     MLX: freeze first. A module made after `freeze()` is trainable; frozen together with the rest, it is not.
     Raises ValueError, and leaves the model as it was, when the configuration does not fit it or when it
@@ -123,6 +123,6 @@ def lora_parameters(model: CausalLM) -> dict[str, mx.array]:
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
-    """How many numbers are trained, and how many there are in all."""
+    """The number of trainable parameters, and of all."""
     total = sum(array.size for _, array in tree_flatten(model.parameters()))
     return sum(array.size for array in lora_parameters(model).values()), total

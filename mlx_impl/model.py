@@ -161,7 +161,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token numbers to the last hidden state."""
+    """Token ids to the final hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Token numbers to next-token logits."""
+    """Token ids to next-token logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

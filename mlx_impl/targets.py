@@ -34,8 +34,8 @@ class Target:
 def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
     """The targeted linears of the last N blocks, in the model's order.
 
-    Raises ValueError when a target or a pattern matches nothing there, is no regular expression, when there
-    are fewer than N blocks, or when a rank exceeds a linear's smaller side.
+    Raises ValueError for a target or a pattern that matches nothing or is no regular expression, for more
+    blocks than the model has, and for a rank above a linear's smaller side.
     """
     linears = linears_of_last_blocks(model, config.num_layers)
     chosen = [name for name in linears if is_target(name, config)]

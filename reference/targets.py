@@ -1,4 +1,4 @@
-"""Which linears get an adapter, of which rank and scale: PEFT's rules.
+"""Which linears get an adapter, and its rank and scale: PEFT's rules.
 
 Source: PEFT's `check_target_module_exists` and `get_pattern_key`; the scales of Hu et al. 2021, section 4.1,
 and Kalajdzievski 2023, "rsLoRA".
