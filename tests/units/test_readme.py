@@ -30,8 +30,8 @@ WIDTH, LINES, CODE_LINES = 120, 200, 18  # of the README; of its program, import
 # The field's terms: a person who searches for one of them finds it in a document.
 TERMS = """
 unpadding, padding-free, prefix sharing, sequence packing, chunked cross-entropy, gradient accumulation,
-micro-batch, gradient checkpointing, gradient clipping, attention mask, position ids, peak learning rate, bit-exact resume,
-rollback, mutant, planted bug, LoRA, DoRA, MLX, PyTorch reference
+micro-batch, gradient checkpointing, gradient clipping, attention mask, position ids, peak learning rate,
+bit-exact resume, rollback, mutant, planted bug, LoRA, DoRA, MLX, PyTorch reference
 """
 
 
