@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
-from .config import ModelConfig
+from .config import LoRAConfig, ModelConfig
 from .recompute import recomputed
 
 Position = int | mx.array  # as in `ops.rope`
@@ -191,6 +191,8 @@ class Decoder(nn.Module):
 
 class CausalLM(nn.Module):
     """Token ids to next-token logits."""
+
+    lora: LoRAConfig  # set by `lora.add_lora`
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -12,9 +12,10 @@ import re
 from torch import nn
 
 from mlx_impl.config import LoRAConfig
+from reference.model import CausalLM
 
 
-def select_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+def select_targets(model: CausalLM, config: LoRAConfig) -> list[str]:
     """The names of the targeted linears of the last N blocks, in the model's order."""
     blocks = list(enumerate(model.model.layers))
     chosen = blocks if config.num_layers == -1 else blocks[-config.num_layers :]

@@ -104,7 +104,7 @@ def as_tree(state: dict[str, Any], factors: Any) -> dict[str, Any]:
 def of_tree(tree: dict[str, Any], factors: Any) -> dict[str, Any]:
     """The inverse of `as_tree`."""
     arrays = dict(tree_flatten(tree))
-    state = {name: array for name, array in arrays.items() if "." not in name}
+    state: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}
     for moment in {name.rpartition(".")[2] for name in arrays if "." in name}:
         in_order = ((name, arrays.get(f"{name}.{moment}")) for name, _ in tree_flatten(factors))
         of_moment = joined((name, array) for name, array in in_order if array is not None)

@@ -42,8 +42,7 @@ class Progress:
 
 def state_arrays(model: CausalLM, optimizer: LoRAOptimizer) -> dict[str, mx.array]:
     """The factors and the optimizer's state, by name; the same names for both kinds of optimizer."""
-    is_vector = isinstance(optimizer, VectorOptimizer)
-    state = optimizer.tree_state(model) if is_vector else optimizer.state
+    state = optimizer.tree_state(model) if isinstance(optimizer, VectorOptimizer) else optimizer.state
     return dict(tree_flatten({"factors": model.trainable_parameters(), "optimizer": state}))
 
 
