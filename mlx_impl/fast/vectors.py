@@ -22,14 +22,17 @@ class VectorOptimizer(LoRAOptimizer):
     """`LoRAOptimizer` on vectors; the model's factors are slices of them."""
 
     factors: Vectors
+    flags: dict[str, mx.array]  # "finite": whether all factors are, computed within the update
 
     def init(self, parameters: Any) -> None:
         self.factors = as_vectors(parameters)
+        self.flags = {"finite": all_finite(self.factors)}
         super().init(self.factors)
 
     def update(self, model: nn.Module, gradients: Vectors) -> None:
-        # In place: a compiled step captured this dictionary, and would not notice another.
+        # In place: a compiled step captured these dictionaries, and would not notice others.
         self.factors.update(self.apply_gradients(gradients, self.factors))
+        self.flags["finite"] = all_finite(self.factors)
         self.write_back(model)
 
     def write_back(self, model: nn.Module) -> None:
@@ -38,11 +41,12 @@ class VectorOptimizer(LoRAOptimizer):
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"factors": self.factors, "states": [optimizer.state for optimizer in self.optimizers]}
+        states = [optimizer.state for optimizer in self.optimizers]
+        return {"factors": self.factors, "flags": self.flags, "states": states}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.factors = state["factors"]
+        self.factors, self.flags = state["factors"], state["flags"]
         for optimizer, of_optimizer in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_optimizer
 
@@ -55,9 +59,15 @@ class VectorOptimizer(LoRAOptimizer):
         """The inverse of `tree_state`; the factors are the model's."""
         factors = model.trainable_parameters()
         self.factors = as_vectors(factors)
+        self.flags = {"finite": all_finite(self.factors)}
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_tree(tree, factors)
         self.write_back(model)
+
+
+def all_finite(factors: Vectors) -> mx.array:
+    """x - x is NaN where x is infinite or NaN."""
+    return mx.stack([(x - x).sum() for x in factors.values()]).sum() == 0
 
 
 def as_vectors(factors: Any) -> Vectors:
