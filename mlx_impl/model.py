@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
-from .config import ModelConfig
+from .config import LoRAConfig, ModelConfig
 from .recompute import recomputed
 
 
@@ -158,7 +158,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token numbers to the last hidden state."""
+    """Token ids to the final hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -187,7 +187,9 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Token numbers to next-token logits."""
+    """Token ids to next-token logits."""
+
+    lora: LoRAConfig  # set by `lora.add_lora`
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

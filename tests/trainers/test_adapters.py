@@ -1,4 +1,4 @@
-"""Who must climb: the reference against itself, and the smallest adapter, which the README shows."""
+"""Who must climb: the reference against itself, and the smallest adapter, which the ladder's README shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.ladder.climb import climb
 from tests.trainers.minimal import MinimalTrainer
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[1] / "ladder" / "README.md").read_text(encoding="utf-8")
 IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 LINES = 30  # of code that an adapter may take at most
 

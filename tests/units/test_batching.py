@@ -125,6 +125,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_examples_unpacked(name
 def test_the_logits_of_a_packed_example_are_its_own(name: str) -> None:
     case, packed = named_case(name), make_packed_batch(EXAMPLES, PACKED)
     model = MlxTrainer(case.spec, copies(case.weights), case.lora, copies(case.factors)).model.eval()
+    assert packed.segment_BT is not None
     arrays = mx.array(packed.inputs_BT), mx.array(packed.segment_BT)
     logits_BTV = np.array(model(*arrays))
     alone = [

@@ -160,7 +160,7 @@ def test_one_float32_weight_is_noticed(module: str, computed_in: set[tuple[str, 
     """The mutant: all that is computed from it is float32."""
     case = bfloat16_case("untied")
     model = in_bfloat16(case)
-    wrong = dict(model.named_modules())[f"model.layers.1.{module}"]
+    wrong: Any = dict(model.named_modules())[f"model.layers.1.{module}"]
     wrong.weight = wrong.weight.astype(mx.float32)
     decode(model, case)
     assert ("Block", mx.float32) in computed_in
