@@ -34,6 +34,7 @@ from tests.ladder.protocol import Arrays
 from tests.properties.agreement import UNIT_ROUNDOFF_64, in_double, verdicts
 from tests.properties.strategies import SEEDS, Drawn, cases, train_configs
 from tests.properties.twin import Twin, TwinState
+from tests.trainers.given_masks import with_given_masks
 from tests.trainers.mlx_impl import MlxTrainer
 
 ITERS = 16  # a power of two, see train_configs
@@ -128,8 +129,9 @@ class RunOfActs(RuleBasedStateMachine):
     def new_trainer(self, case: Any, plain: bool) -> LoRATrainer:
         """On a model that has its adapter already, in float64; by the plain or the fast path."""
         built = case.build(MlxTrainer)
-        built.set_dropout_masks(self.masks)
-        return LoRATrainer(built.model, self.case.lora, self.training, plain=plain)
+        trainer = LoRATrainer(built.model, self.case.lora, self.training, plain=plain)
+        with_given_masks(built.model, self.masks, trainer.loss)  # the same at every position: the loss stays
+        return trainer
 
     # What a user does.
 
