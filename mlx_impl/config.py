@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 LARGEST_FLOAT32 = 3.4028234e38  # settings become float32 numbers
 
-# The seven linear layers of a Llama block, in the order in which a token meets them.
+# The seven linear layers of a Llama block, in the order of the computation.
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -148,7 +148,7 @@ class TrainConfig:
 
 
 def require_numbers(record: object, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless int fields are at least 1, float fields finite and positive, or 0 where they may."""
+    """ValueError unless int fields are at least 1 and float fields finite and positive, or 0 if allowed."""
     for name, kind in get_type_hints(type(record)).items():
         value = getattr(record, name)
         if kind is bool and not isinstance(value, bool):

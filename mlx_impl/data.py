@@ -17,7 +17,7 @@ from .batching import Row, rows_of, window_rows
 from .config import TrainConfig
 
 SMALLEST_BUCKET = 8
-WIDTH_BUCKETS = 4  # an octave
+WIDTH_BUCKETS = 4  # shape buckets from n to 2n
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def next_tokens(
     caches: Sequence[KeyValueCache],
     choose: Callable[[mx.array], mx.array] = most_likely,
 ) -> mx.array:
-    """Read the tokens after the cached ones; the next token of each row."""
+    """The next token of each row, after these tokens have been read into the caches."""
     x_BTD = model.model(tokens_BT, caches=caches)
     next_B = choose(model.head(x_BTD[:, -1]))
     mx.eval(next_B)

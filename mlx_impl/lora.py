@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .config import LoRAConfig
 from .model import CausalLM
 from .recompute import next_key
-from .targets import select_targets, shape_OI
+from .targets import AnyLinear, select_targets, shape_OI
 
 FACTORS = ("lora_a", "lora_b", "magnitude")
 
@@ -38,7 +38,7 @@ class Dropout(nn.Module):
 class LoRALinear(nn.Module):
     """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, linear: AnyLinear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         num_out, num_in = shape_OI(linear)
         bound = num_in**-0.5
@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
 class DoRALinear(LoRALinear):
     """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, linear: AnyLinear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
         self.magnitude = mx.linalg.norm(dense_weight_OI(linear).astype(mx.float32), axis=1)
 
@@ -81,7 +81,7 @@ class DoRALinear(LoRALinear):
         return (stretch_O1 - 1) * dense_weight_OI(self.linear) + stretch_O1 * super().delta_OI()
 
 
-def dense_weight_OI(module: nn.Module) -> mx.array:
+def dense_weight_OI(module: AnyLinear | nn.Embedding | nn.QuantizedEmbedding) -> mx.array:
     """The weight of a linear or an embedding in full."""
     if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         return module.weight
@@ -89,7 +89,7 @@ def dense_weight_OI(module: nn.Module) -> mx.array:
 
 
 def add_lora(model: CausalLM, config: LoRAConfig) -> None:
-    """Freeze the model, then wrap the targeted linears, whose factors are then all that trains.
+    """Freeze the model, then wrap the targeted linears: their factors are the only trainable parameters.
 
     MLX: freeze first. A module made after `freeze()` is trainable; frozen together with the rest, it is not.
     Raises ValueError, and leaves the model as it was, when the configuration does not fit it or when it
@@ -98,7 +98,7 @@ def add_lora(model: CausalLM, config: LoRAConfig) -> None:
     if lora_layers(model):
         raise ValueError("a model can carry one adapter, and this one has one already")
     targets = select_targets(model, config)
-    linears = dict(model.named_modules())
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, AnyLinear)}
     kind = DoRALinear if config.use_dora else LoRALinear
     model.freeze()
     wrapped = [(t.name, kind(linears[t.name], t.rank, t.scale, config.dropout)) for t in targets]
@@ -123,6 +123,6 @@ def lora_parameters(model: CausalLM) -> dict[str, mx.array]:
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:
-    """How many numbers are trained, and how many there are in all."""
+    """The number of trainable parameters, and of all."""
     total = sum(array.size for _, array in tree_flatten(model.parameters()))
     return sum(array.size for array in lora_parameters(model).values()), total

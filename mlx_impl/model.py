@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
-from .config import ModelConfig
+from .config import LoRAConfig, ModelConfig
 from .recompute import recomputed
 
 Position = int | mx.array  # as in `ops.rope`
@@ -161,7 +161,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token numbers to the last hidden state."""
+    """Token ids to the final hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -190,7 +190,9 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Token numbers to next-token logits."""
+    """Token ids to next-token logits."""
+
+    lora: LoRAConfig  # set by `lora.add_lora`
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

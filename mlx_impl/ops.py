@@ -7,8 +7,6 @@ Differs from reference/ops.py: `logsumexp` is needed, because MLX has no cross-e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
 PIECE = 512  # terms of a float32 sum
@@ -24,7 +22,7 @@ def rms_norm(x_BTD: mx.array, weight_D: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x_BTD, weight_D, eps)
 
 
-def rope(x_BHTK: mx.array, frequency_P: Sequence[float], position: int | mx.array) -> mx.array:
+def rope(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:
     """Rotate each pair (x[k], x[k + K/2]) by the angle position * frequency[k].
 
     `position` is that of the first token, the others follow; or position_BT, one for each token.

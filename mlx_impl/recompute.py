@@ -15,11 +15,11 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-_keys: list[mx.array] = []  # of the layer that is being computed; empty outside one
+_keys: list[mx.array] = []  # the current key of each open `random_keys_from` block
 
 
 def recomputed(layer: nn.Module, x_BTD: mx.array, *others: object) -> mx.array:
-    """layer(x, *others), of which only x is kept for the backward pass."""
+    """layer(x, *others); only x is kept for the backward pass."""
     parameters = layer.trainable_parameters()
 
     @mx.checkpoint

@@ -17,7 +17,7 @@ from .config import LoRAConfig
 from .model import CausalLM
 
 Number = TypeVar("Number", int, float)
-LINEARS = (nn.Linear, nn.QuantizedLinear)
+AnyLinear = nn.Linear | nn.QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Target:
 def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
     """The targeted linears of the last N blocks, in the model's order.
 
-    Raises ValueError when a target or a pattern matches nothing there, is no regular expression, when there
-    are fewer than N blocks, or when a rank exceeds a linear's smaller side.
+    Raises ValueError for a target or a pattern that matches nothing or is no regular expression, for more
+    blocks than the model has, and for a rank above a linear's smaller side.
     """
     linears = linears_of_last_blocks(model, config.num_layers)
     chosen = [name for name in linears if is_target(name, config)]
@@ -52,7 +52,7 @@ def select_targets(model: CausalLM, config: LoRAConfig) -> list[Target]:
     return targets
 
 
-def shape_OI(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
+def shape_OI(linear: AnyLinear) -> tuple[int, int]:
     """The shape of the weight in full."""
     num_out, num_columns = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
@@ -60,7 +60,7 @@ def shape_OI(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
     return num_out, num_columns
 
 
-def linears_of_last_blocks(model: CausalLM, num_layers: int) -> dict[str, nn.Linear]:
+def linears_of_last_blocks(model: CausalLM, num_layers: int) -> dict[str, AnyLinear]:
     num_blocks = len(model.model.layers)
     if num_layers > num_blocks:
         raise ValueError(f"num_layers must be at most the model's {num_blocks}, got {num_layers}")
@@ -69,7 +69,7 @@ def linears_of_last_blocks(model: CausalLM, num_layers: int) -> dict[str, nn.Lin
         f"model.layers.{number}.{path}": module
         for number in range(first, num_blocks)
         for path, module in reversed(model.model.layers[number].named_modules())
-        if isinstance(module, LINEARS)
+        if isinstance(module, AnyLinear)
     }
 
 
@@ -110,7 +110,7 @@ def compiled(expression: str) -> re.Pattern[str]:
         raise ValueError(f"{expression!r} must be a regular expression: {error}") from None
 
 
-def require_matches(config: LoRAConfig, linears: dict[str, nn.Linear], chosen: list[str]) -> None:
+def require_matches(config: LoRAConfig, linears: dict[str, AnyLinear], chosen: list[str]) -> None:
     """ValueError that names a target or a pattern that matches no linear."""
     targets = config.target_modules
     listed = () if isinstance(targets, str) else targets

@@ -44,7 +44,7 @@ class StepRecord:
 
 
 class Loss(NamedTuple):
-    """How a batch becomes a loss and gradients. `fast/` has one that computes the same numbers sooner."""
+    """How a batch becomes a loss and gradients. `fast/` has one with the same numbers in less time."""
 
     to_arrays: Callable[[Batch], Arrays]
     batch_loss: Callable[[CausalLM, Arrays], Nats]
@@ -103,7 +103,8 @@ def train(
 ) -> Iterator[StepRecord]:
     """One optimizer update a window of micro-batches; yields what each update did.
 
-    A run that is resumed begins at `first_step`. `check` may raise to stop the run.
+    A resumed run begins at `first_step`. `reduce` adds up the sums of the micro-batches; several machines
+    would add theirs here. `check` may raise to stop the run.
     """
     model.train()
     model.model.grad_checkpoint = config.grad_checkpoint

@@ -68,6 +68,7 @@ def add_lora(model: CausalLM, config: LoRAConfig) -> list[str]:
 
 
 def wrap(name: str, linear: nn.Module, config: LoRAConfig) -> LoRALinear:
+    assert isinstance(linear, nn.Linear)
     rank, scale = rank_and_scale(name, config)
     return (DoRALinear if config.use_dora else LoRALinear)(linear, rank, scale, config.dropout)
 

@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token numbers to the last hidden state."""
+    """Token ids to the final hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Token numbers to next-token logits."""
+    """Token ids to next-token logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

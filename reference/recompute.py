@@ -12,5 +12,5 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(layer: nn.Module, x_BTD: Tensor, *others: object) -> Tensor:
-    """layer(x, *others), of which only x is kept for the backward pass."""
+    """layer(x, *others); only x is kept for the backward pass."""
     return checkpoint(layer, x_BTD, *others, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Which linears get an adapter, of which rank and scale: PEFT's rules.
+"""Which linears get an adapter, and its rank and scale: PEFT's rules.
 
 Source: PEFT's `check_target_module_exists` and `get_pattern_key`; the scales of Hu et al. 2021, section 4.1,
 and Kalajdzievski 2023, "rsLoRA".
@@ -12,9 +12,10 @@ import re
 from torch import nn
 
 from mlx_impl.config import LoRAConfig
+from reference.model import CausalLM
 
 
-def select_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+def select_targets(model: CausalLM, config: LoRAConfig) -> list[str]:
     """The names of the targeted linears of the last N blocks, in the model's order."""
     blocks = list(enumerate(model.model.layers))
     chosen = blocks if config.num_layers == -1 else blocks[-config.num_layers :]

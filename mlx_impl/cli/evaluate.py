@@ -66,12 +66,14 @@ def evaluate_examples(
 ) -> dict[str, Any]:
     """The object that --json prints; ValueError for a loss that is not finite."""
     from ..data import evaluation_batches
+    from ..fast.forward import FAST
     from ..train import evaluate
     from .screen.console import show_progress
 
     batches = evaluation_batches(examples, batch_size)
     num_batches = -(-len(examples) // batch_size)
-    loss_nats, num_targets = evaluate(model, show_progress(batches, num_batches, "evaluating", console))
+    batches = show_progress(batches, num_batches, "evaluating", console)
+    loss_nats, num_targets = evaluate(model, batches, FAST)
     if not loss_nats < MAX_NATS:
         raise ValueError(f"the loss must be a finite number below {MAX_NATS} nats, got {loss_nats}")
     return {

@@ -38,8 +38,7 @@ def row_sums(x: mx.array) -> mx.array:
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array) -> mx.array:
     """softmax(q k^T / sqrt(K)) v over the keys where the mask is true, at least one for each query."""
     bias_B1TS = mx.where(mask_B1TS, mx.array(0, q_BHTK.dtype), mx.array(-math.inf, q_BHTK.dtype))
-    mix_BHTK: mx.array = _mixed(q_BHTK, k_BGSK, v_BGSK, bias_B1TS)[0]
-    return mix_BHTK
+    return _mixed(q_BHTK, k_BGSK, v_BGSK, bias_B1TS)[0]
 
 
 @mx.custom_function
@@ -90,8 +89,7 @@ def gate_gradient(
 
 
 def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
-    y_BTF: mx.array = _gated(gate_BTF, up_BTF)[0]
-    return y_BTF
+    return _gated(gate_BTF, up_BTF)[0]
 
 
 _gated = mx.custom_function(gate)

@@ -21,7 +21,7 @@ MLX hands its device work ahead of what is done, and that holds memory too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx.utils import tree_flatten
 
@@ -37,6 +37,8 @@ from .projection import low_rank_of
 
 STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
 UPDATE = 6  # more numbers a trained one while an update is computed: terms of Adam's sums
+PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
+PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits
 FLOAT = 4  # bytes of what is float32 whatever the model's type is
 
 
@@ -51,6 +53,7 @@ class Sizes:
     more: int  # numbers a position of a block that only unfused linears keep
     unpacked: int  # bytes of weights that DoRA keeps beside the stored ones
     keeps_scores: bool  # attention on a CPU
+    plain: bool = False  # the pattern alone, without unpadding and chunked cross-entropy
 
     @property
     def a_position(self) -> int:
@@ -72,11 +75,15 @@ class Shape:
     masks: int = 1  # of attention: one for all rows, or of packed rows one each
 
     @property
+    def positions(self) -> int:
+        return self.rows * self.width
+
+    @property
     def keys(self) -> int:
         return self.seen + self.width
 
 
-def sizes_of(model: CausalLM) -> Sizes:
+def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     layers = lora_layers(model).values()
     arrays = [array for _, array in tree_flatten(model.parameters())]
     itemsize = model.model.norm.weight.itemsize
@@ -92,7 +99,8 @@ def sizes_of(model: CausalLM) -> Sizes:
     num_blocks = model.config.num_hidden_layers
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
-    return Sizes(model.config, weights, trained, itemsize, more // num_blocks, unpacked, keeps_scores)
+    more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
+    return Sizes(model.config, weights, trained, itemsize, more, unpacked, keeps_scores, plain)
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -104,10 +112,12 @@ def shape_of(batch: Batch) -> Shape:
 
 def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
     """The most that an update of this batch holds at once; the equation is above."""
+    shape = computed_shape(sizes, shape)
     num_blocks, block = sizes.config.num_hidden_layers, block_bytes(sizes, shape)
     kept, work = num_blocks * block, work_bytes(sizes, shape)
     if checkpointed:
-        kept = num_blocks * shape.computed * sizes.config.hidden_size * sizes.itemsize + block
+        at_once = 2 if sizes.plain else 1  # `mx.checkpoint` recomputes some blocks ahead
+        kept = num_blocks * shape.computed * sizes.config.hidden_size * sizes.itemsize + at_once * block
         work = max(work, 0 if sizes.keeps_scores else 4 * block)  # measured on a GPU
     gradients = 2 * FLOAT * sizes.trained  # of a batch, and their sum
     return (
@@ -121,12 +131,14 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
 
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     """The most that the loss over this batch holds at once: of the blocks one at a time."""
+    shape = computed_shape(sizes, shape)
     c, scores = sizes.config, scores_bytes(sizes, shape)
     a_unit = shape.computed * sizes.itemsize
     rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
-    attention = 3 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
+    copies, logits = (1, PLAIN_EVALUATED_LOGITS) if sizes.plain else (3, None)
+    attention = copies * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
     of_block = rest + max(attention + 2 * a_unit * c.intermediate_size, 5 * a_unit * c.intermediate_size)
-    return sizes.weights + state_bytes(sizes) + max(of_block, head_bytes(sizes, shape))
+    return sizes.weights + state_bytes(sizes) + max(of_block, head_bytes(sizes, shape, logits))
 
 
 def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
@@ -135,6 +147,11 @@ def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
     a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
     cache = 2 * prompts.rows * (prompts.keys + max_tokens) * a_token
     return evaluation_bytes(sizes, prompts) + cache
+
+
+def computed_shape(sizes: Sizes, shape: Shape) -> Shape:
+    """The plain path computes every position, and the head at each."""
+    return replace(shape, computed=shape.positions, targets=shape.positions) if sizes.plain else shape
 
 
 def state_bytes(sizes: Sizes) -> int:
@@ -165,8 +182,10 @@ def mask_bytes(sizes: Sizes, shape: Shape) -> int:
     return 6 * shape.masks * shape.width * shape.keys if sizes.keeps_scores else 0
 
 
-def head_bytes(sizes: Sizes, shape: Shape) -> int:
+def head_bytes(sizes: Sizes, shape: Shape, plain_copies: float | None = None) -> int:
     """Logits, shifted, their exponentials, the gradient: of one chunk, or on a CPU of the next ones too."""
     logits = shape.targets * sizes.config.vocab_size
+    if sizes.plain:
+        return int((plain_copies or PLAIN_LOGITS) * FLOAT * logits)
     chunks = 2.3 if sizes.keeps_scores else 1.0
     return int(4 * FLOAT * min(logits, chunks * CHUNK_LOGITS))

@@ -30,6 +30,10 @@ class VectorOptimizer(LoRAOptimizer):
     def update(self, model: nn.Module, gradients: Vectors) -> None:
         # In place: a compiled step captured this dictionary, and would not notice another.
         self.factors.update(self.apply_gradients(gradients, self.factors))
+        self.write_back(model)
+
+    def write_back(self, model: nn.Module) -> None:
+        """Make the model's factors slices of the vectors."""
         model.update(as_factors(self.factors, model.trainable_parameters()))
 
     @property
@@ -53,6 +57,7 @@ class VectorOptimizer(LoRAOptimizer):
         self.factors = as_vectors(factors)
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_tree(tree, factors)
+        self.write_back(model)
 
 
 def as_vectors(factors: Any) -> Vectors:
@@ -99,7 +104,7 @@ def as_tree(state: dict[str, Any], factors: Any) -> dict[str, Any]:
 def of_tree(tree: dict[str, Any], factors: Any) -> dict[str, Any]:
     """The inverse of `as_tree`."""
     arrays = dict(tree_flatten(tree))
-    state = {name: array for name, array in arrays.items() if "." not in name}
+    state: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}
     for moment in {name.rpartition(".")[2] for name in arrays if "." in name}:
         in_order = ((name, arrays.get(f"{name}.{moment}")) for name, _ in tree_flatten(factors))
         of_moment = joined((name, array) for name, array in in_order if array is not None)

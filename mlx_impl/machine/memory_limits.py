@@ -7,7 +7,7 @@ all arrays together: the memory they take now plus what is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def remaining_in_group(group: Path, limit: str, current: str, reclaimable: str) 
         return None
 
 
-def device_limits(info: dict[str, object]) -> list[Limit]:
+def device_limits(info: Mapping[str, object]) -> list[Limit]:
     """The limit in MLX's description of a GPU: Metal's working set, or the GPU's whole memory."""
     for key, name in (
         ("max_recommended_working_set_size", "Metal's working set"),

@@ -1,40 +1,42 @@
 """The finite guard: on NaN or infinity, roll back to the last good state and raise with the cause.
 
 A finite loss and gradient show that the adapter they were computed with is good; the update that made it
-could not know that yet. So two states are kept. MLX never changes an array: a snapshot is references, and
-costs the memory of the old factors and moments only.
+could not know that yet. So two states are kept. An update makes new arrays and changes none: a snapshot is
+references, and costs the memory of the old factors and moments only.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..data import Window
+from ..fast.vectors import VectorOptimizer
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
 from ..train import StepRecord
 
-Named = dict[str, mx.array]
-
-
-class Snapshot(NamedTuple):
-    """Every array that an update changes, by name."""
-
-    factors: Named
-    state: Named  # the optimizer's
+Snapshot = dict[str, mx.array]
 
 
 def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> Snapshot:
-    return Snapshot(dict(tree_flatten(model.trainable_parameters())), dict(tree_flatten(optimizer.state)))
+    """Every array that an update changes, by name; the factors of a `VectorOptimizer` as its vectors."""
+    state = {"factors": model.trainable_parameters(), **optimizer.state}
+    if isinstance(optimizer, VectorOptimizer):
+        state = optimizer.state
+    return dict(tree_flatten(state))
 
 
 def restore(model: CausalLM, optimizer: LoRAOptimizer, before: Snapshot) -> None:
-    model.update(tree_unflatten(list(before.factors.items())))
-    optimizer.state = tree_unflatten(list(before.state.items()))
+    state = tree_unflatten(list(before.items()))
+    if isinstance(optimizer, VectorOptimizer):
+        optimizer.state = state
+        optimizer.write_back(model)
+    else:
+        model.update(state.pop("factors"))
+        optimizer.state = state
 
 
 class NotFinite(ValueError):
@@ -86,6 +88,5 @@ class FiniteGuard:
 
 def are_finite(state: Snapshot) -> bool:
     """Whether all factors are; x - x is NaN where x is infinite or NaN."""
-    vectors = {name: array for name, array in state.state.items() if name.startswith("factors.")}
-    factors = vectors or state.factors  # the same numbers, in fewer arrays
-    return bool((mx.stack([(x - x).sum() for x in factors.values()]).sum() == 0).item())
+    factors = [array for name, array in state.items() if name.startswith("factors.")]
+    return bool((mx.stack([(x - x).sum() for x in factors]).sum() == 0).item())

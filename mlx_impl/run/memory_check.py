@@ -82,7 +82,7 @@ def require_training_memory(
     trainer: LoRATrainer, train: Sequence[Example], *evaluated: Sequence[Example]
 ) -> list[str]:
     """Remarks where the free memory is short; TooLittleMemory where a hard limit would be exceeded."""
-    sizes = sizes_of(trainer.model)
+    sizes = sizes_of(trainer.model, trainer.plain)
     return check_workload(Workload(sizes, train, evaluated, trainer.training, trainer.step), memory_limits())
 
 

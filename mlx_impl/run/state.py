@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import LoRAConfig, TrainConfig, require_number
 from ..data import Example
 from ..disk.files import atomic_write, one_line, require_file, with_printable_keys
-from ..fast.vectors import VectorOptimizer, as_factors
+from ..fast.vectors import VectorOptimizer
 from ..files.precision import dtype_of
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
@@ -42,8 +42,7 @@ class Progress:
 
 def state_arrays(model: CausalLM, optimizer: LoRAOptimizer) -> dict[str, mx.array]:
     """The factors and the optimizer's state, by name; the same names for both kinds of optimizer."""
-    is_vector = isinstance(optimizer, VectorOptimizer)
-    state = optimizer.tree_state(model) if is_vector else optimizer.state
+    state = optimizer.tree_state(model) if isinstance(optimizer, VectorOptimizer) else optimizer.state
     return dict(tree_flatten({"factors": model.trainable_parameters(), "optimizer": state}))
 
 
@@ -53,7 +52,6 @@ def load_arrays(model: CausalLM, optimizer: LoRAOptimizer, arrays: dict[str, mx.
     model.update(tree["factors"])
     if isinstance(optimizer, VectorOptimizer):
         optimizer.load_tree_state(model, tree["optimizer"])
-        model.update(as_factors(optimizer.factors, model.trainable_parameters()))
     else:
         optimizer.state = tree["optimizer"]
 

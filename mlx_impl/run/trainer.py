@@ -63,6 +63,7 @@ class LoRATrainer:
         self.model, self.lora, self.training = model, lora, training
         self.optimizer: LoRAOptimizer = (LoRAOptimizer if plain else VectorOptimizer)(training)
         self.optimizer.init(model.trainable_parameters())
+        self.plain = plain
         self.loss: Loss = PLAIN if plain else FAST
         self.compiled = mx.default_device() == mx.gpu if compiled is None else compiled
         self.guard = FiniteGuard(model, self.optimizer, updates_done=0)
@@ -85,7 +86,7 @@ class LoRATrainer:
     def fit_windows(self, windows: Iterable[Window]) -> Iterator[StepRecord]:
         """`fit` on micro-batches of your own: one update a window, beginning at update `step`."""
         self.require_adapter()
-        if self.loss is FAST:
+        if not self.plain:
             windows = paced(windows, self.model, self.training.grad_checkpoint)
         try:
             yield from train(

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
 from mlx_lm.models import llama, qwen3
@@ -37,7 +36,7 @@ class Reports:
             return (np.diff(sums[ends]) / np.diff(np.array(self.totals)[ends])).tolist()
 
 
-def make_model(spec: ModelConfig) -> nn.Module:
+def make_model(spec: ModelConfig) -> Any:
     settings = asdict(spec)
     if settings.pop("qkv_bias"):
         raise NotImplementedError("mlx-lm's qwen2 has no head_dim")

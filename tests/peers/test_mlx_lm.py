@@ -185,7 +185,7 @@ def test_checkpointing_with_dropout_differentiates_with_another_mask() -> None:
     The recomputation draws new random numbers. With a mask m of 64 inputs, f = 2 * 2 * 4 * sum(m).
     """
 
-    def value_and_inner_product(block: nn.Module) -> tuple[float, float]:
+    def value_and_inner_product(block: AdaptedBlock) -> tuple[float, float]:
         mx.random.seed(1)
         value, gradient = nn.value_and_grad(block, lambda model, x: model(x).sum())(block, mx.ones((8, 8)))
         return value.item(), (gradient["proj"]["lora_b"] * block.proj.lora_b).sum().item()

@@ -46,7 +46,8 @@ MARK = ".float64"
 @contextmanager
 def float64_in_safetensors() -> Iterator[None]:
     """MLX refuses to write float64, so its bits are written as uint64 and read back as float64."""
-    save, load = mx.save_safetensors, mx.load
+    save: Callable = mx.save_safetensors
+    load: Callable = mx.load
 
     def save_bits(file: BinaryIO, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
         doubles = {name for name, array in arrays.items() if array.dtype == mx.float64}

@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, target
@@ -23,7 +22,7 @@ from mlx_impl.config import ModelConfig, TrainConfig
 from mlx_impl.data import Batch
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.model import CausalLM
-from mlx_impl.targets import linears_of_last_blocks
+from mlx_impl.targets import AnyLinear, linears_of_last_blocks
 from tests.derived import NUM_DRAWS, UNIT_ROUNDOFF, Divergence, noise_of, require_same_bits
 from tests.ladder.protocol import Arrays
 from tests.properties.agreement import require_agreement, require_exact_agreement, verdicts
@@ -130,7 +129,7 @@ def without_scaling(config: ModelConfig) -> list[float]:
     return [config.rope_theta ** (-k / config.head_dim) for k in range(0, config.head_dim, 2)]
 
 
-def of_the_first_blocks(model: CausalLM, num_layers: int) -> dict[str, nn.Linear]:
+def of_the_first_blocks(model: CausalLM, num_layers: int) -> dict[str, AnyLinear]:
     every = linears_of_last_blocks(model, -1)
     return {n: linear for n, linear in every.items() if num_layers == -1 or int(n.split(".")[2]) < num_layers}
 

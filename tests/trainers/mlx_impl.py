@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -92,7 +93,7 @@ class MlxTrainer:
     @property
     def path(self) -> Loss:
         """What `LoRATrainer` computes by."""
-        loss = run_trainer.PLAIN if self.plain else run_trainer.FAST
+        loss: Loss = getattr(run_trainer, "PLAIN" if self.plain else "FAST")
         return loss if self.masks is None else with_given_masks(self.model, self.masks, loss)
 
     def array(self, value: np.ndarray) -> mx.array:
@@ -103,7 +104,8 @@ class MlxTrainer:
         return np.array(self.model(mx.array(tokens_BT)))
 
     def hidden_states(self, tokens_BT: np.ndarray) -> Arrays:
-        decoder, notes = self.model.model, {}  # type: CausalLM, Arrays
+        decoder: Any = self.model.model
+        notes: Arrays = {}
         layers, embedding, norm = decoder.layers, decoder.embed_tokens, decoder.norm
         self.model.eval()
         decoder.embed_tokens = Tap(embedding, "model.embed_tokens", notes)

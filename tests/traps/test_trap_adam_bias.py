@@ -8,6 +8,8 @@ first, 6.57 at the twelfth step. The right form is `bias_correction=True`.
 The oracle is the definition of Adam (Kingma and Ba, 2015, algorithm 1) in NumPy's float64.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -35,7 +37,7 @@ def adam_steps(corrected: bool, steps: int) -> np.ndarray:
 
 def mlx_steps(optimizer: optim.Optimizer, steps: int) -> np.ndarray:
     """The same of an MLX optimizer; the parameter starts each step at 0, so no digit is lost."""
-    model = nn.Module()
+    model: Any = nn.Module()
     lengths = []
     for _ in range(steps):
         model.w = mx.zeros(1)

@@ -35,8 +35,7 @@ class RenamedLoRA(nn.Module):
         self.lora_b = mx.full((2, 5), 0.1)
 
     def __call__(self, x_BI: mx.array) -> mx.array:
-        y_BO: mx.array = self.lora_base(x_BI)
-        return y_BO + self.lora_alpha * (x_BI @ self.lora_a @ self.lora_b)
+        return self.lora_base(x_BI) + self.lora_alpha * (x_BI @ self.lora_a @ self.lora_b)
 
 
 def test_wrong_a_substring_admits_frozen_parameters() -> None:
@@ -53,7 +52,7 @@ def test_wrong_a_substring_admits_frozen_parameters() -> None:
 
 def test_wrong_a_substring_misses_another_spelling() -> None:
     """PEFT writes `lora_A`: the filter leaves `[]`, which the optimizer cannot read."""
-    model = nn.Linear(3, 5)
+    model: Any = nn.Linear(3, 5)
     model.lora_A, model.lora_B = mx.ones((3, 2)), mx.ones((2, 5))
     kept = filter_lora_gradients(model.parameters())
     assert kept == []

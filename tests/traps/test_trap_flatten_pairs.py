@@ -23,7 +23,7 @@ def test_wrong_the_count_asks_a_name_for_its_size() -> None:
     """The plan's sum starts with the name of the second parameter."""
     trainable_params = tiny_lora().trainable_parameters()
     with pytest.raises(AttributeError) as error:
-        sum(p.size for p in tree_flatten(trainable_params)[1])
+        sum(p.size for p in tree_flatten(trainable_params)[1])  # type: ignore[union-attr, misc]
     assert str(error.value) == "'str' object has no attribute 'size'"
 
 
@@ -31,7 +31,7 @@ def test_wrong_the_count_asks_a_name_for_its_size() -> None:
 def test_wrong_fewer_than_two_parameters_have_no_index_one(tree: dict[str, mx.array]) -> None:
     """With nothing trainable, or one parameter, the same line fails another way."""
     with pytest.raises(IndexError) as error:
-        sum(p.size for p in tree_flatten(tree)[1])
+        sum(p.size for p in tree_flatten(tree)[1])  # type: ignore[union-attr, misc]
     assert str(error.value) == "list index out of range"
 
 

@@ -6,6 +6,8 @@ LoRA as intended, but also a base layer rebuilt during injection or by `nn.quant
 order is load, quantize, `freeze()`, inject; then look at the names that are trainable.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -76,7 +78,7 @@ def test_right_strict_unfreeze_names_the_missing_key() -> None:
 
 def test_right_an_array_assigned_after_the_freeze_is_trainable() -> None:
     """`freeze()` holds for names: a new name is trainable, a new array under a frozen name not."""
-    layer = nn.Linear(3, 5).freeze()
+    layer: Any = nn.Linear(3, 5).freeze()
     layer.lora_a = mx.ones((3, 2))
     layer.weight = mx.ones((5, 3))
     assert names(layer.trainable_parameters()) == ["lora_a"]

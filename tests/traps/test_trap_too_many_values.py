@@ -5,6 +5,8 @@ return a nested dict: a loop over it yields its keys, and `for path, p in` unpac
 of a key. `tree_flatten` makes the pairs.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -16,13 +18,13 @@ from tests.traps.tiny_lora import LORA_NAMES, tiny_lora
 def test_wrong_the_characters_of_a_key_are_unpacked() -> None:
     """The only key is "layers", six characters for two names."""
     with pytest.raises(ValueError, match="too many values to unpack"):
-        for _path, _p in tiny_lora().trainable_parameters():
+        for _path, _p in tiny_lora().trainable_parameters():  # type: ignore[str-unpack]
             pass
 
 
 def test_wrong_one_letter_names_give_too_few() -> None:
     """A parameter called "w" has one character for two names."""
-    model = nn.Module()
+    model: Any = nn.Module()
     model.w = mx.ones(3)
     with pytest.raises(ValueError) as error:
         for _path, _p in model.trainable_parameters():
@@ -32,7 +34,7 @@ def test_wrong_one_letter_names_give_too_few() -> None:
 
 def test_wrong_two_letter_names_unpack_in_silence() -> None:
     """A layer called "up" becomes the path "u" and the parameter "p"."""
-    model = nn.Module()
+    model: Any = nn.Module()
     model.up = nn.Linear(3, 5)
     assert [(path, p) for path, p in model.trainable_parameters()] == [("u", "p")]
 
@@ -40,7 +42,7 @@ def test_wrong_two_letter_names_unpack_in_silence() -> None:
 def test_wrong_there_is_no_named_parameters() -> None:
     """The PyTorch method does not exist."""
     with pytest.raises(AttributeError) as error:
-        tiny_lora().named_parameters()
+        tiny_lora().named_parameters()  # type: ignore[attr-defined]
     assert str(error.value) == "'Tiny' object has no attribute 'named_parameters'"
 
 

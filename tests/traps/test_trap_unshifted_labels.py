@@ -27,8 +27,7 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(8, VOCAB)
 
     def __call__(self, ids_BT: mx.array) -> mx.array:
-        logits_BTV: mx.array = self.head(self.embed(ids_BT))
-        return logits_BTV
+        return self.head(self.embed(ids_BT))
 
 
 def unshifted_nats(model: Any, ids_BT: mx.array) -> mx.array:

@@ -17,14 +17,15 @@ from tests.traps.tiny_lora import LORA_NAMES, batch, loss_fn, names, tiny_lora
 class Extras(nn.Module):
     """A linear layer with a private array, as a mask or a table of frequencies would be."""
 
+    settings: dict[str, int]
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 5)
         self._mask = mx.ones(5)
 
     def __call__(self, x_BI: mx.array) -> mx.array:
-        y_BO: mx.array = self.linear(x_BI)
-        return y_BO * self._mask
+        return self.linear(x_BI) * self._mask
 
 
 def test_wrong_frozen_parameters_get_gradients_too() -> None:

@@ -22,8 +22,7 @@ class LoRALinear(nn.Module):
         self.lora_b = mx.full((rank, out_dims), 0.1)
 
     def __call__(self, x_BI: mx.array) -> mx.array:
-        y_BO: mx.array = self.linear(x_BI)
-        return y_BO + x_BI @ self.lora_a @ self.lora_b
+        return self.linear(x_BI) + x_BI @ self.lora_a @ self.lora_b
 
 
 class Tiny(nn.Module):
@@ -31,11 +30,10 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = [nn.Linear(3, 5), nn.Linear(5, 4)]
+        self.layers: list[Any] = [nn.Linear(3, 5), nn.Linear(5, 4)]  # or LoRALinear
 
     def __call__(self, x_BI: mx.array) -> mx.array:
-        y_BO: mx.array = self.layers[1](mx.tanh(self.layers[0](x_BI)))
-        return y_BO
+        return self.layers[1](mx.tanh(self.layers[0](x_BI)))
 
 
 LORA_NAMES = ["layers.0.lora_a", "layers.0.lora_b", "layers.1.lora_a", "layers.1.lora_b"]

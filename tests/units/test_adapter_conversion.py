@@ -19,7 +19,7 @@ from mlx_impl.config import LoRAConfig
 from mlx_impl.files.adapters import convert_adapter, load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.files.formats.scale_folding import alpha_for
-from mlx_impl.lora import add_lora, lora_parameters
+from mlx_impl.lora import add_lora, lora_layers, lora_parameters
 from tests.tiny_folder import write_data, write_folder
 
 # Two blocks; every linear has another shape, so that none fits in another's place.
@@ -307,7 +307,7 @@ def test_an_mlx_lm_adapter_is_loaded_with_its_own_factors_and_scale(base: Path, 
     model = load_model(base).model
     config = load_adapter(model, source)
     assert (config.rank, config.target_modules) == (3, tuple(sorted(SHAPES)))
-    assert {layer.scale for _, layer in model.named_modules() if hasattr(layer, "lora_a")} == {2.3}
+    assert {layer.scale for layer in lora_layers(model).values()} == {2.3}
     _, tensors = stored(source)
     ours = lora_parameters(model)
     assert ours.keys() == tensors.keys()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_impl.batching import pack, rows_of, updates_an_epoch, window_rows
+from mlx_impl.batching import pack_rows, rows_of, updates_an_epoch, window_rows
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch, Example, make_batch, make_packed_batch, training_windows
 from tests.derived import Divergence, assert_within_rounding
@@ -81,11 +81,11 @@ def test_grouped_batches_are_of_like_length_and_of_one_size_but_one() -> None:
 
 
 def test_packed_rows_hold_at_most_the_maximum_and_few_are_needed() -> None:
-    rows = pack(LENGTHS, 50, seed=0)
+    rows = pack_rows(LENGTHS, 50, seed=0)
     sums = [sum(LENGTHS[n] for n in row) for row in rows]
     assert max(sums) <= 50
     assert len(rows) <= 1.22 * -(-sum(LENGTHS) // 50) + 1  # best-fit decreasing: 11/9 of the optimum, + 1
-    assert pack([60, 3], 50, seed=0) == [(0,), (1,)]  # one too long is alone
+    assert pack_rows([60, 3], 50, seed=0) == [(0,), (1,)]  # one too long is alone
 
 
 def test_a_packed_row_is_its_examples_one_after_another() -> None:
@@ -125,6 +125,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_examples_unpacked(name
 def test_the_logits_of_a_packed_example_are_its_own(name: str) -> None:
     case, packed = named_case(name), make_packed_batch(EXAMPLES, PACKED)
     model = MlxTrainer(case.spec, copies(case.weights), case.lora, copies(case.factors)).model.eval()
+    assert packed.segment_BT is not None
     arrays = mx.array(packed.inputs_BT), mx.array(packed.segment_BT)
     logits_BTV = np.array(model(*arrays))
     alone = [

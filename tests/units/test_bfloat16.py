@@ -85,19 +85,19 @@ def computed_in(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, mx.Dtype]]:
     """What was computed while the test ran: the names of modules and functions, and their outputs' types."""
     found: set[tuple[str, mx.Dtype]] = set()
 
-    def noting(real: Callable, name_of: Callable[[Any], str]) -> Callable:
+    def noting(real: Callable, name: str | None = None) -> Callable:
         def noted(first: Any, *inputs: Any, **named: Any) -> Any:
             output = real(first, *inputs, **named)
             arrays = output if isinstance(output, list) else [output]
-            found.update((name_of(first), array.dtype) for array in arrays)
+            found.update((name or type(first).__name__, array.dtype) for array in arrays)
             return output
 
         return noted
 
     for kind in KINDS:
-        monkeypatch.setattr(kind, "__call__", noting(kind.__call__, lambda module: type(module).__name__))
+        monkeypatch.setattr(kind, "__call__", noting(kind.__call__))
     for name in FAST_STEPS:
-        monkeypatch.setattr(forward, name, noting(getattr(forward, name), lambda _, name=name: name))
+        monkeypatch.setattr(forward, name, noting(getattr(forward, name), name))
     return found
 
 
@@ -160,7 +160,7 @@ def test_one_float32_weight_is_noticed(module: str, computed_in: set[tuple[str, 
     """The mutant: all that is computed from it is float32."""
     case = bfloat16_case("untied")
     model = in_bfloat16(case)
-    wrong = dict(model.named_modules())[f"model.layers.1.{module}"]
+    wrong: Any = dict(model.named_modules())[f"model.layers.1.{module}"]
     wrong.weight = wrong.weight.astype(mx.float32)
     decode(model, case)
     assert ("Block", mx.float32) in computed_in

@@ -32,7 +32,7 @@ from mlx_impl.fast.projection import project
 from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.ops import silu
-from mlx_impl.train import add_up
+from mlx_impl.train import Arrays, add_up
 from tests.ladder.cases import SPEC as NARROW
 from tests.ladder.cases import random_rows
 from tests.units.peak import peak_bytes
@@ -115,7 +115,7 @@ def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: 
     model.train()
     model.model.grad_checkpoint = checkpointed
     tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
-    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
+    arrays: Arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
     mx.eval(model.parameters(), arrays)
     run = nn.value_and_grad(model, lambda arrays: batch_loss(model, arrays))
     state = [model.state, mx.random.state]
@@ -191,7 +191,7 @@ def test_of_several_batches_one_is_in_memory_at_a_time() -> None:
     model = CausalLM(SPEC)
     add_lora(model, PLAIN)
     tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
-    arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
+    arrays: Arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
     mx.eval(model.parameters(), arrays)
     gradients = nn.value_and_grad(model, batch_loss)
     one, three = (peak_bytes(lambda n: add_up([lambda: gradients(model, arrays)] * n), n) for n in (1, 3))

@@ -65,8 +65,9 @@ def measured(run: Any) -> int:
     return mx.get_peak_memory()
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_need_is_near_what_mlx_counts(name: str) -> None:
+def test_the_need_is_near_what_mlx_counts(name: str, plain: bool) -> None:
     case = CASES[name]
     before = mx.get_active_memory()  # of other tests
     tokens = random_rows(case.config.vocab_size, [case.tokens] * case.rows)
@@ -74,8 +75,8 @@ def test_the_need_is_near_what_mlx_counts(name: str) -> None:
     training = TrainConfig(iters=2, **{"batch_size": case.rows, **case.training})
     model = CausalLM(case.config)
     mx.eval(model.parameters())
-    trainer = LoRATrainer(model, LoRAConfig(rank=4, **case.lora), training, compiled=False)
-    sizes, checkpointed = sizes_of(model), training.grad_checkpoint
+    trainer = LoRATrainer(model, LoRAConfig(rank=4, **case.lora), training, False, plain)
+    sizes, checkpointed = sizes_of(model, plain), training.grad_checkpoint
     needs = {
         "evaluation": max(
             evaluation_bytes(sizes, shape_of(batch))

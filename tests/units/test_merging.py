@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig
-from mlx_impl.lora import add_lora, lora_parameters
+from mlx_impl.lora import add_lora, lora_layers, lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run.merging import merge, unmerge
 from mlx_impl.run.state import digest_of_base
@@ -33,7 +33,7 @@ def adapted(lora: LoRAConfig, dtype: mx.Dtype = mx.float32) -> CausalLM:
 def lost_by_hand(model: CausalLM, dtype: mx.Dtype) -> float:
     """In float64, layer by layer: how far what was added is from what should have been."""
     lost, whole = 0.0, 0.0
-    for _, layer in [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_a")]:
+    for layer in lora_layers(model).values():
         weight = np.array(layer.linear.weight.astype(mx.float32), np.float64)
         delta = layer.scale * (np.array(layer.lora_a, np.float64) @ np.array(layer.lora_b, np.float64)).T
         merged = np.array(mx.array(weight + delta, mx.float32).astype(dtype).astype(mx.float32), np.float64)

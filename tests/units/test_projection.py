@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_impl.fast.projection import LowRank, low_rank_of, project, project_gated
 from mlx_impl.lora import DoRALinear, LoRALinear
+from mlx_impl.targets import AnyLinear
 from tests.derived import Verdict, compare, require, require_same_names, within_bfloat16, within_exact
 from tests.ladder.cases import random_array
 from tests.ladder.protocol import Arrays
@@ -61,7 +62,7 @@ class Group(nn.Module):
 
     def __init__(self, parts: list[Part], kind: type[LoRALinear] = LoRALinear, dropout: float = 0.0) -> None:
         super().__init__()
-        self.linears = [make_linear(part, place) for place, part in enumerate(parts)]
+        self.linears: list[Any] = [make_linear(part, place) for place, part in enumerate(parts)]
         self.freeze()
         for place, part in enumerate(parts):
             if part.rank:
@@ -81,7 +82,7 @@ def make_linear(part: Part, place: int) -> nn.Linear:
     return linear
 
 
-def adapted(linear: nn.Linear, part: Part, kind: type[LoRALinear], dropout: float, place: int) -> LoRALinear:
+def adapted(linear: AnyLinear, part: Part, kind: type[LoRALinear], dropout: float, place: int) -> LoRALinear:
     layer = kind(linear, part.rank, part.scale, dropout)
     layer.lora_a = mx.array(random_array(f"a {place}", (I, part.rank), 0.5))
     layer.lora_b = mx.array(random_array(f"b {place}", (part.rank, part.num_out), 0.5))

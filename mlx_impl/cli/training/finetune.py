@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ...data import evaluation_batches
 from ...run.guard import NotFinite
-from ...train import StepRecord, evaluate
+from ...train import StepRecord
 from ..screen.console import printable, show_progress, show_status
 from ..screen.report import print_answers, show_training
 from ..screen.summary import make_report, print_summary
@@ -112,7 +112,7 @@ def training_set_loss(prepared: PreparedJob, console: Console, when: str) -> flo
     size = prepared.trainer.training.batch_size
     num_batches = -(-len(examples) // size)
     batches = show_progress(evaluation_batches(examples, size), num_batches, "evaluating", console)
-    loss_nats, _ = evaluate(prepared.loaded.model, batches)
+    loss_nats = prepared.trainer.evaluate_batches(batches)
     if not math.isfinite(loss_nats):
         raise ValueError(
             f"the loss over the training set {when} training must be a finite number, got {loss_nats}"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
-
-import mlx.core as mx
 
 from ... import __version__ as mlx_impl_version
 from ...data import Example
@@ -24,7 +23,7 @@ from .answers import Answer, Evaluation
 from .lock import require_held
 from .manifest import Manifest
 
-VERSIONS = {"mlx_impl": mlx_impl_version, "mlx": mx.__version__}
+VERSIONS = {"mlx_impl": mlx_impl_version, "mlx": version("mlx")}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

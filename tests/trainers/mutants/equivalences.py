@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +25,10 @@ def each_part(change: Callable[[Any, Any], Any]) -> Patches:
     """Something is done to the sums of every micro-batch before they are added."""
 
     def make(config: Any) -> Callable:
-        return lambda parts: add_up((lambda p=part: change(config, p())) for part in parts)
+        def changed(part: Callable[[], Any]) -> Any:
+            return change(config, part())
+
+        return lambda parts: add_up(partial(changed, part) for part in parts)
 
     return with_add_up(make)
 

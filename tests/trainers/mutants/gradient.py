@@ -34,12 +34,12 @@ def cut_base(self: Any, x_BTI: mx.array) -> mx.array:
     return self.linear(stop(x_BTI)) + self.scale * ((self.dropout(x_BTI) @ self.lora_a) @ self.lora_b)
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
+@mx.custom_function
 def rounding_backwards(x: mx.array) -> mx.array:
     return x + 0
 
 
-@rounding_backwards.vjp  # type: ignore[untyped-decorator]
+@rounding_backwards.vjp
 def _(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
     return cotangent.astype(mx.bfloat16).astype(x.dtype)
 
