@@ -21,9 +21,6 @@ from . import ops
 from .config import LoRAConfig, ModelConfig
 from .recompute import recomputed
 
-Position = int | mx.array  # as in `ops.rope`
-Mask = mx.array | None  # as in `ops.attention`
-
 
 def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
     """theta**(-2k/K) for each of the K / 2 pairs, stretched where the configuration says so [5]."""
@@ -42,7 +39,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
     return tuple(stretched)
 
 
-def attention_mask(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> Mask:
+def attention_mask(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> mx.array | None:
     """mask_B1TS: whether query t, after `offset` cached tokens, attends key s. None: causal, all of the past.
 
     A sliding window is the last `window` tokens, the query's own included (Mistral). In packed rows a query

@@ -72,8 +72,8 @@ def evaluate_examples(
 
     batches = evaluation_batches(examples, batch_size)
     num_batches = -(-len(examples) // batch_size)
-    batches = show_progress(batches, num_batches, "evaluating", console)
-    loss_nats, num_targets = evaluate(model, batches, FAST)
+    progress = show_progress(batches, num_batches, "evaluating", console)
+    loss_nats, num_targets = evaluate(model, progress, FAST)
     if not loss_nats < MAX_NATS:
         raise ValueError(f"the loss must be a finite number below {MAX_NATS} nats, got {loss_nats}")
     return {

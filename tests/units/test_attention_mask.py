@@ -32,7 +32,7 @@ def test_position_ids_start_again_in_every_example() -> None:
 
 
 def test_a_packed_token_attends_the_past_of_its_own_example() -> None:
-    mask = np.array(attention_mask(7, 0, None, SEGMENT_BT))
+    mask: np.ndarray = np.array(attention_mask(7, 0, None, SEGMENT_BT))
     expected = [
         [t >= s and row[t] == row[s] for t in range(7) for s in range(7)] for row in SEGMENT_BT.tolist()
     ]
@@ -40,12 +40,12 @@ def test_a_packed_token_attends_the_past_of_its_own_example() -> None:
 
 
 def test_a_token_attends_itself_and_window_less_one_before_it() -> None:
-    mask = np.array(attention_mask(2, 4, WINDOW, None))
+    mask: np.ndarray = np.array(attention_mask(2, 4, WINDOW, None))
     assert mask.squeeze().tolist() == [[s in (2, 3, 4) for s in range(6)], [s in (3, 4, 5) for s in range(6)]]
 
 
 def test_a_window_applies_within_packed_examples_too() -> None:
-    mask = np.array(attention_mask(7, 0, 2, SEGMENT_BT))
+    mask: np.ndarray = np.array(attention_mask(7, 0, 2, SEGMENT_BT))
     assert mask[1, 0, 6].tolist() == [False] * 5 + [True, True]
 
 

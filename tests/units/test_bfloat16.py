@@ -85,17 +85,17 @@ def computed_in(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, mx.Dtype]]:
     """What was computed while the test ran: the names of modules and functions, and their outputs' types."""
     found: set[tuple[str, mx.Dtype]] = set()
 
-    def noting(real: Callable, name: str | None = None) -> Callable:
-        def noted(first: Any, *inputs: Any, **named: Any) -> Any:
-            output = real(first, *inputs, **named)
+    def noting(real: Callable, name: str) -> Callable:
+        def noted(*inputs: Any, **named: Any) -> Any:
+            output = real(*inputs, **named)
             arrays = output if isinstance(output, list) else [output]
-            found.update((name or type(first).__name__, array.dtype) for array in arrays)
+            found.update((name, array.dtype) for array in arrays)
             return output
 
         return noted
 
     for kind in KINDS:
-        monkeypatch.setattr(kind, "__call__", noting(kind.__call__))
+        monkeypatch.setattr(kind, "__call__", noting(kind.__call__, kind.__name__))
     for name in FAST_STEPS:
         monkeypatch.setattr(forward, name, noting(getattr(forward, name), name))
     return found

@@ -64,7 +64,7 @@ def test_in_float64_three_updates_are_equal_to_1e_12(name: str, training: str, n
     require_exact(named_case(name), act)
 
 
-@every_training
+@pytest.mark.parametrize("training", ["adamw, clipped, LoRA+", "sgd, clipped, LoRA+, checkpointed"])
 def test_in_float32_three_updates_are_equal_within_rounding(training: str) -> None:
     require_within_rounding(named_case("untied"), partial(run, training=TRAININGS[training], num_batches=2))
 
