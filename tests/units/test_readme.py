@@ -19,7 +19,7 @@ from tests.trainers.mutants import MUTANTS
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md"),
+    *("README.md", "mlx_impl/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md"),
     *("benchmarks/README.md", "benchmarks/NOTES.md"),
     *(f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")),
 ]
