@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import ops
 from ..optim import LoRAOptimizer
@@ -63,6 +63,15 @@ class VectorOptimizer(LoRAOptimizer):
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_tree(tree, factors)
         self.write_back(model)
+
+
+def make_contiguous(model: nn.Module) -> None:
+    """Give each factor its own memory, as if it had been loaded from a file.
+
+    A BLAS or a GPU may round a product with a transposed slice differently, and answers right after training
+    would differ in their last bits from those of the saved adapter.
+    """
+    model.update(tree_map(mx.contiguous, model.trainable_parameters()))
 
 
 def all_finite(factors: Vectors) -> mx.array:

@@ -18,7 +18,7 @@ from ..config import LoRAConfig, TrainConfig
 from ..data import Batch, Example, Window, evaluation_batches, require_tokens, training_windows
 from ..fast.forward import FAST
 from ..fast.pace import paced
-from ..fast.vectors import VectorOptimizer
+from ..fast.vectors import VectorOptimizer, make_contiguous
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
@@ -102,6 +102,8 @@ class LoRATrainer:
         except NotFinite:
             self.drop_undone_validations()
             raise
+        finally:
+            make_contiguous(self.model)
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Nats per target over all the examples, dropout off; the same for every batch size."""

@@ -166,14 +166,6 @@ MUTANTS = [
         trainer=PLAIN,
     ),
     Mutant(
-        "vocabulary-in-one-sum",
-        4,
-        "The log-sum-exp adds a real vocabulary's terms one after another in float32: 2e-4 nats a target.",
-        {"mlx_impl.ops.logsumexp": lambda logits_NV: mx.logsumexp(logits_NV, axis=-1)},
-        trainer=PLAIN,
-        least=2.0,  # 5 measured; the tolerance is 8 roundings of the sum of nats
-    ),
-    Mutant(
         "evaluation-by-batches",
         4,
         "The validation loss is the mean of the batches' means, and changes with the batch size.",
