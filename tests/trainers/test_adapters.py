@@ -1,4 +1,4 @@
-"""Who must climb: the reference against itself, and the smallest adapter, which the ladder's README shows."""
+"""Who must climb: the reference, the plain pattern, and the smallest adapter, in the ladder's README."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def test_the_reference_climbs_its_own_ladder(name: str) -> None:
     cases = None if IS_NIGHTLY else ["untied", "dora"]
     ladder = climb(f"tests.trainers.reference:{name}", "-m", "not slow", cases=cases)
     assert ladder.first_divergence is None, ladder.first_divergence
+
+
+def test_the_plain_pattern_climbs() -> None:
+    """`--trainer plain`; tests/ladder itself judges what ships. Every case by night."""
+    cases = None if IS_NIGHTLY else ["untied", "sliding window"]
+    ladder = climb("plain", cases=cases)
+    assert ladder.first_divergence is None, ladder.first_divergence
+    assert all(ladder.outcomes[rung]["passed"] for rung in range(1, 15))
 
 
 def test_the_smallest_adapter_climbs() -> None:
