@@ -28,7 +28,7 @@ def rope(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.ar
     `position` is that of the first token, the others follow; or position_BT, one for each token.
     """
     if isinstance(position, int):
-        wavelength_P = 1 / mx.array(frequency_P)  # MLX calls it freqs
+        wavelength_P = mx.array([1 / frequency for frequency in frequency_P])  # MLX calls it freqs
         K = x_BHTK.shape[-1]
         return mx.fast.rope(
             x_BHTK, K, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelength_P

@@ -88,5 +88,7 @@ class FiniteGuard:
 
 def are_finite(state: Snapshot) -> bool:
     """Whether all factors are; a `VectorOptimizer` has found out within the update."""
+    if "flags.finite" in state:
+        return bool(state["flags.finite"].item())
     factors = {name: array for name, array in state.items() if name.startswith("factors.")}
-    return bool(state.get("flags.finite", all_finite(factors)).item())
+    return bool(all_finite(factors).item())
