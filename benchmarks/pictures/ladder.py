@@ -23,7 +23,7 @@ CATCHES = {  # rung -> bugs that it catches
     "metamorphic": "token 0 taken for padding; wrong truncation",
     "state": "resume without moments, schedule or seed",
     "merge": "merge without scale; unmerge that rounds",
-    "convergence": "token ids in 8 bits; last chunk of logits lost",
+    "convergence": "right for a toy size only: a norm, a RoPE table",
     "generation": "cache off by one; end of turn ignored",
 }
 RISE, RUN = 33, 17  # pixels of a step
