@@ -3,7 +3,7 @@
 plain: a batch is `batch_size` examples of the epoch's random order.
 grouped: examples of similar length share a batch, to save padding. Within every POOL batches of the random
 order the examples are sorted by length; then the batches are shuffled.
-packed: a batch is `batch_size` rows, each of several examples of together at most `max_seq_length` tokens
+packed: a batch is `batch_size` rows, each of several examples with together at most `max_seq_length` inputs
 (best-fit decreasing; Krell et al. 2021, "Efficient Sequence Packing", section 4). The rows are the same in
 every epoch.
 

@@ -91,7 +91,7 @@ def dense_weight_OI(module: AnyLinear | nn.Embedding | nn.QuantizedEmbedding) ->
 def add_lora(model: CausalLM, config: LoRAConfig) -> None:
     """Freeze the model, then wrap the targeted linears: their factors are the only trainable parameters.
 
-    MLX: freeze first. A module made after `freeze()` is trainable; frozen together with the rest, it is not.
+    MLX: call `freeze()` before the new layers exist. It freezes what the model holds at that moment.
     Raises ValueError, and leaves the model as it was, when the configuration does not fit it or when it
     carries an adapter already.
     """

@@ -1,7 +1,7 @@
 """Masked next-token cross-entropy, as a sum and a count, so that an update's mean is formed once.
 
-The mask marks the positions whose next token is a target. No length is compared with a position, so a padding
-token can never count as one.
+The mask marks the positions whose next token is a target. It comes from `data.make_batch`, which marks each
+token; it is not computed from row lengths, so an off-by-one cannot make padding a target.
 Differs from reference/loss.py: MLX's `cross_entropy` rests on a log-sum-exp that is inaccurate at a large
 vocabulary, so the loss is composed of our own.
 """

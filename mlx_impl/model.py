@@ -23,7 +23,7 @@ from .recompute import recomputed
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
-    """theta**(-2k/K) for each of the K / 2 pairs, stretched where the configuration says so [5]."""
+    """theta**(-k/K) for k = 0, 2, ..., K - 2, one for each pair, scaled for long contexts [5]."""
     K, scaling = config.head_dim, config.rope_scaling
     frequencies = [config.rope_theta ** (-k / K) for k in range(0, K, 2)]
     if scaling is None:
@@ -34,7 +34,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
     stretched = []
     for frequency in frequencies:
         turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-        kept = min(max((turns - low) / (high - low), 0), 1)  # how much of it is left as it is
+        kept = min(max((turns - low) / (high - low), 0), 1)  # share of the original frequency that is kept
         stretched.append(kept * frequency + (1 - kept) * frequency / scaling.factor)
     return tuple(stretched)
 
@@ -43,7 +43,7 @@ def attention_mask(T: int, offset: int, window: int | None, segment_BT: mx.array
     """mask_B1TS: whether query t, after `offset` cached tokens, attends key s. None: causal, all of the past.
 
     A sliding window is the last `window` tokens, the query's own included (Mistral). In packed rows a query
-    attends its own example only (block-diagonal attention); a cache is not supported there.
+    attends its own example only (block-diagonal attention); they cannot be used with a cache.
     """
     S = offset + T
     if segment_BT is None and (window is None or window >= S):

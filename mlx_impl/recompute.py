@@ -27,7 +27,7 @@ def recomputed(layer: nn.Module, x_BTD: mx.array, *others: object) -> mx.array:
         layer.update(trained)
         with random_keys_from(key):
             y_BTD = layer(x_BTD, *others)
-        layer.update(parameters)
+        layer.update(parameters)  # the real arrays again: inside, the layer held tracers
         return y_BTD
 
     return run(parameters, new_key(), x_BTD)

@@ -74,7 +74,7 @@ def linears_of_last_blocks(model: CausalLM, num_layers: int) -> dict[str, AnyLin
 
 
 def is_target(name: str, config: LoRAConfig) -> bool:
-    """Whole parts at the end of the name; or one text: "all-linear", or an expression for the whole name."""
+    """A tuple of ends of names, such as "q_proj"; or one string: "all-linear", or a regular expression."""
     targets = config.target_modules
     if targets == "all-linear":
         return True

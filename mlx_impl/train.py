@@ -24,9 +24,9 @@ from .loss import next_token_nats
 from .model import CausalLM, in_evaluation
 from .optim import LoRAOptimizer, clip_gradients, learning_rate_of
 
-Arrays = list[Any]  # a batch in MLX
-Nats = tuple[mx.array, mx.array]  # their sum over the targets, and the number of targets
-Sums = tuple[Nats, Any]  # and the gradients of the sum, a tree
+Arrays = list[Any]  # one batch as MLX arrays
+Nats = tuple[mx.array, mx.array]  # (sum of nats over the targets, number of targets)
+Sums = tuple[Nats, Any]  # (Nats, gradients of the sum of nats)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class StepRecord:
 
 
 class Loss(NamedTuple):
-    """How a batch becomes a loss and gradients. `fast/` has one with the same numbers in less time."""
+    """How a batch becomes a loss and gradients. `fast.forward.FAST` computes the same numbers in less time.
+
+    FAST's gradients are vectors, so it goes with `fast.vectors.VectorOptimizer`.
+    """
 
     to_arrays: Callable[[Batch], Arrays]
     batch_loss: Callable[[CausalLM, Arrays], Nats]
@@ -67,7 +70,7 @@ PLAIN = Loss(to_arrays, batch_loss, flatten_grads=lambda tree: tree)
 
 
 def seed_random(seed: int, step: int, micro_batch: int) -> None:
-    """Dropout depends on these three numbers alone: not on what ran before, nor on which machine runs it."""
+    """Random numbers depend on these three alone: not on what ran before, nor on which machine runs it."""
     mx.random.seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0]))
 
 
@@ -82,7 +85,7 @@ def add_up(parts: Iterable[Callable[[], Sums]]) -> Sums:
 
 
 def apply_mean(model: CausalLM, optimizer: LoRAOptimizer, max_grad_norm: float, sums: Sums) -> mx.array:
-    """Update by the gradient of the mean over all targets; its norm before clipping."""
+    """Divide the summed gradients by the number of targets, clip, update; the norm before clipping."""
     (_, num_targets), grads = sums
     mean_grads = tree_map(lambda grad: grad / num_targets, grads)  # once, over all micro-batches
     clipped, norm = clip_gradients(mean_grads, max_grad_norm)
@@ -103,12 +106,13 @@ def train(
 ) -> Iterator[StepRecord]:
     """One optimizer update a window of micro-batches; yields what each update did.
 
-    A resumed run begins at `first_step`. `reduce` adds up the sums of the micro-batches; several machines
-    would add theirs here. `check` may raise to stop the run.
+    A resumed run begins at `first_step`. `reduce` gets the micro-batches as functions not yet called, and
+    returns their sums; several machines would each call some of them, and add the sums of all. `check` may
+    raise to stop the run, as `run.guard.FiniteGuard` does on NaN; without one a run trains on.
     """
     model.train()
     model.model.grad_checkpoint = config.grad_checkpoint
-    optimizer.init(model.trainable_parameters())
+    optimizer.init(model.trainable_parameters())  # keeps the moments of a resumed run
     start = time.perf_counter()
 
     loss_and_grads = nn.value_and_grad(model, loss.batch_loss)  # of what freeze() left trainable
@@ -132,7 +136,7 @@ def train(
         optimizer.set_learning_rate(learning_rate_of(step, config))
         sums = reduce(partial(part, step, number, batch) for number, batch in enumerate(window))
         norm = update(sums)
-        mx.eval(state, sums[0], norm)  # before this line nothing has run
+        mx.eval(state, sums[0], norm)  # until here it is a lazy graph, and this runs it
 
         nats, num_targets = (number.item() for number in sums[0])
         record = StepRecord(

@@ -5,5 +5,5 @@ float32 and float64. It shares no logic with `mlx_impl` (only `mlx_impl.config`,
 imports MLX: an oracle that shares code with its subject cannot see the bug.
 
 Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
-heads, K head dim, F ffn, V vocab, I in, O out, R rank.
+heads, K head dim, P rotated pairs, F ffn, V vocab, I in, O out, R rank.
 """

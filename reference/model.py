@@ -28,7 +28,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         return frequency_P / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns_P = scaling.original_max_position_embeddings * frequency_P / (2 * torch.pi)
-    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)  # how much of it is left as it is [5]
+    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)  # share of the original frequency that is kept [5]
     return kept_P * frequency_P + (1 - kept_P) * frequency_P / scaling.factor
 
 

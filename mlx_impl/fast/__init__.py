@@ -1,4 +1,4 @@
 """The same numbers in less time and memory, over the modules and parameters of the pattern.
 
-It is entered by one seam, `train.Loss`.
+It enters `train.train` by one seam, a `Loss` (`forward.FAST`) with its optimizer (`vectors.VectorOptimizer`).
 """

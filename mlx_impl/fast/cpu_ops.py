@@ -97,9 +97,12 @@ _gated.vjp(lambda inputs, d, outputs: gate_gradient(inputs[0], inputs[1], output
 
 
 def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
-    """-log softmax(logits)[target] where the mask is, and the gradient of their sum, of one exponential."""
+    """-log softmax(logits)[target] where the mask is true, else 0, and the gradient of their sum.
+
+    One exponential serves both.
+    """
     row_N = mx.arange(len(targets_N))
-    logits_NV = mx.where(mask_N[:, None], logits_NV, 0)  # what is not finite in a row that does not count
+    logits_NV = mx.where(mask_N[:, None], logits_NV, 0)  # masked rows may hold NaN, and NaN * 0 is NaN
     shifted_NV = logits_NV - logits_NV.max(axis=-1, keepdims=True)
     chosen_N = shifted_NV[row_N, targets_N]
     e_NV = exp(shifted_NV)

@@ -24,7 +24,7 @@ MIN_SHARED_FRACTION = (
 
 
 class KeptPositions(NamedTuple):
-    """Index arrays. For rows `a b x y` and `a b z _`, with `a b` shared and one dummy, the first row's `a`:
+    """Index arrays. For rows `a b x y` and `a b z _`, with `a b` shared and the second row's `a` as dummy:
 
     kept_S = [0 1 2 3 6 4];  source_BT = [[0 1 2 3] [0 1 4 5]];  own_BT = [[0 1 2 3] [5 5 4 5]]
 
@@ -33,7 +33,7 @@ class KeptPositions(NamedTuple):
 
     kept_S: np.ndarray  # where each kept position is in the flattened (B, T): shared, needed, dummies
     source_BT: np.ndarray  # which kept position has the value of each position; a dummy if it is left out
-    own_BT: np.ndarray  # which kept position is just there; a dummy if none is
+    own_BT: np.ndarray  # index of the kept position taken from this very place; a dummy if none is
     is_needed_S: np.ndarray  # False marks a dummy
     is_shared_S: np.ndarray | None  # True: one for all rows with a target; None if none is shared
 

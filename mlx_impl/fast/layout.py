@@ -40,5 +40,5 @@ class Layout:
     def rope(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
         return ops.rope(x_BHTK, frequency_P, self.position)
 
-    def attend(self, q_BHTK: mx.array, k_BHTK: mx.array, v_BHTK: mx.array) -> mx.array:
-        return ops.attention(q_BHTK, k_BHTK, v_BHTK, self.mask_B1TS)
+    def attend(self, q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+        return ops.attention(q_BHTK, k_BGSK, v_BGSK, self.mask_B1TS)

@@ -1,6 +1,6 @@
 """How much memory a step, an evaluation and an answer need, from the shapes of what they read.
 
-Of B rows, T wide, of which N positions are computed outside of attention (`layout.py`), in bytes:
+Of B rows, T wide, of which N positions are computed outside of attention (`kept_positions.py`), in bytes:
 
     training     = weights + state + max(kept + work, update)
     kept         = L blocks;  checkpointed: L hidden states and one block
@@ -36,7 +36,7 @@ from .kept_positions import kept_positions
 from .projection import low_rank_of
 
 STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
-UPDATE = 6  # more numbers a trained one while an update is computed: terms of Adam's sums
+UPDATE = 6  # extra numbers per trained number during an update: intermediate results of Adam
 PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
 PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits
 FLOAT = 4  # bytes of what is float32 whatever the model's type is

@@ -1,4 +1,4 @@
-"""A GPU kept from being handed work far ahead of what it has done, because all of that holds memory.
+"""Limits how far MLX queues work ahead of the GPU, because queued work holds memory.
 
 MLX queues up to ten graphs of kernels, and what a kernel used is free only when its graph is done: a step
 that needs 8 GiB can hold 13. At MLX's memory limit it waits for the GPU instead. Here the limit is what the

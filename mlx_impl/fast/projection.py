@@ -7,7 +7,7 @@ For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021
     dA_j = x^T dh_j            dB_j = h_j^T dy_j
 
 Automatic differentiation of `LoRALinear.__call__` gives the same numbers with more passes over memory. Here
-`mx.addmm` adds within the matmul, the factors are rounded to the type of x (not x widened to theirs), and h
+`mx.addmm` adds within the matmul, the factors are cast to the type of x (x is not widened to theirs), and h
 and dh are kept transposed, so that each linear's slice is contiguous. The factors' gradients have the type of
 x, and are widened all at once (`vectors.as_vectors`).
 """

@@ -69,7 +69,7 @@ class Unpadding:
         return forward(x_1SO)
 
     def at(self, x_1SD: mx.array, position_N: mx.array) -> mx.array:
-        """(1, N, D): the values at these positions of the flattened (B, T); only padding may repeat.
+        """(1, N, D): the values at these positions of the flattened (B, T), distinct but for padding.
 
         Several rows may have a target at a shared position. A GPU would add up their gradients in any order,
         and two runs would differ in their last bits. So they are put into rows, and summed over these.

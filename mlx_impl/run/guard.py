@@ -1,7 +1,7 @@
 """The finite guard: on NaN or infinity, roll back to the last good state and raise with the cause.
 
-A finite loss and gradient show that the adapter they were computed with is good; the update that made it
-could not know that yet. So two states are kept. An update makes new arrays and changes none: a snapshot is
+Whether an update was good shows only in the next loss and gradient. So two states are kept: the present one,
+and the last one that is known to be good. An update makes new arrays and changes none: a snapshot is
 references, and costs the memory of the old factors and moments only.
 """
 
