@@ -12,11 +12,11 @@ Of B rows, T wide, of which N positions are computed outside of attention (`kept
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
 D is the width, Q that of all queries, G of all keys, F of the feed-forward, S the keys seen, and `logits` are
-those of one chunk of the loss. `more` is what linears keep that `projection.py` does not compute: inputs
-after dropout, DoRA's directions. State are the factors and moments of now and of the two updates before,
-which `guard.py` knows; `update` makes new ones. The numbers in these equations that no tensor explains are
-measured, and tests/units/test_memory_need.py holds what comes out to a band around MLX's own count of a peak:
-MLX hands its device work ahead of what is done, and that holds memory too.
+those of one chunk of the loss; on the plain path those of every position. `more` is what linears keep that
+`projection.py` does not compute: inputs after dropout, DoRA's directions. The state is the factors and
+moments of now and of the two updates before, which `guard.py` keeps; an update makes new ones. A step also
+holds gradients, and the weights that DoRA unpacks. Some constants are measured; tests/units/test_memory_bytes.py
+holds the estimate to a band around MLX's own peak, which includes work that MLX queues ahead.
 """
 
 from __future__ import annotations
