@@ -15,8 +15,9 @@ D is the width, Q that of all queries, G of all keys, F of the feed-forward, S t
 those of one chunk of the loss; on the plain path those of every position. `more` is what linears keep that
 `projection.py` does not compute: inputs after dropout, DoRA's directions. The state is the factors and
 moments of now and of the two updates before, which `guard.py` keeps; an update makes new ones. A step also
-holds gradients, and the weights that DoRA unpacks. Some constants are measured; tests/units/test_memory_bytes.py
-holds the estimate to a band around MLX's own peak, which includes work that MLX queues ahead.
+holds gradients, and the weights that DoRA unpacks. Some constants are measured.
+tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
+MLX queues ahead.
 """
 
 from __future__ import annotations
