@@ -1,1 +1,1 @@
-"""The ladder: each rung assumes only those below it, so that the first red one is the diagnosis."""
+"""The ladder: each rung relies only on the rungs below it, so the first rung that fails is the diagnosis."""

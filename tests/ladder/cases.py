@@ -1,4 +1,4 @@
-"""The cases on which every rung is judged: tiny Llamas whose sizes all differ, lest two be confused."""
+"""The cases that every rung runs on: tiny Llamas in which no two sizes are equal, so that a mix-up shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.ladder.protocol import Arrays, Dialect
 
 T = TypeVar("T")
 
-# kv heads < heads, heads * head_dim != width, a prime vocabulary, no layer square, alpha != rank.
+# kv heads < heads, heads * head_dim != width, a prime vocabulary, no square layer, alpha != rank.
 SPEC = ModelConfig(
     vocab_size=61,
     hidden_size=28,
@@ -45,15 +45,15 @@ ARCHITECTURES = {
     "qkv bias": replace(SPEC, qkv_bias=True),
     "qk norm": replace(SPEC, qk_norm=True),
     "sliding window": replace(SPEC, sliding_window=4),
-    "real vocabulary": replace(SPEC, vocab_size=33_013),  # of which a float32 sum loses digits
+    "real vocabulary": replace(SPEC, vocab_size=33_013),  # a float32 sum over it loses digits
     "linear rope": replace(SPEC, rope_scaling=RopeScaling("linear", 4.0)),
-    # Wavelengths 6 to 1577 beside a length of 64: some pairs are kept, some blended, some stretched.
+    # Wavelengths from 6 to 1577, original length 64: some pairs are kept, some blended, some stretched.
     "llama3 rope": replace(
         SPEC, rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64)
     ),
 }
 VARIANTS = {
-    "plain": LORA,
+    "lora": LORA,
     "rslora": replace(LORA, use_rslora=True),
     "dora": replace(LORA, use_dora=True),
     "patterns": replace(LORA, rank_pattern={"q_proj": 2, r"1\.mlp\.\w+": 5}, alpha_pattern={"v_proj": 3.0}),
@@ -62,7 +62,7 @@ VARIANTS = {
     "all-linear": replace(LORA, target_modules="all-linear"),
     "last layer": replace(LORA, num_layers=1),
 }
-BIASED_DORA = "dora with bias"  # the one pair of the two that meets in a formula
+BIASED_DORA = "dora with bias"  # the only architecture and variant that interact in a formula
 
 every_architecture = pytest.mark.parametrize("case", ARCHITECTURES, indirect=True)
 every_variant = pytest.mark.parametrize("case", [*VARIANTS, BIASED_DORA], indirect=True)
@@ -71,7 +71,7 @@ every_case = pytest.mark.parametrize(
 )
 
 TOKEN_COUNTS = (14, 6, 11)  # rows of unequal length
-PROMPT_COUNTS = (5, 3, 9)  # of which so many are the prompt
+PROMPT_COUNTS = (5, 3, 9)  # how many tokens of each row are the prompt
 UP_OR_DOWN = np.array([0.5, 2.0], dtype=np.float32)
 
 
@@ -87,7 +87,7 @@ class Case:
     is_bare: bool = False  # the model without its adapter
 
     def build(self, trainer: Any) -> Any:
-        """Of copies, so that a trainer may do with them as it likes; its answers are checked."""
+        """A trainer whose answers are checked, built from copies of the arrays, which it may overwrite."""
         adapter = (None, None) if self.is_bare else (self.lora, copies(self.factors))
         return Checked(trainer(self.spec, copies(self.weights), *adapter), self.spec.vocab_size)
 
@@ -100,7 +100,7 @@ class Case:
 
     @property
     def longest_sum(self) -> int:
-        """k: of the products of a forward pass, of the softmax, and of a gradient's sum over the batch."""
+        """k: the longest of the sums in a matmul, in the softmax, and in a gradient over the batch."""
         spec = self.spec
         widths = (spec.vocab_size, spec.intermediate_size, spec.num_attention_heads * spec.head_dim)
         return max(*widths, self.batch.inputs_BT.size)
@@ -113,7 +113,7 @@ class Case:
         return replace(self, lora=replace(self.lora, dropout=p))
 
     def moved(self, seed: int, unit: float = UNIT_ROUNDOFF) -> Self:
-        """Every weight and factor moved at random by up to sqrt(k / 2) u of itself; zeros stay."""
+        """Every weight and factor moved at random by up to sqrt(k / 2) u of itself; zeros stay zero."""
         rng, by = np.random.default_rng(seed), np.sqrt(self.longest_sum / 2) * unit
         weights, factors = (
             {name: x * (1 + by * rng.uniform(-1, 1, x.shape)) for name, x in arrays.items()}
@@ -122,7 +122,7 @@ class Case:
         return replace(self, weights=weights, factors=factors)
 
     def in_double(self) -> Case:
-        """The same in float64, with digits that a float32 cannot hold."""
+        """The same case in float64, with digits that float32 cannot hold."""
         return replace(self, weights=with_more_digits(self.weights), factors=with_more_digits(self.factors))
 
 
@@ -135,7 +135,7 @@ def with_more_digits(arrays: Arrays) -> Arrays:
 
 
 class Draw:
-    """Which random weights, factors and rows the cases have: `--draw N`; 0 is what the documents show."""
+    """The number of the random weights, factors and rows: `--draw N`. The documents show draw 0."""
 
     number = 0
 
@@ -159,7 +159,7 @@ def cached_for_each_draw(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def random_array(name: str, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Normal, and the same for the same name, shape and draw, whatever else there is."""
+    """Normal numbers that depend only on name, shape and draw, not on what else was drawn."""
     return (Draw.rng(zlib.crc32(name.encode())).standard_normal(shape) * scale).astype(np.float32)
 
 
@@ -169,7 +169,7 @@ def random_rows(vocab_size: int, token_counts: Sequence[int], seed: int = 3) -> 
 
 
 def make_batch(rows: Sequence[Sequence[int]], prompt_counts: Sequence[int], width: int = 0) -> Batch:
-    """Rows padded on the right with 0; position t predicts token t + 1, which counts after the prompt."""
+    """Rows right-padded with 0. Position t predicts token t + 1; targets are the tokens after the prompt."""
     width = max(width, *(len(row) - 1 for row in rows))
     tokens = np.zeros((len(rows), width + 1), dtype=np.int32)
     counts = np.zeros((len(rows), width + 1), dtype=bool)
@@ -187,20 +187,20 @@ def one_prompt_batch(vocab_size: int) -> Batch:
 
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """A batch of some of its rows, as wide as it was; no token but padding is 0."""
+    """These rows of a batch, at its full width. Only padding is 0, so the nonzero inputs are the tokens."""
     inputs_BT, targets_BT, mask_BT = (array[list(rows)] for array in batch[:3])
     return Batch(inputs_BT, targets_BT, mask_BT, int(np.count_nonzero(inputs_BT)))
 
 
 def make_weights(spec: ModelConfig) -> Arrays:
-    """Normal weights of deviation 0.3; norms around one."""
+    """Normal weights with standard deviation 0.3; norm weights around one."""
     shapes = {n: tuple(p.shape) for n, p in CausalLM(spec).named_parameters()}
     weights = {name: random_array(name, shape, 0.3) for name, shape in shapes.items()}
     return weights | {name: 1 + weight for name, weight in weights.items() if "norm" in name}
 
 
 def make_factors(spec: ModelConfig, lora: LoRAConfig, weights: Arrays) -> Arrays:
-    """Normal factors of deviation 0.2; a magnitude is the length of the weight's row, give or take."""
+    """Normal factors with standard deviation 0.2; magnitudes near the lengths of the weight's rows."""
     model = CausalLM(spec)
     add_lora(model, lora)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
@@ -221,7 +221,7 @@ def named_case(name: str) -> Case:
 
 
 def scale_of(name: str, lora: LoRAConfig, rank: int, dialect: Dialect) -> float:
-    """What multiplies A B, by the published rules; patterns as in VARIANTS."""
+    """The factor on A B by the published rules; it handles only such patterns as VARIANTS has."""
     alpha = next((a for pattern, a in lora.alpha_pattern.items() if name.endswith(pattern)), lora.alpha)
     if dialect.scale == "alpha":
         return alpha
@@ -229,7 +229,7 @@ def scale_of(name: str, lora: LoRAConfig, rank: int, dialect: Dialect) -> float:
 
 
 def merged_weights(case: Case, dialect: Dialect) -> Arrays:
-    """The bare model's weights that do what weights and adapter do together, summed in float64."""
+    """Weights with which the bare model equals the adapted one, summed in float64."""
     merged = {name: weight.astype(np.float64) for name, weight in case.weights.items()}
     for a_name in [name for name in case.factors if name.endswith("lora_a")]:
         name = a_name.removesuffix(".lora_a")

@@ -1,4 +1,4 @@
-"""A trainer up the ladder, from Python: `climb("module:Class").first_divergence`."""
+"""Run the ladder from Python: `climb("module:Class").first_divergence`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from tests.ladder.plugin import Ladder, rung_of
 
 FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if rung_of(path) is not None)
-LEFT_OUT = ("cacheprovider", "faulthandler", "logging")  # an outer run of pytest has them already
+LEFT_OUT = ("cacheprovider", "faulthandler", "logging")  # an outer pytest run has loaded them already
 
 
-class Witness:
-    """Chooses the cases, and keeps what a run of pytest knows of the ladder when it ends."""
+class Recorder:
+    """A pytest plugin that selects the cases and keeps the `Ladder` of the run when it ends."""
 
     ladder: Ladder | None = None
 
@@ -32,7 +32,7 @@ class Witness:
 
 
 def case_of(item: pytest.Item) -> str:
-    """Untied and plain, unless its test names others."""
+    """ "untied", with plain LoRA, unless the test is parametrized with another case."""
     callspec = getattr(item, "callspec", None)
     return callspec.params.get("case", "untied") if callspec else "untied"
 
@@ -40,18 +40,18 @@ def case_of(item: pytest.Item) -> str:
 def climb(
     trainer: str, *options: str, rungs: Container[int] = range(100), cases: Container[str] | None = None
 ) -> Ladder:
-    """Runs these rungs in this process, silently; with the option -x as far as the first divergence.
+    """Run these rungs silently in this process; with the option -x, stop at the first divergence.
 
-    `cases` are names of tests/ladder/cases.py; None stands for all.
+    `cases` are names from tests/ladder/cases.py; None means all of them.
 
-    Raises RuntimeError with pytest's words if no test was run.
+    Raises RuntimeError with pytest's output if no test ran.
     """
-    witness, output = Witness(cases), io.StringIO()
+    recorder, output = Recorder(cases), io.StringIO()
     arguments = ["--trainer", trainer, "--tb=no", *options]
     arguments += [argument for name in LEFT_OUT for argument in ("-p", f"no:{name}")]
     arguments += [str(path) for path in FILES if rung_of(path) in rungs]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        pytest.main(arguments, plugins=[witness])
-    if witness.ladder is None or not witness.ladder.outcomes:
+        pytest.main(arguments, plugins=[recorder])
+    if recorder.ladder is None or not recorder.ladder.outcomes:
         raise RuntimeError(output.getvalue())
-    return witness.ladder
+    return recorder.ladder

@@ -10,8 +10,8 @@ import pytest
 
 from tests.ladder.cases import SPEC as SPEC
 from tests.ladder.cases import Case, Draw, named_case
-from tests.ladder.door import ALIASES, load_trainer
 from tests.ladder.judge import Judge
+from tests.ladder.loading import ALIASES, load_trainer
 from tests.ladder.plugin import DEFAULT_TRAINER, MARKERS, Ladder
 from tests.ladder.summary import header_lines, summary_lines
 
@@ -32,9 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="other random weights, factors and rows: 1, 2, ...; default: 0, those of the documents",
+        help="other random weights, factors and rows: 1, 2, ...; default: 0, which the documents show",
     )
-    group.addoption("--keep-going", action="store_true", help="judge also what stands on a failed rung")
+    group.addoption("--keep-going", action="store_true", help="also judge rungs above a failed one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Of pytest-xdist the process that climbed hands its summary to the one that prints."""
+    """Under pytest-xdist, a worker hands its summary to the process that prints."""
     ladder = session.config.stash[LADDER]
     if ladder.outcomes and hasattr(session.config, "workeroutput"):
         session.config.workeroutput[SUMMARY] = list(summary_lines(ladder))
@@ -86,13 +86,13 @@ def ladder(pytestconfig: pytest.Config) -> Ladder:
 
 @pytest.fixture
 def candidate(ladder: Ladder) -> Any:
-    """The class of the trainer that is judged."""
+    """The class of the trainer under test."""
     return ladder.candidate
 
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
-    """Untied and plain, unless a test names others."""
+    """The case "untied", with plain LoRA, unless the test is parametrized with another."""
     return named_case(getattr(request, "param", "untied"))
 
 

@@ -1,6 +1,6 @@
-"""What a trainer's answers must look like: each is checked once, in one sentence that names the member.
+"""Checks the form of every answer of a trainer; a wrong one fails with one sentence that names the member.
 
-Only kinds and shapes are judged here. Whether the numbers are right, or numbers at all, is for the rungs.
+Only types and shapes are checked here. Whether the numbers are right, or even finite, is judged by the rungs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 
 from tests.derived import Divergence
 
-Rule = tuple[str, Callable[..., bool]]  # what it must return; (answer, vocab_size, *arguments) -> is it so
+# What a member must return, in words; and (answer, vocab_size, *arguments) -> whether the answer is that.
+Rule = tuple[str, Callable[..., bool]]
 
 
 def is_number(value: Any) -> bool:
@@ -78,7 +79,7 @@ RULES: dict[str, Rule] = {
 
 
 def described(answer: Any) -> str:
-    """Its kind, and its size where it has one: never its numbers."""
+    """The type, and the size where there is one; never the numbers."""
     kind = type(answer).__name__
     if is_array(answer):
         return f"{kind} of shape {answer.shape}"
@@ -92,15 +93,14 @@ def described(answer: Any) -> str:
 
 
 class Checked:
-    """A trainer whose every answer is held to its rule; in all else it is the trainer."""
+    """Wraps a trainer and checks each of its answers; otherwise it behaves like the trainer."""
 
     def __init__(self, trainer: Any, vocab_size: int) -> None:
         self._trainer, self._vocab_size = trainer, vocab_size
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(
-            "_"
-        ):  # of Python's own questions, such as how to copy; asked before there is a trainer
+        # Python looks up such names itself, for instance to copy, perhaps before `_trainer` exists.
+        if name.startswith("_"):
             raise AttributeError(name)
         member = getattr(self._trainer, name)
         if name not in RULES:
@@ -118,7 +118,7 @@ class Checked:
 
 
 def is_held(holds: Callable[..., bool], *answer_and_arguments: Any) -> bool:
-    """A rule may stumble over an answer of another kind: a ragged list, an object without a length."""
+    """False also where the rule itself raises, as for a ragged list or an object without a length."""
     try:
         return holds(*answer_and_arguments)
     except (TypeError, ValueError):

@@ -1,4 +1,7 @@
-"""The judge of a test: the same act on the candidate and on the reference, compared by derivation."""
+"""The judge of a test: runs the same act on the candidate and on the reference, and compares the results.
+
+The tolerances are those derived in tests/derived.py.
+"""
 
 from __future__ import annotations
 
@@ -26,24 +29,24 @@ from tests.ladder.protocol import Arrays
 from tests.trainers.reference import oracle
 
 T = TypeVar("T")
-Act = Callable[[Any], Mapping[str, Any]]  # what is done with a trainer, and what comes of it by name
+Act = Callable[[Any], Mapping[str, Any]]  # does something with a trainer and returns the results by name
 
 Expected = tuple[Arrays, dict[str, float]]  # the reference's results in float64, and their noise in float32
 
-# By test, call, dialect and draw: they are the same for every candidate.
+# Keyed by test, call, dialect and draw, since these results are the same for every candidate.
 REFERENCE: dict[tuple[object, ...], Expected] = {}
 
 
 @dataclass
 class Judge:
-    """For one test. Names the candidate, remembers the largest share of tolerance used."""
+    """The judge of one test. It records the largest share of a tolerance that was used."""
 
     ladder: Ladder
     nodeid: str
     calls: int = 0
 
     def __call__(self, case: Case, act: Act, longest_sum: int = 0, num_draws: int = NUM_DRAWS) -> Arrays:
-        """The act's results on the candidate, if they are within rounding of those on the reference."""
+        """The act's results on the candidate, if they equal the reference's within rounding."""
         __tracebackhide__ = True
         ours = self.run(case, act)
         ref64, noise = self.reference(case, act, num_draws)
@@ -53,7 +56,7 @@ class Judge:
         return ours
 
     def alike(self, one: tuple[Case, Act], other: tuple[Case, Act], longest_sum: int = 0) -> None:
-        """Two acts give the candidate the same, but for what the roundings of both add up to."""
+        """Two acts give the same results on the candidate, within the rounding noise of both together."""
         __tracebackhide__ = True
         ours, theirs = self.run(*one), self.run(*other)
         (_, noise), (_, other_noise) = self.reference(*one), self.reference(*other)
@@ -67,7 +70,7 @@ class Judge:
         self.report(lambda: require_same_bits(self.title, arrays(ours), arrays(expected)))
 
     def exactly(self, case: Case, act: Act) -> None:
-        """In float64 throughout: within 1e-12 of the reference, tensor by tensor."""
+        """In float64 throughout, every tensor is within 1e-12 of the reference."""
         __tracebackhide__ = True
         double = case.in_double()
         with self.candidate.exact():
@@ -87,7 +90,7 @@ class Judge:
         return arrays(act(case.build(self.candidate)))
 
     def reference(self, case: Case, act: Act, num_draws: int = NUM_DRAWS) -> Expected:
-        """The act on the reference in float64, and the noise of float32; once in a process."""
+        """The act's results on the float64 reference, and the noise of float32; computed once per process."""
         self.calls += 1
         key = (self.nodeid, self.calls, self.candidate.dialect, Draw.number)
         if key not in REFERENCE:
@@ -107,7 +110,7 @@ class Judge:
         self.report(lambda: require_same_names(self.title, ours, expected))
 
     def report(self, judgement: Callable[[], T]) -> T:
-        """Whatever diverges is reported with the command that replays it."""
+        """Adds the command that replays the test to the report of a divergence."""
         __tracebackhide__ = True
         try:
             return judgement()

@@ -1,6 +1,6 @@
-"""The primitives and their pullbacks written out in NumPy, in whatever precision the input has.
+"""The primitives and their pullbacks written out in NumPy, in the precision of the input.
 
-Sources: those of reference/model.py. Each pair is a value and the gradients of <value, g>, by hand.
+Sources: those of reference/model.py. Each pullback is derived by hand: the gradients of <value, g>.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def rms_norm_pullback(
 
 
 def rope(x_BHTK: np.ndarray, frequency_P: tuple[float, ...], offset: int, sign: int = 1) -> np.ndarray:
-    """The pair (x[k], x[k + K/2]) turned by (t + offset) * frequency[k]; the pullback turns back: sign -1."""
+    """Rotate the pair (x[k], x[k + K/2]) by (t + offset) * frequency[k]. The pullback has sign -1."""
     return rope_at(x_BHTK, frequency_P, offset + np.arange(x_BHTK.shape[-2])[None], sign)
 
 
 def rope_at(
     x_BHTK: np.ndarray, frequency_P: tuple[float, ...], position_BT: np.ndarray, sign: int = 1
 ) -> np.ndarray:
-    """The same by position[b, t] * frequency[k].
+    """Rotate by position[b, t] * frequency[k].
 
     The angle is rounded to the precision of x, as it is in every float32 implementation.
     """
@@ -46,13 +46,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def causal(q_BHTK: np.ndarray, k_BHSK: np.ndarray) -> np.ndarray:
-    """Every key up to the query's own, the last query at the last key."""
+    """A query sees every key up to its own position; the last query is at the last key."""
     T, S = q_BHTK.shape[-2], k_BHSK.shape[-2]
     return np.arange(S) <= np.arange(T)[:, None] + S - T
 
 
 def scores(q_BHTK: np.ndarray, k_BHSK: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """softmax(q k^T / sqrt(K)) over the keys of the mask, or causal."""
+    """softmax(q k^T / sqrt(K)) over the keys that the mask allows; without a mask it is causal."""
     products = q_BHTK @ k_BHSK.swapaxes(-1, -2) * q_BHTK.dtype.type(q_BHTK.shape[-1] ** -0.5)
     return softmax(np.where(causal(q_BHTK, k_BHSK) if mask is None else mask, products, -np.inf))
 
@@ -60,7 +60,7 @@ def scores(q_BHTK: np.ndarray, k_BHSK: np.ndarray, mask: np.ndarray | None) -> n
 def attention(
     q_BHTK: np.ndarray, k_BGSK: np.ndarray, v_BGSK: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """Each key/value head serves H / G neighbouring query heads."""
+    """Grouped-query attention: each key/value head serves H / G neighbouring query heads."""
     served = q_BHTK.shape[1] // k_BGSK.shape[1]
     k_BHSK, v_BHSK = k_BGSK.repeat(served, axis=1), v_BGSK.repeat(served, axis=1)
     return scores(q_BHTK, k_BHSK, mask) @ v_BHSK
@@ -73,7 +73,7 @@ def attention_pullback(
     g_BHTK: np.ndarray,
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Through p = softmax(s): ds = p (dp - sum(p dp)); a key/value head sums over the heads it serves."""
+    """With p = softmax(s): ds = p (dp - sum(p dp)). A key/value head sums over its query heads."""
     G = k_BGSK.shape[1]
     served = q_BHTK.shape[1] // G
     k_BHSK, v_BHSK = k_BGSK.repeat(served, axis=1), v_BGSK.repeat(served, axis=1)
@@ -95,7 +95,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def silu_pullback(x: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """s (1 + x (1 - s)) with s = sigmoid(x)."""
+    """g s (1 + x (1 - s)) with s = sigmoid(x)."""
     s = 1 / (1 + np.exp(-x))
     return g * s * (1 + x * (1 - s))
 
@@ -120,7 +120,7 @@ def logsumexp_pullback(x: np.ndarray, g: np.ndarray) -> np.ndarray:
 def cross_entropy(
     logits_NV: np.ndarray, targets_N: np.ndarray, mask_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """-log softmax(logits)[target] where the mask is, else 0; and softmax - onehot, else 0."""
+    """-log softmax(logits)[target], and its gradient softmax - onehot; both 0 where the mask is False."""
     rows_N = np.arange(len(targets_N))
     nats_N = logsumexp(logits_NV) - logits_NV[rows_N, targets_N]
     gradient_NV = softmax(logits_NV)

@@ -1,7 +1,7 @@
-"""The order of the rungs and the first divergence: after a failure, what stands on it is blocked, not red.
+"""The pytest plugin that runs the rungs in order, and blocks those above a failed rung.
 
-A rung is the number in a test file's name. Tests marked `alone` are judged at every rung, because they are
-fed the reference's values at their rung's boundary.
+A rung is the number in a test file's name. Tests marked `alone` are never blocked, because they are given the
+reference's values at their rung's boundary.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tests.ladder.protocol import OPTIONAL
 DEFAULT_TRAINER = "tests.trainers.mlx_impl:MlxTrainer"
 NOT_CLAIMED = "not claimed: "
 MARKERS = (
-    "alone: judged by itself, whatever failed below",
-    "needs(*capabilities): not claimed by a trainer that lacks one of them",
-    "canonical(*fields): holds in the canonical dialect of these fields; not claimed in another",
-    "slow: takes seconds; leave out with -m 'not slow'",
+    "alone: judged even when a lower rung failed",
+    "needs(*capabilities): not claimed if the trainer lacks one of them",
+    "canonical(*fields): not claimed if the dialect departs from the default in one of these fields",
+    "slow: takes seconds; deselect with -m 'not slow'",
 )
 
 
@@ -34,7 +34,7 @@ class Failure:
     report: str
 
 
-@dataclass(eq=False)  # pytest keeps its plugins in sets
+@dataclass(eq=False)  # hashable, because pytest keeps its plugins in sets
 class Ladder:
     """One run of the ladder on one trainer."""
 
@@ -43,7 +43,8 @@ class Ladder:
     keep_going: bool = False
     draw: int = 0
     outcomes: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    shares: dict[int, tuple[float, str]] = field(default_factory=dict)  # most used, and by what
+    # Rung -> the largest share of a tolerance that was used, and the tensor that used it.
+    shares: dict[int, tuple[float, str]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     titles: dict[int, str] = field(default_factory=dict)
     exit_status: int = 0
@@ -58,7 +59,7 @@ class Ladder:
 
     @property
     def nothing_was_judged(self) -> bool:
-        """Claims were asked, and none was made; rung 0 is about the platform alone."""
+        """Tests above rung 0 (which judges the platform) ran, and none of them passed or failed."""
         of_trainer = [counts for rung, counts in self.outcomes.items() if rung > 0]
         return bool(of_trainer) and not any(counts["passed"] + counts["failed"] for counts in of_trainer)
 
@@ -73,7 +74,7 @@ class Ladder:
             self.shares[rung] = (share, tensor)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Rung by rung; what is no part of the ladder comes after it, in its own order."""
+        """Sort by rung. Tests outside the ladder come last and keep their order."""
         items.sort(key=lambda item: 100 if (rung := rung_of(item.path)) is None else rung)
 
     @pytest.hookimpl(tryfirst=True)
@@ -107,7 +108,7 @@ class Ladder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """What the trainer says it does not implement is not claimed."""
+        """NotImplementedError means that the trainer does not claim this."""
         try:
             return (yield)
         except NotImplementedError as error:
@@ -129,7 +130,7 @@ class Ladder:
         self, rung: int, item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
     ) -> None:
         if hasattr(report, "wasxfail"):
-            kind = "as known"
+            kind = "known failures"
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             kind = next((k for k in ("not claimed", "blocked") if k in reason), "skipped")
@@ -142,17 +143,17 @@ class Ladder:
 
 
 def is_claimed(candidate: Any, name: str) -> bool:
-    """A subclass takes a claim back by None."""
+    """A subclass withdraws a capability by setting it to None."""
     return getattr(candidate, name, None) is not None
 
 
 def reason_of(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    """The message of an assertion, the kind and message of any other exception."""
+    """The message of an assertion; type and message of any other exception."""
     text = str(excinfo.value)
     return text if isinstance(excinfo.value, AssertionError) else f"{excinfo.typename}: {text}"
 
 
 def rung_of(path: Path) -> int | None:
-    """The number in the name of a file of this folder; None for any other."""
+    """The number in the name of a test file in this folder; None for other files."""
     match = re.fullmatch(r"test_(\d\d)_\w+\.py", path.name)
     return int(match[1]) if match and path.parent.name == Path(__file__).parent.name else None

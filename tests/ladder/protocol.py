@@ -1,11 +1,11 @@
-"""What the ladder asks of a trainer: NumPy in, NumPy out, no framework across the border.
+"""What the ladder asks of a trainer. Arguments and results are NumPy arrays, whatever its framework.
 
-A trainer is a class. The seven members of `Trainer` are required; `OPTIONAL` names the rest, each with the
-rung that asks for it. A capability that is absent, or None, is *not claimed*: the report says so, and nothing
-passes. Whatever raises NotImplementedError (a model switch, a kind of adapter, an optimizer) is not claimed
-either. Semantics that differ on purpose are declared in `dialect`; the ladder then holds the trainer to what
-it declares, and prints each departure. A class may also say `share_expected = 0.25`: the summary then warns
-where it uses more than that share of a tolerance.
+A trainer is a class. The seven members of `Trainer` are required; `OPTIONAL` lists the other capabilities,
+each with the rung that asks for it. A capability that is absent, or None, is *not claimed*: the report says
+so, and no test that needs it counts as passed. A call that raises NotImplementedError (for a model switch, a
+kind of adapter, an optimizer) is not claimed either. Semantics that differ on purpose are declared in
+`dialect`; the ladder then judges the trainer by what it declares, and prints each departure. A class may also
+set `share_expected = 0.25`: the summary then warns where it uses more than that share of a tolerance.
 
 Names are canonical, those of Hugging Face's checkpoints and this project's factors:
 `model.layers.0.self_attn.q_proj.weight` (O, I) and beside it `model.layers.0.self_attn.q_proj.lora_a` (I, R),
@@ -31,27 +31,27 @@ REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base"
 OPTIONAL = {
     "ops": 1,  # a namespace of MLX functions, those of mlx_impl/ops.py
     "hidden_states": 3,  # (tokens_BT) -> the output of embedding, blocks and norm, by module name
-    "exact": 3,  # a context manager of the class: trainers made in it compute in float64 throughout
+    "exact": 3,  # a class-level context manager: trainers built inside it compute in float64 throughout
     "loss_of_logits": 4,  # (logits_BTV, batch) -> (nats, num_targets): the loss alone
     "evaluate": 4,  # (batches) -> nats per target over all of them
     "pullback": 5,  # (batch, cotangent_BTV) -> the factors' gradients of <logits, cotangent>
     "optimizer_names": 6,  # (training) -> names of all parameters for which the optimizer holds state
     "apply_gradients": 7,  # (gradients of each update, training): schedule and optimizer alone, no clipping
-    "learning_rates": 7,  # (training) -> that of every update
+    "learning_rates": 7,  # (training) -> the learning rate of every update
     "gradient_norms": 7,  # (windows, training) -> the global norm of every update, before clipping
     "train_compiled": 9,  # as train, compiled; the same seed gives the same dropout masks
-    "train_checkpointed": 9,  # as train, activations recomputed in the backward pass
+    "train_checkpointed": 9,  # as train, with activations recomputed in the backward pass
     "set_dropout_masks": 9,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
-    "save": 11,  # (folder): the whole training state after `train`
-    "load": 11,  # (folder): it again, into a trainer newly made; the next `train` goes on from there
-    "merge": 12,  # (): the factors into the base; `base` then returns the merged weights
-    "unmerge": 12,  # (): and out of it
+    "save": 11,  # (folder): writes the whole training state, after `train`
+    "load": 11,  # (folder): restores that state in a new trainer; the next `train` continues the run
+    "merge": 12,  # (): adds the factors into the base; `base` then returns the merged weights
+    "unmerge": 12,  # (): restores base and factors
     "greedy": 14,  # (prompt, num_tokens) -> token numbers
-    "greedy_all": 14,  # (prompts, num_tokens, end) -> those of each prompt, together, each up to token `end`
+    "greedy_all": 14,  # (prompts, num_tokens, end) -> token numbers of each prompt, up to its token `end`
 }
 
 
-# Of each field of a dialect, what it may say; any other word would only leave claims out.
+# The values that each field of a dialect may have. An unknown one would silently switch claims off.
 WORDS: dict[str, tuple[object, ...]] = {
     "scale": ("alpha / rank", "alpha"),
     "bias_correction": (True, False),
@@ -61,13 +61,13 @@ WORDS: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Dialect:
-    """Declared semantics; the defaults are PyTorch's and PEFT's.
+    """The semantics that a trainer declares; the defaults are those of PyTorch and PEFT.
 
-    Raises ValueError for a word that the ladder does not know.
+    Raises ValueError for a value that the ladder does not know.
     """
 
-    scale: str = "alpha / rank"  # or "alpha": what multiplies the update
-    bias_correction: bool = True  # of Adam
+    scale: str = "alpha / rank"  # or "alpha": the factor on A B
+    bias_correction: bool = True  # of Adam's moments
     pad_targets: int = 0  # padding positions counted as targets after the last target of each row
     accumulation: str = "by targets"  # or "mean of means": how micro-batches are weighed
 
@@ -88,33 +88,33 @@ class Dialect:
 
 
 class Trainer(Protocol):
-    """The required members: about thirty lines over a trainer that works."""
+    """The required members. An adapter for a working trainer takes about thirty lines."""
 
     dialect: ClassVar[Dialect]
 
     def __init__(
         self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
     ) -> None:
-        """A model with these weights, frozen, and an adapter with these factors; None: the bare model."""
+        """Builds a model with these frozen weights and an adapter with these factors; None: no adapter."""
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """logits_BTV, without dropout."""
 
     def loss(self, batch: Batch) -> tuple[float, int]:
-        """The sum of nats over the targets, and their number, without dropout."""
+        """The sum of the loss in nats over the targets, and the number of targets, without dropout."""
 
     def gradients(self, batch: Batch) -> Arrays:
-        """The gradients of the mean nats per target, of everything that trains, without dropout."""
+        """The gradients of the mean nats per target for every trained array, without dropout."""
 
     def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
-        """One optimizer update a window, over all its micro-batches; the mean nats per target of each.
+        """The mean nats per target of every update. A window holds the micro-batches of one optimizer update.
 
-        It begins a run, with `training.seed` for dropout; after `load` it goes on with the loaded one.
-        `training.iters` is the length of the whole run, of which `windows` may be the first part.
+        The call starts a new run, with `training.seed` for dropout; after `load` it continues the loaded run.
+        `training.iters` is the length of the whole run; `windows` may cover only its first part.
         """
 
     def factors(self) -> Arrays:
-        """What trains."""
+        """The trained arrays."""
 
     def base(self) -> Arrays:
-        """What does not."""
+        """The frozen arrays."""

@@ -1,4 +1,4 @@
-"""What a run of the ladder says in the end: a line a rung, and the first divergence."""
+"""The summary at the end of a run: one line per rung, and the first divergence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from tests.ladder.plugin import Ladder
 
 PACKAGES = ("mlx", "torch", "numpy")
-KINDS = ("passed", "failed", "as known", "not claimed", "skipped")
+KINDS = ("passed", "failed", "known failures", "not claimed", "skipped")
 
 
 def header_lines(ladder: Ladder) -> list[str]:
-    """What is judged, and on what."""
+    """The trainer under test, what it does not claim, and the platform."""
     versions = [f"{name} {version_of(name)}" for name in PACKAGES]
     draw = f", draw {ladder.draw}" * bool(ladder.draw)
     return [
@@ -59,7 +59,7 @@ def rung_line(ladder: Ladder, rung: int) -> str:
 
 
 def larger_shares(ladder: Ladder) -> Iterator[str]:
-    """A warning for each rung where the trainer used more of a tolerance than it says that it needs."""
+    """A warning for each rung that used a larger share of a tolerance than the trainer's `share_expected`."""
     expected = getattr(ladder.candidate, "share_expected", 1.0)
     for rung, (share, tensor) in sorted(ladder.shares.items()):
         if expected < share <= 1:

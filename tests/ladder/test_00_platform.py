@@ -1,8 +1,8 @@
-"""Rung 0, platform: what MLX's float64 on a CPU is worth, primitive by primitive.
+"""Rung 0, platform: which MLX primitives really compute in float64 on the CPU.
 
-The float64 proofs of the rungs above stand on primitives that are double throughout. MLX takes float64 and
-returns float64 for all of them, but `exp`, `sin`, `cos`, `erf` and what is built on them compute in float32
-inside, and nothing says so. Those are strict expected failures: when MLX mends one, this rung says it.
+The float64 tests of the rungs above rely on primitives that compute in float64 throughout. MLX accepts and
+returns float64 for all of them, but `exp`, `sin`, `cos`, `erf` and whatever is built on them silently compute
+in float32 inside. Those are strict expected failures (xfail): when MLX fixes one, its test fails here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ X = np.random.default_rng(41).uniform(0.1, 3.0, (16, 64))
 W = np.random.default_rng(43).uniform(-1.0, 1.0, (64, 16))
 DOUBLE = 2.0**-53
 
-# name: in MLX, in NumPy, the length of the sum
+# name: the MLX expression, the same in NumPy, the length of the longest sum
 TRULY_DOUBLE: dict[str, tuple[str, Function, int]] = {
     "matmul": ("x @ w", lambda x: x @ W, 64),
     "sum": ("x.sum()", lambda x: x.sum(), X.size),
@@ -68,12 +68,12 @@ def turned(x_TK: np.ndarray, time_T: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def mx() -> Any:
-    """MLX, if it is there."""
+    """Skips the test if MLX is not installed."""
     return pytest.importorskip("mlx.core")
 
 
 def relative_error(mx: Any, expression: str, expected: np.ndarray) -> float:
-    """In the Frobenius norm, computed on the CPU in what MLX calls float64."""
+    """The error in the Frobenius norm, computed on the CPU in what MLX calls float64."""
     with mx.stream(mx.cpu):
         names = {"mx": mx, "math": math, "x": mx.array(X, mx.float64), "w": mx.array(W, mx.float64)}
         result = eval(expression, names)
@@ -83,21 +83,21 @@ def relative_error(mx: Any, expression: str, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", TRULY_DOUBLE)
 def test_it_is_double_throughout(mx: Any, name: str) -> None:
-    """Within a few roundings of NumPy, of those that its sum adds up."""
+    """It equals NumPy within the rounding of its longest sum in float64."""
     expression, function, longest_sum = TRULY_DOUBLE[name]
     assert relative_error(mx, expression, function(X)) <= FACTOR * np.sqrt(longest_sum) * DOUBLE
 
 
 @pytest.mark.xfail(strict=True, reason="float32 inside, in MLX 0.32.4", raises=AssertionError)
 @pytest.mark.parametrize("name", SINGLE_INSIDE)
-def test_it_is_double_throughout_as_well(mx: Any, name: str) -> None:
-    """Not so, and known: when one passes, `tests/trainers/exact_ops.py` needs no replacement for it."""
+def test_it_is_double_throughout_once_mlx_fixes_it(mx: Any, name: str) -> None:
+    """A known failure. Once it passes, `tests/trainers/exact_ops.py` need not replace the primitive."""
     expression, function, longest_sum = SINGLE_INSIDE[name]
     assert relative_error(mx, expression, function(X)) <= FACTOR * np.sqrt(longest_sum) * DOUBLE
 
 
 def test_float32_products_are_not_rounded_to_tf32(mx: Any) -> None:
-    """On a GPU that needs MLX_ENABLE_TF32=0; TF32 keeps 10 bits of each factor, float32 23."""
+    """On a GPU this needs MLX_ENABLE_TF32=0: TF32 keeps 10 bits of each factor, float32 keeps 23."""
     x, w = X.astype(np.float32), W.astype(np.float32)
     expected = x.astype(np.float64) @ w
     error = np.linalg.norm(np.array(mx.array(x) @ mx.array(w)) - expected) / np.linalg.norm(expected)
@@ -106,7 +106,7 @@ def test_float32_products_are_not_rounded_to_tf32(mx: Any) -> None:
 
 
 def test_the_same_operation_twice_gives_the_same_bits(mx: Any) -> None:
-    """What the bit-exact claims above stand on."""
+    """The bit-exact claims of the rungs above rely on this."""
     x, w = mx.array(X.astype(np.float32)), mx.array(W.astype(np.float32))
     once, again = ([x @ w, mx.softmax(x, axis=-1), x.sum(), mx.exp(x)] for _ in range(2))
     assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(once, again, strict=True))

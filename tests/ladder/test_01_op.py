@@ -1,8 +1,8 @@
-"""Rung 1, op: each production primitive, and its pullback, is NumPy's in float64 but for derived rounding.
+"""Rung 1, op: each production primitive and its pullback equal NumPy's float64 within derived rounding.
 
-Judged by itself, because the rungs above may put exact compositions in a primitive's place: they prove the
-algebra, this rung proves what production computes. MLX: `mx.fast` kernels have pullbacks of their own, which
-no formula of the model passes through.
+The primitives need a rung of their own, because the float64 tests of the rungs above replace them with exact
+compositions: those tests prove the algebra, this rung proves what production computes. MLX: `mx.fast` kernels
+have hand-written pullbacks, which a correct formula in the model says nothing about.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def normal(*shape: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Op:
-    """A primitive of the candidate's, the same in NumPy with its pullback, inputs, and the longest sum."""
+    """A primitive of the candidate, its value and pullback in NumPy, inputs, the longest sum's length."""
 
     call: Callable[..., Any]  # (ops, *inputs)
     value: Callable[..., np.ndarray]
@@ -45,11 +45,12 @@ def attention_op(num_queries: int) -> Op:
         numpy_ops.attention,
         numpy_ops.attention_pullback,
         inputs,
-        3 * 13,  # a key/value head sums over three query heads and their times
+        3 * 13,  # a key/value head sums over three query heads and their positions
     )
 
 
-POSITIONS_BT = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 0]])  # of packed examples
+# The position ids of packed examples.
+POSITIONS_BT = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 0]])
 NUMBER_BT = np.cumsum(POSITIONS_BT == 0, axis=1)
 OWN_EXAMPLE_B1TS = ((NUMBER_BT[:, :, None] == NUMBER_BT[:, None, :]) & np.tri(9, dtype=bool))[:, None]
 
@@ -65,7 +66,7 @@ def rms_norm_op(size: float) -> Op:
 
 
 OPS = {
-    "rms_norm of small numbers": rms_norm_op(0.01),  # whose squares are no larger than eps
+    "rms_norm of small numbers": rms_norm_op(0.01),  # the squares are no larger than eps
     "rms_norm": rms_norm_op(1.0),
     "rope": Op(
         lambda ops, x: ops.rope(x, FREQUENCIES, 3),
@@ -127,7 +128,7 @@ def mx() -> Any:
 
 
 class Claimed:
-    """A namespace of primitives; one that it does not have is not claimed."""
+    """A namespace of primitives; a missing one is not claimed."""
 
     def __init__(self, namespace: Any) -> None:
         self._namespace = namespace
@@ -149,7 +150,7 @@ def doubled(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
 
 @pytest.mark.parametrize("name", OPS)
 def test_its_value_is_numpys(mx: Any, ops: Any, judge: Judge, name: str) -> None:
-    """Held to float64, allowed what float32 costs NumPy."""
+    """Compared with NumPy in float64; the tolerance comes from the error of NumPy in float32."""
     op = OPS[name]
     ours = np.array(op.call(ops, *map(mx.array, op.inputs)))
     value32, value64 = op.value(*op.inputs), op.value(*doubled(op.inputs))
@@ -158,7 +159,7 @@ def test_its_value_is_numpys(mx: Any, ops: Any, judge: Judge, name: str) -> None
 
 @pytest.mark.parametrize("name", OPS)
 def test_its_pullback_is_numpys(mx: Any, ops: Any, judge: Judge, name: str) -> None:
-    """The gradients of <value, g> of every input, for a random g."""
+    """The gradient of <value, g> with respect to every input, for a random g."""
     op = OPS[name]
     g = normal(*op.value(*op.inputs).shape)
     _, ours = mx.vjp(lambda *inputs: op.call(ops, *inputs), list(map(mx.array, op.inputs)), [mx.array(g)])
@@ -172,7 +173,7 @@ def test_its_pullback_is_numpys(mx: Any, ops: Any, judge: Judge, name: str) -> N
 
 @pytest.mark.parametrize("vocab_size", [200, 49_152])
 def test_cross_entropy_and_its_gradient_are_numpys(mx: Any, ops: Any, judge: Judge, vocab_size: int) -> None:
-    """Of one call: the nats of each target, and the gradient of their sum; a masked row has none."""
+    """One call returns the nats of each target and the gradient of their sum; both are 0 in a masked row."""
     logits_NV, targets_N = 3 * normal(5, vocab_size), np.array([0, 7, vocab_size - 1, 3, 3])
     mask_N = np.array([True, True, True, False, True])
     ours = ops.cross_entropy(mx.array(logits_NV), mx.array(targets_N), mx.array(mask_N))
@@ -188,7 +189,7 @@ def test_cross_entropy_and_its_gradient_are_numpys(mx: Any, ops: Any, judge: Jud
 
 
 def test_logsumexp_is_right_for_large_logits(mx: Any, ops: Any, judge: Judge) -> None:
-    """A constant on all of a row comes out again, where its exp alone would overflow or vanish."""
+    """A constant added to a row is added to its result, even where exp of it overflows or underflows."""
     x_NV = normal(3, 200) + np.array([[1000.0], [100.0], [-1000.0]], dtype=np.float32)
     ours = np.array(ops.logsumexp(mx.array(x_NV)))
     value32, value64 = numpy_ops.logsumexp(x_NV), numpy_ops.logsumexp(x_NV.astype(np.float64))
@@ -196,7 +197,7 @@ def test_logsumexp_is_right_for_large_logits(mx: Any, ops: Any, judge: Judge) ->
 
 
 def test_silu_is_right_element_by_element(mx: Any, ops: Any) -> None:
-    """To a few roundings each, of which that of the exponent weighs most: up to 40 times."""
+    """Within a few roundings. Rounding the exponent weighs most: up to 40 times, as |x| goes up to 40."""
     x = np.linspace(-40, 40, 4001).astype(np.float32)
     expected = numpy_ops.silu(x.astype(np.float64))
     error = np.abs(np.array(ops.silu(mx.array(x))) - expected)
@@ -204,7 +205,7 @@ def test_silu_is_right_element_by_element(mx: Any, ops: Any) -> None:
 
 
 def test_the_gate_is_right_element_by_element(mx: Any, ops: Any) -> None:
-    """As it is where silu is computed alone."""
+    """The fused silu(gate) * up is as accurate as silu alone."""
     x = np.linspace(-40, 40, 4001).astype(np.float32)
     expected = numpy_ops.silu(x.astype(np.float64))
     error = np.abs(np.array(ops.gated(mx.array(x), mx.ones(x.shape))) - expected)
@@ -212,7 +213,7 @@ def test_the_gate_is_right_element_by_element(mx: Any, ops: Any) -> None:
 
 
 def test_the_gradient_of_silu_is_right_element_by_element(mx: Any, ops: Any) -> None:
-    """It has a zero, so the error is held against its maximum, 1.1."""
+    """The gradient has a zero, so the error is compared with its maximum, 1.1."""
     x = np.linspace(-40, 40, 4001).astype(np.float32)
     expected = numpy_ops.silu_pullback(x.astype(np.float64), np.ones(x.shape))
     _, (gradient,) = mx.vjp(ops.silu, [mx.array(x)], [mx.ones(x.shape)])
@@ -220,7 +221,7 @@ def test_the_gradient_of_silu_is_right_element_by_element(mx: Any, ops: Any) -> 
 
 
 def test_the_gate_and_its_gradients_are_finite_everywhere(mx: Any, ops: Any) -> None:
-    """Where e^-gate overflows float32 too; a gate far below zero lets nothing through, nor back."""
+    """Even where e^-gate overflows float32. Far below zero, value and gradients are 0."""
     gate, up = mx.array([-1e30, -1000.0, -100.0, -88.8, -80.0, 0.0, 80.0, 1000.0, 1e30]), mx.full((9,), 2.0)
     (value,), gradients = mx.vjp(ops.gated, [gate, up], [mx.ones(9)])
     for array in (value, *gradients):
@@ -230,7 +231,7 @@ def test_the_gate_and_its_gradients_are_finite_everywhere(mx: Any, ops: Any) -> 
 
 
 def test_silu_and_its_gradient_are_finite_everywhere(mx: Any, ops: Any) -> None:
-    """Where e^-x overflows float32 too."""
+    """Even where e^-x overflows float32."""
     x = mx.array([-1e30, -1000.0, -100.0, -88.8, -80.0, 0.0, 80.0, 1000.0, 1e30])
     (value,), (gradient,) = mx.vjp(ops.silu, [x], [mx.ones(x.shape)])
     assert mx.isfinite(value).all() and mx.isfinite(gradient).all()

@@ -1,9 +1,9 @@
-"""Rung 2, layer: an adapted linear layer is W + scale * (A B)^T, in the named places and nowhere else.
+"""Rung 2, layer: an adapted linear layer computes with W + scale * (A B)^T, and only the named layers do.
 
-The mapping is checked before any number: if names or shapes differ, every later comparison is meaningless.
-Then the trainer is held to itself: weights and adapter together act as the summed weights do alone, whatever
-the rest of the forward pass may be. MLX: a wrapped layer is put into the tree with `update_modules`; one that
-is only assigned to a list or forgotten leaves the base in its place, silently.
+Names and shapes are checked before any number: if they differ, every later comparison is meaningless. Then
+the trainer is compared with itself: base plus adapter must give the logits of the merged weights, whatever
+the rest of the forward pass is. MLX: `update_modules` puts a wrapped layer into the module tree; one that is
+only assigned to a list, or forgotten, silently leaves the base layer in place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def require_mapping(what: str, ours: Arrays, expected: Arrays) -> None:
 
 @every_case
 def test_names_and_shapes_are_the_canonical_ones(case: Case, candidate: Any, judge: Judge) -> None:
-    """Of what trains, of what does not, and of the gradients; and the values are those that were given."""
+    """Of factors, base weights and gradients; and the trainer holds the values that it was given."""
     trainer = case.build(candidate)
     require_mapping("factors", trainer.factors(), case.factors)
     require_mapping("base", trainer.base(), case.weights)
@@ -46,7 +46,7 @@ def test_names_and_shapes_are_the_canonical_ones(case: Case, candidate: Any, jud
 
 @every_variant
 def test_the_adapted_layers_are_those_that_the_configuration_names(case: Case, candidate: Any) -> None:
-    """Held to a list that no trainer made: 7 linears in each of 2 layers, or fewer."""
+    """Compared with a list written here by hand: 7 linears in each of 2 layers, or fewer."""
     factors = case.build(candidate).factors()
     adapted = {name.removesuffix(".lora_a") for name in factors if name.endswith("lora_a")}
     names = {n.removesuffix(".weight") for n in case.weights if n.endswith("_proj.weight")}
@@ -59,8 +59,8 @@ def test_the_adapted_layers_are_those_that_the_configuration_names(case: Case, c
 
 
 @pytest.mark.parametrize("case", ["untied", "patterns"], indirect=True)
-def test_the_trainable_count_is_rank_times_the_sum_of_the_sides(case: Case, candidate: Any) -> None:
-    """R (I + O) numbers for each adapted linear."""
+def test_the_trainable_count_is_rank_times_inputs_plus_outputs(case: Case, candidate: Any) -> None:
+    """R (I + O) parameters for each adapted linear."""
     ranks = {"self_attn.q_proj": 2, "1.mlp": 5} if case.name == "patterns" else {}
     expected = 0
     for name, weight in case.weights.items():
@@ -72,15 +72,15 @@ def test_the_trainable_count_is_rank_times_the_sum_of_the_sides(case: Case, cand
 
 @pytest.mark.parametrize("case", [name for name in VARIANTS if name != "dora"], indirect=True)
 def test_an_adapter_with_zero_b_is_exactly_the_base_model(case: Case, candidate: Any, judge: Judge) -> None:
-    """x A 0 adds exact zeros: not a bit of the logits differs."""
+    """x A 0 adds exact zeros, so the logits are equal to the bit."""
     tokens_BT = case.batch.inputs_BT
     base = case.bare().build(candidate).logits(tokens_BT)
     judge.same_bits({"logits": case.with_zero_b().build(candidate).logits(tokens_BT)}, {"logits": base})
 
 
 @pytest.mark.parametrize("case", ["untied", "patterns", "dora"], indirect=True)
-def test_an_adapter_with_nonzero_b_is_not(case: Case, candidate: Any) -> None:
-    """The control of the claim above: each adapted layer is really in the path."""
+def test_each_adapter_with_nonzero_b_changes_the_logits(case: Case, candidate: Any) -> None:
+    """The control of the test above: the forward pass really uses every adapted layer."""
     tokens_BT = case.batch.inputs_BT
     logits_BTV = case.build(candidate).logits(tokens_BT)
     for name, value in case.factors.items():
@@ -90,8 +90,8 @@ def test_an_adapter_with_nonzero_b_is_not(case: Case, candidate: Any) -> None:
 
 
 @every_case
-def test_base_and_adapter_act_as_their_sum_does_alone(case: Case, candidate: Any, judge: Judge) -> None:
-    """W x + scale (x A) B = (W + scale (A B)^T) x, and DoRA's rows have the length of its magnitude."""
+def test_base_plus_adapter_equals_the_merged_weights(case: Case, candidate: Any, judge: Judge) -> None:
+    """W x + scale (x A) B = (W + scale (A B)^T) x; with DoRA, each merged row has its magnitude as length."""
 
     def logits(trainer: Any) -> Arrays:
         return {"logits": trainer.logits(case.batch.inputs_BT)}

@@ -1,8 +1,8 @@
-"""Rung 4, loss: a sum in nats and a number of targets; every target counts once, and nothing else does.
+"""Rung 4, loss: a sum in nats and a number of targets; every target counts once, and nothing else counts.
 
-A mean is formed once, over everything, from sum and count: a mean of means weighs the targets of short rows
-more. MLX: `nn.losses.cross_entropy` neither shifts nor masks, and a mask made by comparing positions with
-lengths is off by one in silence: a padding target counted in each row moves a loss of 0.7 nats to 2.2.
+The mean is taken once, as total sum over total count: a mean of means gives more weight to the targets of
+short rows. MLX: `nn.losses.cross_entropy` neither shifts nor masks, and a mask that compares positions with
+lengths is easily off by one: one padding target counted in each row can turn a loss of 0.7 nats into 2.2.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def test_a_hand_worked_example(case: Case, candidate: Any, judge: Judge) -> None
         row 0:  (1/2 1/4 1/4) -> 0: ln 2     (1/8 3/4 1/8) -> 2: ln 8     (masked)
         row 1:  (1/3 1/3 1/3) -> 1: ln 3     (masked)                      (masked)
 
-    so the sum is ln 48 over 3 targets. The logits carry a constant each, which must not matter; it is at most
-    100, rounded once, and so are the 3 terms.
+    so the sum is ln 48 over 3 targets. A constant is added to the logits of each position, which must not
+    matter. It is at most 100 and rounded once, and so is each of the 3 terms.
     """
     third = [1 / 3, 1 / 3, 1 / 3]
     p_BTV = np.array([[[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], third], [third, third, third]])
@@ -57,7 +57,7 @@ def test_a_hand_worked_example(case: Case, candidate: Any, judge: Judge) -> None
 def test_the_loss_over_a_real_vocabulary_is_as_right_as_pytorchs(
     case: Case, candidate: Any, judge: Judge, spread: float
 ) -> None:
-    """49,152 terms: at least as right as PyTorch's float32 loss, which adds them one after another."""
+    """Over 49,152 words, within the tolerance that the error of PyTorch's own float32 loss gives."""
     rng = np.random.default_rng(7)
     logits_BTV = (spread * rng.standard_normal((2, 8, 49_152))).astype(np.float32)
     targets_BT, mask_BT = rng.integers(0, 49_152, (2, 8)), np.ones((2, 8), dtype=bool)
@@ -73,14 +73,14 @@ def test_the_loss_over_a_real_vocabulary_is_as_right_as_pytorchs(
 @pytest.mark.needs("loss_of_logits")
 @pytest.mark.alone
 def test_the_loss_of_the_references_logits_equals_the_reference(case: Case, judge: Judge) -> None:
-    """The loss alone: whatever the forward pass does, here it is given PyTorch's logits."""
+    """The loss alone: it is given PyTorch's logits, so the forward pass plays no part."""
     logits_BTV = case.build(judge.oracle(torch.float64)).logits(case.batch.inputs_BT).astype(np.float32)
     judge(case, lambda t: {"nats": np.array(t.loss_of_logits(logits_BTV, case.batch)[0])})
 
 
 @every_case
 def test_the_loss_equals_the_reference(case: Case, judge: Judge, candidate: Any) -> None:
-    """The same sum of nats over exactly the same number of targets, of unequal rows."""
+    """The same sum of nats over exactly the same number of targets, in rows of unequal length."""
     ours, expected = (case.build(t).loss(case.batch)[1] for t in (candidate, judge.oracle(torch.float64)))
     judge.same_bits({"number of targets": ours}, {"number of targets": expected})
     judge(case, lambda trainer: sum_and_count(trainer, case.batch))
@@ -89,20 +89,20 @@ def test_the_loss_equals_the_reference(case: Case, judge: Judge, candidate: Any)
 @pytest.mark.needs("exact")
 @every_case
 def test_in_float64_the_loss_equals_the_reference_to_1e_12(case: Case, judge: Judge) -> None:
-    """The algebra is the same; what differed above was rounding."""
+    """The algebra is the same, so the difference in float32 was rounding."""
     judge.exactly(case, lambda trainer: sum_and_count(trainer, case.batch))
 
 
 @pytest.mark.canonical("pad_targets")
 def test_the_targets_are_the_tokens_after_the_prompts(case: Case, candidate: Any, judge: Judge) -> None:
-    """Counted by hand: the lengths of the rows less those of the prompts."""
+    """Counted by hand: the lengths of the rows minus the lengths of the prompts."""
     expected = sum(TOKEN_COUNTS) - sum(PROMPT_COUNTS)
     ours = case.build(candidate).loss(case.batch)[1]
     judge.same_bits({"number of targets": ours}, {"number of targets": expected})
 
 
-def test_a_row_without_targets_adds_nothing(case: Case, judge: Judge) -> None:
-    """All of it masked: the batch's sum and count are those of the other rows."""
+def test_a_row_without_targets_adds_nothing_to_the_loss(case: Case, judge: Judge) -> None:
+    """With one row fully masked, sum and count of the batch are those of the other rows."""
     rows = random_rows(case.spec.vocab_size, TOKEN_COUNTS)
     masked = make_batch(rows, (5, TOKEN_COUNTS[1], 9))
     judge(case, lambda trainer: sum_and_count(trainer, masked))
@@ -114,7 +114,7 @@ def test_a_row_without_targets_adds_nothing(case: Case, judge: Judge) -> None:
 
 @pytest.mark.canonical("pad_targets")
 def test_the_tokens_used_as_padding_do_not_matter(case: Case, candidate: Any, judge: Judge) -> None:
-    """Random padding, to the bit: the pad target that other trainers count cannot be counted."""
+    """Random tokens as padding change no bit of the loss, so no padding target is counted."""
     inputs_BT, targets_BT, mask_BT, num_tokens = case.batch[:4]
     noise_BT = np.random.default_rng(5).integers(0, case.spec.vocab_size, inputs_BT.shape)
     noisy_inputs_BT = np.where(inputs_BT == 0, noise_BT, inputs_BT).astype(np.int32)
@@ -127,14 +127,14 @@ def test_the_tokens_used_as_padding_do_not_matter(case: Case, candidate: Any, ju
 
 @pytest.mark.needs("evaluate")
 def test_the_loss_over_a_data_set_weighs_every_target_alike(case: Case, judge: Judge) -> None:
-    """Batches of 9, 3 and 2 targets: the sum of the sums over the sum of the counts, as in the reference."""
+    """Batches of 9, 3 and 2 targets: total nats over total targets, as in the reference."""
     batches = [rows_of(case.batch, [row]) for row in range(3)]
     judge(case, lambda trainer: {"mean nats": np.array(trainer.evaluate(batches))})
 
 
 @pytest.mark.needs("evaluate")
 def test_the_loss_over_a_data_set_does_not_depend_on_the_batch_size(case: Case, judge: Judge) -> None:
-    """One row a batch, or all three in one."""
+    """Three batches of one row, or one batch of all three."""
     alone = [rows_of(case.batch, [row]) for row in range(3)]
     judge.alike(
         (case, lambda trainer: {"mean nats": np.array(trainer.evaluate(alone))}),

@@ -1,8 +1,8 @@
-"""Rung 6, freezing: the base does not move by a bit, every factor does, and nothing else is trained.
+"""Rung 6, freezing: training changes no bit of the base and changes every factor.
 
-Weight decay is on, because decay moves a parameter that has no gradient. MLX: `freeze()` first, then add the
-adapter; frozen after it, the factors train no more than the base, and unfrozen by a careless `unfreeze()` the
-base trains with them.
+Weight decay is on, because it moves a parameter even without a gradient. MLX: call `freeze()` first, then add
+the adapter. If `freeze()` comes after, the factors are frozen too; after a careless `unfreeze()` the base
+trains as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def test_every_frozen_byte_is_identical_after_training(case: Case, candidate: An
 
 @each_kind
 def test_every_factor_changes(case: Case, candidate: Any) -> None:
-    """Also A, whose gradient is zero in the first update when B starts at zero."""
+    """A as well, although its gradient is zero in the first update, where B is zero."""
     trainer = case.with_zero_b().build(candidate)
     before = trainer.factors()
     trainer.train([[case.batch]] * 3, TRAINING)
@@ -52,7 +52,7 @@ def test_every_factor_changes(case: Case, candidate: Any) -> None:
 
 @each_kind
 def test_only_the_factors_have_gradients(case: Case, candidate: Any) -> None:
-    """The gradients' names are exactly the factors'."""
+    """The gradients have exactly the names of the factors."""
     trainer = case.build(candidate)
     assert set(trainer.gradients(case.batch)) == set(trainer.factors()) == set(case.factors)
 
@@ -60,5 +60,5 @@ def test_only_the_factors_have_gradients(case: Case, candidate: Any) -> None:
 @pytest.mark.needs("optimizer_names")
 @each_kind
 def test_only_the_factors_have_optimizer_state(case: Case, candidate: Any) -> None:
-    """Moments of frozen weights would cost twice the model's memory, and move it by decay."""
+    """Moments of frozen weights would cost twice the model's memory, and weight decay would move them."""
     assert set(case.build(candidate).optimizer_names(TRAINING)) == set(case.factors)

@@ -1,9 +1,9 @@
-"""Rung 7, step: given the gradients, the optimizer moves every factor as `torch.optim` does.
+"""Rung 7, step: one optimizer update, from given gradients, moves every factor as `torch.optim` does.
 
-AdamW with PyTorch's defaults, both bias corrections in full precision, decoupled decay; SGD; LoRA+; clipping
-by the global norm; schedules that count optimizer updates. Hyper-parameters are powers of two, so that none
-is rounded. MLX: `mlx.optimizers.AdamW` corrects no bias unless told to, which makes the first update 3.16
-times as long, and told to it takes 1 - beta^t in float32.
+Tested are AdamW with PyTorch's defaults (bias correction in full precision, decoupled weight decay), SGD,
+LoRA+, clipping by the global norm, and schedules that count optimizer updates. Hyper-parameters are powers of
+two, so that none is rounded. MLX: `mlx.optimizers.AdamW` has bias correction off by default, which makes the
+first update 3.16 times as long; when it is on, 1 - beta^t is computed in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCHEDULES = [(kind, warmup) for kind in ("constant", "linear", "cosine") for war
 
 
 def given_gradients(case: Case, num_updates: int) -> list[Arrays]:
-    """Of each update other ones, in size from 1e-4 to 1."""
+    """Different gradients for each update, with sizes from 1e-4 to 1."""
     scales = np.logspace(-4, 0, num_updates)
     return [
         {name: random_array(f"{name} {t}", factor.shape, scale) for name, factor in case.factors.items()}
@@ -57,7 +57,7 @@ def moved(trainer: Any, gradients: list[Arrays], training: TrainConfig) -> Array
 def test_given_gradients_move_a_factor_that_was_zero_as_in_the_reference(
     case: Case, judge: Judge, training: TrainConfig
 ) -> None:
-    """B after its first update is that update, and no digit of it hides behind a larger number."""
+    """B starts at zero, so after one update B is that update, and no digit is lost in a larger number."""
     zero, gradients = case.with_zero_b(), given_gradients(case, 1)
     judge(zero, lambda trainer: moved(trainer, gradients, training), longest_sum=1)
 
@@ -69,7 +69,7 @@ def test_given_gradients_move_a_factor_that_was_zero_as_in_the_reference(
 def test_given_gradients_move_the_factors_as_in_the_reference(
     case: Case, judge: Judge, training: TrainConfig, num_updates: int
 ) -> None:
-    """One update, and a few; an element is a sum over the updates."""
+    """After one update and after five. Each element is a sum over the updates."""
     gradients = given_gradients(case, num_updates)
     judge(case, lambda trainer: moved(trainer, gradients, training), longest_sum=num_updates)
 
@@ -78,13 +78,13 @@ def test_given_gradients_move_the_factors_as_in_the_reference(
 @pytest.mark.alone
 @pytest.mark.parametrize("case", ["dora"], indirect=True)
 def test_a_magnitude_learns_as_fast_as_b(case: Case, judge: Judge) -> None:
-    """LoRA+'s slow group is A alone."""
+    """In LoRA+ only A has the lower learning rate."""
     gradients = given_gradients(case, 2)
     judge(case, lambda trainer: moved(trainer, gradients, KINDS["loraplus"]), longest_sum=2)
 
 
 def closed_form(kind: str, warmup: int, iters: int) -> list[float]:
-    """The share of the highest learning rate in each update t = 0, 1, ..."""
+    """The learning rate of each update t = 0, 1, ..., as a share of the peak."""
     rates = []
     for t in range(iters):
         done = (t - warmup) / (iters - warmup)
@@ -99,7 +99,7 @@ def closed_form(kind: str, warmup: int, iters: int) -> list[float]:
 def test_the_learning_rate_of_every_update_is_the_closed_form(
     case: Case, candidate: Any, judge: Judge, kind: str, warmup: int
 ) -> None:
-    """From 0 up in the warmup, at its highest after it, down to 0 at the end; five rounded operations."""
+    """It rises from 0 to the peak in the warmup, then falls to 0 (or stays); five rounded operations."""
     training = TrainConfig(iters=10, learning_rate=2.0**-5, lr_schedule=kind, warmup_steps=warmup)
     rates = np.array(case.build(candidate).learning_rates(training))
     expected = 2.0**-5 * np.array(closed_form(kind, warmup, training.iters))
@@ -109,10 +109,10 @@ def test_the_learning_rate_of_every_update_is_the_closed_form(
 @pytest.mark.needs("learning_rates")
 @pytest.mark.alone
 @pytest.mark.parametrize(("kind", "warmup"), SCHEDULES)
-def test_at_the_end_of_a_long_run_too(
+def test_the_last_learning_rate_of_a_long_run_is_the_closed_form(
     case: Case, candidate: Any, judge: Judge, kind: str, warmup: int
 ) -> None:
-    """The last of 10,000 updates, held by itself: 1 + cos x near pi keeps few digits in float32."""
+    """The last of 10,000 updates, compared alone: near pi, 1 + cos x has few digits in float32."""
     training = TrainConfig(iters=10_000, learning_rate=2.0**-5, lr_schedule=kind, warmup_steps=warmup)
     last = np.array(case.build(candidate).learning_rates(training)[-1])
     expected = np.array(2.0**-5 * closed_form(kind, warmup, training.iters)[-1])
@@ -121,7 +121,7 @@ def test_at_the_end_of_a_long_run_too(
 
 @pytest.mark.needs("gradient_norms")
 def test_the_norm_before_clipping_is_reported(case: Case, judge: Judge) -> None:
-    """Of all gradients together, as one vector."""
+    """The norm of all gradients together, as one vector."""
     clipped = replace(SGD, iters=1, max_grad_norm=2.0**-4)
     longest_sum = sum(value.size for value in case.factors.values())
     judge(case, lambda t: {"norms": np.array(t.gradient_norms([[case.batch]], clipped))}, longest_sum)
@@ -134,13 +134,13 @@ def trained(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
 
 @pytest.mark.parametrize("training", [SGD, TRAINING], ids=["sgd", "adamw"])
 def test_gradients_are_clipped_by_their_global_norm(case: Case, judge: Judge, training: TrainConfig) -> None:
-    """A sixteenth of the norm that they have, over all tensors; the direction stays."""
+    """The limit is 1/16, far below the norm over all tensors; the direction of the gradient stays."""
     clipped = replace(training, iters=1, max_grad_norm=2.0**-4)
     judge(case, lambda trainer: trained(trainer, case, clipped))
 
 
 def test_gradients_below_the_limit_are_not_touched(case: Case, candidate: Any, judge: Judge) -> None:
-    """To the bit the run without clipping."""
+    """Equal to the run without clipping, to the bit."""
     free = trained(case.build(candidate), case, replace(SGD, iters=1))
     limited = trained(case.build(candidate), case, replace(SGD, iters=1, max_grad_norm=2.0**20))
     judge.same_bits(limited, free)
@@ -148,12 +148,12 @@ def test_gradients_below_the_limit_are_not_touched(case: Case, candidate: Any, j
 
 @pytest.mark.parametrize("training", [TRAINING, SGD], ids=["adamw", "sgd"])
 def test_one_update_equals_the_reference(case: Case, judge: Judge, training: TrainConfig) -> None:
-    """The trainer's own gradients and its optimizer together."""
+    """The trainer's own gradients together with its optimizer."""
     judge(case, lambda trainer: trained(trainer, case, replace(training, iters=1)))
 
 
 def test_the_loss_reported_is_that_before_the_update(case: Case, judge: Judge, candidate: Any) -> None:
-    """The mean over the targets that `loss` counts."""
+    """It is the mean over the targets that `loss` counts."""
     nats, num_targets = case.build(judge.oracle(torch.float64)).loss(case.batch)
     (reported,) = case.build(candidate).train([[case.batch]], replace(TRAINING, iters=1))
     judge.hold([within("loss", np.array(reported), np.array(nats / num_targets), 0.0, case.longest_sum)])

@@ -1,8 +1,8 @@
-"""Rung 8, trajectory: update after update, losses and factors stay those of PyTorch.
+"""Rung 8, trajectory: over many updates, losses and factors stay those of PyTorch.
 
-An error too small for one update adds up, and state that a step forgets shows in the second. The longest
-chain of sums is that of a gradient times the number of updates. MLX: nothing runs until `mx.eval`; a loop
-that never evaluates its parameters grows a graph, and one that evaluates only the loss may train nothing.
+Errors too small to see in one update add up over many, and state that one update loses shows in the next. The
+length of the longest sum is that of a gradient times the number of updates. MLX: nothing runs until
+`mx.eval`. A loop that never evaluates its parameters builds an ever larger graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def trained(trainer: Any, case: Case, training: TrainConfig, batch: Batch | None
 
 @each_run
 def test_the_loss_falls(case: Case, candidate: Any, training: TrainConfig) -> None:
-    """Before anything is compared: the run learns."""
+    """A sanity check before anything is compared: the run learns."""
     losses = trained(case.build(candidate), case, training)["losses"]
     assert losses[-1] < losses[0]
 
@@ -46,20 +46,20 @@ def test_losses_and_factors_equal_the_reference(case: Case, judge: Judge, traini
     judge(case, lambda trainer: trained(trainer, case, training), training.iters * case.longest_sum)
 
 
-def test_rows_under_one_prompt_equal_the_reference(case: Case, judge: Judge) -> None:
-    """What all rows begin with may be computed once, and the adapter of a run is the same."""
+def test_a_run_on_rows_with_a_common_prefix_equals_the_reference(case: Case, judge: Judge) -> None:
+    """A trainer may compute a common prefix once; the trained adapter must be the same."""
     batch, training = one_prompt_batch(case.spec.vocab_size), RUNS["adamw"]
     judge(case, lambda trainer: trained(trainer, case, training, batch), training.iters * case.longest_sum)
 
 
 def test_a_run_that_starts_at_zero_b_equals_the_reference(case: Case, judge: Judge) -> None:
-    """As every real run does: A has no gradient at first, and Adam divides by what it has seen."""
+    """Every real run starts so. A has no gradient in the first update, so Adam's second moment of A is 0."""
     zero, training = case.with_zero_b(), RUNS["adamw"]
     judge(zero, lambda trainer: trained(trainer, zero, training), training.iters * case.longest_sum)
 
 
 def test_the_schedule_reaches_the_optimizer(case: Case, judge: Judge) -> None:
-    """Warmup and cosine, in the run itself: a schedule can be right in the log and never be used."""
+    """Warmup and cosine in a real run: a schedule can be right in the log and still never be used."""
     judge(case, lambda t: trained(t, case, SCHEDULED), SCHEDULED.iters * case.longest_sum)
 
 
@@ -68,7 +68,7 @@ def test_the_schedule_reaches_the_optimizer(case: Case, judge: Judge) -> None:
 def test_the_same_seed_gives_the_same_bits(
     case: Case, candidate: Any, judge: Judge, training: TrainConfig, dropout: float
 ) -> None:
-    """Dropout's masks too come from the seed of the run."""
+    """The dropout masks come from the run's seed as well."""
     dropping, training = case.with_dropout(dropout), replace(training, iters=4)
     one, other = (trained(dropping.build(candidate), case, training) for _ in range(2))
     judge.same_bits(one, other)

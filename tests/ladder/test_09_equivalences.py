@@ -1,8 +1,9 @@
-"""Rung 9, equivalences: what is done for speed or memory changes no result.
+"""Rung 9, equivalences: optimizations for speed or memory change no result.
 
-Micro-batches are one batch, compiled is eager, recomputed is remembered; dropout acts on A's input, in
-training alone. MLX: `mx.compile` must be told of every state that a step reads and writes, model, optimizer
-and `mx.random.state`; what it is not told of is frozen into the graph, and the run goes on in silence.
+Gradient accumulation equals one large batch, a compiled update equals an eager one, and gradient
+checkpointing equals stored activations. Dropout acts on the input of A, and only in training. MLX:
+`mx.compile` must be given all state that an update reads or writes (model, optimizer, `mx.random.state`);
+anything else is silently frozen into the graph as a constant.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from tests.ladder.protocol import Arrays
 
 ADAMW = TrainConfig(iters=3, learning_rate=0.01, weight_decay=0.1)
 SGD = TrainConfig(iters=3, learning_rate=0.05, optimizer="sgd")
-WIDE, NARROW = 2.0**-7, 2.0**-8  # steps of central differences
+WIDE, NARROW = 2.0**-7, 2.0**-8  # values of h for central differences
 ACCUMULATED = replace(SGD, grad_accumulation_steps=2)
-STILL = TrainConfig(iters=3, learning_rate=0.0)
+ZERO_RATE = TrainConfig(iters=3, learning_rate=0.0)
 
 
 def each_of(*ways: str) -> pytest.MarkDecorator:
-    """The ways to train, those that are claimed."""
+    """One test for each of these methods, which all train; a method that is absent is not claimed."""
     return pytest.mark.parametrize(
         "how", [pytest.param(how, marks=[pytest.mark.needs(how)] * (how != "train")) for how in ways]
     )
 
 
-each_optimizer = pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])  # simple ones first
+each_optimizer = pytest.mark.parametrize(
+    "training", [SGD, ADAMW], ids=["sgd", "adamw"]
+)  # the simpler one first
 
 
 def trained(trainer: Any, windows: list[list[Batch]], training: TrainConfig, how: str = "train") -> Arrays:
@@ -43,27 +46,32 @@ def trained(trainer: Any, windows: list[list[Batch]], training: TrainConfig, how
 
 
 def micro_batches(case: Case) -> tuple[list[list[Batch]], list[list[Batch]]]:
-    """Rows of 9, 3 and 2 targets: windows of two micro-batches, the last of one; and each as one batch."""
+    """Three updates over rows of 9, 3 and 2 targets: split into micro-batches, and each as one whole batch.
+
+    The last update has one micro-batch, the others have two.
+    """
     one, two, three = ([row] for row in range(3))
     split = [[one, two], [three, one], [two]]
     whole = [[[0, 1]], [[2, 0]], [[1]]]
 
     def windows(rows: list[list[list[int]]]) -> list[list[Batch]]:
-        return [[rows_of(case.batch, chosen) for chosen in window] for window in rows]
+        return [[rows_of(case.batch, chosen) for chosen in update] for update in rows]
 
     return windows(split), windows(whole)
 
 
 @each_optimizer
-def test_accumulated_updates_equal_the_reference(case: Case, judge: Judge, training: TrainConfig) -> None:
-    """Windows of unequal target counts, and a last window that is not full."""
+def test_updates_with_gradient_accumulation_equal_the_reference(
+    case: Case, judge: Judge, training: TrainConfig
+) -> None:
+    """The micro-batches have unequal target counts, and the last update has fewer micro-batches."""
     split, _ = micro_batches(case)
     accumulating = replace(training, grad_accumulation_steps=2)
     judge(case, lambda t: trained(t, split, accumulating), training.iters * case.longest_sum)
 
 
 def test_the_schedule_counts_updates_and_not_micro_batches(case: Case, judge: Judge) -> None:
-    """A learning rate that falls in every update, over windows of two micro-batches."""
+    """A learning rate that falls with every update, where an update has two micro-batches."""
     split, _ = micro_batches(case)
     falling = replace(SGD, grad_accumulation_steps=2, lr_schedule="linear")
     judge(case, lambda t: trained(t, split, falling), SGD.iters * case.longest_sum)
@@ -72,7 +80,7 @@ def test_the_schedule_counts_updates_and_not_micro_batches(case: Case, judge: Ju
 @pytest.mark.canonical("accumulation")
 @each_optimizer
 def test_micro_batches_are_one_batch(case: Case, judge: Judge, training: TrainConfig) -> None:
-    """Gradients and target counts are summed, and divided once."""
+    """Gradients and target counts are summed over the micro-batches and divided once."""
     split, whole = micro_batches(case)
     accumulating = replace(training, grad_accumulation_steps=2)
     judge.alike(
@@ -82,15 +90,15 @@ def test_micro_batches_are_one_batch(case: Case, judge: Judge, training: TrainCo
     )
 
 
-def test_the_sum_of_a_window_is_clipped_and_not_its_parts(case: Case, judge: Judge) -> None:
-    """Once for each update, by the norm of the whole."""
+def test_the_accumulated_gradient_is_clipped_and_not_each_micro_batch(case: Case, judge: Judge) -> None:
+    """Once per update, by the norm of the whole gradient."""
     split, _ = micro_batches(case)
     clipped = replace(SGD, grad_accumulation_steps=2, max_grad_norm=2.0**-4)
     judge(case, lambda trainer: trained(trainer, split, clipped), SGD.iters * case.longest_sum)
 
 
 def each_way(how: str) -> Any:
-    """Compiled or recomputed, by the reference simply trained."""
+    """Train by the method `how`, or by `train` where it is absent, as in the reference."""
 
     def act(trainer: Any, windows: list[list[Batch]], training: TrainConfig) -> Arrays:
         return trained(trainer, windows, training, how if hasattr(trainer, how) else "train")
@@ -99,7 +107,7 @@ def each_way(how: str) -> Any:
 
 
 def windows_of_two_shapes(case: Case) -> list[list[Batch]]:
-    """Of two micro-batches each, of one row and of two, in either order."""
+    """Three updates with two micro-batches each: one of one row and one of two rows, in either order."""
     one, two = rows_of(case.batch, [0]), rows_of(case.batch, [1, 2])
     return [[one, two], [two, one], [one, two]]
 
@@ -114,10 +122,10 @@ COMPILED = [
 @pytest.mark.needs("train_compiled")
 @pytest.mark.parametrize(("case", "training"), COMPILED, indirect=["case"])
 def test_compiled_updates_equal_eager_ones(case: Case, judge: Judge, training: TrainConfig) -> None:
-    """Three updates: the second and third go on from what the first has left.
+    """Over three updates, so that the second and third depend on the state that the first left.
 
-    Plain; in windows of two shapes, clipped; and with all that could part the two ways, where the same seed
-    must give the same dropout masks.
+    Three runs: AdamW alone; accumulation over batches of two shapes with clipping; and DoRA with
+    checkpointing and dropout, where the same seed must give the same dropout masks.
     """
     act = each_way("train_compiled")
     tried = case.with_dropout(0.25) if training.grad_checkpoint else case
@@ -133,7 +141,7 @@ def test_compiled_updates_equal_eager_ones(case: Case, judge: Judge, training: T
 @pytest.mark.needs("train_checkpointed")
 @pytest.mark.parametrize("case", ["untied", "dora"], indirect=True)
 def test_recomputed_activations_change_nothing(case: Case, judge: Judge) -> None:
-    """What the backward pass computes again is what the forward pass had computed."""
+    """The backward pass recomputes exactly what the forward pass computed."""
     act = each_way("train_checkpointed")
     windows = [[case.batch]] * 3
     judge.alike(
@@ -144,7 +152,7 @@ def test_recomputed_activations_change_nothing(case: Case, judge: Judge) -> None
 
 
 def random_masks(case: Case) -> Arrays:
-    """For each adapted linear which elements of its input are kept, a quarter of them not."""
+    """A keep mask for the input of every adapted linear; a quarter of the elements are dropped."""
     rng = np.random.default_rng(29)
     names = [name.removesuffix(".lora_a") for name in case.factors if name.endswith("lora_a")]
     return {
@@ -161,14 +169,14 @@ def masked(trainer: Any, case: Case, how: str = "train") -> Arrays:
 @pytest.mark.needs("set_dropout_masks")
 @pytest.mark.parametrize("case", ["untied", "dora"], indirect=True)
 def test_dropout_with_given_masks_equals_the_reference(case: Case, judge: Judge) -> None:
-    """It falls on A's input only, and what is kept is divided by 1 - p."""
+    """Dropout acts on the input of A only, and divides the kept elements by 1 - p."""
     dropping = case.with_dropout(0.25)
     judge(dropping, lambda trainer: masked(trainer, case), 2 * case.longest_sum)
 
 
 @pytest.mark.needs("set_dropout_masks", "train_checkpointed")
-def test_recomputed_activations_meet_the_same_dropout_mask(case: Case, judge: Judge) -> None:
-    """With the masks given, so that nothing but the recomputation differs."""
+def test_recomputed_activations_use_the_same_dropout_masks(case: Case, judge: Judge) -> None:
+    """The masks are given, so that only the recomputation differs."""
     dropping = case.with_dropout(0.25)
     judge.alike(
         (dropping, lambda trainer: masked(trainer, case, "train_checkpointed")),
@@ -178,19 +186,20 @@ def test_recomputed_activations_meet_the_same_dropout_mask(case: Case, judge: Ju
 
 
 def loss_at(case: Case, candidate: Any, how: str, factors: Arrays) -> float:
-    """Under the masks that the seed of the run gives."""
+    """The training loss at these factors, under the dropout masks that the run's seed gives."""
     trainer = replace(case, factors={**case.factors, **factors}).build(candidate)
-    return float(getattr(trainer, how)([[case.batch]], replace(STILL, iters=1))[0])
+    return float(getattr(trainer, how)([[case.batch]], replace(ZERO_RATE, iters=1))[0])
 
 
 @each_of("train", "train_checkpointed")
-def test_the_backward_pass_meets_the_masks_of_the_forward_pass(
+def test_the_backward_pass_uses_the_dropout_masks_of_the_forward_pass(
     case: Case, candidate: Any, judge: Judge, how: str
 ) -> None:
-    """An update of SGD by 1 is the gradient; along itself its slope is that of the loss under the same seed.
+    """The gradient's norm equals the slope of the loss along the gradient, under the same seed.
 
-    The slope is Richardson's limit of two central differences. What rounds is the loss, divided by the steps;
-    the limit is nearer to the truth than the two are to one another.
+    The gradient is read off an SGD update at learning rate 1. The slope is the Richardson limit of two
+    central differences. Its error is the rounding of the losses, divided by the difference between the two
+    points, plus the truncation, which is at most the distance between the two differences.
     """
     dropping = case.with_dropout(0.25)
     trainer = dropping.build(candidate)
@@ -200,8 +209,8 @@ def test_the_backward_pass_meets_the_masks_of_the_forward_pass(
 
     def slope(h: float) -> float:
         sides = []
-        for step in (h / norm, -h / norm):
-            moved = {name: case.factors[name] + step * g for name, g in gradient.items()}
+        for by in (h / norm, -h / norm):
+            moved = {name: case.factors[name] + by * g for name, g in gradient.items()}
             sides.append(loss_at(dropping, candidate, how, moved))
         return (sides[0] - sides[1]) / (2 * h)
 
@@ -216,51 +225,55 @@ def test_the_backward_pass_meets_the_masks_of_the_forward_pass(
 
 
 def test_dropout_is_off_in_evaluation(case: Case, candidate: Any, judge: Judge) -> None:
-    """Logits and loss are those without dropout, to the bit, before an update and after it."""
-    plain, dropping = case.build(candidate), case.with_dropout(0.5).build(candidate)
+    """Logits and loss equal those without dropout, to the bit, before and after an update."""
+    without, dropping = case.build(candidate), case.with_dropout(0.5).build(candidate)
     for _ in range(2):
         expected, ours = (
             {"logits": trainer.logits(case.batch.inputs_BT), "nats": trainer.loss(case.batch)[0]}
-            for trainer in (plain, dropping)
+            for trainer in (without, dropping)
         )
         judge.same_bits(ours, expected)
-        dropping.train([[case.batch]], STILL)
+        dropping.train([[case.batch]], ZERO_RATE)
 
 
 @pytest.mark.needs("evaluate")
-def test_dropout_is_off_over_a_data_set(case: Case, candidate: Any, judge: Judge) -> None:
-    """In validation too, straight from a model newly made and after an update."""
-    plain, dropping = case.build(candidate), case.with_dropout(0.5).build(candidate)
+def test_dropout_is_off_in_validation(case: Case, candidate: Any, judge: Judge) -> None:
+    """Both for a new model and after an update."""
+    without, dropping = case.build(candidate), case.with_dropout(0.5).build(candidate)
     for _ in range(2):
-        ours, expected = ({"nats": trainer.evaluate([case.batch])} for trainer in (dropping, plain))
+        ours, expected = ({"nats": trainer.evaluate([case.batch])} for trainer in (dropping, without))
         judge.same_bits(ours, expected)
-        dropping.train([[case.batch]], STILL)
+        dropping.train([[case.batch]], ZERO_RATE)
 
 
 def test_dropout_keeps_the_expectation(case: Case, candidate: Any) -> None:
-    """On the mean of 32 masks of the trainer's own, an adapter acts as it does without dropout.
+    """Averaged over 32 random masks, the adapter's effect on the loss equals its effect without dropout.
 
-    B is a short step along its gradient, so that the loss is nearly linear in what is dropped. Half of the
-    input is, so not to divide by 1 - p would halve the effect: 5 standard errors must be less than that.
+    B is moved from zero by a small step against its gradient, so that the loss is nearly linear in the
+    dropped elements. Half of the input is dropped, so a trainer that does not divide by 1 - p halves the
+    effect. The test can tell that only if 5 standard errors are less than one half.
     """
     zero, num_masks = case.with_zero_b(), 32
     gradients = zero.build(candidate).gradients(case.batch)
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values()))
     factors = {n: v - np.float32(2.0**-8 / norm) * gradients[n] for n, v in zero.factors.items()}
     moved = replace(case, factors=factors)
-    without, plain = (c.build(candidate).train([[case.batch]], STILL)[0] for c in (zero, moved))
+    at_zero, undropped = (c.build(candidate).train([[case.batch]], ZERO_RATE)[0] for c in (zero, moved))
     dropping = moved.with_dropout(0.5).build(candidate)
-    dropped = np.array(dropping.train([[case.batch]] * num_masks, replace(STILL, iters=num_masks)))
-    effects = (dropped - without) / (plain - without)
+    dropped = np.array(dropping.train([[case.batch]] * num_masks, replace(ZERO_RATE, iters=num_masks)))
+    effects = (dropped - at_zero) / (undropped - at_zero)
     error = effects.std(ddof=1) / np.sqrt(num_masks)
     print(f"{effects.mean():.3f} of the effect, standard error {error:.3f}")
     assert abs(effects.mean() - 1) <= 5 * error < 0.5
 
 
-def test_a_larger_share_dropped_scatters_more(case: Case, candidate: Any) -> None:
-    """As sqrt(p / (1 - p)) to first order: nine times at 0.9 what it is at 0.1; who keeps p, a ninth."""
+def test_more_dropout_makes_the_loss_vary_more(case: Case, candidate: Any) -> None:
+    """The spread is about sqrt(p / (1 - p)): at p = 0.9 nine times that at 0.1.
+
+    For a trainer that takes p as the share to keep, it is a ninth.
+    """
     few, many = (
-        np.std(case.with_dropout(p).build(candidate).train([[case.batch]] * 16, replace(STILL, iters=16)))
+        np.std(case.with_dropout(p).build(candidate).train([[case.batch]] * 16, replace(ZERO_RATE, iters=16)))
         for p in (0.1, 0.9)
     )
     assert few < many
@@ -268,15 +281,15 @@ def test_a_larger_share_dropped_scatters_more(case: Case, candidate: Any) -> Non
 
 @each_of("train", "train_compiled")
 def test_every_update_draws_a_new_dropout_mask(case: Case, candidate: Any, how: str) -> None:
-    """At learning rate 0 only it differs; a compiler not told of the random state would repeat it."""
+    """At rate 0 only the mask differs between updates. `mx.compile` must be given the random state."""
     trainer = case.with_dropout(0.5).build(candidate)
-    losses = getattr(trainer, how)([[case.batch]] * 3, STILL)
+    losses = getattr(trainer, how)([[case.batch]] * 3, ZERO_RATE)
     assert len(set(losses)) == 3
 
 
 def test_every_micro_batch_draws_a_new_dropout_mask(case: Case, candidate: Any) -> None:
-    """A window of the same batch twice has not the loss of that batch once."""
+    """Accumulating the same batch twice gives another loss than the batch once."""
     trainers = [case.with_dropout(0.5).build(candidate) for _ in range(2)]
-    once = trainers[0].train([[case.batch]], replace(STILL, iters=1))
-    twice = trainers[1].train([[case.batch] * 2], replace(STILL, iters=1, grad_accumulation_steps=2))
+    once = trainers[0].train([[case.batch]], replace(ZERO_RATE, iters=1))
+    twice = trainers[1].train([[case.batch] * 2], replace(ZERO_RATE, iters=1, grad_accumulation_steps=2))
     assert once != twice

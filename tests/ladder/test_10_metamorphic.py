@@ -1,8 +1,8 @@
-"""Rung 10, metamorphic: what should not matter does not, and what should scale does.
+"""Rung 10, metamorphic: changes of the input that must change nothing, or scale the result, do just that.
 
-No reference is needed: the trainer is held to itself after a change of its input whose effect is known. Where
-the change multiplies by a power of two, not a bit may differ. MLX: a padded batch is what a compiled step of
-fixed shape is fed, so that padding must be without any effect.
+No reference is needed: the input is changed in a way whose effect is known, and the trainer is compared with
+itself. If the change multiplies by a power of two, the bits must be equal. MLX: a compiled update has fixed
+shapes and so gets padded batches; padding must have no effect.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def learned(batch: Batch) -> Act:
 
 
 def test_the_order_of_the_rows_does_not_matter(case: Case, judge: Judge) -> None:
-    """Loss and gradients of the batch turned by one row."""
+    """Loss and gradients of the batch with its rows rotated by one."""
     judge.alike((case, learned(case.batch)), (case, learned(rows_of(case.batch, [1, 2, 0]))))
 
 
 @pytest.mark.canonical("pad_targets")
 def test_more_padding_of_random_tokens_does_not_matter(case: Case, judge: Judge) -> None:
-    """Seven columns wider, and every padding position, old and new, a random token."""
+    """The batch is seven columns wider, and every padding position holds a random token."""
     wide = make_batch(random_rows(case.spec.vocab_size, TOKEN_COUNTS), PROMPT_COUNTS, width=20)
     rng = np.random.default_rng(31)
     noise_BT = rng.integers(0, case.spec.vocab_size, wide.inputs_BT.shape).astype(np.int32)
@@ -56,20 +56,20 @@ def test_more_padding_of_random_tokens_does_not_matter(case: Case, judge: Judge)
 
 
 def test_a_batch_given_twice_has_the_same_mean(case: Case, judge: Judge) -> None:
-    """Twice the sum over twice the targets."""
+    """Twice the sum of nats over twice the number of targets."""
     judge.alike((case, learned(case.batch)), (case, learned(rows_of(case.batch, [0, 1, 2, 0, 1, 2]))))
 
 
 @pytest.mark.canonical("pad_targets")
-def test_rows_that_begin_alike_add_up_to_the_rows_alone(case: Case, judge: Judge) -> None:
-    """As under one system prompt: nats and gradients are the sums of each row's in a batch by itself."""
+def test_rows_with_a_common_prefix_add_up_to_the_rows_alone(case: Case, judge: Judge) -> None:
+    """As with a shared system prompt: nats and gradients are the sums over the rows as single batches."""
     together = one_prompt_batch(case.spec.vocab_size)
     alone = [rows_of(together, [row]) for row in range(len(together.inputs_BT))]
     judge.alike((case, lambda t: summed(t, [together])), (case, lambda t: summed(t, alone)))
 
 
 def summed(trainer: Any, parts: Sequence[Batch]) -> Arrays:
-    """Nats and their gradients, over all parts."""
+    """The sums of nats and of their gradients over all parts."""
     sums: Arrays = {}
     for part in parts:
         nats, num_targets = trainer.loss(part)
@@ -80,7 +80,7 @@ def summed(trainer: Any, parts: Sequence[Batch]) -> Arrays:
 
 
 def rescaled(case: Case, alpha: float, a: float, b: float) -> Case:
-    """alpha, every A and every B, each times a number."""
+    """alpha, every A and every B, multiplied by these numbers."""
     by = {"lora_a": np.float32(a), "lora_b": np.float32(b)}
     factors = {name: value * by[name.rpartition(".")[2]] for name, value in case.factors.items()}
     return replace(case, lora=replace(case.lora, alpha=alpha * case.lora.alpha), factors=factors)
@@ -93,7 +93,7 @@ MOVES = {"alpha to b": (4.0, 1.0, 0.25), "alpha to a": (4.0, 0.25, 1.0), "b to a
 def test_factors_of_two_move_freely_between_alpha_a_and_b(
     case: Case, candidate: Any, judge: Judge, alpha: float, a: float, b: float
 ) -> None:
-    """Only the product acts: alpha times 4 and B by 4, or any two of the three, change no bit."""
+    """Only the product alpha A B matters: one of the three times 4 and another by 4 changes no bit."""
     moved, tokens_BT = rescaled(case, alpha, a, b), case.batch.inputs_BT
     one, other = ({"logits": c.build(candidate).logits(tokens_BT)} for c in (case, moved))
     judge.same_bits(other, one)
@@ -101,7 +101,7 @@ def test_factors_of_two_move_freely_between_alpha_a_and_b(
 
 @pytest.mark.canonical("scale")
 def test_the_update_is_proportional_to_alpha_over_rank(case: Case, judge: Judge) -> None:
-    """A rank doubled by columns of zeros, and alpha doubled with it, change nothing."""
+    """Doubling the rank with zeros, and alpha with it, changes nothing."""
     wider = {
         name: np.concatenate([value, np.zeros_like(value)], axis=1 if name.endswith("lora_a") else 0)
         for name, value in case.factors.items()
@@ -115,10 +115,10 @@ def test_the_update_is_proportional_to_alpha_over_rank(case: Case, judge: Judge)
 
 
 @pytest.mark.parametrize("case", ["untied", "tied"], indirect=True)
-def test_the_numbers_of_the_tokens_do_not_matter(case: Case, judge: Judge) -> None:
-    """Embedding and head in another order, and the batch's tokens renamed with them."""
+def test_renumbering_the_tokens_changes_nothing(case: Case, judge: Judge) -> None:
+    """The rows of embedding and head are permuted, and the token ids of the batch with them."""
     order = np.random.default_rng(37).permutation(case.spec.vocab_size)
-    number = np.argsort(order).astype(np.int32)  # old token -> its new number
+    number = np.argsort(order).astype(np.int32)  # old token id -> new token id
     weights = dict(case.weights)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in weights:
@@ -130,7 +130,7 @@ def test_the_numbers_of_the_tokens_do_not_matter(case: Case, judge: Judge) -> No
 
 @pytest.mark.canonical("pad_targets")
 def test_prompt_and_reply_add_up_to_the_whole(case: Case, judge: Judge, candidate: Any) -> None:
-    """The set of targets decides, wherever the prompt ends: sums over two parts are the sum over both."""
+    """Only the set of targets matters: nats over the prompt plus nats over the reply are nats over both."""
     rows = random_rows(case.spec.vocab_size, TOKEN_COUNTS)
     whole, reply = make_batch(rows, (1, 1, 1)), make_batch(rows, PROMPT_COUNTS)
     prompt = reply._replace(mask_BT=whole.mask_BT & ~reply.mask_BT)

@@ -1,8 +1,8 @@
-"""Rung 11, state: a run that is stopped, saved, loaded and continued is the run that was never stopped.
+"""Rung 11, state: bit-exact resume. A run that is saved, loaded and continued equals the uninterrupted run.
 
-To the bit: factors, both moments of AdamW, the number of updates behind its bias corrections and the
-schedule, and the random state of dropout. MLX: `optimizer.state` holds the step and the moments; an optimizer
-made anew begins at step 0 with moments of zero, and nothing says so.
+That needs the factors, both moments of AdamW, the number of updates (for bias correction and schedule), and
+the random state of dropout. MLX: `optimizer.state` holds the step counter and the moments. A new optimizer
+silently starts from step 0 with zero moments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ each_run = pytest.mark.parametrize("training", RUNS.values(), ids=RUNS)
 
 
 def windows(case: Case) -> list[list[Any]]:
-    """Of each update another batch."""
+    """A different batch for each update."""
     return [[rows_of(case.batch, [t % 3, (t + 1) % 3])] for t in range(ITERS)]
 
 
@@ -40,7 +40,7 @@ def uninterrupted(case: Case, candidate: Any, training: TrainConfig) -> Arrays:
 
 
 def interrupted(case: Case, candidate: Any, training: TrainConfig, folder: Path) -> Arrays:
-    """The second trainer is given other factors than the first had: it must take those that were saved."""
+    """The second trainer starts with other factors than the first, so it must load the saved ones."""
     first, second = case.build(candidate), case.with_zero_b().build(candidate)
     before = first.train(windows(case)[:STOP], training)
     first.save(folder)
@@ -51,10 +51,10 @@ def interrupted(case: Case, candidate: Any, training: TrainConfig, folder: Path)
 
 @needs_state
 @each_run
-def test_a_run_goes_on_after_a_stop_as_if_there_had_been_none(
+def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     case: Case, candidate: Any, judge: Judge, training: TrainConfig, tmp_path: Path
 ) -> None:
-    """Two updates, a stop, four more: losses and factors of six without a stop."""
+    """Two updates, a stop and four more give the losses and factors of six updates without a stop."""
     judge.same_bits(
         uninterrupted(case, candidate, training), interrupted(case, candidate, training, tmp_path)
     )
@@ -62,8 +62,10 @@ def test_a_run_goes_on_after_a_stop_as_if_there_had_been_none(
 
 @needs_state
 @pytest.mark.parametrize("case", ["dora"], indirect=True)
-def test_magnitudes_go_on_too(case: Case, candidate: Any, judge: Judge, tmp_path: Path) -> None:
-    """What DoRA trains beside A and B is state as well."""
+def test_a_resumed_dora_run_equals_the_uninterrupted_run_to_the_bit(
+    case: Case, candidate: Any, judge: Judge, tmp_path: Path
+) -> None:
+    """DoRA's magnitudes are training state too."""
     training = RUNS["adamw"]
     judge.same_bits(
         uninterrupted(case, candidate, training), interrupted(case, candidate, training, tmp_path)
@@ -71,8 +73,10 @@ def test_magnitudes_go_on_too(case: Case, candidate: Any, judge: Judge, tmp_path
 
 
 @needs_state
-def test_dropout_goes_on_where_it_stopped(case: Case, candidate: Any, judge: Judge, tmp_path: Path) -> None:
-    """The masks after a stop are those that would have come."""
+def test_a_resumed_run_draws_the_same_dropout_masks(
+    case: Case, candidate: Any, judge: Judge, tmp_path: Path
+) -> None:
+    """The masks after the stop are those of the uninterrupted run."""
     dropping, training = case.with_dropout(0.25), RUNS["adamw"]
     judge.same_bits(
         uninterrupted(dropping, candidate, training), interrupted(dropping, candidate, training, tmp_path)
@@ -83,7 +87,7 @@ def test_dropout_goes_on_where_it_stopped(case: Case, candidate: Any, judge: Jud
 def test_saving_and_loading_leave_the_base_alone(
     case: Case, candidate: Any, judge: Judge, tmp_path: Path
 ) -> None:
-    """Neither the trainer that is saved moves, nor the base of the one that goes on."""
+    """Saving changes no factor and no base weight; loading and continuing change no base weight."""
     first, second = case.build(candidate), case.build(candidate)
     first.train(windows(case)[:STOP], RUNS["adamw"])
     before = first.factors()

@@ -1,7 +1,8 @@
-"""Rung 12, merge: the factors summed into the base act as base and factors did, and can be taken out again.
+"""Rung 12, merge: merged weights act as base and adapter did, and unmerging restores them.
 
-Within the rounding of one sum for each weight; unmerged, every byte is back. MLX: the transpose of A B has
-another layout than the weight, and a base in half precision swallows an update smaller than its rounding.
+A merged weight is right within the rounding of one sum; unmerging restores every byte. MLX: A B must be
+transposed to the layout of the weight, and a base in half precision loses an update smaller than its
+rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def test_merged_logits_are_those_of_the_adapter(case: Case, judge: Judge) -> Non
 @pytest.mark.alone
 @every_variant
 def test_a_merged_weight_is_the_sum(case: Case, judge: Judge, candidate: Any) -> None:
-    """W + scale (A B)^T, with DoRA its rows of the length of the magnitude; every other weight untouched."""
+    """W + scale (A B)^T; with DoRA, rows scaled to the magnitudes as lengths. No other weight changes."""
     trainer = case.build(candidate)
     trainer.merge()
     ours, expected = trainer.base(), merged_weights(case, candidate.dialect)

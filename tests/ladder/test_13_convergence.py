@@ -1,9 +1,9 @@
-"""Rung 13, convergence: it learns as fast as PyTorch does, as a distribution over seeds.
+"""Rung 13, convergence: the trainer learns as fast as PyTorch does, over a distribution of seeds.
 
-Every rung below compares one run with its twin. Here the runs differ, in adapter, data and dropout, and what
-is compared is the loss they reach: that ours is neither higher nor lower than PyTorch's is tested by
-permutation, and the same test must find that a learning rate of 0 does not converge. Beside it
-stands the criterion with which the project began: "training loss decreases properly (8.95 -> < 2.0)".
+The rungs below compare a run with the same run in PyTorch. Here the runs have different adapters, data and
+dropout, and the losses that they reach are compared: a permutation test decides whether ours are higher or
+lower than PyTorch's, and the same test must detect that a run at learning rate 0 does not converge. The last
+tests are the criterion with which the project began: "training loss decreases properly (8.95 -> < 2.0)".
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from tests.trainers.reference import oracle
 
 pytestmark = pytest.mark.slow
 
-ALPHA = 1e-4  # the chance of calling a right trainer wrong: in ten draws, one in a thousand
+ALPHA = 1e-4  # the probability of failing a right trainer: about one in a thousand over ten draws
 NUM_SEEDS = 10
 SHORT = TrainConfig(iters=20, learning_rate=0.03)
 
-# Wide enough, with a head large enough, that a low-rank update can reach any answer through the frozen rest.
+# Wide enough, and with large enough head weights, that a low-rank adapter can learn any answer.
 WIDE = replace(
     SPEC,
     vocab_size=5600,
@@ -51,7 +51,7 @@ WIDE = replace(
     rope_theta=10000.0,
 )
 LONG = TrainConfig(iters=60, learning_rate=5e-3)
-FIRST_LOSS_8_95 = 25  # the first seed whose tokens have the plan's first loss
+FIRST_LOSS_8_95 = 25  # the first seed whose first loss is the 8.95 of the plan
 
 
 def beginning_factors(weights: Arrays, rank: int, seed: int) -> Arrays:
@@ -67,7 +67,7 @@ def beginning_factors(weights: Arrays, rank: int, seed: int) -> Arrays:
 
 
 def last_loss(trainer: Any, seed: int, training: TrainConfig) -> float:
-    """Of a run with an adapter, data and dropout of its own: the mean over the last five updates."""
+    """The mean loss over the last five updates of a run; adapter, data and dropout come from the seed."""
     weights = make_weights(SPEC)
     lora = LoRAConfig(rank=4, alpha=8.0, dropout=0.1)
     case = Case(f"seed {seed}", SPEC, lora, weights, beginning_factors(weights, lora.rank, seed))
@@ -87,7 +87,7 @@ def reached_by_pytorch(dialect: Dialect) -> np.ndarray:
 
 
 def chance_of_being_so_far_apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Two-sided permutation test of the means: in which share of all splits are they so far apart?"""
+    """Two-sided permutation test: the share of all splits whose means are at least this far apart."""
     pooled = np.concatenate([ours, theirs])
     firsts = pooled[np.array(list(combinations(range(len(pooled)), len(ours))))].mean(axis=1)
     differences = np.abs(firsts - (pooled.sum() - firsts * len(ours)) / len(theirs))
@@ -97,15 +97,15 @@ def chance_of_being_so_far_apart(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def test_the_loss_after_twenty_updates_is_distributed_as_pytorchs(candidate: Any) -> None:
-    """Ten seeds an arm, no seed in both: to learn faster than PyTorch is to compute something else."""
+    """Ten seeds for each, none used twice. A trainer that learns faster than PyTorch fails too."""
     theirs = reached_by_pytorch(candidate.dialect)
     ours = reached(candidate, 101, SHORT)
     chance = chance_of_being_so_far_apart(ours, theirs)
     assert chance > ALPHA, f"ours {ours.mean():.3f}, PyTorch's {theirs.mean():.3f}: p = {chance:.5f}"
 
 
-def test_without_a_learning_rate_nothing_converges(candidate: Any) -> None:
-    """The negative control: the same test tells such runs from PyTorch's, as too high and as too low."""
+def test_at_learning_rate_zero_nothing_converges(candidate: Any) -> None:
+    """The negative control: the same test tells runs at rate 0 from PyTorch's, from either side."""
     theirs = reached_by_pytorch(candidate.dialect)
     ours = reached(candidate, 101, replace(SHORT, learning_rate=0.0))
     assert chance_of_being_so_far_apart(ours, theirs) < ALPHA
@@ -114,7 +114,7 @@ def test_without_a_learning_rate_nothing_converges(candidate: Any) -> None:
 
 @functools.cache
 def wide_case() -> Case:
-    """Normal weights of deviation 0.05, norms of one; A uniform, B zero; the same in every draw."""
+    """Normal weights of standard deviation 0.05, norms of one, A uniform, B zero; the same in every draw."""
     with Draw.set_to(0):
         weights = {
             name: np.ones_like(weight) if "norm" in name else random_array(name, weight.shape, 0.05)
@@ -132,7 +132,7 @@ def wide_batch() -> Batch:
 
 @pytest.mark.canonical("pad_targets")
 def test_a_large_vocabulary_begins_at_8_95_nats(judge: Judge) -> None:
-    """PyTorch's loss, and about that of a uniform guess: ln V, and half the logits' variance, D x 0.05^2."""
+    """It is PyTorch's loss, near ln V (a uniform guess) plus half the logits' variance, D x 0.05^2."""
     case, batch = wide_case(), wide_batch()
     nats = judge(case, lambda t: {"nats": np.array(t.loss(batch)[0])}, WIDE.vocab_size)["nats"]
     first = float(nats) / int(batch.mask_BT.sum())
@@ -142,9 +142,10 @@ def test_a_large_vocabulary_begins_at_8_95_nats(judge: Judge) -> None:
 
 @pytest.mark.canonical("scale", "bias_correction", "pad_targets")
 def test_the_loss_falls_from_8_95_nats_below_2_by_lora_alone(judge: Judge) -> None:
-    """A frozen random model, and sixty updates of its adapter, along PyTorch's curve.
+    """Sixty updates of the adapter on a frozen random model follow PyTorch's loss curve.
 
-    No noise is drawn: the other term of the tolerance, of 60 sums over 5,600 words, is far above it.
+    The noise is not estimated (num_draws = 0): the floor of the tolerance, with k = 60 x 5,600, is far above
+    it.
     """
     case, windows = wide_case(), [[wide_batch()]] * LONG.iters
     k = LONG.iters * WIDE.vocab_size
@@ -154,8 +155,8 @@ def test_the_loss_falls_from_8_95_nats_below_2_by_lora_alone(judge: Judge) -> No
 
 
 @pytest.mark.canonical("scale", "bias_correction", "pad_targets")
-def test_without_a_learning_rate_the_loss_stays_to_the_bit(candidate: Any) -> None:
-    """The control of the curve."""
+def test_at_learning_rate_zero_the_loss_stays_to_the_bit(candidate: Any) -> None:
+    """The control of the test above."""
     still = replace(LONG, iters=3, learning_rate=0.0)
     losses = wide_case().build(candidate).train([[wide_batch()]] * 3, still)
     assert losses[0] == losses[1] == losses[2]

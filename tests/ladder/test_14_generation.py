@@ -1,8 +1,8 @@
-"""Rung 14, generation: the same greedy tokens as PyTorch, and a cache that changes nothing.
+"""Rung 14, generation: the same greedy tokens as PyTorch; the key/value cache changes nothing.
 
-A token counts as decided only where its lead over the runner-up exceeds what rounding may take from it.
-MLX: a key/value cache shifts positions, so that rope needs an offset; rows of unequal length share a batch
-and a cache, and each must end by itself.
+A token is compared only if its logit leads the runner-up by more than rounding can change. MLX: with a
+key/value cache, rope needs the number of cached tokens as its offset; rows of unequal length share a batch
+and a cache, and each row must stop at its own end token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.ladder.cases import Case, Draw
 from tests.ladder.judge import Judge
 
 NUM_TOKENS = 20
-NO_TOKEN = -1  # an end that never comes
+NO_TOKEN = -1  # an end token that never occurs
 each_case = pytest.mark.parametrize("case", ["untied", "tied", "llama3 rope"], indirect=True)
 
 
@@ -30,17 +30,17 @@ def prompt_of(case: Case) -> list[int]:
 @pytest.mark.needs("greedy")
 @each_case
 def test_greedy_tokens_equal_the_reference(case: Case, candidate: Any, judge: Judge) -> None:
-    """Twenty tokens, as far as each is decidable, and those are most of them."""
+    """Twenty tokens, up to the first whose lead is within rounding; at least ten must be compared."""
     prompt = prompt_of(case)
     expected = case.build(judge.oracle(torch.float64)).greedy(prompt, NUM_TOKENS)
     decided = num_decided(case, prompt + expected, len(prompt) - 1, judge)
-    least = NUM_TOKENS / 2 if Draw.number else NUM_TOKENS  # of the documents' draw all
+    least = NUM_TOKENS / 2 if Draw.number else NUM_TOKENS  # in the draw that the documents show, all of them
     assert decided >= least, f"undecidable after {decided} tokens: choose another draw"
     assert case.build(candidate).greedy(prompt, NUM_TOKENS)[:decided] == expected[:decided]
 
 
 def num_decided(case: Case, text: list[int], start: int, judge: Judge) -> int:
-    """How many of the text's tokens, from `start` on, lead by more than twice their tolerance."""
+    """The number of tokens from `start` on before the first that leads by at most twice its tolerance."""
     oracle64 = judge.oracle(torch.float64)
     exact, *drawn = (
         c.build(oracle64).logits(np.array([text]))[0, start:-1]
@@ -55,7 +55,7 @@ def num_decided(case: Case, text: list[int], start: int, judge: Judge) -> int:
 @pytest.mark.needs("greedy")
 @each_case
 def test_the_cache_changes_no_greedy_token(case: Case, candidate: Any) -> None:
-    """Token for token what reading the whole text anew gives."""
+    """The tokens are those that a forward pass over the whole text gives at every token."""
     trainer, prompt = case.build(candidate), prompt_of(case)
     text = list(prompt)
     for _ in range(NUM_TOKENS):
@@ -65,10 +65,14 @@ def test_the_cache_changes_no_greedy_token(case: Case, candidate: Any) -> None:
 
 @pytest.mark.needs("greedy")
 def test_dropout_is_off_in_generation(case: Case, candidate: Any) -> None:
-    """The tokens are those without it, after an update too."""
-    plain, dropping, prompt = case.build(candidate), case.with_dropout(0.5).build(candidate), prompt_of(case)
+    """The tokens equal those without dropout, before and after an update."""
+    without, dropping, prompt = (
+        case.build(candidate),
+        case.with_dropout(0.5).build(candidate),
+        prompt_of(case),
+    )
     for _ in range(2):
-        assert dropping.greedy(prompt, NUM_TOKENS) == plain.greedy(prompt, NUM_TOKENS)
+        assert dropping.greedy(prompt, NUM_TOKENS) == without.greedy(prompt, NUM_TOKENS)
         dropping.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.0))
 
 
@@ -83,10 +87,10 @@ def test_dropout_is_off_in_generation(case: Case, candidate: Any) -> None:
     ],
     ids=["unequal", "common beginning", "twice the same", "none"],
 )
-def test_prompts_answered_together_are_answered_as_alone(
+def test_batched_prompts_get_the_answers_that_they_get_alone(
     case: Case, candidate: Any, prompts: list[list[int]]
 ) -> None:
-    """In the order of the prompts."""
+    """The answers come in the order of the prompts."""
     trainer = case.build(candidate)
     together = trainer.greedy_all(prompts, 8, NO_TOKEN)
     assert together == [trainer.greedy(prompt, 8) for prompt in prompts]
@@ -94,7 +98,7 @@ def test_prompts_answered_together_are_answered_as_alone(
 
 @pytest.mark.needs("greedy_all")
 def test_the_end_token_ends_an_answer_and_is_not_part_of_it(case: Case, candidate: Any) -> None:
-    """Each row of a group stops by itself."""
+    """Each row of a batch stops at its own end token."""
     trainer, prompts = case.build(candidate), [[5, 7, 11], [13, 17, 19]]
     free = trainer.greedy_all(prompts, 8, NO_TOKEN)
     end = free[0][3]

@@ -1,4 +1,4 @@
-"""The ladder's own words: what blocks what, what is never a pass, and what the first divergence says."""
+"""The report: which tests are blocked, what never counts as passed, and how a divergence is reported."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RUNGS = range(1, 15)
 
 @pytest.fixture(autouse=True)
 def with_the_default_trainer(ladder: Ladder) -> None:
-    """Of no interest to those who climb with their own."""
+    """Skipped when another trainer is judged: these tests are about the ladder itself."""
     if ladder.trainer != DEFAULT_TRAINER:
         pytest.skip("about the ladder itself")
 
 
 class CountsPadding(ReferenceTrainer):
-    """One padding target in each row, undeclared."""
+    """Counts one padding target in each row and does not declare it."""
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         nats, num_targets = super().loss(batch)
@@ -39,7 +39,7 @@ class CountsPadding(ReferenceTrainer):
 
 
 class DeclaresPadding(ReferenceTrainer):
-    """The same, declared and done throughout."""
+    """Counts one padding target in each row everywhere, and declares it."""
 
     dialect = Dialect(pad_targets=1)
 
@@ -48,7 +48,7 @@ SMALLEST: Any = MinimalTrainer
 
 
 class PadsOneTarget(MinimalTrainer):
-    """One padding target in each padded row, counted throughout and not declared."""
+    """Counts one padding target in each padded row everywhere, and does not declare it."""
 
     def loss(self, batch: Batch) -> Any:
         return SMALLEST.loss(self, padded(batch))
@@ -69,7 +69,7 @@ def is_not_implemented(*given: object) -> None:
 
 
 class MakesNoModel:
-    """The seven members, and nothing behind them."""
+    """The seven members, none of them implemented."""
 
     dialect = Dialect()
     __init__ = is_not_implemented
@@ -77,7 +77,7 @@ class MakesNoModel:
 
 
 class AnswersNothing(MakesNoModel):
-    """A model, every capability by name, and no answer."""
+    """Every capability is present, none is implemented, but a trainer can be made."""
 
     def __init__(self, *given: object) -> None:
         pass
@@ -91,8 +91,8 @@ def name_of(trainer: type) -> str:
     return f"{__name__}:{trainer.__name__}"
 
 
-def test_what_stands_on_a_failed_rung_is_blocked_and_what_is_judged_alone_is_not() -> None:
-    """The count is wrong on rung 4: rungs 5 and 7 keep only what is fed the reference's values."""
+def test_a_failed_rung_blocks_the_rungs_above_it_but_not_tests_that_are_judged_alone() -> None:
+    """The target count is wrong at rung 4, so rung 7 runs only the tests that get the reference's values."""
     ladder = climb(name_of(CountsPadding), rungs=(3, 4, 7))
     outcomes = ladder.outcomes
     assert outcomes[3]["failed"] == 0 < outcomes[3]["passed"]
@@ -100,8 +100,8 @@ def test_what_stands_on_a_failed_rung_is_blocked_and_what_is_judged_alone_is_not
     assert outcomes[7]["failed"] == 0 < outcomes[7]["blocked"] and outcomes[7]["passed"] > 0
 
 
-def test_the_first_divergence_says_what_where_and_how_to_see_it_again() -> None:
-    """Rung, test, expected and actual, and a command that names the trainer."""
+def test_the_first_divergence_is_reported_with_values_and_a_replay_command() -> None:
+    """The report shows rung, test, expected and actual value, and a command that names the trainer."""
     ladder = climb(name_of(CountsPadding), "-x", rungs=(4,))
     text = "\n".join(summary_lines(ladder))
     assert ladder.first_divergence is not None and ladder.first_divergence.rung == 4
@@ -111,13 +111,13 @@ def test_the_first_divergence_says_what_where_and_how_to_see_it_again() -> None:
 
 
 def test_a_run_that_keeps_going_blocks_nothing() -> None:
-    """For those who want to see everything."""
+    """With --keep-going, every rung is judged."""
     ladder = climb(name_of(CountsPadding), "--keep-going", rungs=(4, 14))
     assert ladder.outcomes[14]["blocked"] == 0 < ladder.outcomes[14]["passed"]
 
 
 def test_a_declared_departure_passes_and_is_printed() -> None:
-    """Held to what it declares; the claims of the canonical dialect are not claimed."""
+    """The trainer is judged by what it declares; claims about the canonical dialect are not claimed."""
     ladder = climb(name_of(DeclaresPadding), rungs=(4,))
     assert ladder.first_divergence is None and ladder.outcomes[4]["not claimed"] > 0
     assert departures(ladder) == "pad_targets = 1 instead of 0"
@@ -125,8 +125,8 @@ def test_a_declared_departure_passes_and_is_printed() -> None:
 
 
 @pytest.mark.parametrize("trainer", [MakesNoModel, AnswersNothing])
-def test_what_is_not_claimed_is_never_a_pass(trainer: type) -> None:
-    """A trainer that implements nothing passes nothing, on any rung, and that is no success."""
+def test_not_claimed_never_counts_as_passed(trainer: type) -> None:
+    """A trainer that implements nothing passes nothing at any rung, and the exit status is not 0."""
     ladder = climb(name_of(trainer), rungs=RUNGS)
     assert set(ladder.outcomes) == set(RUNGS)
     assert all(set(counts) == {"not claimed"} for counts in ladder.outcomes.values())
@@ -135,13 +135,13 @@ def test_what_is_not_claimed_is_never_a_pass(trainer: type) -> None:
 
 
 def test_the_platform_alone_is_judged_without_a_trainer() -> None:
-    """Rung 0 asks nothing of it."""
+    """Rung 0 does not use the trainer."""
     ladder = climb(name_of(MakesNoModel), rungs=(0,))
     assert ladder.exit_status == 0 and ladder.outcomes[0]["passed"] > 0
 
 
 def test_the_readme_shows_what_the_ladder_says() -> None:
-    """Rung by rung and to the letter, but for the shares of tolerances, which are each machine's own."""
+    """Letter by letter, except for the shares of tolerances, which depend on the machine."""
     ladder = climb(name_of(PadsOneTarget))
     shown = re.search(r"=+ ladder: my_adapter:MyTrainer =+\n(.*?)```", README, re.DOTALL)
     said = [line.replace(name_of(PadsOneTarget), "my_adapter:MyTrainer") for line in summary_lines(ladder)]
@@ -163,8 +163,8 @@ def without_share(line: str) -> str:
         ("tests.ladder.cases:Case", "the class must have dialect, logits, loss, gradients, train"),
     ],
 )
-def test_a_wrong_trainer_is_one_sentence(trainer: str, message: str) -> None:
-    """And no traceback."""
+def test_a_wrong_trainer_is_refused_in_one_sentence(trainer: str, message: str) -> None:
+    """Without a traceback."""
     with pytest.raises(RuntimeError, match=message) as info:
         climb(trainer)
     assert "Traceback" not in str(info.value) and str(info.value).startswith("ERROR: --trainer")

@@ -23,19 +23,19 @@ REMAINING = {
         "test_given_gradients_move_the_factors_as_in_the_reference[5-linear]": WARMUP,
         "test_the_learning_rate_of_every_update_is_the_closed_form[linear-3]": WARMUP,
         "test_the_learning_rate_of_every_update_is_the_closed_form[cosine-3]": WARMUP,
-        "test_at_the_end_of_a_long_run_too[linear-0]": LONG_RUN,
-        "test_at_the_end_of_a_long_run_too[cosine-0]": LONG_RUN,
-        "test_at_the_end_of_a_long_run_too[linear-3]": WARMUP,
-        "test_at_the_end_of_a_long_run_too[cosine-3]": WARMUP,
+        "test_the_last_learning_rate_of_a_long_run_is_the_closed_form[linear-0]": LONG_RUN,
+        "test_the_last_learning_rate_of_a_long_run_is_the_closed_form[cosine-0]": LONG_RUN,
+        "test_the_last_learning_rate_of_a_long_run_is_the_closed_form[linear-3]": WARMUP,
+        "test_the_last_learning_rate_of_a_long_run_is_the_closed_form[cosine-3]": WARMUP,
     },
     "test_08_trajectory": {
         "test_the_schedule_reaches_the_optimizer": WARMUP,
     },
     "test_09_equivalences": {
-        "test_accumulated_updates_equal_the_reference[adamw]": INCOMPLETE,
-        "test_accumulated_updates_equal_the_reference[sgd]": INCOMPLETE,
+        "test_updates_with_gradient_accumulation_equal_the_reference[adamw]": INCOMPLETE,
+        "test_updates_with_gradient_accumulation_equal_the_reference[sgd]": INCOMPLETE,
         "test_the_schedule_counts_updates_and_not_micro_batches": INCOMPLETE,
-        "test_the_backward_pass_meets_the_masks_of_the_forward_pass[train_checkpointed]": MASKS,
+        "test_the_backward_pass_uses_the_dropout_masks_of_the_forward_pass[train_checkpointed]": MASKS,
     },
 }
 

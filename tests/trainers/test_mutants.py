@@ -53,7 +53,7 @@ def test_every_rung_has_its_mutants() -> None:
     )
 
 
-def test_no_two_mutants_have_one_name_and_forty_are_the_least() -> None:
+def test_no_two_mutants_share_a_name_and_there_are_at_least_forty() -> None:
     """A name in the table is one bug."""
     assert len(ALL) == len(MUTANTS) >= 40
 

@@ -23,7 +23,7 @@ import pytest
 
 from mlx_impl.train import Loss
 from tests.ladder.climb import case_of
-from tests.ladder.door import ALIASES
+from tests.ladder.loading import ALIASES
 from tests.ladder.plugin import rung_of
 from tests.trainers.mutants import MUTANTS, RUNGS, planted
 from tests.trainers.mutants.mutant import Mutant
@@ -39,7 +39,7 @@ LEFT_OUT = (
     "unraisableexception",
     "warnings",
 )
-ALWAYS = ("untied", "plain")  # cases
+ALWAYS = ("untied", "lora")  # cases
 LONG = (
     "zero_b_equals",
     "loss_falls[",

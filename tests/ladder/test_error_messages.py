@@ -1,4 +1,4 @@
-"""The door's own words: a trainer, a dialect or an answer that cannot be judged is one sentence."""
+"""Error messages: a trainer, a dialect or an answer that cannot be judged gives one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.derived import Divergence, judged, require_same_names
 from tests.ladder import protocol
 from tests.ladder.cases import Case, named_case
 from tests.ladder.contract import ARRAYS, EACH_UPDATE, LOGITS, NATS, TOKENS
-from tests.ladder.door import ALIASES, load_trainer
+from tests.ladder.loading import ALIASES, load_trainer
 from tests.ladder.protocol import Dialect
 from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer
 from tests.trainers.reference import ReferenceTrainer
@@ -45,10 +45,10 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_class_that_cannot_climb_is_one_sentence(
+def test_a_class_that_cannot_be_judged_is_refused_in_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever its module does when it is imported."""
+    """Even if importing its module raises or exits."""
     text, sentence = MODULES[name]
     (tmp_path / f"{name}.py").write_text(f"from tests.ladder.protocol import Dialect\n{text}\n" * bool(text))
     if name == "with_a_syntax_error":
@@ -60,8 +60,8 @@ def test_a_class_that_cannot_climb_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["./bad.py:T", "folder/bad:T", "bad.py:T", "nonsense", ":T", "bad:", ""])
-def test_a_name_that_is_no_module_and_class_is_one_sentence(name: str) -> None:
-    """A path too."""
+def test_a_name_other_than_module_and_class_is_refused_in_one_sentence(name: str) -> None:
+    """For a path, the sentence says that a module is wanted."""
     with pytest.raises(pytest.UsageError, match="--trainer must be module:Class") as info:
         load_trainer(name)
     assert ("not a path" in str(info.value)) == ("/" in name or ".py" in name)
@@ -79,21 +79,21 @@ def test_a_name_that_is_no_module_and_class_is_one_sentence(name: str) -> None:
         {"accumulation": "mean"},
     ],
 )
-def test_a_dialect_that_is_not_known_is_refused(said: dict[str, Any]) -> None:
-    """It would switch claims off, and say nothing of what is done instead."""
+def test_an_unknown_dialect_is_refused(said: dict[str, Any]) -> None:
+    """Otherwise it would switch claims off without saying what the trainer does instead."""
     (name,) = said
     with pytest.raises(ValueError, match=f"{name} of a Dialect must be"):
         Dialect(**said)
 
 
-def test_every_dialect_that_is_known_is_taken() -> None:
-    """All departures at once."""
+def test_every_known_dialect_is_accepted() -> None:
+    """Also all departures at once."""
     every = Dialect("alpha", bias_correction=False, pad_targets=2, accumulation="mean of means")
     assert len(every.departures()) == 4 and Dialect().departures() == []
 
 
 def answers(**returned: Any) -> Any:
-    """The case, built of the reference with one member that returns this."""
+    """A reference trainer whose members of these names return these answers."""
     methods = {name: lambda _self, *given, answer=answer: answer for name, answer in returned.items()}
     return named_case("untied").build(type("Wrong", (ReferenceTrainer,), methods))
 
@@ -114,10 +114,10 @@ def answers(**returned: Any) -> Any:
         ("greedy_all", [[1]], "a list of token numbers for each prompt", "list of 1 (list)"),
     ],
 )
-def test_an_answer_of_another_kind_is_one_sentence(
+def test_an_answer_of_the_wrong_kind_is_refused_in_one_sentence(
     case: Case, member: str, answer: Any, must_return: str, got: str
 ) -> None:
-    """It names the member, what it must return and what came, and shows no numbers."""
+    """It says which member, what it must return and what it returned, and shows no numbers."""
     given: dict[str, list[Any]] = {
         "loss": [case.batch],
         "gradients": [case.batch],
@@ -131,8 +131,8 @@ def test_an_answer_of_another_kind_is_one_sentence(
     assert str(info.value) == f"{member}() must return {must_return}, got {got}"
 
 
-def test_what_is_not_finite_is_called_so() -> None:
-    """And where the first is."""
+def test_the_report_says_what_is_not_finite_and_where() -> None:
+    """It counts the elements and shows the first of them."""
     ours = np.array([[1.0, np.nan], [np.inf, 1.0]])
     verdict = judged("logits", ours, np.ones((2, 2)), 0.1, "")
     assert verdict.used == np.inf
@@ -140,21 +140,21 @@ def test_what_is_not_finite_is_called_so() -> None:
     assert verdict.report == words
 
 
-def test_of_many_missing_names_three_are_shown() -> None:
-    """And how many more there are."""
+def test_three_of_many_missing_names_are_shown() -> None:
+    """With the number of the others."""
     with pytest.raises(Divergence, match=r"missing a, b, c and 2 more; unknown z$"):
         require_same_names("factors", {"z": 0}, dict.fromkeys("abcde", 0))
 
 
 def rows_of_table(heading: str) -> list[list[str]]:
-    """The cells of the README's table under this heading, without what only sets them off."""
+    """The cells of the README table under this heading, without padding."""
     readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
     lines = readme.partition(heading)[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
 def test_the_readme_lists_every_capability_as_the_protocol_does() -> None:
-    """Name, rung, and the words behind it."""
+    """Name, rung and description are equal."""
     source = inspect.getsource(protocol).partition("OPTIONAL = {")[2].partition("}\n\n")[0]
     wanted = [list(match) for match in re.findall(r'"(\w+)": (\d+),  # (.*)', source)]
     assert [name for name, _, _ in wanted] == list(protocol.OPTIONAL)
@@ -163,7 +163,7 @@ def test_the_readme_lists_every_capability_as_the_protocol_does() -> None:
 
 
 def test_the_readme_lists_every_field_of_a_dialect_with_its_default() -> None:
-    """In order."""
+    """In the same order."""
     ours = [[field.name, field.default] for field in dataclasses.fields(Dialect)]
     shown = [
         [name.strip("`"), ast.literal_eval(value.strip("`"))]
@@ -172,7 +172,7 @@ def test_the_readme_lists_every_field_of_a_dialect_with_its_default() -> None:
     assert shown == ours
 
 
-def test_the_short_names_are_those_of_the_trainers_at_hand() -> None:
+def test_the_short_names_load_the_trainers_of_this_project() -> None:
     """`--trainer mlx_impl`, `--trainer plain`, `--trainer reference`."""
     expected = [MlxTrainer, PlainTrainer, ReferenceTrainer]
     assert [load_trainer(name) for name in ALIASES.values()] == expected

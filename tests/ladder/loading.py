@@ -1,4 +1,4 @@
-"""The door: which class climbs, and in one sentence what is wrong with one that cannot."""
+"""Loads the trainer class that `--trainer` names, or says in one sentence why it cannot be judged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALIASES = {
 
 
 def load_trainer(name: str) -> Any:
-    """The class that `module:Class` names; UsageError says what is wrong with it."""
+    """The class that `module:Class` names. Raises UsageError if it cannot be judged."""
     module_name, _, class_name = name.partition(":")
     is_path = bool(re.search(r"[/\\]|\.py:", name))
     if is_path or not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
@@ -37,13 +37,13 @@ def load_trainer(name: str) -> Any:
 
 
 def sentence_of(error: BaseException) -> str:
-    """Its kind and the first line of what it says; where the file is, for a syntax error."""
+    """The exception's type and the first line of its message."""
     text = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def what_is_wrong_with(trainer: Any) -> str | None:
-    """In a sentence; None if it is a class with the required members."""
+    """A sentence; None for a class that has the required members."""
     if not isinstance(trainer, type):
         return f"must be a class, got {type(trainer).__name__}"
     missing = [member for member in REQUIRED if getattr(trainer, member, None) is None]
@@ -51,5 +51,5 @@ def what_is_wrong_with(trainer: Any) -> str | None:
         return f"the class must have {', '.join(missing)}"
     if not isinstance(trainer.dialect, Dialect):  # type: ignore[attr-defined]
         return f"dialect must be a Dialect, got {type(trainer.dialect).__name__}"  # type: ignore[attr-defined]
-    plain = [member for member in REQUIRED[1:] if not callable(getattr(trainer, member))]
-    return f"{', '.join(plain)} must be methods" if plain else None
+    wrong = [member for member in REQUIRED[1:] if not callable(getattr(trainer, member))]
+    return f"{', '.join(wrong)} must be methods" if wrong else None
