@@ -1,31 +1,34 @@
-"""Derived tolerances: how far a float32 result may lie from the float64 reference, and why.
+"""Derived tolerances: how far a float32 result may be from the float64 reference, and why.
 
     |ours - ref64| <= 8 * max(noise, sqrt(k) * u * |ref64|)      (Frobenius norms)
 
-u = 2**-24 is float32's unit roundoff and k the length of the longest sum. The second term is what independent
-rounding errors of the last sum add up to. The first is what those of all sums before it do to the result:
+u = 2**-24 is float32's unit roundoff and k the length of the longest sum. The second term, the floor, is what
+the independent rounding errors of the last sum add up to. The first, the noise, is the effect of all earlier
+roundings:
 
-**noise** is the root mean square of |ref64(moved inputs) - ref64| over NUM_DRAWS draws, all in float64, where
-every weight and factor is moved at random, uniformly by up to sqrt(k / 2) u of itself (`Case.moved`). That is
-the backward error of a float32 program: it computes the exact result of slightly other numbers. Of a sum of
-k products added up one after the other, the j-th term goes through k - j + 1 roundings, k / 2 on average,
-each uniform within u: together a deviation of sqrt(k / 2) u / sqrt(3), which is that of the move.
+**noise** is the root mean square of |ref64(moved inputs) - ref64| over NUM_DRAWS draws, all in float64. In
+each draw every weight and factor is moved at random, uniformly by up to sqrt(k / 2) u of itself
+(`Case.moved`). This models the backward error of a float32 program, which computes the exact result for
+slightly different inputs. If k products are added one after the other, the j-th goes through k - j + 1
+roundings, k / 2 on average, each uniform within u. Together they have a standard deviation of sqrt(k / 2) u /
+sqrt(3), and so has the move.
 
-No float32 program is asked what it costs, so the noise does not depend on PyTorch's CPU dispatch, on MKL's,
-on a BLAS or a GPU: float64 results of two machines agree to 1e-15, so their noise agrees to 1e-6. It stands
-for the least accurate order of a sum, and for k the longest of all, whatever sum a weight stands in; a BLAS
-that adds in blocks is nearer to the exact result. Outside of the ladder and of `tests/properties`, where a
-result has thousands of elements and no one direction stands out, the error of another float32 program serves
-(`compare`).
+The noise is estimated without running a float32 program, so it does not depend on the CPU dispatch of PyTorch
+or MKL, on a BLAS or on a GPU: float64 results of two machines agree to 1e-15, so their noise agrees to 1e-6.
+It assumes the least accurate order of summation, and for every weight the longest sum; a BLAS that adds in
+blocks is more accurate. Outside of the ladder and of `tests/properties`, where a result has thousands of
+elements and no single direction dominates its error, the error of another float32 program is used as the
+noise (`compare`).
 
-Is FACTOR = 8 enough for any right trainer? Its error is one more draw of the same law. In the worst case all
-of it lies along one direction (20 updates of Adam can make one element of one factor stand out). Then error /
-noise has Student's t distribution with NUM_DRAWS degrees of freedom, and exceeds 8 with probability 4.4e-5.
-Spread over two directions the square is F distributed, with probability 2.3e-8, and so on down. A quarter of
-the tolerance is two deviations, which an error in one direction exceeds in 8 of 100 claims: so a trainer that
-usually needs less may say so (`share_expected`), and using more is a warning and never a failure.
+Is FACTOR = 8 enough for any right trainer? Its error is one more draw from the same distribution. In the
+worst case the whole error is along one direction (20 updates of Adam can make one element of one factor
+dominate). Then error / noise has Student's t distribution with NUM_DRAWS degrees of freedom, and exceeds 8
+with probability 4.4e-5. If the error spreads over two directions, the square is F distributed and the
+probability is 2.3e-8; over more directions it is smaller still. A quarter of the tolerance is two standard
+deviations, which an error in one direction exceeds in 8 of 100 claims. So a trainer that usually needs less
+may say so (`share_expected`); using more is only a warning.
 
-In bfloat16 u is 2**-8, and the second term alone is what a result is held to.
+In bfloat16, u is 2**-8, and the tolerance has the second term only.
 
 Sources: Higham 2002, "Accuracy and Stability of Numerical Algorithms", sections 1.5, 3.1 and 4.2; Higham and
 Mary 2019, "A new approach to probabilistic rounding error analysis" (sqrt(k) for independent roundings).
@@ -48,7 +51,7 @@ EXACT = 1e-12  # the project's promise for float64: relative, in the Frobenius n
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of one tensor, in words and figures."""
+    """The comparison of one tensor: the numbers, and a report in words."""
 
     name: str
     error: float
@@ -57,16 +60,16 @@ class Verdict:
 
     @property
     def used(self) -> float:
-        """The share of the tolerance; infinite where it is none, or where the error is not a number."""
+        """The share of the tolerance that the error uses; infinite for NaN, or an error at tolerance 0."""
         if np.isnan(self.error):
             return np.inf
         return self.error / self.tolerance if self.tolerance else np.inf if self.error else 0.0
 
 
 class Divergence(AssertionError):
-    """A tensor that is out of its tolerance; the text is the whole report.
+    """A tensor is out of tolerance, or names or bits differ; the message is the whole report.
 
-    `times_tolerance` is the worst tensor's error in tolerances; infinite where bits or names are compared.
+    `times_tolerance` is the worst tensor's error as a multiple of its tolerance; infinite for bits and names.
     """
 
     def __init__(self, report: str, times_tolerance: float = np.inf) -> None:
@@ -75,13 +78,13 @@ class Divergence(AssertionError):
 
 
 def noise_of(draws: Iterable[Mapping[str, np.ndarray]], exact: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The root mean square, over the draws, of how far each result lies from the exact one."""
+    """The root mean square over the draws of |drawn - exact|, for each result."""
     squares = [{name: np.sum(np.square(drawn[name] - exact[name])) for name in exact} for drawn in draws]
     return {name: float(np.sqrt(sum(of[name] for of in squares) / max(1, len(squares)))) for name in exact}
 
 
 def compare(name: str, ours: np.ndarray, ref32: np.ndarray, ref64: np.ndarray, longest_sum: int) -> Verdict:
-    """Where no `Case` is at hand to be moved: the noise is the error of another float32 program, `ref32`."""
+    """Without a `Case` to move: the noise is the error of another float32 program, `ref32`."""
     noise = float(np.linalg.norm(ref32 - ref64))
     return within(name, ours, ref64, noise, longest_sum, "the error of another float32 program")
 
@@ -94,7 +97,7 @@ def within(
     longest_sum: int,
     source_of_noise: str = "the noise of moved inputs",
 ) -> Verdict:
-    """`ours` held to `expected`, where what comes before the last sum costs `noise` in float32."""
+    """Compare `ours` with `expected`; `noise` is the float32 error from everything before the last sum."""
     floor = float(np.sqrt(longest_sum) * UNIT_ROUNDOFF * np.linalg.norm(expected))
     source = source_of_noise if noise >= floor else "sqrt(k) u |expected|"
     derivation = f"{FACTOR:g} x {source} (noise {noise:.3g}, floor {floor:.3g}, k {longest_sum})"
@@ -102,13 +105,13 @@ def within(
 
 
 def within_exact(name: str, ours: np.ndarray, ref64: np.ndarray) -> Verdict:
-    """float64 held to float64."""
+    """Compare two float64 results."""
     tolerance = EXACT * float(np.linalg.norm(ref64))
     return judged(name, ours, ref64, tolerance, f"{EXACT:g} x |expected|, the promise for float64")
 
 
 def within_bfloat16(name: str, ours: np.ndarray, ref64: np.ndarray, longest_sum: int) -> Verdict:
-    """What was computed in bfloat16, from numbers that bfloat16 holds, held to float64."""
+    """Compare a bfloat16 result with float64; the inputs must be exact in bfloat16."""
     tolerance = FACTOR * np.sqrt(longest_sum) * BFLOAT16_ROUNDOFF * float(np.linalg.norm(ref64))
     return judged(name, ours, ref64, tolerance, f"{FACTOR:g} x sqrt(k) 2**-8 |expected| (k {longest_sum})")
 
@@ -142,7 +145,7 @@ def not_finite(ours: np.ndarray, expected: np.ndarray) -> str:
 
 
 def require(what: str, verdicts: list[Verdict]) -> Verdict:
-    """The verdict that used most of its tolerance; raises Divergence with the first that used too much."""
+    """The verdict with the largest share of its tolerance. Raises Divergence if a tensor is out of it."""
     __tracebackhide__ = True
     failed = [verdict for verdict in verdicts if not verdict.used <= 1]
     if failed:
@@ -162,13 +165,13 @@ def require_same_names(what: str, ours: Mapping[str, object], expected: Mapping[
 
 
 def some_of(names: Collection[str]) -> str:
-    """The first three, and how many more."""
+    """The first three names, and the number of the others."""
     first = ", ".join(sorted(names)[:3]) or "none"
     return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
 def require_same_bits(what: str, ours: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
-    """Tolerance 0, because the order of operations is the same; the first that differs is the report."""
+    """Compare with tolerance 0, because the order of operations is the same."""
     __tracebackhide__ = True
     require_same_names(what, ours, expected)
     require(what, [judged(n, ours[n], expected[n], 0.0, "to the bit") for n in expected])
@@ -181,7 +184,7 @@ def assert_within_rounding(
     ref64: dict[str, np.ndarray],
     longest_sum: int,
 ) -> None:
-    """Every named tensor within its derived tolerance; the message names the first that is not."""
+    """Every tensor is within its derived tolerance; the error names the first that is not."""
     __tracebackhide__ = True
     replay = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
     what = f"{what} (replay: pytest {replay!r})"

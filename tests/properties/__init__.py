@@ -1,1 +1,1 @@
-"""Claims about every model, adapter, batch and order of acts, tried on random ones."""
+"""Property tests: claims about every model, adapter, batch and order of operations, tried on random ones."""

@@ -1,12 +1,14 @@
-"""When two trainers agree on a random model: bounds that hold for every draw, also where all cancels.
+"""When two trainers agree on a random model: a tolerance for every draw, even if a gradient cancels to zero.
 
-A fixed case is chosen so that its gradients are far from zero. Of random ones some are zero but for rounding:
-the queries' gradient where a row has one input, the keys' where only the first position counts. So
+The fixed cases of the ladder have gradients far from zero. A random case may have gradients that are zero
+except for rounding: that of the queries if a row has one input, that of the keys if only the first position
+counts. So
 
     tolerance = 8 * max(noise, sqrt(k) * u * scale)
 
-with the noise of `tests/derived.py`, and as `scale` of a gradient the norm of all gradients together: one
-that cancels was made of numbers of that size. Of anything else it is its own. In float64 u is 2**-53.
+with the noise of `tests/derived.py`. For a gradient, `scale` is the norm of all gradients together, because a
+gradient that cancels is a difference of numbers of that size. For any other result, it is the result's own
+norm. In float64, u is 2**-53.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ Act = Callable[[MlxTrainer | ReferenceTrainer, Drawn], Arrays]
 
 
 def require_agreement(case: Drawn, act: Act, updates: int = 1) -> Verdict:
-    """In float32: the act's results on `mlx_impl` are within the derived bound of the reference's."""
+    """In float32, the act's results on `mlx_impl` equal the reference's within the derived tolerance."""
     ours, expected = act(case.build(MlxTrainer), case), act(case.build(ReferenceTrainer), case)
     noise = noise_of(
         (act(case.moved(seed).build(ReferenceTrainer), case) for seed in range(NUM_DRAWS)), expected
@@ -49,7 +51,7 @@ def require_agreement(case: Drawn, act: Act, updates: int = 1) -> Verdict:
 
 
 def require_exact_agreement(case: Drawn, act: Act, updates: int = 1, promise: float = EXACT) -> Verdict:
-    """In float64: within `promise` of the reference's, relative, or the derived bound where all cancels."""
+    """In float64, within `promise` of the reference (relative), or within the derived tolerance."""
     double = in_double(case)
     with MlxTrainer.exact():
         ours = act(double.build(MlxTrainer), double)

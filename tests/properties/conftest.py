@@ -1,6 +1,6 @@
-"""How many examples are drawn: HYPOTHESIS_PROFILE is `tox`, the same few each time, or `nightly`.
+"""The number of examples: HYPOTHESIS_PROFILE is `tox` (few, the same each time) or `nightly` (many).
 
-Whatever fails prints the line that draws it again.
+A failure prints the line that reproduces its example.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-# An example is a model to be built and run many times, so that few examples take seconds.
+# Each example builds a model and runs it many times, so even a few examples take seconds.
 COMMON = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("tox", COMMON, max_examples=12, derandomize=True, database=None)
 settings.register_profile("nightly", COMMON, max_examples=1000, phases=set(Phase) - {Phase.explain})

@@ -1,8 +1,8 @@
-"""Everything that a user can do with a run, in any order, and each time the same thing done to its twin.
+"""A state machine of everything that a user can do with a run, in any order; its PyTorch twin does the same.
 
-In float64, so that agreement is sharp. MLX writes no float64 into safetensors; its bits go there as integers.
-Dropout is on, with given masks: some features of A's input are always dropped while training, so that an
-update with dropout off, or an evaluation with it on, is another number.
+It computes in float64, so that the comparison is sharp. MLX cannot write float64 to safetensors, so its bits
+are stored as integers. Dropout is on with fixed masks: the same features of A's input are dropped in every
+update, so an update without dropout, or an evaluation with it, gives another number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.trainers.mlx_impl import MlxTrainer
 ITERS = 16  # a power of two, see train_configs
 DROPOUT = 0.25
 PROMISE = 1e-10  # relative, over a trajectory, as in test_random_models
-NUM_TWINS = 3  # of which all but the first are rounded otherwise
+NUM_TWINS = 3  # the first is exact, the others are moved by rounding, for the noise
 MARK = ".float64"
 
 
@@ -68,7 +68,7 @@ def float64_in_safetensors() -> Iterator[None]:
 
 @st.composite
 def example_lists(draw: st.DrawFn, vocab_size: int) -> list[Example]:
-    """Each of at least one target."""
+    """Examples with at least one target each."""
     rng = np.random.default_rng(draw(SEEDS))
     counts = draw(st.lists(st.integers(2, 9), min_size=1, max_size=6))
     prompts = [draw(st.integers(1, count - 1)) for count in counts]
@@ -79,7 +79,7 @@ def example_lists(draw: st.DrawFn, vocab_size: int) -> list[Example]:
 
 
 def make_masks(case: Drawn, seed: int) -> Arrays:
-    """keep_I of every adapted linear."""
+    """A mask keep_I for every adapted linear, the same at every position."""
     rng = np.random.default_rng(seed)
     inputs = {n.removesuffix(".lora_a"): a.shape[0] for n, a in case.factors.items() if n.endswith("lora_a")}
     return {name: rng.random(num_in) >= DROPOUT for name, num_in in inputs.items()}
@@ -93,7 +93,7 @@ class RunOfActs(RuleBasedStateMachine):
         self.stack.enter_context(MlxTrainer.exact())
         self.stack.enter_context(float64_in_safetensors())
         self.merged: Merged | None = None
-        self.merged_twins: list[Twin] = []  # while merged, with every merged weight rounded to float32
+        self.merged_twins: list[Twin] = []  # compared with while merged; merged weights near float32
         self.saved: dict[str, tuple[int, list[tuple[int, float]], list[TwinState]]] = {}
 
     def teardown(self) -> None:
@@ -101,7 +101,7 @@ class RunOfActs(RuleBasedStateMachine):
 
     @initialize(
         case=cases(dropout=DROPOUT),
-        training=train_configs(ITERS, ["adamw"]),  # SGD keeps nothing that could be forgotten
+        training=train_configs(ITERS, ["adamw"]),  # SGD has no state that a bug could lose
         batch_size=st.integers(1, 3),
         num_batches=st.integers(1, 2),
         plain=st.booleans(),
@@ -127,18 +127,19 @@ class RunOfActs(RuleBasedStateMachine):
         self.twins = [Twin(c, self.training, self.masks) for c in (self.case, *roundings)]
 
     def new_trainer(self, case: Any, plain: bool) -> LoRATrainer:
-        """On a model that has its adapter already, in float64; by the plain or the fast path."""
+        """On a float64 model that already has its adapter; by the plain or the fast path."""
         built = case.build(MlxTrainer)
         trainer = LoRATrainer(built.model, self.case.lora, self.training, plain=plain)
-        with_given_masks(built.model, self.masks, trainer.loss)  # the same at every position: the loss stays
+        # The masks are the same at every position, so the loss need not gather them.
+        with_given_masks(built.model, self.masks, trainer.loss)
         return trainer
 
-    # What a user does.
+    # The rules: what a user can do.
 
     @precondition(lambda self: self.merged is None and self.trainer.step < ITERS)
     @rule(num_updates=st.integers(1, 3))
     def train(self, num_updates: int) -> None:
-        """One iterator serves until a state is loaded; other acts happen between two of its updates."""
+        """One iterator of `fit` is used until a state is loaded; other acts happen between its updates."""
         for _ in range(min(num_updates, ITERS - self.trainer.step)):
             step = self.trainer.step
             window = next(training_windows(self.examples, self.training, step))
@@ -157,7 +158,7 @@ class RunOfActs(RuleBasedStateMachine):
     @precondition(lambda self: self.merged is None)
     @rule(name=st.sampled_from(["one", "other"]))
     def save(self, name: str) -> None:
-        """Over an older state of the name, if there is one."""
+        """It overwrites an older state with the same name."""
         self.trainer.save(self.folder / name, self.examples)
         states = [twin.state() for twin in self.twins]
         self.saved[name] = (self.trainer.step, list(self.trainer.validation), states)
@@ -165,13 +166,13 @@ class RunOfActs(RuleBasedStateMachine):
     @precondition(lambda self: self.merged is None and self.saved)
     @rule(new=st.sampled_from([None, "fast", "plain"]), data=st.data())
     def load(self, new: str | None, data: st.DataObject) -> None:
-        """A state of any age, into this trainer or into a new one of either path with other factors."""
+        """Load any saved state into this trainer, or into a new one (plain or fast) with other factors."""
         self.resume(data.draw(st.sampled_from(sorted(self.saved))), new)
 
     @precondition(lambda self: self.merged is None)
     @rule(before=st.integers(0, 2), after=st.integers(0, 2), new=st.sampled_from(["fast", "plain"]))
     def stop_and_go_on(self, before: int, after: int, new: str) -> None:
-        """The most frequent use."""
+        """Save and resume in a new trainer, the most frequent use."""
         self.train(before)
         self.save("one")
         self.resume("one", new)
@@ -205,7 +206,7 @@ class RunOfActs(RuleBasedStateMachine):
     @precondition(lambda self: self.merged is not None)
     @rule(act=st.sampled_from(["merge", "train", "load"]))
     def refuse(self, act: str) -> None:
-        """While merged there is nothing to merge, to train, or to load a state into."""
+        """A merged model refuses to merge again, to train, and to load a state."""
         acts: dict[str, Callable[[], object]] = {
             "merge": lambda: merging.merge(self.trainer.model),
             "train": lambda: next(self.trainer.fit(self.examples)),
@@ -216,7 +217,7 @@ class RunOfActs(RuleBasedStateMachine):
             with pytest.raises(ValueError):
                 acts[act]()
 
-    # What holds after every act.
+    # The invariants: what holds after every act.
 
     @invariant()
     def logits_are_the_twins(self) -> None:
@@ -237,14 +238,14 @@ class RunOfActs(RuleBasedStateMachine):
             require_same_bits("base", {n: v for n, v in base.items() if n not in masks}, self.case.weights)
 
     def logits(self) -> np.ndarray:
-        """Asked by one who leaves the mode as he found it."""
+        """The logits; the train or eval mode of the model stays as it was."""
         was_training = self.trainer.model.training
         logits_BTV = MlxTrainer.logits(self.view(), self.case.batch.inputs_BT)
         self.trainer.model.train(was_training)
         return logits_BTV
 
     def view(self) -> Any:
-        """The ladder's face over this trainer's model."""
+        """The ladder's adapter around this trainer's model, for its accessors."""
         view = MlxTrainer.__new__(MlxTrainer)
         view.model = self.trainer.model
         return view

@@ -1,6 +1,6 @@
-"""What Hypothesis draws: shapes, switches, counts and seeds; arrays come from a seed, never by element.
+"""The Hypothesis strategies: they draw shapes, switches, counts and seeds. Arrays are generated from a seed.
 
-All sizes are small and shrink towards the smallest, so that the smallest model that fails is shown.
+All sizes are small and shrink, so that the smallest failing model is shown.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from reference.model import CausalLM
 from tests.ladder.cases import Case, make_batch
 from tests.ladder.protocol import Arrays
 
-VOCABULARIES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)  # primes, as no other size is
+VOCABULARIES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)  # primes, to differ from other sizes
 DYADIC_RATES = tuple(
     2.0**-n for n in range(4, 11)
-)  # MLX keeps a learning rate in float32: these it keeps whole
+)  # MLX keeps learning rates in float32, which holds these exactly
 MAX_TOKENS = 12
 SEEDS = st.integers(0, 2**32 - 1)
 
-# For planted bugs: draw until one example fails, the same each time, and look for no smaller one.
+# For planted bugs: draw until an example fails, deterministically and without shrinking.
 HUNT = settings(
     max_examples=200,
     phases=[Phase.generate],
@@ -39,7 +39,7 @@ HUNT = settings(
 
 
 class Brief:
-    """Hypothesis prints what failed; this keeps arrays, which it would print too, out of it."""
+    """Keeps arrays out of what Hypothesis prints for a failing example."""
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
@@ -55,7 +55,7 @@ class Drawn(Brief, Case):
     """A model, an adapter and a batch of any shape."""
 
     drawn_batch: Batch
-    seed: int  # of the arrays
+    seed: int  # the seed of the arrays
 
     def __repr__(self) -> str:
         return f"Drawn({self.spec}, {self.lora}, {self.drawn_batch}, arrays of seed {self.seed})"
@@ -66,7 +66,7 @@ class Drawn(Brief, Case):
 
 
 def rope_scalings() -> st.SearchStrategy[RopeScaling | None]:
-    """The original length is so short that some frequencies are kept, some blended and some stretched."""
+    """The original length is short, so some frequencies are kept, some blended and some stretched."""
     factors = st.sampled_from([2.0, 8.0])
     return st.one_of(
         st.none(),
@@ -82,7 +82,7 @@ def rope_scalings() -> st.SearchStrategy[RopeScaling | None]:
 
 @st.composite
 def model_configs(draw: st.DrawFn) -> ModelConfig:
-    """Heads are a multiple of their key/value heads, and neither width nor heads * head_dim of the other."""
+    """Heads are a multiple of key/value heads; width and heads * head_dim are independent."""
     num_kv_heads = draw(st.integers(1, 3))
     return ModelConfig(
         vocab_size=draw(st.sampled_from(VOCABULARIES)),
@@ -103,14 +103,14 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
 
 
 def smaller_side(model: ModelConfig) -> int:
-    """The highest rank that every linear of the model can have."""
+    """The smallest dimension of any linear: the highest rank that every linear can have."""
     widths = (model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim)
     return min(model.hidden_size, model.intermediate_size, *widths)
 
 
 @st.composite
 def lora_configs(draw: st.DrawFn, model: ModelConfig) -> LoRAConfig:
-    """Any linears by their ends, by an expression, or all; some of them by a pattern of their own."""
+    """Targets by name suffixes, by a regular expression, or all linears; with rank and alpha patterns."""
     ranks, alphas = st.integers(1, smaller_side(model)), st.sampled_from([0.5, 1.0, 3.0, 16.0])
     names = draw(st.lists(st.sampled_from(BLOCK_LINEARS), min_size=1, unique=True))
     expression = rf".*\.({'|'.join(names)})"
@@ -132,16 +132,16 @@ def lora_configs(draw: st.DrawFn, model: ModelConfig) -> LoRAConfig:
 
 @st.composite
 def batches(draw: st.DrawFn, model: ModelConfig) -> Batch:
-    """Rows of unequal length and any number of targets each, also none, but not none in all; some padding.
+    """Rows of unequal length with any number of targets, even none, but one in the batch; some padding.
 
-    Half of them begin alike, as under one system prompt.
+    In half of the batches all rows have a common prefix, like a shared system prompt.
     """
     num_shared = draw(st.sampled_from([0, 9]))
     lengths = st.integers(num_shared + 2, MAX_TOKENS)
     token_counts = draw(st.lists(lengths, min_size=1, max_size=4))
     prompt_counts = [draw(st.integers(1, count)) for count in token_counts]
     if prompt_counts == token_counts:
-        prompt_counts[0] = 1  # all of them targets, in one row
+        prompt_counts[0] = 1  # in one row every token after the first is a target
     rng = np.random.default_rng(draw(SEEDS))
     rows = [rng.integers(1, model.vocab_size, count).tolist() for count in token_counts]
     rows = [rows[0][:num_shared] + row[num_shared:] for row in rows]
@@ -149,7 +149,7 @@ def batches(draw: st.DrawFn, model: ModelConfig) -> Batch:
 
 
 def make_arrays(model: ModelConfig, lora: LoRAConfig, seed: int) -> tuple[Arrays, Arrays]:
-    """Weights of deviation 0.3, norms near one; factors of deviation 0.2, magnitudes near rows' lengths."""
+    """Weights with standard deviation 0.3, norms near 1, factors with 0.2, magnitudes near rows' lengths."""
     rng = np.random.default_rng(seed)
     network = CausalLM(model)
     weights = {
@@ -171,7 +171,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -
 
 @st.composite
 def cases(draw: st.DrawFn, dropout: float = 0.0) -> Drawn:
-    """A model with its adapter and a batch for it."""
+    """A model with an adapter, and a batch for it."""
     model = draw(model_configs())
     lora = replace(draw(lora_configs(model)), dropout=dropout)
     seed = draw(SEEDS)
@@ -181,7 +181,7 @@ def cases(draw: st.DrawFn, dropout: float = 0.0) -> Drawn:
 
 @st.composite
 def windows(draw: st.DrawFn, model: ModelConfig, num_windows: int) -> list[list[Batch]]:
-    """Of each update the micro-batches, of any number and shape; one of them may have no target."""
+    """The micro-batches of each update, of any number and shape; one of them may have no target."""
     drawn = [draw(st.lists(batches(model), min_size=1, max_size=3)) for _ in range(num_windows)]
     for window in drawn:
         if len(window) > 1 and draw(st.booleans()):
@@ -191,7 +191,7 @@ def windows(draw: st.DrawFn, model: ModelConfig, num_windows: int) -> list[list[
 
 @st.composite
 def train_configs(draw: st.DrawFn, iters: int, optimizers: Sequence[str] = ("adamw", "sgd")) -> TrainConfig:
-    """Every learning rate that occurs is a float32, given that `iters` is a power of two."""
+    """`iters` must be a power of two, so that float32 holds every learning rate exactly."""
     schedule = draw(st.sampled_from(["constant", "linear"]))
     return TrainConfig(
         iters=iters,

@@ -1,6 +1,7 @@
-"""The stored results of the reference: intact, and still what the reference and `mlx_impl` compute.
+"""Goldens (stored results of the reference) are intact, and reference and `mlx_impl` still compute them.
 
-They tie today's trainer and reference to the day on which they were proven: if both change alike, it shows.
+A change that alters trainer and reference in the same way passes every comparison of the two, but not this
+one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 @every_case
 def test_every_stored_array_and_every_weight_made_anew_has_its_sha256(name: str) -> None:
-    """Of bytes, type and shape; the settings are those of the manifest too."""
+    """Bytes, type and shape are unchanged, and so are the settings in the manifest."""
     inputs, arrays = make_goldens.read(name)
     entry = make_goldens.read_manifest()["cases"][name]
     assert (inputs.keys(), arrays.keys()) == (entry["inputs"].keys(), entry["arrays"].keys())
@@ -39,7 +40,7 @@ def test_the_reference_computes_every_stored_array_to_1e_12(name: str) -> None:
 
 
 def mlx_results(name: str) -> Arrays:
-    """What `mlx_impl` makes of the inputs in float64, without PyTorch."""
+    """What `mlx_impl` computes from the inputs in float64, without PyTorch."""
     golden, (inputs, _) = CASES[name], make_goldens.read(name)
     weights = {n: a for n, a in inputs.items() if not is_factor(n)}
     factors = {n: a for n, a in inputs.items() if is_factor(n)}
@@ -69,7 +70,7 @@ def hold_mlx_to_the_stored_arrays(name: str) -> None:
 
 
 def test_without_pytorch_mlx_impl_computes_every_stored_array_to_1e_12() -> None:
-    """Logits, loss, gradients, and ten updates of AdamW; in a process in which PyTorch cannot be imported."""
+    """Logits, loss, gradients and ten AdamW updates, in a process that cannot import PyTorch."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from tests.properties.test_goldens import CASES, hold_mlx_to_the_stored_arrays\n"
@@ -92,7 +93,7 @@ def change(path: Path, key: str, factor: float) -> None:
 
 
 def test_a_changed_array_is_named_with_the_command_that_rewrites_it(tmp_path: Path) -> None:
-    """Though it changed in its last bits only."""
+    """Even if only its last bits changed."""
     folder = copy_of_goldens(tmp_path)
     change(folder / "plain.npz", "logits", 1 + 2.0**-52)
     with pytest.raises(ValueError, match=r"plain\.npz: array logits must be .* rewrite: python -m fixtures"):
@@ -102,7 +103,7 @@ def test_a_changed_array_is_named_with_the_command_that_rewrites_it(tmp_path: Pa
 
 
 def test_an_array_changed_together_with_its_sha256_is_named_too(tmp_path: Path) -> None:
-    """It is not what the reference computes."""
+    """Because it is not what the reference computes."""
     folder, key = copy_of_goldens(tmp_path), "after 10/losses"
     change(folder / "plain.npz", key, 1 + 1e-10)
     with np.load(folder / "plain.npz") as file:
@@ -130,7 +131,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_goldens_are_not_written_from_a_dirty_tree(repository: Path) -> None:
-    """Else nobody could say what wrote them."""
+    """Otherwise nobody could say which code wrote them."""
     (repository / "code.py").write_text("a = 2\n")
     with pytest.raises(ValueError, match=r"must be written from a clean tree.* 1 files differ.*code\.py"):
         make_goldens.write(repository)
@@ -140,7 +141,7 @@ def test_goldens_are_not_written_from_a_dirty_tree(repository: Path) -> None:
 def test_goldens_are_written_from_a_clean_tree_and_over_committed_ones(
     repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which git has, so that nothing is lost; what is written again is the same."""
+    """Nothing is lost, since git has the old ones. Writing again gives the same arrays."""
     make_goldens.write(repository)
     assert "inf" in capsys.readouterr().out
     first = make_goldens.read_manifest(repository / "fixtures" / "golden")

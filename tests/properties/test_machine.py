@@ -1,7 +1,7 @@
-"""In every order of training, validating, saving, loading, merging and unmerging, the run is its twin's.
+"""Training, validating, saving, loading, merging and unmerging in any order: the run equals its PyTorch twin.
 
-A run in which any of these acts changes what it should not differs from the twin from then on; the test then
-shows the shortest sequence of acts that Hypothesis finds. That it can fail is shown on planted bugs.
+If one of these acts changes something that it should not, the run differs from the twin from then on, and
+Hypothesis shows the shortest failing sequence that it finds. Planted bugs show that the test can fail.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TestRunOfActs.settings = settings(stateful_step_count=15)
 
 @contextmanager
 def evaluation_leaves_dropout_off() -> Iterator[None]:
-    """It calls `model.eval()` and never `model.train()`: every later update is one without dropout."""
+    """It calls `model.eval()` and never `model.train()` again, so later updates have no dropout."""
     evaluate = trainer.__dict__["evaluate"]
 
     def left(model: Any, *others: Any) -> Any:
@@ -47,7 +47,7 @@ def evaluation_leaves_dropout_off() -> Iterator[None]:
 
 @contextmanager
 def evaluation_keeps_dropout_on() -> Iterator[None]:
-    """`model.eval()` forgotten."""
+    """It forgets `model.eval()`."""
     evaluate = trainer.__dict__["evaluate"]
 
     def with_dropout(model: Any, *others: Any) -> Any:
@@ -60,7 +60,7 @@ def evaluation_keeps_dropout_on() -> Iterator[None]:
 
 @contextmanager
 def loading_forgets(part: str) -> Iterator[None]:
-    """The arrays of the optimizer's state whose names end with `part` begin at zero again."""
+    """Loading sets the arrays to zero whose names end with `part`."""
     load_arrays = trainer.__dict__["load_arrays"]
 
     def forgetful(model: Any, optimizer: Any, arrays: dict[str, mx.array]) -> None:
@@ -73,7 +73,7 @@ def loading_forgets(part: str) -> Iterator[None]:
 
 @contextmanager
 def unmerging_loses_the_factors() -> Iterator[None]:
-    """The linears come back with a B of zero, as new ones have it."""
+    """The linears come back with B = 0, like new ones."""
     unmerge = merging.unmerge
 
     def lossy(model: Any, merged: Any) -> None:
@@ -87,7 +87,7 @@ def unmerging_loses_the_factors() -> Iterator[None]:
 
 @contextmanager
 def unmerging_leaves_the_base_merged() -> Iterator[None]:
-    """The adapter is back, and what it adds stands in the base too: it counts twice."""
+    """The adapter is restored, but its update stays in the base too, so it counts twice."""
     unmerge = merging.unmerge
 
     def doubled(model: Any, merged: Any) -> None:
@@ -112,12 +112,12 @@ PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    """By the same machine, within a few hundred runs."""
+    """The same state machine finds it within a few hundred runs."""
     with PLANTED[bug](), pytest.raises(Divergence):
         run_state_machine_as_test(RunOfActs, settings=settings(HUNT, stateful_step_count=20))
 
 
-# Two acts that the machine leaves out, because they do what they should not.
+# Two acts that the state machine leaves out.
 
 
 def new_trainer() -> trainer.LoRATrainer:

@@ -1,7 +1,7 @@
-"""For every model, adapter and batch: `mlx_impl` does what the reference does.
+"""For random models, adapters and batches, `mlx_impl` computes what the reference computes.
 
-The ladder proves it on chosen cases; here shapes, switches and counts are drawn, and what fails shrinks to
-the smallest model that fails. Eager only: a compiled step would cost a second of compilation for each shape.
+The ladder tests chosen cases. Here shapes, switches and counts are random, and Hypothesis shrinks a failure
+to the smallest failing model. Updates are eager, because compiling would take a second for each new shape.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from tests.trainers.reference import ReferenceTrainer
 
 Windows = list[list[Batch]]
 ITERS = 4
-TRAJECTORY = (
-    1e-10  # relative: errors of 1e-12 a gradient, through Adam's division by its root and `ITERS` updates
-)
+TRAJECTORY = 1e-10  # relative: gradients off by 1e-12, then Adam's division by the root, over `ITERS` updates
 
 
 def logits_loss_and_gradients(trainer: MlxTrainer | ReferenceTrainer, case: Drawn) -> Arrays:
@@ -46,13 +44,13 @@ def logits_loss_and_gradients(trainer: MlxTrainer | ReferenceTrainer, case: Draw
 
 @given(cases())
 def test_in_float64_logits_loss_and_every_gradient_equal_the_reference_to_1e_12(case: Drawn) -> None:
-    """The sharp one: the algebra is the same for every architecture, adapter and batch."""
+    """The sharpest test: the algebra is the same for every architecture, adapter and batch."""
     target(require_exact_agreement(case, logits_loss_and_gradients).used)
 
 
 @given(cases())
 def test_in_float32_logits_loss_and_every_gradient_are_within_rounding_of_the_reference(case: Drawn) -> None:
-    """MLX's own kernels, where float64 has compositions in their place."""
+    """This runs MLX's own kernels, which the float64 test replaces with exact compositions."""
     target(require_agreement(case, logits_loss_and_gradients).used)
 
 
@@ -66,7 +64,7 @@ def runs(draw: st.DrawFn, dropout: float = 0.0) -> tuple[Drawn, Windows, TrainCo
 def test_in_float64_a_trajectory_equals_the_reference_to_1e_10(
     run: tuple[Drawn, Windows, TrainConfig],
 ) -> None:
-    """AdamW and SGD, schedules, LoRA+, clipping, and windows of any number of micro-batches of any shape."""
+    """AdamW and SGD, schedules, LoRA+, clipping, and any number of micro-batches of any shape per update."""
     case, drawn_windows, training = run
 
     def trajectory(trainer: MlxTrainer | ReferenceTrainer, _case: Drawn) -> Arrays:
@@ -77,10 +75,10 @@ def test_in_float64_a_trajectory_equals_the_reference_to_1e_10(
 
 
 @given(runs(dropout=0.25), st.integers(1, ITERS - 1))
-def test_a_run_resumed_at_any_step_is_the_run_that_never_stopped_to_the_bit(
+def test_a_run_resumed_at_any_update_equals_the_uninterrupted_run_to_the_bit(
     run: tuple[Drawn, Windows, TrainConfig], stop: int
 ) -> None:
-    """Factors and losses, with random dropout; the one that goes on begins with other factors."""
+    """Factors and losses, with random dropout. The resuming trainer starts with other factors."""
     case, drawn_windows, training = run
     whole, first, second = (
         case.build(MlxTrainer),
@@ -102,7 +100,7 @@ def test_a_run_resumed_at_any_step_is_the_run_that_never_stopped_to_the_bit(
 
 @given(cases())
 def test_merged_weights_act_as_the_adapter_did_and_unmerging_restores_every_byte(case: Drawn) -> None:
-    """Merged: within what one float32 rounding of every weight costs. Unmerged: to the bit."""
+    """Merged: within the rounding of every weight to float32. Unmerged: to the bit."""
     tokens_BT = case.batch.inputs_BT
     trainer = case.build(MlxTrainer)
     adapted = trainer.logits(tokens_BT)
@@ -143,7 +141,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    """One that only some switches show: the draws reach them."""
+    """Each bug needs certain switches to show, so this also proves that the random draws reach them."""
 
     @HUNT
     @given(cases())

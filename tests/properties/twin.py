@@ -1,7 +1,7 @@
-"""The PyTorch twin of a trainer: what a run should be, whatever is done with it and in whichever order.
+"""The PyTorch twin of a run: what factors, optimizer and logits should be after any sequence of acts.
 
-It knows no merging: an adapter that is merged and taken out again is the adapter that it was. So of every act
-on the real trainer the twin does only what that act means for the run: an update, or going back to a state.
+The twin does only what an act means for the run: an update, or going back to a saved state. Merging and
+unmerging must leave the run as it was, so the twin does nothing for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.trainers.reference import ReferenceTrainer, Run
 
 @dataclass(frozen=True)
 class TwinState:
-    """What a saved run holds."""
+    """The contents of a saved run."""
 
     factors: Arrays
     optimizer: dict[str, Any]
@@ -34,7 +34,7 @@ class TwinState:
 
 
 class Twin:
-    """A run of the reference in float64."""
+    """A run of the reference, in float64."""
 
     def __init__(self, case: Drawn, training: TrainConfig, masks: Arrays) -> None:
         self.trainer = case.build(ReferenceTrainer)
@@ -66,7 +66,7 @@ class Twin:
 
     @torch.no_grad()
     def merged(self, seed: int) -> Twin:
-        """One that can only be asked: merged, every merged weight moved to a float32 nearby, at random."""
+        """A merged copy, only to compare with; each merged weight is moved to a random nearby float32."""
         twin, rng = copy.copy(self), np.random.default_rng(seed)
         twin.trainer = copy.deepcopy(self.trainer)
         weights = [linear.linear.weight for linear in twin.trainer.adapted().values()]
