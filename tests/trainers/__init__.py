@@ -1,1 +1,1 @@
-"""Trainers behind one NumPy-in, NumPy-out face, so that the ladder compares arrays and knows no framework."""
+"""Adapters: each wraps a trainer in the ladder's NumPy interface, so the ladder needs no framework."""

@@ -1,4 +1,4 @@
-"""How many mutants were planted, caught, and caught at the right rung: a line at the end of the run."""
+"""Prints how many mutants were planted, caught, and caught at the right rung, at the end of the run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.trainers.mutants import MUTANTS
 
 @dataclass
 class Tally:
-    """Counts of a run."""
+    """The counts of one run."""
 
     planted: int = 0
     caught: int = 0
     at_the_right_rung: int = 0
 
     def count(self, is_right: bool | None) -> None:
-        """None: not caught."""
+        """`is_right` says whether the mutant was caught at the right rung; None: it was not caught."""
         self.planted += 1
         self.caught += is_right is not None
         self.at_the_right_rung += is_right is True

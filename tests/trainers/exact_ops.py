@@ -1,7 +1,8 @@
-"""The primitives of `mlx_impl.ops` composed of operations that are truly double on MLX's CPU.
+"""The primitives of `mlx_impl.ops`, composed of operations that really compute in float64 on MLX's CPU.
 
-There `exp`, `sin`, `cos`, and all that is built on them, compute in float32 whatever their input says (rung 0
-has the table); `mx.power(e, x)`, `log`, `sqrt`, products and sums do not, and NumPy has the angles.
+On MLX's CPU, `exp`, `sin`, `cos` and whatever is built on them compute in float32 even for float64 input
+(rung 0 has the table). `mx.power(e, x)`, `log`, `sqrt`, products and sums compute in float64, and NumPy
+computes the sines and cosines of rope.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def logsumexp(x_NV: mx.array) -> mx.array:
 
 @contextmanager
 def in_place_of_production() -> Iterator[None]:
-    """All of them swapped into `mlx_impl.ops` at once."""
+    """Replaces the primitives of `mlx_impl.ops` by these."""
     with ExitStack() as stack:
         for function in (rms_norm, rope, attention, silu, logsumexp):
             stack.enter_context(patch.object(ops, function.__name__, function))

@@ -1,7 +1,7 @@
 """Dropout with given masks, for both paths of `mlx_impl`.
 
-A mask has an element for each position of (B, T). Where the fast path computes only some positions, the
-mask is gathered at the same ones: the targets' in the last block after attention, elsewhere the kept ones.
+A mask covers all positions of (B, T). Where the fast path computes only some positions, the mask is gathered
+at those: the target positions after attention in the last block, and the kept positions elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AFTER_ATTENTION = ("o_proj", "gate_proj", "up_proj", "down_proj")
 
 @dataclass
 class Computed:
-    """The positions, in the flattened (B, T), that the present batch computes; None: all of them."""
+    """The positions in the flattened (B, T) that the current batch computes; None: all of them."""
 
     kept_S: mx.array | None = None
     positions_N: mx.array | None = None
@@ -45,7 +45,7 @@ class GivenDropout(Dropout):
 
 
 def with_given_masks(model: CausalLM, masks: Named, loss: Loss) -> Loss:
-    """The model's dropout replaced by these masks, and the loss that tells them what is computed."""
+    """Replaces the model's dropout by these masks; the returned loss tells them its positions."""
     computed, last = Computed(), f"layers.{len(model.model.layers) - 1}."
     for name, layer in lora_layers(model).items():
         is_at_targets = last in name and name.endswith(AFTER_ATTENTION)

@@ -1,4 +1,4 @@
-"""The smallest adapter: the seven required members, here over `mlx_impl`; the README shows it."""
+"""The smallest adapter: the seven required members, here over `mlx_impl`. The ladder's README shows it."""
 
 from __future__ import annotations
 

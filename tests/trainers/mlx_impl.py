@@ -1,6 +1,6 @@
-"""`mlx_impl` as the ladder sees a trainer, with every capability: what ships, and the plain pattern alone.
+"""Adapters for `mlx_impl`, with every capability: the trainer that ships, and the plain pattern alone.
 
-Both train, evaluate, save and resume by `LoRATrainer`, as a user does.
+Both train, evaluate, save and resume through `LoRATrainer`, as a user does.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from tests.ladder.protocol import Arrays, Dialect
 from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks
 
-DATA = [Example((1, 2), (False, True))]  # what a state of the ladder's windows says that it was trained on
+# Stands for the data set in a saved state, because the ladder hands over batches.
+DATA = [Example((1, 2), (False, True))]
 
 
 class Tap:
-    """A module that notes what it gives."""
+    """Wraps a module and records its output."""
 
     def __init__(self, module: Callable, name: str, notes: Arrays) -> None:
         self.module, self.name, self.notes = module, name, notes
@@ -53,10 +54,10 @@ class Tap:
 
 
 class MlxTrainer:
-    """What ships: `fast/` behind the seam."""
+    """The trainer that ships: `LoRATrainer` with the fast path."""
 
     dialect = Dialect()
-    share_expected = 0.25  # of a tolerance; more is a warning
+    share_expected = 0.25  # the share of a tolerance above which the summary warns
     dtype = mx.float32
     ops: ModuleType = mlx_impl.fast.ops
     plain = False
@@ -79,7 +80,7 @@ class MlxTrainer:
     @classmethod
     @contextmanager
     def exact(cls) -> Iterator[None]:
-        """Trainers that compute in float64 throughout, on the CPU: a GPU has none."""
+        """Trainers built inside compute in float64 throughout, on the CPU, because a GPU has no float64."""
         device = mx.default_device()
         mx.set_default_device(mx.cpu)
         cls.dtype = mx.float64
@@ -92,7 +93,7 @@ class MlxTrainer:
 
     @property
     def path(self) -> Loss:
-        """What `LoRATrainer` computes by."""
+        """The loss that `LoRATrainer` uses, with the given dropout masks if there are any."""
         loss: Loss = getattr(run_trainer, "PLAIN" if self.plain else "FAST")
         return loss if self.masks is None else with_given_masks(self.model, self.masks, loss)
 
@@ -130,7 +131,7 @@ class MlxTrainer:
         return self.begin(TrainConfig(iters=1)).evaluate_batches(batches)
 
     def gradients(self, batch: Batch) -> Arrays:
-        """As the optimizer gets them, and named again."""
+        """The gradients in the form that the optimizer gets them, converted back to named factors."""
         self.model.eval()
         loss_and_grads = nn.value_and_grad(self.model, self.path.batch_loss)
         (_, num_targets), grads = loss_and_grads(self.model, self.path.to_arrays(batch))
@@ -161,7 +162,7 @@ class MlxTrainer:
         return [record.loss_nats for record in self.records]
 
     def begin(self, training: TrainConfig, compiled: bool = False) -> LoRATrainer:
-        """A new run, or the one that was loaded."""
+        """A trainer for a new run, or for the loaded one."""
         self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain)
         if self.masks is not None:
             self.trainer.loss = self.path
@@ -170,7 +171,10 @@ class MlxTrainer:
         return self.trainer
 
     def optimizer_names(self, training: TrainConfig) -> set[str]:
-        """Every parameter whose moments the optimizer holds; of a vector, every one of its kind."""
+        """Every parameter whose moments the optimizer holds.
+
+        A vector holds all parameters of a kind (lora_a, say), so it stands for every parameter of that kind.
+        """
         optimizer = self.begin(training).optimizer
         moments = {
             name.rpartition(".")[0] for one in optimizer.optimizers for name, _ in tree_flatten(one.state)
@@ -182,15 +186,15 @@ class MlxTrainer:
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
         optimizer = self.begin(training).optimizer
-        for step, given in enumerate(gradients):
-            optimizer.set_learning_rate(learning_rate_of(step, training))
+        for update, given in enumerate(gradients):
+            optimizer.set_learning_rate(learning_rate_of(update, training))
             tree = tree_unflatten([(name, self.array(value)) for name, value in given.items()])
             sums = ((mx.array(0.0), mx.array(1)), self.path.flatten_grads(tree))
             apply_mean(self.model, optimizer, 0.0, sums)
             mx.eval(self.model, optimizer.state)
 
     def learning_rates(self, training: TrainConfig) -> list[float]:
-        return [learning_rate_of(step, training) for step in range(training.iters)]
+        return [learning_rate_of(update, training) for update in range(training.iters)]
 
     def gradient_norms(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
         self.train(windows, training)
@@ -232,7 +236,7 @@ class MlxTrainer:
 
 
 class PlainTrainer(MlxTrainer):
-    """The pattern alone: `LoRATrainer(..., plain=True)`."""
+    """The plain pattern, without `mlx_impl/fast`: `LoRATrainer(..., plain=True)`."""
 
     ops = mlx_impl.ops
     plain = True

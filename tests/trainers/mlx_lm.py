@@ -1,7 +1,7 @@
-"""mlx-lm's own trainer behind the ladder's face: its model, LoRA layers, loss, `train` and optimizers.
+"""An adapter for mlx-lm's own trainer: its model, LoRA layers, loss, `train` and optimizers.
 
-Nothing of it is patched. `train` runs as its command line runs it, with an `iterate_batches` that hands over
-the ladder's batches in order, as they are padded. What mlx-lm has no words for raises NotImplementedError.
+mlx-lm is not patched. `train` runs as its command line runs it, with an `iterate_batches` that hands over the
+ladder's batches in order, padded as they are. An option that mlx-lm does not have raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FACTORS = ("lora_a", "lora_b", "magnitude")
 
 
 def canonical(name: str) -> str:
-    """mlx-lm keeps the base layer in `linear`, and calls DoRA's magnitude m."""
+    """The canonical name: mlx-lm has the base layer in `linear` and calls DoRA's magnitude `m`."""
     name = name.replace(".linear.", ".")
     return name.removesuffix(".m") + ".magnitude" if name.endswith(".m") else name
 
@@ -61,13 +61,13 @@ class MlxLmTrainer:
 
     @staticmethod
     def tree(arrays: Arrays) -> Any:
-        """By mlx-lm's names."""
+        """A tree of arrays with mlx-lm's names."""
         renamed = {name.replace(".magnitude", ".m"): mx.array(value) for name, value in arrays.items()}
         return tree_unflatten(list(renamed.items()))
 
     @staticmethod
     def named(tree: Any) -> Arrays:
-        """By canonical names."""
+        """Arrays by their canonical names."""
         return {canonical(name): np.array(value) for name, value in tree_flatten(tree)}
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ class MlxLmTrainer:
         return self.named(gradient(self.model.eval(), *their_batch(batch))[1])
 
     def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
-        """Of each window the mean nats per target, from what mlx-lm reports after every micro-batch."""
+        """The mean nats per target of each update, from mlx-lm's reports after every micro-batch."""
         batches = [batch for window in windows for batch in window]
         reports = Reports()
         mx.random.seed(training.seed)
@@ -114,11 +114,11 @@ class MlxLmTrainer:
 
     def train_checkpointed(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
         block = type(self.model.layers[0])
-        plain = block.__call__  # mlx-lm replaces it in the class, and leaves it so
+        call = block.__call__  # mlx-lm replaces the class's method and does not restore it
         try:
             return self.train(windows, replace(training, grad_checkpoint=True))
         finally:
-            block.__call__ = plain
+            block.__call__ = call
 
     def optimizer_names(self, training: TrainConfig) -> set[str]:
         optimizer = make_optimizer(training)
@@ -153,6 +153,6 @@ class MlxLmTrainer:
 
 
 class MlxLmDeclared(MlxLmTrainer):
-    """The same, judged by what is known of it."""
+    """The same trainer, with the departures that are known of it declared."""
 
     dialect = Dialect(bias_correction=False, pad_targets=1, accumulation="mean of means")

@@ -1,4 +1,4 @@
-"""`reference` behind the ladder's face, in float32 or float64, and in any dialect a trainer may declare."""
+"""An adapter for the PyTorch reference, in float32 or float64, in any dialect a trainer may declare."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from reference.targets import of_pattern
 from reference.train import add_up, apply_mean, batch_loss, evaluate
 from tests.ladder.protocol import Arrays, Dialect
 
-LONG_AGO = 1e9  # updates, after which Adam's bias correction is 1
+LONG_AGO = 1e9  # after so many updates Adam's bias correction is 1
 
 
 class FixedDropout(nn.Module):
-    """Dropout with a mask that is given: x * keep / (1 - p) while training."""
+    """Dropout with a given mask: x * keep / (1 - p) while training."""
 
     def __init__(self, keep_BTI: np.ndarray, p: float) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FixedDropout(nn.Module):
 
 
 class Run:
-    """An optimizer and its schedule: what a run carries from update to update."""
+    """The state of a run from update to update: the optimizer and its schedule."""
 
     def __init__(self, model: CausalLM, training: TrainConfig, dialect: Dialect) -> None:
         self.optimizer = make_optimizer(model, training)
@@ -53,7 +53,7 @@ class Run:
                 self.optimizer.state[p] = {"step": torch.tensor(LONG_AGO), **zeros}
 
     def update(self, model: CausalLM, window: list[TorchBatch]) -> tuple[float, float]:
-        """The mean nats per target, and the gradients' norm."""
+        """One optimizer update. Returns the mean nats per target, and the gradient norm before clipping."""
         if self.accumulation == "by targets":
             nats, num_targets = add_up(model, window)
             result = nats / num_targets, apply_mean(self.optimizer, self.max_grad_norm, num_targets)
@@ -63,7 +63,7 @@ class Run:
         return result
 
     def update_by_means(self, model: CausalLM, window: list[TorchBatch]) -> tuple[float, float]:
-        """The gradient of the mean of the micro-batches' means, however many targets each has."""
+        """An update by the mean of the micro-batches' means, which ignores how many targets each has."""
         self.optimizer.zero_grad()
         total_nats, total_targets = 0.0, 0
         for batch in window:
@@ -131,7 +131,7 @@ class ReferenceTrainer:
         return [loss_nats for loss_nats, _ in self.updates(windows, training)]
 
     def updates(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[tuple[float, float]]:
-        """The loss and the gradients' norm of every update."""
+        """The loss and the gradient norm of every update."""
         self.run = Run(self.model, training, self.dialect)
         torch.manual_seed(training.seed)
         if self.saved:
@@ -195,7 +195,7 @@ class ReferenceTrainer:
         run, rates = Run(self.model, training, self.dialect), []
         for _ in range(training.iters):
             rates.append(run.optimizer.param_groups[0]["lr"])
-            run.optimizer.step()  # without gradients it moves nothing
+            run.optimizer.step()  # without gradients it changes nothing
             run.schedule.step()
         return rates
 
@@ -232,19 +232,19 @@ class ReferenceTrainer:
 
 
 class Float32Reference(ReferenceTrainer):
-    """Another float32 program, which the tolerances must let pass."""
+    """Another right float32 program, which the tolerances must let pass."""
 
     dtype = torch.float32
 
 
 @functools.cache
 def oracle(dialect: Dialect, dtype: torch.dtype) -> type[ReferenceTrainer]:
-    """The reference, held to what a trainer declares."""
+    """The reference in the dialect that a trainer declares."""
     return type("Oracle", (ReferenceTrainer,), {"dialect": dialect, "dtype": dtype})
 
 
 def with_pad_targets(mask_BT: np.ndarray, pad_targets: int) -> np.ndarray:
-    """The mask, and in each row so many positions after its last target, as far as the row goes."""
+    """The mask plus, in each row, `pad_targets` positions after its last target, if the row is that long."""
     mask_BT = mask_BT.copy()
     for mask_T in mask_BT:
         if mask_T.any():

@@ -1,4 +1,4 @@
-"""Who must climb: the reference, the plain pattern, and the smallest adapter, in the ladder's README."""
+"""Trainers that must pass the ladder: the reference, the plain pattern, and the smallest adapter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.trainers.minimal import MinimalTrainer
 
 README = (Path(__file__).parents[1] / "ladder" / "README.md").read_text(encoding="utf-8")
 IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-LINES = 30  # of code that an adapter may take at most
+LINES = 30  # of code that the smallest adapter may have at most
 
 
 @pytest.mark.parametrize("name", ["Float32Reference", "ReferenceTrainer"])
 def test_the_reference_climbs_its_own_ladder(name: str) -> None:
-    """In float32 it is another right trainer, on PyTorch's kernels; in float64 the loopback of the oracle.
+    """In float32 it is another right trainer; in float64 it is the oracle compared with itself.
 
-    Every case by night.
+    With the nightly profile, on every case.
     """
     cases = None if IS_NIGHTLY else ["untied", "dora"]
     ladder = climb(f"tests.trainers.reference:{name}", "-m", "not slow", cases=cases)
@@ -29,7 +29,7 @@ def test_the_reference_climbs_its_own_ladder(name: str) -> None:
 
 
 def test_the_plain_pattern_climbs() -> None:
-    """`--trainer plain`; tests/ladder itself judges what ships. Every case by night."""
+    """`--trainer plain`; a run of tests/ladder judges what ships. With the nightly profile, on every case."""
     cases = None if IS_NIGHTLY else ["untied", "lora", "dora", "sliding window"]
     ladder = climb("plain", cases=cases)
     assert ladder.first_divergence is None, ladder.first_divergence
@@ -37,7 +37,7 @@ def test_the_plain_pattern_climbs() -> None:
 
 
 def test_the_smallest_adapter_climbs() -> None:
-    """What it does not offer is not claimed, and nothing that it claims fails; in the untied case."""
+    """Nothing that it claims fails, in the case "untied"; what it does not offer is not claimed."""
     ladder = climb("tests.trainers.minimal:MinimalTrainer", "-m", "not slow", cases=["untied"])
     assert ladder.first_divergence is None
     assert all(ladder.outcomes[rung]["passed"] for rung in range(2, 11))

@@ -1,6 +1,7 @@
-"""The ladder examined: every mutant fails it, at the right rung, and the sound trainer does not.
+"""Mutation testing of the ladder: every mutant fails at the right rung, and the unpatched trainer passes.
 
-The mutants that stand for a public bug are planted each time, all of them with HYPOTHESIS_PROFILE=nightly.
+The mutants that stand for a public bug are planted each time, and all of them with
+HYPOTHESIS_PROFILE=nightly.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PLANTED = planted()
 
 @pytest.mark.parametrize("trainer", [SHIPPED, PLAIN])
 def test_the_sound_trainer_passes_the_same_climb(trainer: str) -> None:
-    """The control: without a patch nothing fails, and no rung is empty."""
+    """The control: without a patch no claim fails, and every rung has claims."""
     result, _ = sound(trainer)
     assert not result.failed, result.failed[0]
     assert set(result.passed) == set(RUNGS)
@@ -28,8 +29,10 @@ def test_the_sound_trainer_passes_the_same_climb(trainer: str) -> None:
 
 @pytest.mark.parametrize("mutant", PLANTED.values(), ids=PLANTED)
 def test_every_mutant_is_caught_at_the_right_rung(mutant: Mutant, tally: Tally) -> None:
-    """The first claim that fails is of its rung, so all of the lower rungs have passed; by its figures, not
-    because what was planted has another signature than what it stands for."""
+    """The first claim that fails belongs to the mutant's rung, so all lower rungs passed.
+
+    It must fail because numbers differ, not because the patch has the wrong signature (a TypeError, say).
+    """
     caught = first_failure(mutant)
     tally.count(None if caught is None else caught.rung == mutant.rung)
     assert caught is not None, f"{mutant.name} is not caught"
@@ -40,12 +43,12 @@ def test_every_mutant_is_caught_at_the_right_rung(mutant: Mutant, tally: Tally) 
     assert not re.search(r"^E +(Type|Attribute|Name)Error", report, re.MULTILINE), report
     times = caught.times_tolerance
     assert times is None or times >= mutant.least, (
-        f"{times:.3g} tolerances, at least {mutant.least:g} were said"
+        f"{times:.3g} tolerances, expected at least {mutant.least:g}"
     )
 
 
 def test_every_rung_has_its_mutants() -> None:
-    """From the operations to generation, each time; rung 0 judges the platform and not the trainer."""
+    """Also with the quick selection. Rung 0 has none, because it judges the platform and not the trainer."""
     assert (
         {mutant.rung for mutant in MUTANTS.values()}
         == {mutant.rung for mutant in quick().values()}
@@ -54,12 +57,12 @@ def test_every_rung_has_its_mutants() -> None:
 
 
 def test_no_two_mutants_share_a_name_and_there_are_at_least_forty() -> None:
-    """A name in the table is one bug."""
+    """A name in the table means one bug."""
     assert len(ALL) == len(MUTANTS) >= 40
 
 
 def test_the_table_in_the_readme_is_that_of_the_mutants() -> None:
-    """Line by line, but for the last column, which is measured. So are the figures above it."""
+    """Line by line, except for the last column, which is measured. The counts above it are checked too."""
     readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
     assert f"`mutants: {len(quick())} of {len(MUTANTS)} planted" in readme
     shown = [line for line in readme.splitlines() if line.startswith("|")]

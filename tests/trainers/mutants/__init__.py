@@ -1,7 +1,7 @@
-"""Mutants: `mlx_impl` with one planted bug each, and the rung of the ladder that must notice it first.
+"""Mutants: `mlx_impl` with one planted bug each, and the rung of the ladder that must catch it first.
 
-A test that never failed has proven little. Each mutant is a small patch with its story and, where there is
-one, the public bug that it stands for; `tests/trainers/test_mutants.py` plants them one at a time.
+A test that never failed has proven little. Each mutant is a small patch with a story and, where there is one,
+the public bug that it stands for. `tests/trainers/test_mutants.py` plants them one at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RUNGS = range(1, 15)  # rung 0 judges the platform
 
 
 def quick() -> dict[str, Mutant]:
-    """Those that stand for a public bug, and of each rung without one the first two."""
+    """The mutants that stand for a public bug, and the first two of each rung that has no such mutant."""
     named = {name: mutant for name, mutant in MUTANTS.items() if mutant.source}
     for rung in set(RUNGS) - {mutant.rung for mutant in named.values()}:
         of_rung = [mutant for mutant in MUTANTS.values() if mutant.rung == rung]
@@ -28,12 +28,12 @@ def quick() -> dict[str, Mutant]:
 
 
 def planted() -> dict[str, Mutant]:
-    """All of them by night, that is with HYPOTHESIS_PROFILE=nightly."""
+    """All mutants with HYPOTHESIS_PROFILE=nightly, otherwise the quick selection."""
     return MUTANTS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else quick()
 
 
 def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The lines of the README's table; with a column more, of those mutants that were measured."""
+    """The lines of the README's table. With `measured`, only those mutants, and the measured column."""
     yield "| Mutant | Rung | What is broken | Stands for |" + " Times its tolerance |" * bool(measured)
     yield "|---|---|---|---|" + "---|" * bool(measured)
     for mutant in MUTANTS.values() if measured is None else map(MUTANTS.__getitem__, measured):

@@ -1,6 +1,6 @@
-"""`python -m tests.trainers.mutants` plants every mutant and prints the README's table, in some minutes.
+"""`python -m tests.trainers.mutants` plants every mutant and prints the README's table; it takes minutes.
 
-Names as arguments: only those.
+Arguments are names of mutants: it then plants only those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.trainers.mutants.mutant import Mutant
 
 
 def times_its_tolerance(mutant: Mutant) -> str:
-    """Of the claim that catches it: how far its worst tensor is out."""
+    """The error of the worst tensor in the claim that catches the mutant, as a multiple of its tolerance."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         caught = first_failure(mutant)
     if caught is None:
@@ -28,6 +28,6 @@ def times_its_tolerance(mutant: Mutant) -> str:
     return "to the bit" if math.isinf(caught.times_tolerance) else f"{caught.times_tolerance:.1e}"
 
 
-os.environ["HYPOTHESIS_PROFILE"] = "nightly"  # the sound trainer climbs what any mutant needs
+os.environ["HYPOTHESIS_PROFILE"] = "nightly"  # the unpatched trainer then runs the cases of all mutants
 chosen = {name: MUTANTS[name] for name in sys.argv[1:] or MUTANTS}
 print("\n".join(table({name: times_its_tolerance(mutant) for name, mutant in chosen.items()})))

@@ -1,9 +1,9 @@
-"""The ladder climbed in this process, by pytest within pytest, up to the first claim that fails.
+"""Runs the ladder on a mutant up to the first claim that fails, by pytest within pytest in this process.
 
-To be quick, a climb takes the claims of the plain cases, of those that a mutant needs, and of AdamW, and of
-these only those that the mutant's patches can change: while the sound trainer climbs, each name that a mutant
-replaces notes which claims call it. A claim that never calls a replaced name passes as it did for the sound
-trainer.
+To be quick, it runs only some claims: those on the default cases and on the cases that the mutant needs, with
+AdamW where there is a choice. Of these it runs only the claims that the mutant's patches can change. To know
+them, the unpatched (sound) trainer runs first, and every name that a mutant replaces records which claims
+call it. A claim that never calls a replaced name passes as it did for the sound trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.trainers.mutants.mutant import Mutant
 
 LADDER = Path(__file__).parents[2] / "ladder"
 QUIET = ("-q", "-x", "--no-header", "--no-summary", "--capture=no")
-# Of pytest's plugins, those that the outer run has already; two of them collect garbage after each run.
+# Pytest plugins that the outer run has loaded already; two of them collect garbage after each run.
 LEFT_OUT = (
     "cacheprovider",
     "faulthandler",
@@ -60,12 +60,12 @@ class Failure:
     rung: int
     claim: str
     report: str
-    times_tolerance: float | None  # infinite where it is to the bit, None where it has no tolerance
+    times_tolerance: float | None  # infinite if the claim is to the bit, None if it has no tolerance
 
 
 @dataclass
 class Climb:
-    """What came of it: how many claims held at each rung, and the first that did not."""
+    """The result: how many claims passed at each rung, and the first that failed."""
 
     cases: Iterable[str]
     touched: set[str] | None = None  # the claims to try; None: all
@@ -108,7 +108,7 @@ def climb(trainer: str, rungs: Iterable[int], cases: Iterable[str], touched: set
 
 @contextmanager
 def spied(trainer: str, touched: Touched) -> Iterator[None]:
-    """Every name that any mutant replaces notes the claim in which it is called."""
+    """Every name that any mutant replaces records the claims that call it."""
     with ExitStack() as stack:
         mutants = (mutant for mutant in MUTANTS.values() if mutant.trainer == trainer)
         names = {name for mutant in mutants for name in mutant.patches}
@@ -133,7 +133,7 @@ def noting(original: Any, claims: set[str]) -> Any:
 
 @functools.cache
 def sound(trainer: str) -> tuple[Climb, Touched]:
-    """The climb of the sound trainer, and which claims touch which name."""
+    """The result of the sound trainer, and which claims call which replaced name."""
     touched: Touched = defaultdict(set)
     with spied(trainer, touched):
         mutants = (mutant for mutant in planted().values() if mutant.trainer == trainer)
@@ -142,7 +142,7 @@ def sound(trainer: str) -> tuple[Climb, Touched]:
 
 
 def first_failure(mutant: Mutant) -> Failure | None:
-    """What is above the mutant's own rung is tried last."""
+    """The first claim that fails; the rungs above the mutant's own are tried last."""
     touched = sound(mutant.trainer)[1]
     claims = set().union(*(touched[name] for name in mutant.patches))
     assert claims, f"no claim touches {', '.join(mutant.patches)}"

@@ -1,4 +1,4 @@
-"""Rungs 9 and 10: accumulation, compilation, recomputation, dropout; and tokens taken for padding."""
+"""Rungs 9 and 10: gradient accumulation, compilation, checkpointing, dropout; tokens taken for padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ compile_it, drop = mx.compile, Dropout.__call__
 
 
 def each_part(change: Callable[[Any, Any], Any]) -> Patches:
-    """Something is done to the sums of every micro-batch before they are added."""
+    """Changes the sums of every micro-batch before they are added."""
 
     def make(config: Any) -> Callable:
         def changed(part: Callable[[], Any]) -> Any:
@@ -58,7 +58,7 @@ def rate_by_micro_batch(step: int, config: Any) -> float:
 
 
 def compiled_with(*kept: int) -> Patches:
-    """mx.compile told only of some of: the model, the optimizer, the random state."""
+    """mx.compile captures only some of 0: the model, 1: the optimizer, 2: the random state."""
 
     def broken(function: Any, inputs: Any, outputs: Any) -> Any:
         return compile_it(function, [inputs[i] for i in kept], [outputs[i] for i in kept])
@@ -100,14 +100,14 @@ def evaluate_in_training(model: Any, parts: Any, loss: Any) -> tuple[float, int]
 
 
 def dropped_by(change: Callable[[Any, mx.array], mx.array]) -> Patches:
-    """Dropout of another law while training."""
+    """A broken dropout while training."""
     return {
         "mlx_impl.lora.Dropout.__call__": lambda self, x: change(self, x) if self.training and self.p else x
     }
 
 
 def cut_to_length(batch: Any) -> Any:
-    """The last 16 columns of a batch, padding and all."""
+    """The last 16 columns of a batch, with their padding."""
     return FAST.to_arrays(batch._replace(**{n: getattr(batch, n)[:, -16:] for n in batch._fields[:3]}))
 
 
@@ -115,88 +115,88 @@ MUTANTS = [
     Mutant(
         "mean-of-means",
         9,
-        "Micro-batches are averaged alike, however many targets they have: a short one's tokens weigh more.",
+        "Every micro-batch has the same weight, so the tokens of one with few targets weigh more.",
         each_part(its_mean),
         "mlx-lm#1544",
     ),
     Mutant(
         "last-micro-batch-only",
         9,
-        "Accumulation only skips updates: what the skipped micro-batches gave is thrown away.",
+        "Accumulation only skips updates: the gradients of all but the last micro-batch are lost.",
         with_add_up(lambda config: lambda parts: list(parts)[-1]()),
         "mlx-lm#326",
     ),
     Mutant(
         "divided-by-accumulation-again",
         9,
-        "A loss that is already per target is divided by the number of micro-batches once more.",
+        "The loss is already a mean over targets, and is divided by the number of micro-batches again.",
         each_part(divided_again),
         "transformers#35438",
     ),
     Mutant(
         "last-window-dropped",
         9,
-        "A window that is not full at the end of the data is not applied.",
+        "At the end of the data, an update with fewer micro-batches than the others is dropped.",
         training(full_windows),
         "transformers#14309",
     ),
     Mutant(
         "schedule-by-micro-batch",
         9,
-        "The schedule moves with every micro-batch, and is over long before the run.",
+        "The schedule counts micro-batches instead of updates, so it ends long before the run.",
         {"mlx_impl.train.learning_rate_of": rate_by_micro_batch},
         "NeMo-Automodel#2257",
     ),
     Mutant(
         "clip-each-micro-batch",
         9,
-        "Every micro-batch is clipped by itself before they are added.",
+        "The gradient of each micro-batch is clipped alone, before the sum.",
         each_part(clipped),
     ),
     Mutant(
         "compile-without-random-state",
         9,
-        "The compiler is not told of the random state: every update drops the same elements.",
+        "mx.compile does not capture the random state, so every update drops the same elements.",
         compiled_with(0, 1),
         "mlx-examples#583",
     ),
     Mutant(
         "compile-without-optimizer",
         9,
-        "The compiler is not told of the optimizer: its moments stay as they were at the first update.",
+        "mx.compile does not capture the optimizer, so its moments stay as they were at the first update.",
         compiled_with(0, 2),
     ),
     Mutant(
         "compile-without-model",
         9,
-        "The compiler takes the adapter's weights for constants.",
+        "mx.compile does not capture the model, so the adapter's weights are constants.",
         compiled_with(1, 2),
         "mlx-lm-lora#50",
     ),
     Mutant(
         "recomputed-with-another-mask",
         9,
-        "The recomputed block draws another dropout mask than the forward pass had.",
+        "With checkpointing, the recomputed block draws another dropout mask than the forward pass did.",
         {"mlx_impl.model.recomputed": recomputed_anew},
         trainer=PLAIN,
     ),
     Mutant(
         "recomputed-without-parameters",
         9,
-        "The recomputed block's parameters are no inputs of it: with checkpointing on, they never train.",
+        "With checkpointing, the parameters are no inputs of the recomputed block, so they get no gradient.",
         {"mlx_impl.fast.forward.recomputed": lambda block, forward, x: mx.checkpoint(forward)(x)},
         "transformers#25841",
     ),
     Mutant(
         "dropout-on-the-base",
         9,
-        "Dropout falls on the frozen layer's input too.",
+        "Dropout is applied to the input of the frozen layer too.",
         lora_call(lora_of_dropped),
     ),
     Mutant(
         "dora-without-dropout",
         9,
-        "DoRA takes dropout as an argument and applies none.",
+        "DoRA accepts dropout but does not apply it.",
         {"mlx_impl.lora.DoRALinear.__call__": dora_without_dropout},
         "peft#1806",
         ("dora",),
@@ -204,26 +204,26 @@ MUTANTS = [
     Mutant(
         "dropout-never-applied",
         9,
-        "The configuration's dropout reaches no layer.",
+        "The configured dropout is never applied.",
         {"mlx_impl.lora.Dropout.__call__": lambda self, x: x},
         "torchtune#995",
     ),
     Mutant(
         "dropout-not-rescaled",
         9,
-        "What is kept is not divided by 1 - p: the adapter is weaker in training than after it.",
+        "Dropout does not divide by 1 - p, so the adapter is weaker in training than afterwards.",
         dropped_by(lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, next_key())),
     ),
     Mutant(
         "dropout-keeps-p",
         9,
-        "p is taken for the share that is kept.",
+        "Dropout treats p as the share to keep instead of the share to drop.",
         dropped_by(lambda self, x: x * mx.random.bernoulli(self.p, x.shape, next_key()) / self.p),
     ),
     Mutant(
         "dropout-repeats",
         9,
-        "Every draw begins from the same key: the same elements are dropped in each update.",
+        "Every dropout mask is drawn from the same key, so each update drops the same elements.",
         dropped_by(
             lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, mx.random.key(0)) / (1 - self.p)
         ),
@@ -231,7 +231,7 @@ MUTANTS = [
     Mutant(
         "dropout-in-evaluation",
         9,
-        "Dropout stays on when the model is evaluated.",
+        "Dropout stays on in evaluation.",
         {"mlx_impl.lora.Dropout.__call__": always_dropping},
         trainer=PLAIN,
     ),
@@ -244,14 +244,14 @@ MUTANTS = [
     Mutant(
         "token-zero-is-padding",
         10,
-        "Padding is told by its number, so a real token 0 is no target either.",
+        "Padding is recognized by the token id 0, so a real token 0 is not a target either.",
         batches(lambda batch: batch._replace(mask_BT=batch.mask_BT & (batch.targets_BT != 0))),
     ),
     Mutant(
         "padding-counted-in-the-length",
         10,
-        "Rows are cut to the maximum length from the left after they were padded: short rows lose tokens, "
-        "and the padding stays.",
+        "Rows are truncated to the maximum length on the left after padding, so short rows lose tokens "
+        "and keep the padding.",
         {"mlx_impl.run.trainer.FAST": FAST._replace(to_arrays=cut_to_length)},
     ),
 ]

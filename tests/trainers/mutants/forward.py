@@ -1,4 +1,4 @@
-"""Rung 3: sound layers in a model that is not the checkpoint's."""
+"""Rung 3: every layer is right, but the model is not the checkpoint's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def frequencies(**settings: Any) -> Patches:
 
 
 def without_blend(config: ModelConfig) -> tuple[float, ...]:
-    """Each pair is kept or stretched, whichever is nearer."""
+    """Each frequency is either kept or scaled, whichever is nearer to the blend."""
     plain, stretched = rope_frequencies(replace(config, rope_scaling=None)), rope_frequencies(config)
     factor = config.rope_scaling.factor if config.rope_scaling else 1.0
     return tuple(
@@ -63,7 +63,7 @@ def seeing_the_row_before(self: Any, *tokens: Any, **more: Any) -> mx.array:
 
 
 def windows(change: int | None) -> Patches:
-    """Every window that much wider; None: none at all."""
+    """Makes every attention window wider by `change`; None: removes it."""
 
     def broken(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> Any:
         given = None if window is None or change is None else window + change
@@ -76,28 +76,28 @@ MUTANTS = [
     Mutant(
         "rope-scaling-ignored",
         3,
-        "The configuration stretches rope for long contexts; the loader does not know the field.",
+        "The configuration scales RoPE for long contexts, but the loader does not know the field.",
         frequencies(rope_scaling=None),
         cases=("linear rope", "llama3 rope"),
     ),
     Mutant(
         "rope-scaling-without-blend",
         3,
-        "Llama 3's rule keeps or stretches each frequency, and forgets the blend between.",
+        "Llama 3's RoPE scaling keeps or scales each frequency, without blending those in between.",
         {"mlx_impl.model.rope_frequencies": without_blend},
         cases=("llama3 rope",),
     ),
     Mutant(
         "rope-base-fixed",
         3,
-        "Rope's base is 10,000, whatever the configuration says.",
+        "RoPE's base is always 10,000, whatever the configuration says.",
         frequencies(rope_theta=10000.0),
         "torchtune#997",
     ),
     Mutant(
         "qk-norm-after-rope",
         3,
-        "Queries and keys are normed after they are turned; the norm's weights then scale other elements.",
+        "Queries and keys are normed after RoPE instead of before, so the norm's weights scale other values.",
         {"mlx_impl.model.Attention.__call__": norm_after_rope},
         cases=("qk norm",),
         trainer=PLAIN,
@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant(
         "qkv-bias-lost",
         3,
-        "The biases of queries, keys and values are loaded and never added.",
+        "The biases of queries, keys and values are loaded but never added.",
         {"mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T},
         cases=("qkv bias",),
         trainer=PLAIN,
@@ -113,14 +113,14 @@ MUTANTS = [
     Mutant(
         "tied-head-not-tied",
         3,
-        "The checkpoint has no head because it is the embedding; the model keeps a random one.",
+        "The checkpoint has no head, because the embedding is the head; the model keeps a random head.",
         {"mlx_impl.model.CausalLM.head": head_of_its_own},
         cases=("tied",),
     ),
     Mutant(
         "sliding-window-ignored",
         3,
-        "The configuration has a sliding window; every token sees its whole past.",
+        "The configuration has a sliding window, but every token attends to its whole past.",
         windows(None),
         cases=("sliding window",),
         trainer=PLAIN,
@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant(
         "sliding-window-one-too-wide",
         3,
-        "A token sees as many before it as the window is wide, and itself.",
+        "The sliding window does not count the token itself, so it is one token too wide.",
         windows(1),
         cases=("sliding window",),
         trainer=PLAIN,
@@ -143,20 +143,20 @@ MUTANTS = [
     Mutant(
         "gate-and-up-swapped",
         3,
-        "The feed-forward's two projections change places: same shapes, another function.",
+        "The gate and up projections of the feed-forward are swapped: same shapes, another function.",
         {"mlx_impl.model.FeedForward.__call__": swapped_gate},
         trainer=PLAIN,
     ),
     Mutant(
         "embedding-scaled",
         3,
-        "The embedding is multiplied by the root of the width, as another family of models does.",
+        "The embedding is multiplied by the square root of the width, as another model family does.",
         {"mlx.nn.Embedding.__call__": scaled_embedding},
     ),
     Mutant(
         "rows-leak",
         3,
-        "A trace of the row before reaches each row of the batch, as when packed documents are not parted.",
+        "A little of each row leaks into the next row, as when packed documents are not separated.",
         {"mlx_impl.model.Decoder.__call__": seeing_the_row_before},
         "trl#805",
         trainer=PLAIN,

@@ -1,4 +1,4 @@
-"""Rungs 5 and 6: the loss is right and its gradient is not; and the wrong parameters train."""
+"""Rungs 5 and 6: the loss is right but its gradient is wrong; or the wrong parameters train."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ stop = mx.stop_gradient
 
 
 def lora(update_of: Callable[[Any, mx.array], mx.array]) -> Patches:
-    """A LoRA layer whose update has the right value."""
+    """A LoRA layer whose forward value is right and whose gradient is wrong."""
     return lora_call(lambda self, x: self.linear(x) + self.scale * update_of(self, x))
 
 
@@ -45,7 +45,7 @@ def _(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
 
 
 def nats_of_gradient(factor: float) -> Patches:
-    """The loss as it is, its gradient times a number."""
+    """The right loss, with its gradient multiplied by a number."""
 
     def broken(*arguments: Any) -> tuple[mx.array, mx.array]:
         nats, num_targets = head_nats(*arguments)
@@ -63,7 +63,7 @@ def with_fillings_backwards(
 
 
 def of_parts(change: Callable[[int, LowRank], LowRank]) -> Patches:
-    """Linears of one input, each changed by its place among them."""
+    """Linears that share an input; `change` gets the index of each."""
     return {
         "mlx_impl.fast.projection.products": lambda x, parts: products(
             x, [change(place, part) for place, part in enumerate(parts)]
@@ -89,7 +89,7 @@ def with_trained_length(self: Any) -> mx.array:
 
 
 def begun(change: Callable[[Any], object]) -> Patches:
-    """Something happens to the model when training begins."""
+    """Changes the model when training begins."""
 
     def broken(model: Any, *more: Any, **named: Any) -> Iterator[Any]:
         change(model)
@@ -128,21 +128,21 @@ MUTANTS = [
     Mutant(
         "a-gets-no-gradient",
         5,
-        "The graph is cut between A and B: B learns to use a random projection, and A never moves.",
+        "The graph is cut between A and B, so A gets no gradient and B learns on a random projection.",
         lora(lambda self, x: stop(self.dropout(x) @ self.lora_a) @ self.lora_b),
         trainer=PLAIN,
     ),
     Mutant(
         "adapter-input-detached",
         5,
-        "The adapter reads a detached input, so the layers below do not feel its part of the gradient.",
+        "The adapter reads a detached input, so the layers below do not get its part of the gradient.",
         lora(lambda self, x: (self.dropout(stop(x)) @ self.lora_a) @ self.lora_b),
         trainer=PLAIN,
     ),
     Mutant(
         "base-without-gradient",
         5,
-        "The frozen layer runs outside the graph, as under no_grad: what is below hears of it no more.",
+        "The frozen layer runs outside the graph, as under no_grad, so no gradient passes through it.",
         lora_call(cut_base),
         trainer=PLAIN,
     ),
@@ -156,58 +156,58 @@ MUTANTS = [
     Mutant(
         "gradient-scaled-again",
         5,
-        "A factor is applied once to the loss that is shown and twice to the one that is differentiated.",
+        "The loss is right, but its gradient is doubled, because a factor is applied twice to it.",
         nats_of_gradient(2.0),
         "transformers#35207",
     ),
     Mutant(
         "gradient-of-logits-in-bfloat16",
         5,
-        "The logits' gradient is rounded to bfloat16 on its way back; for confident tokens nothing is left.",
+        "The gradient of the logits is rounded to bfloat16, which leaves nothing of it for confident tokens.",
         {"mlx_impl.model.CausalLM.head": lambda self, x: rounding_backwards(head(self, x))},
         "Liger-Kernel#1329",
     ),
     Mutant(
         "fillings-backwards",
         5,
-        "The loss leaves out the positions that only fill a shape; its gradient, formed beside it, does not.",
+        "The loss leaves out positions that only pad the batch to its shape, but the gradient counts them.",
         {"mlx_impl.fast.forward.head_nats": with_fillings_backwards},
     ),
     Mutant(
         "scale-forgotten-backwards",
         5,
-        "The gradient of A is written out, without alpha / rank.",
+        "The hand-written gradient of A lacks the factor alpha / rank.",
         of_parts(unscaled_a),
     ),
     Mutant(
         "only-the-first-trains",
         5,
-        "Of linears that are computed together only the first gets the gradients of its factors.",
+        "Several linears are computed together, and only the first one's factors get gradients.",
         of_parts(trained_if_first),
     ),
     Mutant(
         "only-the-first-passes-back",
         5,
-        "Of linears that are computed together only the first passes its gradient on to their input.",
+        "Several linears are computed together, and only the first passes a gradient to their common input.",
         {"mlx_impl.fast.forward.project": passing_back_the_first},
     ),
     Mutant(
         "dora-length-trained",
         5,
-        "DoRA's length is not held constant in the backward pass, as the paper's section 4.3 wants it.",
+        "DoRA's length gets a gradient; the paper (section 4.3) treats it as a constant.",
         {"mlx_impl.lora.DoRALinear.length_O": with_trained_length},
         cases=("dora",),
     ),
     Mutant(
         "shared-prompt-learned-from-one-row",
         5,
-        "A prompt that all rows begin with is computed once, and gets the gradient of the first row alone.",
+        "A prompt that all rows share is computed once, but gets only the gradient from one row.",
         {"mlx_impl.fast.unpadding.Unpadding.sum_over_rows": lambda self, d_BHTK: self.take(d_BHTK)},
     ),
     Mutant(
         "base-trained",
         6,
-        "A run begins with unfreeze(): the whole model trains, and the adapter alone is saved.",
+        "A run begins with unfreeze(), so the whole model trains, but only the adapter is saved.",
         begun(lambda model: model.unfreeze()),
     ),
     Mutant(
@@ -219,39 +219,39 @@ MUTANTS = [
     Mutant(
         "norm-trained",
         6,
-        "The last norm is left trainable, too small to be missed in a count.",
+        "The last norm is left trainable; it is too small to show in a count of parameters.",
         begun(lambda model: model.model.norm.unfreeze()),
     ),
     Mutant(
         "bias-trained",
         6,
-        "The biases of the adapted linears train, although no one asked for it.",
+        "The biases of the adapted linears train, although the configuration does not ask for it.",
         begun(lambda model: model.unfreeze(keys="bias", strict=False)),
         cases=("qkv bias",),
     ),
     Mutant(
         "frozen-decayed",
         6,
-        "The optimizer holds all parameters, and weight decay moves those without a gradient.",
+        "The optimizer holds all parameters, so weight decay changes those without a gradient.",
         {"mlx_impl.fast.vectors.VectorOptimizer.update": update_and_decay_the_rest},
         "S-Prompts#2",
     ),
     Mutant(
         "moments-of-everything",
         6,
-        "The optimizer is started on every parameter, and holds two moments for each frozen one.",
+        "The optimizer is initialized with all parameters, so it holds two moments for each frozen one.",
         {"mlx_impl.run.trainer.LoRATrainer.__init__": init_over_everything},
     ),
     Mutant(
         "a-in-no-group",
         6,
-        "Parameters are sorted into groups of their own learning rates, and those of A fall between them.",
+        "Parameters are sorted into groups by learning rate, and A is in none of the groups.",
         {"mlx_impl.fast.vectors.VectorOptimizer.update": update_without_a},
     ),
     Mutant(
         "update-lost",
         6,
-        "Gradients are there and moments too, but the kernel's result is written to a copy: no weight moves.",
+        "Gradients and moments are right, but the update is written to a copy, so no weight changes.",
         {"mlx_impl.fast.vectors.VectorOptimizer.update": lambda self, model, gradients: None},
     ),
 ]

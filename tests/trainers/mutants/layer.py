@@ -1,4 +1,4 @@
-"""Rung 2: adapters in the wrong place, of the wrong scale, rank or shape, or not in the path at all."""
+"""Rung 2: adapters on the wrong layers, with a wrong scale, rank or shape, or never called."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def each_target(change: Callable[[Target], Target]) -> Patches:
 
 
 def ignoring(**settings: Any) -> Patches:
-    """As if the configuration said something else."""
+    """As if the configuration had these settings."""
     return {
         "mlx_impl.lora.select_targets": lambda model, config: select_targets(
             model, replace(config, **settings)
@@ -68,7 +68,7 @@ def without_bias(self: Any, x_BTI: mx.array) -> mx.array:
 
 
 def dora(direction: Callable[[Any, mx.array], mx.array], bias_too: bool = False) -> Patches:
-    """DoRA of another direction V x."""
+    """DoRA with a broken direction V x."""
 
     def call(self: Any, x_BTI: mx.array) -> mx.array:
         bias = self.linear.bias if "bias" in self.linear else 0.0
@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(
         "alpha-ignored",
         2,
-        "The trainer has a `scale` of its own; the `alpha` that users write is accepted and never read.",
+        "The trainer uses its own `scale`; the user's `alpha` is accepted and never read.",
         each_target(lambda target: replace(target, scale=20.0)),
         "mlx-examples#982",
     ),
@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant(
         "rank-pattern-ignored",
         2,
-        "Linears that were to have a rank of their own get the common one.",
+        "rank_pattern is ignored: linears with a rank of their own get the common one.",
         ignoring(rank_pattern={}),
         "peft#1930",
         ("patterns",),
@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         "alpha-pattern-ignored",
         2,
-        "Linears that were to have an alpha of their own get the common one.",
+        "alpha_pattern is ignored: linears with an alpha of their own get the common one.",
         ignoring(alpha_pattern={}),
         "peft#2195",
         ("patterns",),
@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant(
         "num-layers-ignored",
         2,
-        "The last 8 layers were asked for; all 16 are trained and saved.",
+        "num_layers asks for the last 8 layers; all 16 are trained and saved.",
         ignoring(num_layers=-1),
         "mlx-examples#1328",
         ("last layer",),
@@ -136,20 +136,20 @@ MUTANTS = [
     Mutant(
         "first-layers-for-last",
         2,
-        "The N layers that get an adapter are the first ones.",
+        "The first N layers get an adapter instead of the last N.",
         {"mlx_impl.targets.linears_of_last_blocks": linears_of_first_blocks},
         cases=("last layer",),
     ),
     Mutant(
         "last-linear-forgotten",
         2,
-        "A loop ends one too early: the last linear has no adapter.",
+        "A loop ends one too early, so the last linear has no adapter.",
         {"mlx_impl.lora.select_targets": all_but_the_last},
     ),
     Mutant(
         "adapter-not-in-the-path",
         2,
-        "The adapter is loaded, listed and counted, and the forward pass never calls it.",
+        "The adapter is loaded, listed and counted, but the forward pass never calls it.",
         lora_call(lambda self, x: self.linear(x)),
         "Soup#392",
         trainer=PLAIN,
@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant(
         "factor-not-transposed",
         2,
-        "A factor of the other convention is read without a transpose; the sizes agree, the function not.",
+        "A factor stored as (I, R) is read as (R, I) without a transpose; only the size agrees.",
         lora_call(with_unread_rows),
         "vmlx-swift#320",
         trainer=PLAIN,
@@ -180,7 +180,7 @@ MUTANTS = [
     Mutant(
         "factors-in-half",
         2,
-        "The factors go silently through half precision when they are loaded.",
+        "Loading silently rounds the factors to half precision.",
         {"tests.trainers.mlx_impl.MlxTrainer.__init__": init_in_half},
         "peft#1706",
     ),
@@ -195,14 +195,14 @@ MUTANTS = [
     Mutant(
         "dora-scales-the-bias",
         2,
-        "DoRA's stretch is applied to the layer's whole output, bias and all.",
+        "DoRA scales the whole output of the layer, including the bias.",
         dora(whole, bias_too=True),
         cases=("dora with bias",),
     ),
     Mutant(
         "dora-ignores-alpha",
         2,
-        "DoRA's direction takes A B as it is, whatever alpha says.",
+        "DoRA's direction uses A B without the scale, so alpha has no effect.",
         dora(without_alpha),
         "fsdp_qlora#68",
         ("dora",),
@@ -210,7 +210,7 @@ MUTANTS = [
     Mutant(
         "dora-adds-the-base-twice",
         2,
-        "DoRA's result, which holds the base layer's output already, is added to it.",
+        "DoRA's result already includes the base layer's output, and is added to it again.",
         dora(lambda self, x: whole(self, x) + x @ self.linear.weight.T),
         "peft#1474",
         ("dora",),
@@ -218,7 +218,7 @@ MUTANTS = [
     Mutant(
         "dora-length-of-the-base",
         2,
-        "The length is that of W alone, so the magnitude no longer is the length of the merged row.",
+        "DoRA divides by the length of W alone, so the magnitude is no longer the length of the merged row.",
         {
             "mlx_impl.lora.DoRALinear.length_O": lambda self: mx.stop_gradient(
                 mx.linalg.norm(self.linear.weight, axis=1)

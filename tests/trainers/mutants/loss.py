@@ -36,7 +36,7 @@ def plain_loss(broken: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, 
 
 
 def evaluations(broken: Callable[..., float]) -> Patches:
-    """Of a model, batches and a loss."""
+    """A broken evaluation, called with a model, batches and a loss."""
     return {"mlx_impl.run.trainer.evaluate": lambda *arguments: (broken(*arguments), 0)}
 
 
@@ -71,7 +71,7 @@ def one_more_a_row(logits_BTV: mx.array, targets_BT: mx.array, mask_BT: mx.array
 
 
 def by_chunks(broken: Callable[[mx.array, mx.array, mx.array], tuple]) -> Patches:
-    """The loss of other positions, targets and mask; the count is right."""
+    """The loss over broken positions, targets and mask; the count is right."""
 
     def nats(head: Any, vocab_size: int, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         return head_nats(head, vocab_size, *broken(*arrays))[0], arrays[-1].sum()
@@ -91,42 +91,42 @@ MUTANTS = [
     Mutant(
         "pad-target-counted",
         4,
-        "The mask compares positions with lengths by <=, so one padding target a row is trained.",
+        "The mask compares positions with lengths by <= instead of <, so one padding target per row counts.",
         masks(lambda mask_BT: with_pad_targets(mask_BT, 1)),
         "mlx-lm#1697",
     ),
     Mutant(
         "prompt-counted",
         4,
-        "The loss runs over the question as well as the answer.",
+        "The loss counts the prompt as well as the answer.",
         masks(from_the_first_column),
         "mlx-examples#689",
     ),
     Mutant(
         "end-token-masked",
         4,
-        "Padding and end of turn share a number, so masking one masks the other: the model never stops.",
+        "Padding and end of turn share a token id, so both are masked, and the model never learns to stop.",
         masks(all_but_the_last_target),
         "transformers#23530",
     ),
     Mutant(
         "labels-shifted-twice",
         4,
-        "Data set and loss both shift: position t is trained to predict token t + 2.",
+        "Both the data set and the loss shift the labels, so position t learns to predict token t + 2.",
         batches(lambda batch: batch._replace(targets_BT=np.roll(batch.targets_BT, -1, axis=1))),
         "transformers#37830",
     ),
     Mutant(
         "labels-not-shifted",
         4,
-        "Nobody shifts: each token predicts itself, and the loss falls to nothing.",
+        "Nothing shifts the labels, so each token predicts itself, and the loss falls to zero.",
         batches(lambda batch: batch._replace(targets_BT=batch.inputs_BT)),
         "litgpt#419",
     ),
     Mutant(
         "masked-tokens-in-the-denominator",
         4,
-        "The sum over the targets is divided by all positions, masked ones too.",
+        "The sum over the targets is divided by the number of all positions, masked ones included.",
         plain_loss(counting_everything),
         "litgpt#751",
         trainer=PLAIN,
@@ -134,33 +134,33 @@ MUTANTS = [
     Mutant(
         "mean-of-row-means",
         4,
-        "The loss is averaged in each row and then over rows: a short answer's words weigh more.",
+        "The loss is averaged within each row and then over rows, so the tokens of short answers weigh more.",
         plain_loss(mean_of_rows),
         trainer=PLAIN,
     ),
     Mutant(
         "chunks-masked-by-the-first",
         4,
-        "The loss goes over the positions in chunks, and all of them take the first one's mask.",
+        "The loss goes over the positions in chunks, and every chunk uses the mask of the first.",
         by_chunks(masked_by_the_first),
     ),
     Mutant(
         "last-chunk-of-the-positions",
         4,
-        "The loss goes over the positions in chunks, and leaves out the last, which is not full.",
+        "The loss goes over the positions in chunks, and drops the last, incomplete chunk.",
         by_chunks(of_whole_chunks),
     ),
     Mutant(
         "masked-row-counted",
         4,
-        "To avoid 0 / 0, a row whose targets were all cut off counts as one.",
+        "To avoid 0 / 0, a row without targets counts as one target.",
         plain_loss(at_least_one_a_row),
         trainer=PLAIN,
     ),
     Mutant(
         "one-more-target-a-row",
         4,
-        "The number of targets, counted apart from the loss, includes one label a row that is not scored.",
+        "The number of targets is counted separately from the loss, and is one too many in each row.",
         plain_loss(one_more_a_row),
         "transformers#46204",
         trainer=PLAIN,
@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant(
         "evaluation-by-batches",
         4,
-        "The validation loss is the mean of the batches' means, and changes with the batch size.",
+        "The validation loss is the mean of the batches' means, so it depends on the batch size.",
         evaluations(
             lambda model, parts, loss: float(np.mean([evaluate(model, [part], loss)[0] for part in parts]))
         ),
@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant(
         "evaluation-without-the-last-batch",
         4,
-        "The validation drops its last batch, so that it does not see the whole set.",
+        "The validation loss leaves out the last batch.",
         evaluations(lambda model, parts, loss: evaluate(model, parts[:-1] or parts, loss)[0]),
         "mlx-examples#752",
     ),

@@ -1,4 +1,4 @@
-"""Rung 1: primitives that are off, forward or backward."""
+"""Rung 1: primitives with a wrong value or a wrong gradient."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _(x_NV: mx.array, cotangent_N: mx.array, _output: mx.array) -> mx.array:
 
 
 def gate_left_out_backwards(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
-    """The right value; the gradient of up is that of sigmoid(gate) * up."""
+    """The value is right; the gradient of up is sigmoid(gate) instead of gate * sigmoid(gate)."""
     stop = mx.stop_gradient
     return ops.silu(gate_BTF) * stop(up_BTF) + stop(mx.sigmoid(gate_BTF)) * (up_BTF - stop(up_BTF))
 
@@ -94,7 +94,7 @@ def cross_entropy_of(broken: Callable[[mx.array], mx.array]) -> dict[str, Any]:
 def cross_entropy_by(
     logsumexp: Callable[[mx.array], mx.array], logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Nats and gradient from this log-sum-exp."""
+    """The cross-entropy in nats and its gradient, from the given log-sum-exp."""
     total_N1, is_target_NV = (
         logsumexp(logits_NV)[:, None],
         mx.arange(logits_NV.shape[1]) == targets_N[:, None],
@@ -108,33 +108,33 @@ MUTANTS = [
     Mutant(
         "rope-interleaved",
         1,
-        "Rope turns neighbouring elements together, where the checkpoint wants element k with k + K/2. "
+        "RoPE rotates neighbouring elements as a pair, but the checkpoint pairs element k with k + K/2. "
         "Text stays fluent for a few words and then drifts.",
         op("rope", rope_of_neighbours),
     ),
     Mutant(
         "rope-without-offset",
         1,
-        "Rope counts from 0 in every call, so a token read after a cache stands at the beginning again.",
+        "RoPE counts from 0 in every call, so a token after a filled cache gets position 0 again.",
         op("rope", lambda x, frequencies, at: rope(x, frequencies, 0 if isinstance(at, int) else at)),
     ),
     Mutant(
         "rope-angles-in-bfloat16",
         1,
-        "The angles are formed in bfloat16, whose eight bits cannot tell late positions apart.",
+        "RoPE's angles are computed in bfloat16, whose eight bits cannot tell late positions apart.",
         op("rope", rope_of_rounded_angles),
         "transformers#29285",
     ),
     Mutant(
         "attention-not-causal",
         1,
-        "No mask: every token sees the answer that it is to predict, and the loss is wonderful.",
+        "There is no causal mask: every token sees the tokens it must predict, and the loss looks wonderful.",
         fast_op("attention", attention_to_everything),
     ),
     Mutant(
         "attention-unscaled",
         1,
-        "The scores are not divided by sqrt(K), so that the softmax is far too sharp.",
+        "The attention scores are not divided by sqrt(K), so the softmax is far too sharp.",
         op("attention", attention_unscaled),
         trainer=PLAIN,
     ),
@@ -147,34 +147,34 @@ MUTANTS = [
     Mutant(
         "norm-eps-fixed",
         1,
-        "RMSNorm has an eps of its own, 1e-6, and not the configuration's 1e-5.",
+        "RMSNorm uses a fixed eps of 1e-6 instead of the configuration's 1e-5.",
         op("rms_norm", lambda x, weight, eps: rms_norm(x, weight, 1e-6)),
         "torchtune#409",
     ),
     Mutant(
         "norm-eps-outside-the-root",
         1,
-        "eps is added to the root and not under it.",
+        "RMSNorm adds eps to the square root instead of under it.",
         op("rms_norm", norm_plus_eps),
     ),
     Mutant(
         "silu-is-gelu",
         1,
-        "The gate's activation is its lookalike GELU, the default of many layer libraries.",
+        "The activation is GELU, which looks like SiLU and is the default of many layer libraries.",
         op("silu", nn.gelu),
         trainer=PLAIN,
     ),
     Mutant(
         "silu-half-derivative",
         1,
-        "A kernel's backward pass takes the sigmoid for a constant. Every loss is right, no gradient is.",
+        "A kernel's backward pass treats the sigmoid as a constant. Losses are right, gradients are not.",
         op("silu", half_silu),
         trainer=PLAIN,
     ),
     Mutant(
         "gate-left-out-backwards",
         1,
-        "The gate's fused backward pass gives up the sigmoid's share and forgets the gate beside it.",
+        "The backward pass of the fused silu(gate) * up leaves a factor of gate out of the gradient of up.",
         fast_op("gated", gate_left_out_backwards),
     ),
     Mutant(
@@ -189,14 +189,14 @@ MUTANTS = [
     Mutant(
         "logsumexp-in-bfloat16",
         1,
-        "The cross-entropy is computed in the model's bfloat16: losses come in steps of a hundredth.",
+        "The cross-entropy is computed in bfloat16, so the loss has only two or three right digits.",
         cross_entropy_of(rounded_logsumexp),
         "Liger-Kernel#512",
     ),
     Mutant(
         "logsumexp-without-shift",
         1,
-        "exp without taking off the maximum: right for tame logits, infinite for one above 88.",
+        "log-sum-exp does not subtract the maximum: right for small logits, infinite for one above 88.",
         op("logsumexp", without_shift),
         trainer=PLAIN,
     ),

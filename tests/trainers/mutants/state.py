@@ -1,4 +1,4 @@
-"""Rungs 11 and 12: what a stopped run forgets, and what merging gets wrong."""
+"""Rungs 11 and 12: state that a resumed run loses, and wrong merging."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ load, resume = MlxTrainer.load, LoRATrainer.resume
 
 
 def restored(keep: Callable[[str], bool]) -> Patches:
-    """Of a saved state only some arrays are taken."""
+    """Resuming loads only some arrays of a saved state."""
 
     def broken(model: Any, optimizer: Any, arrays: dict) -> None:
         now = state_arrays(model, optimizer)
@@ -59,7 +59,7 @@ def delta(of: Callable[[Any], mx.array], kind: str = "LoRALinear") -> Patches:
 
 
 def seeded_by_the_process(*arguments: Any, **more: Any) -> Iterator[Any]:
-    """Random numbers by how many micro-batches this process has seen, which a new process does not know."""
+    """Seeds by the number of micro-batches that this run has seen since it was started or resumed."""
     seen = count()
     with patch("mlx_impl.train.seed_random", lambda seed, *_: seed_random(seed, next(seen), 0)):
         yield from train(*arguments, **more)
@@ -92,49 +92,49 @@ MUTANTS = [
     Mutant(
         "optimizer-not-resumed",
         11,
-        "A resumed run takes the adapter and starts the optimizer anew: the loss jumps at the seam.",
+        "A resumed run loads the adapter but starts with a new optimizer, so the loss jumps.",
         restored(lambda name: not name.startswith("optimizer")),
         "mlx-lm#97",
     ),
     Mutant(
         "moments-not-resumed",
         11,
-        "The number of updates is saved, the moments are not.",
+        "Adam's step count is resumed, but its moments are not.",
         restored(lambda name: not name.endswith((".m", ".v"))),
         "mlx#1259",
     ),
     Mutant(
         "optimizer-step-not-resumed",
         11,
-        "The moments are saved, the number of updates behind them is not: Adam corrects a bias again "
-        "that is long gone.",
+        "Adam's moments are resumed, but its step count is not, so it applies the bias correction of a "
+        "first update again.",
         restored(lambda name: not name.endswith("step")),
     ),
     Mutant(
         "schedule-not-resumed",
         11,
-        "A resumed run counts its updates from the first: it warms up again.",
+        "A resumed run counts its updates from 0, so the schedule warms up again.",
         training(begin_at_zero),
         "mlx-lm#97",
     ),
     Mutant(
         "random-numbers-not-resumed",
         11,
-        "A resumed run draws the dropout masks of its beginning once more.",
+        "A resumed run draws the dropout masks of its first updates again.",
         training(seeded_by_the_process),
         "speculators#1027",
     ),
     Mutant(
         "adapter-not-resumed",
         11,
-        "The names in the file are not those of the model, and loading skips what it does not know.",
+        "The names in the file are not the model's, and loading skips unknown names, so no factor is loaded.",
         restored(lambda name: not name.startswith("factors")),
         "peft#2699",
     ),
     Mutant(
         "magnitude-not-resumed",
         11,
-        "The state holds A and B, but not what DoRA trains beside them.",
+        "The state holds A and B, but not DoRA's magnitudes.",
         restored(lambda name: not (name.startswith("factors.") and name.endswith("magnitude"))),
         cases=("dora",),
     ),
@@ -147,27 +147,27 @@ MUTANTS = [
     Mutant(
         "scale-not-resumed",
         11,
-        "The scale is not saved with the factors: the reloaded adapter acts with the default.",
+        "The scale is not saved with the factors, so the reloaded adapter uses the default.",
         {"tests.trainers.mlx_impl.MlxTrainer.load": load_without_scale},
         "mlx-examples#622",
     ),
     Mutant(
         "base-trained-after-a-stop",
         11,
-        "Resuming takes another path than starting, and that path does not freeze the base.",
+        "Resuming uses other code than starting, and that code does not freeze the base.",
         {"mlx_impl.run.trainer.LoRATrainer.resume": resume_unfrozen},
         "mlx-vlm#2178",
     ),
     Mutant(
         "merge-without-scale",
         12,
-        "The product of the factors is added to the weight without alpha / rank.",
+        "Merging adds A B without the factor alpha / rank.",
         delta(lambda self: (self.lora_a @ self.lora_b).T),
     ),
     Mutant(
         "merge-without-transpose",
         12,
-        "The product of the factors is laid over the weight in its own order of axes.",
+        "Merging adds A B without the transpose.",
         delta(lambda self: self.scale * (self.lora_a @ self.lora_b).reshape(self.linear.weight.shape)),
         "microsoft/LoRA#34",
     ),
@@ -181,20 +181,20 @@ MUTANTS = [
     Mutant(
         "merge-in-bfloat16",
         12,
-        "Weight and update are added in bfloat16, where most of the update is smaller than the rounding.",
+        "Merging adds in bfloat16, where most of the update is smaller than the rounding of the weight.",
         {"tests.trainers.mlx_impl.merge": merge_in_half},
         "peft#1388",
     ),
     Mutant(
         "merged-and-still-active",
         12,
-        "The update is merged into the weight, and the adapter goes on adding it.",
+        "The update is merged into the weight, but the adapter stays active and adds it again.",
         {"tests.trainers.mlx_impl.merge": merge_and_keep},
     ),
     Mutant(
         "unmerge-by-subtraction",
         12,
-        "Unmerging takes the update off again, which leaves another base than there was, by its rounding.",
+        "Unmerging subtracts the update, and rounding then leaves a slightly different base.",
         {"tests.trainers.mlx_impl.unmerge": unmerge_by_subtraction},
     ),
 ]

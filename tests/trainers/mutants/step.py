@@ -1,4 +1,4 @@
-"""Rungs 7 and 8: optimizers, schedules and clipping that are off; what goes wrong between updates."""
+"""Rungs 7 and 8: wrong optimizers, schedules and clipping; bugs that show only over several updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ check, run = FiniteGuard.check, MlxTrainer.run
 
 
 def adamw(change: Callable[[Any], dict]) -> Patches:
-    """AdamW with other numbers than its own."""
+    """AdamW with some of its numbers replaced."""
 
     def broken(self: Any, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         own = {n: getattr(self, n) for n in ("betas", "learning_rate", "step", "weight_decay", "eps")}
@@ -57,7 +57,7 @@ def with_half_moments(self: Any, gradient: mx.array, parameter: mx.array, state:
 
 
 def rates(fast_and_slow: Callable[[float, float], tuple[float, float]]) -> Patches:
-    """Of A and of the other factors, from the learning rate and the ratio of LoRA+."""
+    """Other learning rates for A and for the other factors, from the learning rate and LoRA+'s ratio."""
 
     def broken(self: Any, learning_rate: float) -> None:
         a_rate, b_rate = fast_and_slow(learning_rate, self.ratio)
@@ -148,57 +148,57 @@ MUTANTS = [
     Mutant(
         "views-of-the-last-update",
         7,
-        "The optimizer steps its vectors, and the model is left with views of those before.",
+        "The optimizer updates its vectors, but the model keeps views of the old ones.",
         {"mlx_impl.fast.vectors.VectorOptimizer.update": update_with_last_views},
     ),
     Mutant(
         "gradients-in-another-order",
         5,
-        "The gradients are laid side by side in another order than the factors they belong to.",
+        "The gradients are concatenated in another order than their factors.",
         {"mlx_impl.fast.forward.as_vectors": last_first},
     ),
     Mutant(
         "no-bias-correction",
         7,
-        "MLX's Adam leaves the bias correction off: the first update is 3.16 times as long as PyTorch's.",
+        "Adam's bias correction is off, MLX's default: the first update is 3.16 times as long as PyTorch's.",
         {"mlx_impl.optim.AdamW.apply_single": mlx.optimizers.AdamW.apply_single},
         "mlx#1640",
     ),
     Mutant(
         "bias-correction-in-float32",
         7,
-        "MLX's own correction takes beta^t from 1 in float32, and loses the digits that count.",
+        "MLX's bias correction computes 1 - beta^t in float32 and loses digits to cancellation.",
         {"mlx_impl.optim.AdamW": partial(mlx.optimizers.AdamW, bias_correction=True)},
     ),
     Mutant(
         "bias-correction-one-step-late",
         7,
-        "The correction counts its updates from 2.",
+        "Adam's bias correction counts updates from 2 instead of 1.",
         adamw(lambda self: {"step": self.step + 1}),
     ),
     Mutant(
         "eps-before-the-correction",
         7,
-        "eps is added before the root is corrected: the same for large gradients, another for small ones.",
+        "Adam adds eps to the root before its bias correction, which is wrong for small gradients only.",
         adamw(lambda self: {"eps": self.eps / mx.sqrt(-mx.expm1(self.step * math.log(self.betas[1])))}),
         "transformers#35504",
     ),
     Mutant(
         "eps-inside-the-root",
         7,
-        "eps stands under the square root, where 1e-8 is 1e-4.",
+        "Adam's eps is under the square root, where 1e-8 acts like 1e-4.",
         {"mlx_impl.optim.AdamW.apply_single": with_eps_inside},
     ),
     Mutant(
         "decay-as-l2",
         7,
-        "Weight decay is added to the gradient and goes through Adam's moments: Adam, not AdamW.",
+        "Weight decay is added to the gradient and passes through the moments: Adam instead of AdamW.",
         {"mlx_impl.optim.AdamW.apply_single": with_l2},
     ),
     Mutant(
         "moments-in-bfloat16",
         7,
-        "The moments are kept in bfloat16: beta2 = 0.999 changes v by less than its last bit.",
+        "The moments are stored in bfloat16, but beta2 = 0.999 changes v by less than its last bit.",
         {"mlx_impl.optim.AdamW.apply_single": with_half_moments},
     ),
     Mutant(
@@ -210,89 +210,89 @@ MUTANTS = [
     Mutant(
         "loraplus-ignored",
         7,
-        "The group that LoRA+ was to speed up is empty.",
+        "LoRA+'s group with the higher learning rate is empty, so B learns as slowly as A.",
         rates(lambda rate, ratio: (rate, rate)),
         "peft#3503",
     ),
     Mutant(
         "schedule-one-update-late",
         7,
-        "The learning rate is set after the update that it was meant for.",
+        "The learning rate is set after the update that it was meant for, so it comes one update late.",
         scheduled(lambda step, config: learning_rate_of(max(0, step - 1), config)),
     ),
     Mutant(
         "warmup-one-update-longer",
         7,
-        "Joined schedules hold the peak for two updates, and everything after comes one late.",
+        "Joining warmup and decay holds the peak for two updates, so the decay is one update late.",
         scheduled(lambda step, config: learning_rate_of(step - (step > config.warmup_steps > 0), config)),
         "mlx-examples#985",
     ),
     Mutant(
         "cosine-in-float32",
         7,
-        "MLX's cosine_decay: 1 + cos near pi cancels in float32, and the end of a long run is a fifth off.",
+        "MLX's cosine_decay: near pi, 1 + cos cancels in float32, so the end of a long run is a fifth off.",
         scheduled(mlx_cosine),
     ),
     Mutant(
         "clip-by-value",
         7,
-        "Each number is clipped by itself, which changes the gradient's direction.",
+        "Each element of the gradient is clipped alone, which changes the direction.",
         {"mlx_impl.train.clip_gradients": clip_by_value},
     ),
     Mutant(
         "clip-each-tensor",
         7,
-        "Each tensor is clipped by its own norm, which lets through as many limits as there are tensors.",
+        "Each tensor is clipped by its own norm, so the global norm can exceed the limit.",
         {"mlx_impl.train.clip_gradients": clip_each_alone},
         trainer=PLAIN,
     ),
     Mutant(
         "norm-reported-after-clipping",
         7,
-        "The norm in the log is that of the clipped gradient: a run that explodes looks calm.",
+        "The logged gradient norm is the norm after clipping, so an exploding run looks calm.",
         {"mlx_impl.train.clip_gradients": norm_after_clipping},
     ),
     Mutant(
         "loss-reported-after-the-update",
         7,
-        "The loss in the log is that of the weights after the update, one step too good.",
+        "The logged loss is computed after the update, so it looks one update too good.",
         {"tests.trainers.mlx_impl.MlxTrainer.run": losses_after_the_update},
     ),
     Mutant(
         "gradients-not-reset",
         8,
-        "The gradients of the last update are still there when the next ones are added.",
+        "Gradients are not reset, so those of earlier updates are added to the next ones.",
         with_add_up(never_reset),
     ),
     Mutant(
         "gradients-one-update-late",
         8,
-        "Each update applies the gradients of the weights before the last update.",
+        "Each update applies the gradients that were computed one update earlier.",
         with_add_up(one_update_late),
     ),
     Mutant(
         "moments-forgotten",
         8,
-        "The optimizer is made anew in every round of the loop: it never has a past.",
+        "The moments are reset after every update, as if the loop made a new optimizer each time.",
         {"mlx_impl.run.guard.FiniteGuard.check": forget_moments},
     ),
     Mutant(
         "schedule-not-used",
         8,
-        "The schedule is accepted, shown in the log and never handed to the optimizer.",
+        "The schedule is accepted and logged, but never reaches the optimizer.",
         {"mlx_impl.train.learning_rate_of": lambda step, config: config.learning_rate},
         "Soup#683",
     ),
     Mutant(
         "unseeded",
         8,
-        "Dropout draws from the system's randomness: no run can be repeated.",
+        "Dropout is seeded by the system's randomness, so no run can be repeated.",
         {"mlx_impl.train.seed_random": unseeded},
     ),
     Mutant(
         "seed-zero-ignored",
         8,
-        "`if seed:` takes the seed 0 for none.",
+        "`if seed:` treats the seed 0 as no seed.",
         {"mlx_impl.train.seed_random": seeded_but_by_zero},
         "mlx-lm#1660",
     ),
