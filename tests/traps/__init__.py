@@ -1,1 +1,1 @@
-"""Every MLX pitfall of the rewrite plan, reproduced, beside the right way: see README.md."""
+"""MLX pitfalls for PyTorch habits, each reproduced beside the right form: see README.md."""

@@ -1,4 +1,4 @@
-"""Every trap runs on the CPU from the same seed, and leaves both as it found them."""
+"""Every trap runs on the CPU from the same seed. Afterwards the device is restored and the seed reset."""
 
 from collections.abc import Iterator
 

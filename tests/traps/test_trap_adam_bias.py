@@ -3,7 +3,7 @@
 PyTorch always corrects. With beta1 = 0.9, beta2 = 0.999 and a constant gradient g the averages
 after t steps are m = (1 - 0.9**t) g and v = (1 - 0.999**t) g**2, so without correction the step
 is (1 - 0.9**t) / sqrt(1 - 0.999**t) times PyTorch's: 0.1 / sqrt(0.001) = sqrt(10) = 3.16 at
-first, 6.57 at the twelfth step. The right form is `bias_correction=True`.
+the first step, 6.57 at the twelfth. The right form is `bias_correction=True`.
 
 The oracle is the definition of Adam (Kingma and Ba, 2015, algorithm 1) in NumPy's float64.
 """
@@ -23,7 +23,7 @@ UNIT_ROUNDOFF = 2.0**-24
 
 
 def adam_steps(corrected: bool, steps: int) -> np.ndarray:
-    """The oracle: lengths of the first steps for a constant gradient, in learning rates."""
+    """The oracle: the first steps for a constant gradient, as multiples of the learning rate."""
     m = v = 0.0
     lengths = []
     for t in range(1, steps + 1):
@@ -36,7 +36,7 @@ def adam_steps(corrected: bool, steps: int) -> np.ndarray:
 
 
 def mlx_steps(optimizer: optim.Optimizer, steps: int) -> np.ndarray:
-    """The same of an MLX optimizer; the parameter starts each step at 0, so no digit is lost."""
+    """The same for an MLX optimizer. The parameter is reset to 0 before each step, so no digit is lost."""
     model: Any = nn.Module()
     lengths = []
     for _ in range(steps):
@@ -48,7 +48,7 @@ def mlx_steps(optimizer: optim.Optimizer, steps: int) -> np.ndarray:
 
 @pytest.mark.parametrize("adam", [optim.Adam, optim.AdamW])
 def test_wrong_the_first_step_is_sqrt_10_times_as_long(adam: type[optim.Adam]) -> None:
-    """PyTorch's first step is one learning rate long whatever the gradient, MLX's is 3.16."""
+    """For any gradient, PyTorch's first step is 1 learning rate long and MLX's is 3.16."""
     (length,) = mlx_steps(adam(learning_rate=LEARNING_RATE), steps=1)
     assert adam_steps(corrected=True, steps=1)[0] == pytest.approx(1, abs=2 * EPS / GRADIENT)
     assert round(length, 3) == round(np.sqrt(10), 3) == 3.162
@@ -56,14 +56,14 @@ def test_wrong_the_first_step_is_sqrt_10_times_as_long(adam: type[optim.Adam]) -
 
 @pytest.mark.parametrize("adam", [optim.Adam, optim.AdamW])
 def test_wrong_the_twelfth_step_is_the_longest(adam: type[optim.Adam]) -> None:
-    """The excess grows to 6.57 learning rates at step 12 and only then declines."""
+    """The step grows to 6.57 learning rates at step 12, and only then gets shorter."""
     lengths = mlx_steps(adam(learning_rate=LEARNING_RATE), steps=40)
     assert lengths.argmax() + 1 == 12
     assert round(lengths.max(), 2) == 6.57
 
 
 def test_wrong_every_step_is_that_of_adam_without_correction() -> None:
-    """Within float32 rounding: at step t each average has been rounded 3 t times at most."""
+    """Within float32 rounding: by step t each average has been rounded at most 3 t times."""
     lengths = mlx_steps(optim.Adam(learning_rate=LEARNING_RATE), steps=40)
     expected = adam_steps(corrected=False, steps=40)
     bound = 8 * 3 * np.arange(1, 41) * UNIT_ROUNDOFF
@@ -72,7 +72,7 @@ def test_wrong_every_step_is_that_of_adam_without_correction() -> None:
 
 @pytest.mark.parametrize("adam", [optim.Adam, optim.AdamW])
 def test_right_with_bias_correction_the_steps_are_pytorchs(adam: type[optim.Adam]) -> None:
-    """MLX rounds 1 - beta2**t to float32: an error of u / (1 - beta2), 6e-5, and no more."""
+    """MLX computes 1 - beta2**t in float32, so the error is at most u / (1 - beta2) = 6e-5."""
     optimizer = adam(learning_rate=LEARNING_RATE, bias_correction=True)
     lengths = mlx_steps(optimizer, steps=40)
     bound = UNIT_ROUNDOFF / (1 - BETA2)

@@ -1,9 +1,9 @@
-"""Gradient checkpointing computes twice, and what it draws at random is another number the second time.
+"""Gradient checkpointing runs the forward pass twice, and the second run draws other random numbers.
 
 PyTorch's `checkpoint` saves and restores the random state (`preserve_rng_state`). `mx.checkpoint` calls its
-function again with MLX's global state as it is by then, so a dropout mask differs between the loss and its
-gradient: nothing fails, and the gradient is that of another function. A key that is an argument of the
-function is the same both times; this is what `mlx_impl/recompute.py` does.
+function again in the backward pass, with MLX's global random state of that moment. So the dropout mask of the
+gradient differs from that of the loss: nothing fails, and the gradient is that of another function. The right
+form passes a random key as an argument, which is the same both times; `mlx_impl/recompute.py` does that.
 """
 
 import mlx.core as mx
@@ -16,12 +16,12 @@ X = mx.arange(1.0, 65.0)
 
 
 def dropped_sum(w: mx.array, key: mx.array | None = None) -> mx.array:
-    """w times the sum of what dropout leaves: linear in w, so at w = 1 value and gradient are one number."""
+    """w times the sum of the kept elements. It is linear in w, so at w = 1 value and gradient are equal."""
     return w * (X * mx.random.bernoulli(0.5, X.shape, key)).sum()
 
 
 class DroppedSum(nn.Module):
-    """The same as a block."""
+    """The same function as a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_right_a_key_that_is_an_argument_is_the_same_both_times() -> None:
 
 
 def test_right_a_recomputed_block_has_the_gradient_of_its_own_mask() -> None:
-    """And a new mask each time."""
+    """And each call draws a new mask."""
     block, values = DroppedSum(), []
     mx.random.seed(0)
     for _ in range(3):
@@ -73,7 +73,7 @@ def test_right_a_recomputed_block_has_the_gradient_of_its_own_mask() -> None:
 
 
 def test_right_the_block_keeps_its_parameters() -> None:
-    """Not those that the transformation put in their place."""
+    """And not the placeholders that `mx.checkpoint` puts in their place."""
     block = DroppedSum()
     nn.value_and_grad(block, lambda x: recomputed(block, x).sum())(X)
     assert block.w.item() == 1.0

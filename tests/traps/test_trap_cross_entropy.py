@@ -1,9 +1,9 @@
-"""`nn.losses.cross_entropy` takes no mean, and does not know the label -100.
+"""`nn.losses.cross_entropy` does not average, and does not ignore the label -100.
 
-PyTorch's `F.cross_entropy` returns the mean and skips labels of -100. MLX's returns one loss a
-position, which cannot be differentiated, and -100 is an index like any other: it counts from the
-end of the vocabulary, so padding trains the token `vocab - 100`. The right form multiplies by a
-mask and divides by the number of targets.
+PyTorch's `F.cross_entropy` returns the mean and ignores labels of -100. MLX's returns one loss per
+position, which is not a scalar to differentiate, and treats -100 as an index from the end of the
+vocabulary, so padding trains the token `vocab - 100`. The right form multiplies by a mask and
+divides by the number of targets.
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ def logits() -> mx.array:
 
 
 def masked_nats(logits_BV: Any, labels_B: mx.array) -> mx.array:
-    """The sum over the targets divided by their number."""
+    """The mean over the targets: their sum divided by their number."""
     mask_B = labels_B != -100
     nats_B = nn.losses.cross_entropy(logits_BV, mx.where(mask_B, labels_B, 0))
     return mx.sum(nats_B * mask_B) / mx.sum(mask_B)
 
 
 def test_wrong_the_default_is_no_mean() -> None:
-    """One loss a position comes back, and a gradient wants one number."""
+    """It returns one loss per position, but a gradient needs a scalar."""
     labels_B = mx.array([5, 6, 7])
     assert nn.losses.cross_entropy(logits(), labels_B).shape == (3,)
     with pytest.raises(ValueError) as error:

@@ -1,9 +1,9 @@
-"""`'dict' object has no attribute 'forward'`: a parameter tree stands where the model should.
+"""`'dict' object has no attribute 'forward'`: the loss gets a parameter tree instead of the model.
 
-In PyTorch parameters carry their gradients and the model is called as ever. In MLX what is
-differentiated is the argument itself: differentiate `model.trainable_parameters()` and the loss
-receives that dict. The model is not "converted to a dict": pass the model, call it, or put the
-tree back with `model.update(tree)`. And a Module has no `forward` at all, it is called.
+In PyTorch, parameters carry their gradients, and the loss calls the model. In MLX, the argument
+itself is differentiated: differentiate with respect to `model.trainable_parameters()`, and the loss
+receives that dict. Nothing "converts the model to a dict". The right form passes the model and calls
+it, or puts the tree back with `model.update(tree)`. A Module has no `forward` either: call it.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def forward_loss_fn(model: Any, x_BI: mx.array) -> mx.array:
 
 
 def test_wrong_a_parameter_tree_has_no_forward() -> None:
-    """Differentiating the tree hands the tree, a dict, to the loss."""
+    """Differentiate with respect to the tree, and the loss gets the tree, a dict."""
     model = tiny_lora()
     with pytest.raises(AttributeError) as error:
         mx.value_and_grad(forward_loss_fn)(model.trainable_parameters(), batch())
@@ -39,7 +39,7 @@ def test_wrong_a_parameter_tree_is_not_callable() -> None:
 
 
 def test_wrong_nn_value_and_grad_called_with_the_tree() -> None:
-    """`nn.value_and_grad` hands its arguments to the loss as they are: a tree stays a tree."""
+    """`nn.value_and_grad` passes its arguments to the loss unchanged: a tree stays a tree."""
     model = tiny_lora()
     step = nn.value_and_grad(model, forward_loss_fn)
     with pytest.raises(AttributeError) as error:
@@ -56,7 +56,7 @@ def test_wrong_a_module_has_no_forward_either() -> None:
 
 
 def test_right_the_loss_receives_the_model_itself() -> None:
-    """Even `mx.value_and_grad` converts nothing: only the gradients come back as a dict."""
+    """Even `mx.value_and_grad` converts nothing; only the gradients are a dict."""
     model = tiny_lora()
     seen: list[Any] = []
 
@@ -78,7 +78,7 @@ def test_right_pass_the_model_and_call_it() -> None:
 
 
 def test_right_a_tree_goes_back_into_the_model_first() -> None:
-    """`model.update(tree)` inside the loss: `nn.value_and_grad` is just that."""
+    """Call `model.update(tree)` inside the loss, which is what `nn.value_and_grad` does."""
     model = tiny_lora()
 
     def loss_of_tree(tree: Any, x_BI: mx.array) -> mx.array:

@@ -1,9 +1,9 @@
-"""Filtering gradients by the text of their names does by hand, and less well, what `freeze()` does.
+"""Filtering gradients by name is a worse, hand-made `freeze()`.
 
-PyTorch's habit is to pick parameters by name. The plan takes gradients for everything and keeps
-those with "lora_a" or "lora_b" in the path: a substring admits `lora_base` and `lora_alpha` and
-misses PEFT's `lora_A`, and whatever is done before the filter counts the frozen ones. With
-`freeze()` and `nn.value_and_grad` there is nothing to filter.
+In PyTorch it is usual to select parameters by name. The plan takes gradients of everything and keeps
+those with "lora_a" or "lora_b" in the path. But these substrings also match `lora_base` and
+`lora_alpha`, they miss PEFT's `lora_A`, and anything done before the filter (a norm, say) includes
+the frozen gradients. With `freeze()` and `nn.value_and_grad` there is nothing to filter.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from tests.traps.tiny_lora import LORA_NAMES, arrays, batch, loss_fn, names, pen
 
 
 def filter_lora_gradients(grads: Any) -> Any:
-    """As in the plan."""
+    """The filter of the plan."""
     return tree_unflatten({k: v for k, v in tree_flatten(grads) if "lora_a" in k or "lora_b" in k})
 
 
@@ -39,7 +39,7 @@ class RenamedLoRA(nn.Module):
 
 
 def test_wrong_a_substring_admits_frozen_parameters() -> None:
-    """`lora_base` holds "lora_b" and `lora_alpha` holds "lora_a": frozen, and trained anyway."""
+    """`lora_base` contains "lora_b" and `lora_alpha` contains "lora_a", so both train although frozen."""
     model = RenamedLoRA()
     before = np.array(model.lora_base.weight)
     _, grads = mx.value_and_grad(loss_fn)(model, batch())
@@ -51,7 +51,7 @@ def test_wrong_a_substring_admits_frozen_parameters() -> None:
 
 
 def test_wrong_a_substring_misses_another_spelling() -> None:
-    """PEFT writes `lora_A`: the filter leaves `[]`, which the optimizer cannot read."""
+    """PEFT writes `lora_A`, so the filter returns `[]`, which the optimizer cannot read."""
     model: Any = nn.Linear(3, 5)
     model.lora_A, model.lora_B = mx.ones((3, 2)), mx.ones((2, 5))
     kept = filter_lora_gradients(model.parameters())
@@ -62,7 +62,7 @@ def test_wrong_a_substring_misses_another_spelling() -> None:
 
 
 def test_wrong_zeros_in_place_of_a_filter_let_weight_decay_shrink_the_base() -> None:
-    """AdamW multiplies a weight of gradient zero by 1 - learning rate * weight decay = 0.99."""
+    """AdamW multiplies a weight with zero gradient by 1 - learning rate * weight decay = 0.99."""
     model = tiny_lora()
     before = np.array(model.layers[0].linear.weight)
     _, grads = mx.value_and_grad(loss_fn)(model, batch())
@@ -75,7 +75,7 @@ def test_wrong_zeros_in_place_of_a_filter_let_weight_decay_shrink_the_base() -> 
 
 
 def test_wrong_a_norm_taken_before_the_filter_counts_the_frozen_gradients() -> None:
-    """Clipping to the LoRA gradients' own norm shrinks them when frozen ones are in the sum."""
+    """With a limit of the LoRA gradients' own norm, they shrink, because the norm includes frozen ones."""
     model = tiny_lora()
     _, grads = mx.value_and_grad(loss_fn)(model, batch())
     _, lora_norm = optim.clip_grad_norm(filter_lora_gradients(grads), max_norm=1e9)
@@ -86,7 +86,7 @@ def test_wrong_a_norm_taken_before_the_filter_counts_the_frozen_gradients() -> N
 
 
 def test_wrong_evaluating_before_the_filter_runs_the_frozen_gradients() -> None:
-    """`mx.eval(loss, grads)` of all gradients runs more operations than the LoRA ones need."""
+    """`mx.eval` of all gradients runs more operations than the LoRA gradients need."""
     model = tiny_lora()
     _, grads = mx.value_and_grad(loss_fn)(model, batch())
     lora_grads = filter_lora_gradients(grads)
@@ -96,7 +96,7 @@ def test_wrong_evaluating_before_the_filter_runs_the_frozen_gradients() -> None:
 
 
 def test_right_freeze_needs_no_filter() -> None:
-    """Whatever the parameters are called, the trainable ones are those not frozen."""
+    """The trainable parameters are those not frozen, whatever their names are."""
     model = RenamedLoRA()
     _, grads = nn.value_and_grad(model, loss_fn)(model, batch())
     assert names(grads) == ["lora_a", "lora_b"]
@@ -113,7 +113,7 @@ def test_right_the_optimizer_holds_state_for_the_trainable_only() -> None:
 
 
 def test_right_gradients_filtered_and_never_evaluated_cost_no_arithmetic() -> None:
-    """MLX is lazy: once the filter has dropped them the frozen gradients never run."""
+    """MLX is lazy: gradients that the filter drops are never computed."""
     model = tiny_lora()
     _, every = mx.value_and_grad(loss_fn)(model, batch())
     _, lora_only = nn.value_and_grad(model, loss_fn)(model, batch())

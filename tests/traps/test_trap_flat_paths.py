@@ -1,9 +1,9 @@
 """A dotted path is not an attribute of an MLX module.
 
-PyTorch answers to "layers.0.lora_a" in `state_dict()` and `get_parameter`. An MLX module is a
-tree of dicts and lists: a flat dict of paths does not fit it, and `setattr` with a path makes a
-second, dead parameter of the same name. The right form turns paths into a tree with
-`tree_unflatten`, or hands (path, array) pairs to `load_weights`.
+In PyTorch, "layers.0.lora_a" is a key of `state_dict()` and an argument of `get_parameter`. An MLX
+module is a tree of dicts and lists: it cannot be updated from a flat dict of paths, and `setattr`
+with a path adds a second parameter of the same name that nothing uses. The right form turns paths
+into a tree with `tree_unflatten`, or gives (path, array) pairs to `load_weights`.
 """
 
 import mlx.core as mx
@@ -29,7 +29,7 @@ def test_wrong_a_path_is_no_attribute() -> None:
 
 
 def test_wrong_setting_a_path_adds_a_dead_parameter() -> None:
-    """`setattr` succeeds: two parameters of one name, and the one that computes is the old one."""
+    """`setattr` succeeds. Now two parameters have one name, and the model still uses the old one."""
     model = tiny_lora()
     before = np.array(model(batch()))
     setattr(model, PATH, ZEROS)
@@ -38,14 +38,14 @@ def test_wrong_setting_a_path_adds_a_dead_parameter() -> None:
 
 
 def test_wrong_updating_from_a_flat_dict_is_refused() -> None:
-    """`model.update` wants the tree."""
+    """`model.update` needs the tree."""
     with pytest.raises(ValueError) as error:
         tiny_lora().update({PATH: ZEROS})
     assert str(error.value) == f'Module does not have parameter named "{PATH}".'
 
 
 def test_wrong_updating_without_strict_is_ignored() -> None:
-    """With `strict=False` the same call does nothing, in silence."""
+    """With `strict=False` the same call silently does nothing."""
     model = tiny_lora()
     before = np.array(model.layers[0].lora_a)
     model.update({PATH: ZEROS}, strict=False)
@@ -67,7 +67,7 @@ def test_right_unflatten_then_update() -> None:
 
 
 def test_right_load_weights_takes_pairs() -> None:
-    """`model.load_weights([(path, array)], strict=False)` does too."""
+    """`model.load_weights([(path, array)], strict=False)` sets it too."""
     model = tiny_lora()
     model.load_weights([(PATH, ZEROS)], strict=False)
     assert mx.array_equal(model.layers[0].lora_a, ZEROS)

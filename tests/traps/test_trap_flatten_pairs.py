@@ -1,8 +1,8 @@
 """`tree_flatten(tree)[1]` is the second (name, array) pair, not the arrays.
 
-PyTorch's (and JAX's) `tree_flatten` returns the leaves and a structure; MLX's returns a list of
-(name, array) pairs, and `tree_unflatten` takes such a list, or a dict, back. So counting
-parameters through `[1]` iterates over a name and an array.
+In PyTorch and JAX, `tree_flatten` returns the leaves and a structure. In MLX it returns a list of
+(name, array) pairs; `tree_unflatten` takes such a list, or a dict. So a parameter count over `[1]`
+iterates over one name and one array.
 """
 
 import mlx.core as mx
@@ -36,7 +36,7 @@ def test_wrong_fewer_than_two_parameters_have_no_index_one(tree: dict[str, mx.ar
 
 
 def test_wrong_nothing_unflattens_to_a_list() -> None:
-    """Of no entries `tree_unflatten` makes `[]`, not `{}`."""
+    """`tree_unflatten` of nothing is `[]`, not `{}`."""
     assert tree_unflatten({}) == []
     assert tree_unflatten([]) == []
 

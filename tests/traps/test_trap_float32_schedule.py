@@ -1,8 +1,8 @@
-"""MLX's schedules compute in float32, and the end of a long decay is not where it should be.
+"""MLX's schedules compute in float32, so the learning rate is wrong at the end of a long decay.
 
-`optim.cosine_decay` takes 1 + cos(x) for x near pi, where the two cancel; `optim.linear_schedule` adds small
-numbers to large ones. Early in a run it does not matter. `mlx_impl/optim.py` computes the closed form in
-Python's double precision and hands the number over.
+`optim.cosine_decay` computes 1 + cos(x), which cancels for x near pi; `optim.linear_schedule` adds small
+numbers to large ones. Early in a run this does not matter. `mlx_impl/optim.py` computes the closed form in
+Python's double precision and sets the optimizer's learning rate to the result.
 """
 
 import math
@@ -36,7 +36,7 @@ def test_wrong_the_last_linear_step_is_off_by_more_than_rounding() -> None:
 
 @pytest.mark.parametrize("step", [0, 1, 5000, 9990, 9999])
 def test_right_the_closed_form_is_rounded_once(step: int) -> None:
-    """What the optimizer holds is the float32 next to it; the formula's own error is 1e-16 of the peak."""
+    """The optimizer holds the nearest float32; the error of the formula itself is 1e-16 of the peak."""
     config = TrainConfig(iters=NUM_STEPS, learning_rate=PEAK, lr_schedule="cosine")
     learning_rate = learning_rate_of(step, config)
     assert abs(learning_rate - cosine(step)) <= 4 * 2.0**-53 * PEAK

@@ -1,9 +1,10 @@
-"""Freeze before LoRA is added, and after everything else has been made.
+"""Freeze before LoRA is added, and after everything else has been built.
 
-In PyTorch one sets `requires_grad` on each parameter in the end. In MLX `freeze()` freezes what
-is there: called after injection it freezes LoRA too, and what is made after it is trainable,
-LoRA as intended, but also a base layer rebuilt during injection or by `nn.quantize`. The right
-order is load, quantize, `freeze()`, inject; then look at the names that are trainable.
+In PyTorch one sets `requires_grad` on each parameter at the end. In MLX, `freeze()` freezes what is
+there when it is called. After LoRA injection it freezes LoRA too. Whatever is built after it is
+trainable: LoRA, as intended, but also a base layer that is rebuilt by the injection or by
+`nn.quantize`. The right order is load, quantize, `freeze()`, inject; then check which names are
+trainable.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from tests.traps.tiny_lora import LORA_NAMES, LoRALinear, Tiny, batch, loss_fn, 
 
 
 def test_wrong_freezing_after_injection_leaves_nothing_trainable() -> None:
-    """The LoRA matrices are frozen with the rest, and the gradient has no argument left."""
+    """The LoRA matrices are frozen too, so there is nothing to differentiate."""
     model = Tiny()
     model.layers = [LoRALinear(layer) for layer in model.layers]
     model.freeze()
@@ -27,7 +28,7 @@ def test_wrong_freezing_after_injection_leaves_nothing_trainable() -> None:
 
 
 def test_wrong_a_base_layer_made_after_the_freeze_is_trainable() -> None:
-    """A linear layer rebuilt from the frozen one's weights does not inherit that it was frozen."""
+    """A new linear layer with the weights of a frozen one is not frozen."""
     model = Tiny()
     model.freeze()
     for i, old in enumerate(model.layers):
@@ -39,7 +40,7 @@ def test_wrong_a_base_layer_made_after_the_freeze_is_trainable() -> None:
 
 
 def test_wrong_quantizing_after_the_freeze_thaws_the_biases() -> None:
-    """`nn.quantize` builds new layers: packed weights, scales frozen, but the bias is trainable."""
+    """`nn.quantize` builds new layers; their packed weights and scales are frozen, but the bias is not."""
     model = nn.Sequential(nn.Linear(64, 32))
     model.freeze()
     nn.quantize(model, group_size=32, bits=4)
@@ -54,7 +55,7 @@ def test_wrong_unfreezing_a_misspelled_name_is_silent() -> None:
 
 
 def test_right_freeze_then_inject_around_the_same_layer() -> None:
-    """LoRA is made after the freeze, around the frozen layer itself: only LoRA is trainable."""
+    """LoRA is added after the freeze and wraps the frozen layer itself, so only LoRA is trainable."""
     model = Tiny()
     model.freeze()
     model.layers = [LoRALinear(layer) for layer in model.layers]
@@ -62,7 +63,7 @@ def test_right_freeze_then_inject_around_the_same_layer() -> None:
 
 
 def test_right_quantize_then_freeze() -> None:
-    """Frozen last, a quantized layer has nothing trainable."""
+    """With `freeze()` last, a quantized layer has nothing trainable."""
     model = nn.Sequential(nn.Linear(64, 32))
     nn.quantize(model, group_size=32, bits=4)
     model.freeze()
@@ -77,7 +78,7 @@ def test_right_strict_unfreeze_names_the_missing_key() -> None:
 
 
 def test_right_an_array_assigned_after_the_freeze_is_trainable() -> None:
-    """`freeze()` holds for names: a new name is trainable, a new array under a frozen name not."""
+    """`freeze()` freezes names: a new name is trainable, a new array under a frozen name is not."""
     layer: Any = nn.Linear(3, 5).freeze()
     layer.lora_a = mx.ones((3, 2))
     layer.weight = mx.ones((5, 3))

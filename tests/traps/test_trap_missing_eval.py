@@ -1,11 +1,11 @@
-"""Without `mx.eval` nothing has run.
+"""Without `mx.eval` nothing runs.
 
-PyTorch runs each line as it is reached. MLX records a graph and runs what is asked for: a loop
-with no `mx.eval` only grows the graph, `float(loss)` runs the forward pass and leaves the update
-of this step behind, and the plan's `mx.eval(model.parameters(), optimizer.state)` leaves the
-loss. The right form ends each step with `mx.eval(loss, model.parameters(), optimizer.state)`.
+PyTorch runs each line when it is reached. MLX records a graph and runs only what is evaluated. A loop
+without `mx.eval` only makes the graph larger; `float(loss)` runs the forward pass but not the update
+of the same step; the plan's `mx.eval(model.parameters(), optimizer.state)` leaves the loss
+unevaluated. The right form ends each step with `mx.eval(loss, model.parameters(), optimizer.state)`.
 
-The tests count the operations that wait; no clock is read.
+The tests count the operations that have not run; they measure no time.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Waiting = dict[str, list[int]]
 
 
 def waiting_ops(finish: Finish, steps: int = 4) -> Waiting:
-    """Train; after each step count the operations still waiting behind loss, model and state."""
+    """Train, and after each step count the operations that loss, model and state still wait for."""
     model, optimizer = tiny_lora(), optim.AdamW(learning_rate=0.1)
     step = nn.value_and_grad(model, loss_fn)
     mx.eval(x_BI := batch())
@@ -47,14 +47,14 @@ def test_wrong_without_eval_the_graph_grows_with_every_step() -> None:
 
 
 def test_wrong_float_of_the_loss_leaves_the_update_waiting() -> None:
-    """Only the loss has run: the backward pass and the optimizer of the last step have not."""
+    """Only the loss has run; the backward pass and the update of the last step have not."""
     counts = waiting_ops(lambda loss, model, optimizer: float(loss))
     assert counts["loss"] == [0, 0, 0, 0]
     assert min(counts["model"]) > 100
 
 
 def test_wrong_nothing_reads_the_step_counter() -> None:
-    """Without bias correction or schedule no parameter needs the counter: its chain grows."""
+    """Without bias correction or schedule no parameter needs the counter, so its graph grows."""
     assert waiting_ops(lambda loss, model, optimizer: float(loss))["step"] == [1, 2, 3, 4]
     counts = waiting_ops(lambda loss, model, optimizer: mx.eval(loss, model.parameters()))
     assert counts["step"] == [1, 2, 3, 4]
@@ -62,7 +62,7 @@ def test_wrong_nothing_reads_the_step_counter() -> None:
 
 
 def test_wrong_the_plan_leaves_the_end_of_the_loss_waiting() -> None:
-    """A gradient does not need the value of its loss: `float(loss)` runs a second, small graph."""
+    """A gradient does not need the value of the loss, so `float(loss)` later runs a second, small graph."""
     counts = waiting_ops(lambda loss, model, optimizer: mx.eval(model.parameters(), optimizer.state))
     assert counts["model"] == counts["step"] == [0, 0, 0, 0]
     assert min(counts["loss"]) > 0

@@ -1,8 +1,8 @@
 """`too many values to unpack`: a parameter tree is not a list of (name, array) pairs.
 
 PyTorch's `named_parameters()` yields pairs. MLX's `parameters()` and `trainable_parameters()`
-return a nested dict: a loop over it yields its keys, and `for path, p in` unpacks the characters
-of a key. `tree_flatten` makes the pairs.
+return a nested dict. A loop over it yields the keys, and `for path, p in` unpacks the characters
+of a key. `tree_flatten` returns the pairs.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ from tests.traps.tiny_lora import LORA_NAMES, tiny_lora
 
 
 def test_wrong_the_characters_of_a_key_are_unpacked() -> None:
-    """The only key is "layers", six characters for two names."""
+    """The only key is "layers": six characters for two variables."""
     with pytest.raises(ValueError, match="too many values to unpack"):
         for _path, _p in tiny_lora().trainable_parameters():  # type: ignore[str-unpack]
             pass
 
 
 def test_wrong_one_letter_names_give_too_few() -> None:
-    """A parameter called "w" has one character for two names."""
+    """A parameter called "w" has one character for two variables."""
     model: Any = nn.Module()
     model.w = mx.ones(3)
     with pytest.raises(ValueError) as error:
@@ -33,7 +33,7 @@ def test_wrong_one_letter_names_give_too_few() -> None:
 
 
 def test_wrong_two_letter_names_unpack_in_silence() -> None:
-    """A layer called "up" becomes the path "u" and the parameter "p"."""
+    """A layer called "up" silently becomes the path "u" and the parameter "p"."""
     model: Any = nn.Module()
     model.up = nn.Linear(3, 5)
     assert [(path, p) for path, p in model.trainable_parameters()] == [("u", "p")]

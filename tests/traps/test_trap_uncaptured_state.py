@@ -1,13 +1,13 @@
-"""`mx.compile` freezes whatever it was not told about.
+"""`mx.compile` freezes all state that it does not capture.
 
-`torch.compile` keeps track of a module's parameters, its mode and the random state. `mx.compile`
-records the function once for each shape, and every array, number or flag that came in by another
-way than an argument or `inputs=` stays as it was during that recording, in silence; a change that
-is not in `outputs=` is lost. The right form captures
-`state = [model.state, optimizer.state, mx.random.state]` as `inputs=state` and `outputs=state`.
+`torch.compile` tracks a module's parameters, its mode and the random state. `mx.compile` records the
+function once per shape. Every array, number or flag that is neither an argument nor in `inputs=`
+silently keeps its value of that recording, and a change of an array that is not in `outputs=` is
+lost. The right form captures `state = [model.state, optimizer.state, mx.random.state]` as
+`inputs=state` and `outputs=state`.
 
-On the CPU of a machine without a C++ compiler `mx.compile` records nothing and runs the function
-as it is: none of these mistakes shows there, and the tests that need the recording are skipped.
+On a CPU without a C++ compiler, `mx.compile` records nothing and runs the Python function. None of
+these mistakes shows there, and the tests that need the recording are skipped.
 
 The model is one weight matrix of ones, so that every number is exact: the loss is 24 and falls by
 3, 4.5, 5.25 under SGD with momentum 0.5.
@@ -52,7 +52,7 @@ def sum_loss(model: Any, x_BI: mx.array) -> mx.array:
 
 
 class Run:
-    """A model, an optimizer and the plain step, to be compiled with some capture or other."""
+    """A model, an optimizer, and a training step to be compiled with different captured state."""
 
     def __init__(self) -> None:
         self.model = sum_model()
@@ -74,7 +74,7 @@ def losses(step: Callable[[mx.array], mx.array]) -> list[float]:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_an_uncaptured_model_keeps_its_first_parameters() -> None:
-    """The evaluation loss stays 24 although the weights have doubled."""
+    """The evaluation loss stays 24 although the weights were doubled."""
     model = sum_model()
     compiled = mx.compile(lambda x_BI: sum_loss(model, x_BI))
     assert compiled(X_BI).item() == 24
@@ -85,7 +85,7 @@ def test_wrong_an_uncaptured_model_keeps_its_first_parameters() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_a_new_shape_hides_the_mistake() -> None:
-    """Another batch size is recorded anew, with today's weights; the first size stays stale."""
+    """A new batch size is recorded with the current weights; the old size keeps the old weights."""
     model = sum_model()
     compiled = mx.compile(lambda x_BI: sum_loss(model, x_BI))
     assert compiled(X_BI).item() == 24
@@ -96,7 +96,7 @@ def test_wrong_a_new_shape_hides_the_mistake() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_a_step_with_no_capture_repeats_itself_and_breaks_the_model() -> None:
-    """The loss never moves, and the model is left with placeholders of the recording."""
+    """The loss never changes, and the model is left with placeholders of the recording."""
     run = Run()
     assert losses(mx.compile(run.step)) == [24, 24, 24, 24]
     with pytest.raises(RuntimeError, match=NO_PRIMITIVE):
@@ -105,7 +105,7 @@ def test_wrong_a_step_with_no_capture_repeats_itself_and_breaks_the_model() -> N
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_inputs_alone_break_the_second_step() -> None:
-    """The update is not handed back, so the next call is given placeholders."""
+    """The updated state is not returned, so the next call gets placeholders."""
     run = Run()
     with pytest.raises(RuntimeError, match=NO_PRIMITIVE):
         losses(mx.compile(run.step, inputs=run.state))
@@ -113,7 +113,7 @@ def test_wrong_inputs_alone_break_the_second_step() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_outputs_alone_repeat_the_first_step() -> None:
-    """Each call starts from the first weights again: the step counter stays at 1."""
+    """Each call starts from the first weights again, and the step counter stays at 1."""
     run = Run()
     assert losses(mx.compile(run.step, outputs=run.state)) == [24, 24, 24, 24]
     assert run.optimizer.step.item() == 1
@@ -121,7 +121,7 @@ def test_wrong_outputs_alone_repeat_the_first_step() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_an_uncaptured_optimizer_forgets_momentum_and_step_count() -> None:
-    """It trains, but by plain SGD, 3 a step: the momentum is 0 and the step 1 forever."""
+    """It trains, but like SGD without momentum, 3 per step: momentum stays 0 and the step counter 1."""
     run = Run()
     compiled = mx.compile(run.step, inputs=run.model.state, outputs=run.model.state)
     assert losses(compiled) == [24, 21, 18, 15]
@@ -138,7 +138,7 @@ def test_wrong_uncaptured_randomness_repeats_the_dropout_mask() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_the_mode_of_the_first_call_stays() -> None:
-    """`model.train()` is a Python flag that no capture holds: recorded in eval mode, no dropout."""
+    """`model.train()` sets a Python flag, which is not captured: recorded in eval mode, dropout stays off."""
     dropout = nn.Dropout(0.5).eval()
     state = [dropout.state, mx.random.state]
     compiled = mx.compile(lambda x: dropout(x), inputs=state, outputs=state)
@@ -149,7 +149,7 @@ def test_wrong_the_mode_of_the_first_call_stays() -> None:
 
 @pytest.mark.usefixtures("recorded")
 def test_wrong_a_python_number_of_the_first_call_stays() -> None:
-    """A scale kept in a Python variable is a constant of the recording."""
+    """A scale in a Python variable becomes a constant of the recording."""
     settings = {"scale": 1.0}
     compiled = mx.compile(lambda x: settings["scale"] * x)
     assert compiled(mx.array(2.0)).item() == 2
@@ -160,7 +160,7 @@ def test_wrong_a_python_number_of_the_first_call_stays() -> None:
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("read", [float, mx.eval])
 def test_wrong_a_value_cannot_be_read_inside(read: Callable[[mx.array], object]) -> None:
-    """`float(loss)` or `mx.eval(loss)` in the step meets a placeholder."""
+    """Inside the function, `float(loss)` and `mx.eval(loss)` raise, because loss is a placeholder."""
     with pytest.raises(ValueError) as error:
         mx.compile(lambda x: read(mx.sum(x)))(X_BI)
     assert str(error.value) == (
@@ -169,16 +169,16 @@ def test_wrong_a_value_cannot_be_read_inside(read: Callable[[mx.array], object])
     )
 
 
-def test_right_captured_state_trains_as_the_plain_step_does() -> None:
+def test_right_captured_state_trains_as_the_eager_step_does() -> None:
     """`mx.compile(step, inputs=state, outputs=state)`: the same losses, to the bit."""
-    plain, run = Run(), Run()
-    assert losses(plain.step) == EXACT
+    eager, run = Run(), Run()
+    assert losses(eager.step) == EXACT
     assert losses(mx.compile(run.step, inputs=run.state, outputs=run.state)) == EXACT
     assert run.optimizer.step.item() == 4
 
 
 def test_right_captured_state_is_live() -> None:
-    """A learning rate set between two calls holds from the next call on."""
+    """A learning rate that is set between two calls takes effect in the next call."""
     run = Run()
     compiled = mx.compile(run.step, inputs=run.state, outputs=run.state)
     compiled(X_BI)
@@ -187,15 +187,15 @@ def test_right_captured_state_is_live() -> None:
 
 
 def test_right_captured_randomness_moves_on() -> None:
-    """With `mx.random.state` in both lists two calls drop different elements."""
+    """With `mx.random.state` in both lists, two calls drop different elements."""
     dropout = nn.Dropout(0.5)
     state = [mx.random.state]
     compiled = mx.compile(lambda x: dropout(x), inputs=state, outputs=state)
     assert not mx.array_equal(compiled(mx.ones((8, 8))), compiled(mx.ones((8, 8))))
 
 
-def test_right_compile_anew_after_a_change_of_mode() -> None:
-    """A second `mx.compile`, made in the new mode, has dropout."""
+def test_right_compile_again_after_a_change_of_mode() -> None:
+    """A second `mx.compile`, called in the new mode, has dropout."""
     dropout = nn.Dropout(0.5).eval()
     state = [mx.random.state]
     mx.compile(lambda x: dropout(x), inputs=state, outputs=state)(mx.ones((8, 8)))

@@ -1,8 +1,8 @@
 """`labels = input_ids` without a shift teaches the model to copy its input.
 
-Hugging Face's PyTorch models shift the labels inside, so `labels=input_ids` is right there. A
-loss written by hand has no such help: position t must be compared with token t + 1. Without the
-shift the loss falls to 0 and the next-token loss rises.
+Hugging Face's PyTorch models shift the labels themselves, so `labels=input_ids` is right there. A
+hand-written loss must compare position t with token t + 1. Without the shift the loss falls to 0,
+and the real next-token loss rises.
 """
 
 from collections.abc import Callable

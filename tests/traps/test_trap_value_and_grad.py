@@ -1,6 +1,6 @@
 """`mx.value_and_grad` over a module differentiates everything the module holds.
 
-PyTorch's autograd skips what has `requires_grad=False`. In MLX a Module is a dict, and
+PyTorch's autograd skips parameters with `requires_grad=False`. In MLX a Module is a dict, and
 `mx.value_and_grad(loss_fn)(model, ...)` differentiates every array in it, frozen or not.
 `nn.value_and_grad(model, loss_fn)` is the one that respects `freeze()`.
 """
@@ -29,7 +29,7 @@ class Extras(nn.Module):
 
 
 def test_wrong_frozen_parameters_get_gradients_too() -> None:
-    """It runs, and returns a gradient for every parameter: eight, not the four trainable."""
+    """It runs, and returns gradients for all eight parameters instead of the four trainable ones."""
     model = tiny_lora()
     _, grads = mx.value_and_grad(loss_fn)(model, batch())
     assert sorted(names(grads)) == sorted(names(model.parameters()))
@@ -47,7 +47,7 @@ def test_wrong_the_optimizer_then_moves_frozen_weights() -> None:
 
 
 def test_wrong_private_arrays_get_gradients() -> None:
-    """An array in a `_private` attribute is no parameter, and yet it gets a gradient."""
+    """An array in a `_private` attribute is not a parameter, but it gets a gradient."""
     model = Extras()
     _, grads = mx.value_and_grad(loss_fn)(model, batch())
     assert "_mask" in names(grads)
@@ -55,7 +55,7 @@ def test_wrong_private_arrays_get_gradients() -> None:
 
 
 def test_wrong_a_quantized_base_has_no_gradient() -> None:
-    """Over a quantized layer it raises, for the packed weights have no gradient."""
+    """With a quantized layer it raises, because packed weights have no gradient."""
     model = nn.QuantizedLinear(32, 64, group_size=32, bits=4)
     with pytest.raises(RuntimeError) as error:
         mx.value_and_grad(loss_fn)(model, mx.ones((2, 32)))
@@ -63,7 +63,7 @@ def test_wrong_a_quantized_base_has_no_gradient() -> None:
 
 
 def test_wrong_an_attribute_that_is_no_array_is_refused() -> None:
-    """A dict of settings is part of the module's tree, and it holds no arrays."""
+    """A dict of settings is part of the module's tree, but it holds no arrays."""
     model = Extras()
     model.settings = {"rank": 8}
     with pytest.raises(ValueError) as error:
@@ -98,7 +98,7 @@ def test_right_private_arrays_and_settings_are_left_alone() -> None:
 
 
 def test_right_gradients_pass_through_a_quantized_layer() -> None:
-    """The packed weights are frozen from birth: the layer before them has its gradients."""
+    """A quantized layer is created with frozen weights, and the layer before it gets gradients."""
     model = nn.Sequential(nn.Linear(3, 32), nn.QuantizedLinear(32, 64, group_size=32, bits=4))
     _, grads = nn.value_and_grad(model, loss_fn)(model, batch())
     assert names(grads) == ["layers.0.weight", "layers.0.bias"]

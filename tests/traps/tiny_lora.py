@@ -1,4 +1,4 @@
-"""The model of the traps: two non-square linear layers, 3 -> 5 -> 4, each with a rank-2 LoRA.
+"""The model that the traps use: two non-square linear layers, 3 -> 5 -> 4, each with a rank-2 LoRA.
 
 B batch, I in, O out, R rank.
 """
@@ -54,7 +54,7 @@ def batch() -> mx.array:
 
 
 def loss_fn(model: Any, x_BI: mx.array) -> mx.array:
-    """The mean square of the output: it stands for any loss."""
+    """The mean square of the output, as an example of a loss."""
     return mx.mean(mx.square(model(x_BI)))
 
 
@@ -67,7 +67,7 @@ def arrays(tree: Any) -> list[mx.array]:
 
 
 def pending_ops(*outputs: mx.array) -> int:
-    """How many operations of the graph behind these arrays have not run yet."""
+    """The number of operations that these arrays depend on and that have not run yet."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *outputs)
     return dot.getvalue().count("shape=rectangle")
