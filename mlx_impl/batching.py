@@ -9,7 +9,8 @@ every epoch.
 
 Every epoch takes each example once, in its own order. Nothing is dropped: the last batch may be smaller, and
 the last update of an epoch may have fewer micro-batches.
-Differs from reference/batching.py: packing finds the best fit by a sorted list.
+Differs from reference/batching.py: packing finds the best fit by a sorted list; `window_rows` is given the
+rows, which are the same in every epoch; `updates_an_epoch` is a function, because `--epochs` needs it.
 """
 
 from __future__ import annotations

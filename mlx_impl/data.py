@@ -1,8 +1,11 @@
 """Examples (tokens and which of them are targets) -> padded or packed batches -> windows. NumPy only.
 
 Each token is marked as a target or not, from the tokenizer to the loss, so padding, prompt and answer cannot
-be confused. Differs from reference/data.py: rows are padded to a few shape buckets, because `mx.compile`
-traces a step again for each new shape.
+be confused.
+Differs from reference/data.py: rows are padded to a few shape buckets, because `mx.compile` traces a step
+again for each new shape; packed rows alone have segments, the others need none; a batch knows its numbers of
+tokens and of examples, for reports; windows may begin at a later update; what cannot be trained on is
+refused; evaluation has batches of its own.
 """
 
 from __future__ import annotations

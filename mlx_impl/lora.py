@@ -4,8 +4,9 @@ Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [
 eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
 only, where PEFT drops the base layer's input too.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from reference/lora.py: `freeze` for `requires_grad_`; the base may be quantized or in bfloat16, the
-factors stay float32.
+Differs from reference/lora.py: `freeze` for `requires_grad_`; a `Dropout` of its own, whose key may be given
+(`recompute.py`); the base may be quantized or in bfloat16, the factors stay float32; a second adapter is
+refused. The trainable parameters are listed and counted here, and merged in `run/merging.py`.
 """
 
 from __future__ import annotations

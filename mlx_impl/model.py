@@ -3,8 +3,9 @@
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
-Differs from reference/model.py: `__call__` for `forward`; a key/value cache in attention; gradient
-checkpointing by `mx.checkpoint`, for which dropout needs an explicit key.
+Differs from reference/model.py: `__call__` for `forward`; a key/value cache in attention; one number for the
+positions and no mask where neither a window nor packing needs more, so that MLX's kernels can be used; which
+adapter the model carries is kept in `lora`. Weights load by `nn.Module.load_weights`.
 """
 
 from __future__ import annotations

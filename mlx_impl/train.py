@@ -2,7 +2,10 @@
 
 Source: MLX documentation, "Lazy Evaluation" and "Compilation" (Compiling Training Graphs).
 Differs from reference/train.py: gradients are a value that a function returns, not an attribute that a call
-fills; nothing runs until `mx.eval`; and a compiler must be told of every state that a step changes.
+fills; nothing runs until `mx.eval`; a compiler must be told of every state that a step changes. `train` is
+given the optimizer, whose moments a resumed run keeps, seeds each micro-batch, and has seams for `fast/`,
+several machines and a guard; it reports tokens, seconds and memory too. `evaluate` also returns the number of
+targets, and refuses batches without any.
 """
 
 from __future__ import annotations

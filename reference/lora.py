@@ -4,7 +4,9 @@ Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [
 eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
 only.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from mlx_impl/lora.py: `requires_grad_` for `freeze`; merging is here, because it is for good.
+Differs from mlx_impl/lora.py: `requires_grad_` for `freeze`; torch's own dropout; the base is neither
+quantized nor in bfloat16; a second adapter is not refused; `add_lora` returns the names; merging is here,
+because it is for good.
 """
 
 from __future__ import annotations
