@@ -20,7 +20,7 @@ from reference.targets import rank_and_scale, select_targets
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
+    """y = x W^T + scale * (dropout(x) A) B, with W of shape (O, I), lora_a (I, R) and lora_b (R, O)."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
+    """y = x V^T m / |V| + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
