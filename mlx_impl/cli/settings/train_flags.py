@@ -26,8 +26,8 @@ def add_training_flags(group: Any) -> None:
         group,
         "--plain",
         False,
-        "train by the plain pattern instead of the fast path: same numbers, slower; try it first when a run "
-        "looks wrong (default: no)",
+        "train, evaluate and ask questions by the pattern alone, without mlx_impl/fast: slower, the same "
+        "numbers up to rounding, but other dropout masks; try it first when a run looks wrong (default: no)",
     )
 
 
