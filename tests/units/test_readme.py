@@ -23,6 +23,7 @@ DOCUMENTS = [
     *("benchmarks/README.md", "benchmarks/NOTES.md"),
     *(f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")),
 ]
+TRAPS = ROOT / "tests" / "traps"
 CLAIMS_TABLE = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 CLAIMS = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+\.py)\) \|$", CLAIMS_TABLE, re.MULTILINE)
 PROGRAM = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
@@ -49,6 +50,11 @@ def test_there_are_claims() -> None:
 @pytest.mark.parametrize(("claim", "test", "file"), CLAIMS, ids=[test for _, test, _ in CLAIMS])
 def test_every_claim_has_its_test(claim: str, test: str, file: str) -> None:
     assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), claim
+
+
+def test_every_trap_is_in_the_list_of_traps() -> None:
+    listed = set(re.findall(r"\]\((test_trap_\w+\.py)\)", (TRAPS / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in TRAPS.glob("test_trap_*.py")}
 
 
 def test_the_program_in_the_readme_runs_as_it_stands_and_learns(tmp_path: Path) -> None:
