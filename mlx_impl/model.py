@@ -110,15 +110,14 @@ class Attention(nn.Module):
         mask_B1TS: mx.array | None,
         cache: Cache | None = None,
     ) -> mx.array:
-        q_BHTK, k_BGSK, v_BGSK = (
+        q_BHTK, k_BGTK, v_BGTK = (
             mx.unflatten(linear(x_BTD), -1, (-1, self.head_dim)).swapaxes(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
-            q_BHTK, k_BGSK = self.q_norm(q_BHTK), self.k_norm(k_BGSK)
-        q_BHTK, k_BGSK = (ops.rope(x, self.frequency_P, position) for x in (q_BHTK, k_BGSK))
-        if cache is not None:
-            k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
+            q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        q_BHTK, k_BGTK = (ops.rope(x, self.frequency_P, position) for x in (q_BHTK, k_BGTK))
+        k_BGSK, v_BGSK = (k_BGTK, v_BGTK) if cache is None else cache.extend(k_BGTK, v_BGTK)
         mix_BHTK = ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
         return self.o_proj(mix_BHTK.swapaxes(1, 2).flatten(2))
 
