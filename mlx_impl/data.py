@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     segment_BT: np.ndarray | None = None  # in packed rows: which example of its row an input belongs to
 
 
-Window = list[Batch]  # the micro-batches of one optimizer update
+Window = list[Batch]  # the micro-batches of one update; not the attention window
 
 
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
@@ -98,7 +98,7 @@ def bucket_size(size: int, buckets: int) -> int:
 def training_windows(
     examples: Sequence[Example], config: TrainConfig, first_step: int = 0
 ) -> Iterator[Window]:
-    """The windows of the updates from `first_step` to the last; `batching.py` chooses their examples."""
+    """The windows of the updates from `first_step`, counted from 0; `batching.py` chooses their examples."""
     if not examples:
         raise ValueError("training needs at least one example, got none")
     lengths = [num_inputs(example) for example in examples]

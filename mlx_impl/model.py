@@ -43,8 +43,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
 def attention_mask(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> mx.array | None:
     """mask_B1TS: whether query t, after `offset` cached tokens, attends key s. None: causal, all of the past.
 
-    A sliding window is the last `window` tokens, the query's own included (Mistral). In packed rows a query
-    attends its own example only (block-diagonal attention); they cannot be used with a cache.
+    The attention window is the last `window` tokens, the query's own included (Mistral's sliding window). In
+    packed rows a query attends its own example only (block-diagonal attention); they cannot be used with a
+    cache.
     """
     S = offset + T
     if segment_BT is None and (window is None or window >= S):
