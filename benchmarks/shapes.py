@@ -18,5 +18,5 @@ def shapes_of(case: Case, inputs: Inputs) -> Shapes:
 def shapes_of_batch(case: Case, inputs: Inputs, batch: Batch) -> Shapes:
     rows, tokens = batch.inputs_BT.shape
     kept, num_targets = kept_positions(batch), len(target_positions(batch)[0])
-    seen = len(kept.kept_S) if kept else rows * tokens
+    seen = len(kept.kept_U) if kept else rows * tokens
     return Shapes(inputs.config, case.rank, rows, tokens, seen, num_targets, case.dtype, case.checkpointed)

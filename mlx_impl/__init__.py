@@ -3,9 +3,11 @@
 Read in this order: model, lora, loss, optim, train; then config, ops, targets, batching, data, recompute and
 generate. These are the pattern, and train by themselves. The folders below are what a user needs beside them.
 
-Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
-heads, K head dim, P rotated pairs, F ffn, V vocab, I in, O out, R rank, N positions in a flat row, C those of
-a chunk. `logits_BTV` has three axes; a new shape is a new name.
+Shapes live in names, one letter an axis: B batch, T query time, S key time (T and what a cache holds),
+D width, H heads, G key/value heads, K head dim, P rotated pairs, F ffn, V vocab, I in, O out, R rank,
+N positions in one list, such as a flattened (B, T) or its targets. In `fast/` also: U the positions that
+unpadding keeps, C those of N in one chunk, X the queries that share a key/value head, T H / G. A 1 is an axis
+of length 1. `logits_BTV` has three axes; a new shape is a new name.
 
 The names below load on first use, so that importing the package does not import MLX: an optimized BLAS must
 be loaded before it (see `machine/blas.py`), and `reference/` reads `config.py` without it.

@@ -1,6 +1,6 @@
 """Which examples share a row, a batch and an update: a pure function of the update's number.
 
-plain: a batch is `batch_size` examples of the epoch's random order.
+plain (not the plain path, `--plain`): a batch is `batch_size` examples of the epoch's random order.
 grouped: examples of similar length share a batch, to save padding. Within every POOL batches of the random
 order the examples are sorted by length; then the batches are shuffled.
 packed: a batch is `batch_size` rows, each of several examples with together at most `max_seq_length` inputs
@@ -9,7 +9,8 @@ every epoch.
 
 Every epoch takes each example once, in its own order. Nothing is dropped: the last batch may be smaller, and
 the last update of an epoch may have fewer micro-batches.
-Differs from reference/batching.py: packing finds the best fit by a sorted list.
+Differs from reference/batching.py: packing finds the best fit by a sorted list; `window_rows` is given the
+rows, which are the same in every epoch; `updates_an_epoch` is a function, because `--epochs` needs it.
 """
 
 from __future__ import annotations

@@ -74,11 +74,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """A low-rank update: y = W x + scale * B A x  (Hu et al. 2021, section 4.1). PEFT's names and rules.
+    """A low-rank update: y = x W^T + scale * (x A) B  (Hu et al. 2021, section 4.1).
 
-    The scale is alpha / rank, or with rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023). DoRA trains direction
-    and length apart (Liu et al. 2024, eq. 5). A pattern is matched against the end of a linear's name; the
-    first match decides.
+    Names and rules are PEFT's. The scale is alpha / rank, or with rsLoRA alpha / sqrt(rank) (Kalajdzievski
+    2023). DoRA trains direction and length apart (Liu et al. 2024, eq. 5). A pattern is matched against the
+    end of a linear's name; the first match decides.
     """
 
     rank: int = 8  # R

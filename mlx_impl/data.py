@@ -1,8 +1,11 @@
 """Examples (tokens and which of them are targets) -> padded or packed batches -> windows. NumPy only.
 
 Each token is marked as a target or not, from the tokenizer to the loss, so padding, prompt and answer cannot
-be confused. Differs from reference/data.py: rows are padded to a few shape buckets, because `mx.compile`
-traces a step again for each new shape.
+be confused.
+Differs from reference/data.py: rows are padded to a few shape buckets, because `mx.compile` traces a step
+again for each new shape; packed rows alone have segments, the others need none; a batch knows its numbers of
+tokens and of examples, for reports; windows may begin at a later update; what cannot be trained on is
+refused; evaluation has batches of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class Batch(NamedTuple):
     segment_BT: np.ndarray | None = None  # in packed rows: which example of its row an input belongs to
 
 
-Window = list[Batch]  # the micro-batches of one optimizer update
+Window = list[Batch]  # the micro-batches of one update; not the attention window
 
 
 def make_batch(examples: Sequence[Example], numbers: Sequence[int] = ()) -> Batch:
@@ -95,7 +98,7 @@ def bucket_size(size: int, buckets: int) -> int:
 def training_windows(
     examples: Sequence[Example], config: TrainConfig, first_step: int = 0
 ) -> Iterator[Window]:
-    """The windows of the updates from `first_step` to the last; `batching.py` chooses their examples."""
+    """The windows of the updates from `first_step`, counted from 0; `batching.py` chooses their examples."""
     if not examples:
         raise ValueError("training needs at least one example, got none")
     lengths = [num_inputs(example) for example in examples]

@@ -1,7 +1,8 @@
 """Decoding one answer with a key/value cache.
 
-Differs from reference/generate.py: the cache, without which every step reads the whole text again; and
-`mx.eval`, without which the graph would grow with every token.
+Differs from reference/generate.py: the cache, without which every step reads the whole text again; `mx.eval`,
+without which the graph would grow with every token; `choose` and `next_tokens` take several rows, for
+`fast/decode.py`; an empty prompt is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class KeyValueCache:
 
     def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
         """All keys and values, the new ones last."""
-        if self.keys_BGSK is not None and self.values_BGSK is not None:
-            k_BGTK = mx.concatenate([self.keys_BGSK, k_BGTK], axis=2)
-            v_BGTK = mx.concatenate([self.values_BGSK, v_BGTK], axis=2)
-        self.keys_BGSK, self.values_BGSK = k_BGTK, v_BGTK
-        return k_BGTK, v_BGTK
+        if self.keys_BGSK is None or self.values_BGSK is None:
+            keys_BGSK, values_BGSK = k_BGTK, v_BGTK
+        else:
+            keys_BGSK = mx.concatenate([self.keys_BGSK, k_BGTK], axis=2)
+            values_BGSK = mx.concatenate([self.values_BGSK, v_BGTK], axis=2)
+        self.keys_BGSK, self.values_BGSK = keys_BGSK, values_BGSK
+        return keys_BGSK, values_BGSK
 
 
 def most_likely(logits_BV: mx.array) -> mx.array:

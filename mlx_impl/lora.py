@@ -3,9 +3,12 @@
 Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [2] Liu et al. 2024, "DoRA",
 eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
 only, where PEFT drops the base layer's input too.
+An input x is a row, as in the arrays. In the papers it is a column: their W x + B A x is x W^T + (x A) B with
+the transposes of their A and B.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from reference/lora.py: `freeze` for `requires_grad_`; the base may be quantized or in bfloat16, the
-factors stay float32.
+Differs from reference/lora.py: `freeze` for `requires_grad_`; a `Dropout` of its own, whose key may be given
+(`recompute.py`); the base may be quantized or in bfloat16, the factors stay float32; a second adapter is
+refused. The trainable parameters are listed and counted here, and merged in `run/merging.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Dropout(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
+    """y = x W^T + scale * (dropout(x) A) B, with W of shape (O, I), lora_a (I, R) and lora_b (R, O)."""
 
     def __init__(self, linear: AnyLinear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
+    """y = x V^T m / |V| + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
 
     def __init__(self, linear: AnyLinear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)

@@ -3,7 +3,8 @@
 The mask marks the positions whose next token is a target. It comes from `data.make_batch`, which marks each
 token; it is not computed from row lengths, so an off-by-one cannot make padding a target.
 Differs from reference/loss.py: MLX's `cross_entropy` rests on a log-sum-exp that is inaccurate at a large
-vocabulary, so the loss is composed of our own.
+vocabulary, so the loss is composed of our own, in float32 or better; the mask chooses by `where`, because MLX
+has no indexing by a mask.
 """
 
 from __future__ import annotations

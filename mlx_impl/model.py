@@ -3,8 +3,9 @@
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
-Differs from reference/model.py: `__call__` for `forward`; a key/value cache in attention; gradient
-checkpointing by `mx.checkpoint`, for which dropout needs an explicit key.
+Differs from reference/model.py: `__call__` for `forward`; a key/value cache in attention; one number for the
+positions and no mask where neither a window nor packing needs more, so that MLX's kernels can be used; which
+adapter the model carries is kept in `lora`. Weights load by `nn.Module.load_weights`.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[float, ...]:
 def attention_mask(T: int, offset: int, window: int | None, segment_BT: mx.array | None) -> mx.array | None:
     """mask_B1TS: whether query t, after `offset` cached tokens, attends key s. None: causal, all of the past.
 
-    A sliding window is the last `window` tokens, the query's own included (Mistral). In packed rows a query
-    attends its own example only (block-diagonal attention); they cannot be used with a cache.
+    The attention window is the last `window` tokens, the query's own included (Mistral's sliding window). In
+    packed rows a query attends its own example only (block-diagonal attention); they cannot be used with a
+    cache.
     """
     S = offset + T
     if segment_BT is None and (window is None or window >= S):
@@ -109,15 +111,14 @@ class Attention(nn.Module):
         mask_B1TS: mx.array | None,
         cache: Cache | None = None,
     ) -> mx.array:
-        q_BHTK, k_BGSK, v_BGSK = (
+        q_BHTK, k_BGTK, v_BGTK = (
             mx.unflatten(linear(x_BTD), -1, (-1, self.head_dim)).swapaxes(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.qk_norm:
-            q_BHTK, k_BGSK = self.q_norm(q_BHTK), self.k_norm(k_BGSK)
-        q_BHTK, k_BGSK = (ops.rope(x, self.frequency_P, position) for x in (q_BHTK, k_BGSK))
-        if cache is not None:
-            k_BGSK, v_BGSK = cache.extend(k_BGSK, v_BGSK)
+            q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        q_BHTK, k_BGTK = (ops.rope(x, self.frequency_P, position) for x in (q_BHTK, k_BGTK))
+        k_BGSK, v_BGSK = (k_BGTK, v_BGTK) if cache is None else cache.extend(k_BGTK, v_BGTK)
         mix_BHTK = ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
         return self.o_proj(mix_BHTK.swapaxes(1, 2).flatten(2))
 

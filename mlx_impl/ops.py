@@ -2,7 +2,9 @@
 
 On MLX's CPU some of them compute in float32 even for float64 inputs, so the float64 tests replace this
 namespace by exact compositions. Sources as in `model.py`.
-Differs from reference/ops.py: `logsumexp` is needed, because MLX has no cross-entropy primitive.
+Differs from reference/ops.py: `rope` also takes one number, the first token's position, and `attention` no
+mask, so that MLX's kernels can be used; `logsumexp`, because MLX has no cross-entropy primitive; `widened`,
+because sums of bfloat16 numbers are formed in float32.
 """
 
 from __future__ import annotations

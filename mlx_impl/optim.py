@@ -5,7 +5,9 @@ Three things differ in MLX. `mlx.optimizers.AdamW` has bias correction off by de
 while beta**t is near 1. And its schedules are float32: the last of 10,000 steps of `cosine_decay` is off by a
 fifth. So the corrections are computed by `expm1`, and the learning rate in Python's double precision.
 Sources: Hugging Face `transformers.optimization` (schedules); Hayou et al. 2024, "LoRA+", eq. 5; PyTorch's
-`clip_grad_norm_`. Differs from reference/optim.py: there torch.optim has all of it.
+`clip_grad_norm_`.
+Differs from reference/optim.py: torch has AdamW and clipping; two optimizers here are two groups of one
+there; the learning rate itself is set before each update, where `LambdaLR` there takes a share of the peak.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ MLX: `mx.checkpoint` calls its function a second time, and dropout would draw an
 gradient belong to different masks. Here the random key is an argument of the function, the same both times.
 So are the trained parameters, because only arguments get gradients.
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
-Differs from reference/recompute.py: PyTorch's `checkpoint` restores its random state by itself.
+Differs from reference/recompute.py: PyTorch's `checkpoint` restores its random state, and finds the trained
+parameters, by itself.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Source: PEFT's `check_target_module_exists` and `get_pattern_key`; the scales of Hu et al. 2021, section 4.1,
 and Kalajdzievski 2023, "rsLoRA", theorem 3.2.
-Differs from reference/targets.py: wrong configurations are refused, in one sentence each.
+Differs from reference/targets.py: wrong configurations are refused, in one sentence each; a target comes with
+its shape, rank and scale; quantized linears are targets too.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 Source: MLX documentation, "Lazy Evaluation" and "Compilation" (Compiling Training Graphs).
 Differs from reference/train.py: gradients are a value that a function returns, not an attribute that a call
-fills; nothing runs until `mx.eval`; and a compiler must be told of every state that a step changes.
+fills; nothing runs until `mx.eval`; a compiler must be told of every state that a step changes. `train` is
+given the optimizer, whose moments a resumed run keeps, seeds each micro-batch, and has seams for `fast/`,
+several machines and a guard; it reports tokens, seconds and memory too. `evaluate` also returns the number of
+targets, and refuses batches without any.
 """
 
 from __future__ import annotations
@@ -70,7 +73,10 @@ PLAIN = Loss(to_arrays, batch_loss, flatten_grads=lambda tree: tree)
 
 
 def seed_random(seed: int, step: int, micro_batch: int) -> None:
-    """Random numbers depend on these three alone: not on what ran before, nor on which machine runs it."""
+    """Random numbers depend on these three alone: not on what ran before, nor on which machine runs it.
+
+    Updates and micro-batches are counted from 0.
+    """
     mx.random.seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0]))
 
 
@@ -106,9 +112,9 @@ def train(
 ) -> Iterator[StepRecord]:
     """One optimizer update a window of micro-batches; yields what each update did.
 
-    A resumed run begins at `first_step`. `reduce` gets the micro-batches as functions not yet called, and
-    returns their sums; several machines would each call some of them, and add the sums of all. `check` may
-    raise to stop the run, as `run.guard.FiniteGuard` does on NaN; without one a run trains on.
+    A resumed run begins at `first_step`, counted from 0. `reduce` gets the micro-batches as functions not yet
+    called, and returns their sums; several machines would each call some of them, and add the sums of all.
+    `check` may raise to stop the run, as `run.guard.FiniteGuard` does on NaN; without one a run trains on.
     """
     model.train()
     model.model.grad_checkpoint = config.grad_checkpoint

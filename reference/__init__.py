@@ -4,6 +4,6 @@ Read each file beside the one of the same name in `mlx_impl/`. Nothing here is f
 float32 and float64. It shares no logic with `mlx_impl` (only `mlx_impl.config`, which is data) and never
 imports MLX: an oracle that shares code with its subject cannot see the bug.
 
-Shapes live in names, one letter an axis: B batch, T query time, S key time, D width, H heads, G key/value
-heads, K head dim, P rotated pairs, F ffn, V vocab, I in, O out, R rank.
+Shapes live in names, one letter an axis; `mlx_impl/__init__.py` says what each letter means. Without a cache
+the keys are as many as the queries, so T stands for both.
 """

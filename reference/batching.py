@@ -1,7 +1,7 @@
 """Which examples share a row, a batch and an update, by the plainest code that says so.
 
 Source of packing: Krell et al. 2021, "Efficient Sequence Packing", section 4 (best-fit decreasing).
-Differs from mlx_impl/batching.py: packing looks through all rows for the best fit.
+Differs from mlx_impl/batching.py: packing looks through all rows for the best fit, and anew for every update.
 """
 
 from __future__ import annotations

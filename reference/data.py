@@ -1,6 +1,8 @@
 """Examples (tokens and which of them are targets) -> padded or packed batches -> windows.
 
-Differs from mlx_impl/data.py: rows are as wide as the longest of them; PyTorch needs no shape buckets.
+Differs from mlx_impl/data.py: rows are as wide as the longest of them, because PyTorch needs no shape
+buckets; every batch has segments; a batch is what the model needs and no more; the updates begin at the
+first; nothing is refused.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Decoding one answer.
 
-Differs from mlx_impl/generate.py: without a key/value cache, each token reads the whole text again.
+Differs from mlx_impl/generate.py: without a key/value cache, each token reads the whole text again; one row
+only; an empty prompt is not refused.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from reference.model import in_evaluation
 
 
 def most_likely(logits_V: Tensor) -> Tensor:
@@ -25,12 +28,12 @@ def generate(
     choose: Callable[[Tensor], Tensor] = most_likely,
 ) -> Iterator[int]:
     """The answer's tokens as they come; a stop token ends it and is not yielded."""
-    model.eval()
     tokens = list(prompt)
-    for _ in range(max_tokens):
-        logits_V = model(torch.tensor([tokens]))[0, -1]
-        token = int(choose(logits_V))
-        if token in stop_ids:
-            return
-        yield token
-        tokens.append(token)
+    with in_evaluation(model):
+        for _ in range(max_tokens):
+            logits_V = model(torch.tensor([tokens]))[0, -1]
+            token = int(choose(logits_V))
+            if token in stop_ids:
+                return
+            yield token
+            tokens.append(token)

@@ -4,7 +4,9 @@ Sources: [1] Hu et al. 2021, "LoRA", eq. 3 and section 4.1 (B starts at zero); [
 eq. 5 and section 4.3 (the norm is detached), in the variant of torchtune and mlx-lm: dropout on A's input
 only.
 A's initial law U(-1/sqrt(I), 1/sqrt(I)) is that of PEFT, `kaiming_uniform_(a=sqrt(5))`.
-Differs from mlx_impl/lora.py: `requires_grad_` for `freeze`; merging is here, because it is for good.
+Differs from mlx_impl/lora.py: `requires_grad_` for `freeze`; torch's own dropout; the base is neither
+quantized nor in bfloat16; a second adapter is not refused; `add_lora` returns the names; merging is here,
+because it is for good.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from reference.targets import rank_and_scale, select_targets
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * (dropout(x) A) B, with lora_a of shape (I, R) and lora_b of shape (R, O)."""
+    """y = x W^T + scale * (dropout(x) A) B, with W of shape (O, I), lora_a (I, R) and lora_b (R, O)."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = (m / |V|) V x + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
+    """y = x V^T m / |V| + b with V = W + scale * (A B)^T and |V| the length of each row, a constant [2]."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)

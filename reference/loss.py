@@ -1,6 +1,6 @@
 """Masked next-token cross-entropy, as a sum and a count, so that an update's mean is formed once.
 
-Differs from mlx_impl/loss.py: torch's own `cross_entropy`.
+Differs from mlx_impl/loss.py: torch's own `cross_entropy`; the mask chooses by indexing.
 """
 
 from __future__ import annotations

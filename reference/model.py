@@ -3,10 +3,14 @@
 Sources: [1] Touvron et al. 2023, "LLaMA", section 2.2; [2] Zhang and Sennrich 2019, "RMSNorm", eq. 4;
 [3] Su et al. 2021, "RoFormer", eq. 34, in Hugging Face's half-split order; [4] Ainslie et al. 2023, "GQA";
 [5] Llama 3.1's `apply_scaling`, for long contexts.
-Differs from mlx_impl/model.py: `forward` for `__call__`; position ids and a mask always; no key/value cache.
+Differs from mlx_impl/model.py: `forward` for `__call__`; position ids and a mask always, where MLX takes one
+number and "causal"; no key/value cache; `load_arrays`, because a PyTorch module takes tensors only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -161,6 +165,17 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             return x_BTD @ self.model.embed_tokens.weight.T
         return self.lm_head(x_BTD)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block dropout is off; after it the model is in training again if it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def load_arrays(module: nn.Module, arrays: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 """The primitives of the model, PyTorch's own where it has them.
 
-Differs from mlx_impl/ops.py: there is no log-sum-exp, because PyTorch's `cross_entropy` has it inside.
+Differs from mlx_impl/ops.py: position ids and a mask always; no log-sum-exp, because PyTorch's
+`cross_entropy` has it inside; nothing is widened, because the reference runs in float32 and float64 only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The optimizer with LoRA+'s two groups, and the learning rate of every update.
 
 Sources: Hugging Face `transformers.optimization` (schedules); Hayou et al. 2024, "LoRA+", eq. 5.
-Differs from mlx_impl/optim.py: torch.optim has AdamW with bias correction, and torch has `clip_grad_norm_`.
+Differs from mlx_impl/optim.py: torch.optim has AdamW with bias correction, and torch has `clip_grad_norm_`;
+two groups of one optimizer are two optimizers there; `share_of_peak` is what torch's `LambdaLR` takes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: PEFT's `check_target_module_exists` and `get_pattern_key`; the scales of Hu et al. 2021, section 4.1,
 and Kalajdzievski 2023, "rsLoRA".
-Differs from mlx_impl/targets.py: wrong configurations are not refused.
+Differs from mlx_impl/targets.py: wrong configurations are not refused; `select_targets` returns names alone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Differs from mlx_impl/train.py: autograd records while the model runs and `backward` adds to `.grad`, which
 `zero_grad` must empty; nothing is lazy, so there is nothing to evaluate and no state to hand to a compiler.
+`train` makes the optimizer itself, begins at the first update, and draws dropout from torch's random state as
+it stands; a record has no tokens, seconds or memory. `evaluate` returns the loss alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mlx_impl.config import TrainConfig
 from reference.data import Batch
 from reference.loss import next_token_nats
-from reference.model import CausalLM
+from reference.model import CausalLM, in_evaluation
 from reference.optim import make_optimizer, share_of_peak
 
 
@@ -78,6 +80,6 @@ def train(model: CausalLM, windows: Iterable[Sequence[Batch]], config: TrainConf
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Nats per target over all batches: the sum of the sums over the sum of the counts."""
-    model.eval()
-    sums = [batch_loss(model, batch) for batch in batches]
+    with in_evaluation(model):
+        sums = [batch_loss(model, batch) for batch in batches]
     return float(sum(nats for nats, _ in sums) / sum(count for _, count in sums))

@@ -1,4 +1,8 @@
-"""The configuration of a tiny Llama, of which the tests make their models."""
+"""The configuration of a tiny Llama, of which the tests of files and peers make their models.
+
+It is not the ladder's, which stands by itself and whose width is no multiple of the heads; nor that of the
+goldens, which are recorded; nor that of the benchmarks, whose sizes suit the kernels.
+"""
 
 from __future__ import annotations
 

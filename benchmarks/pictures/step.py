@@ -59,7 +59,7 @@ def draw_state(picture: Picture) -> None:
     picture.text(STATE + 12, 215, "model.state", bold=True, mono=True)
     words = ["model.freeze() comes before add_lora()", "no gradient, no optimizer state"]
     state(picture, 226, 68, "frozen weights W", *words, color="muted", inset=12)
-    words = ["W x + (alpha / rank) B A x", "gradients go here, and only here"]
+    words = ["x W^T + (alpha / rank) (x A) B", "gradients go here, and only here"]
     state(picture, 308, 74, "LoRA factors A, B", *words, color="orange", inset=12)
     words = ["Adam's moments m, v of A and B", "step count", "learning rate"]
     state(picture, 408, 90, "optimizer.state", *words)

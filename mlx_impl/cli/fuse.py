@@ -20,7 +20,7 @@ HELP = "merge an adapter into the model's weights"
 def add_flags(command: argparse.ArgumentParser) -> None:
     flags.add_model_flags(
         command.add_argument_group("model"),
-        dequantize="write MLX-quantized weights as plain weights, which keep more of the update",
+        dequantize="write MLX-quantized weights unquantized, which keep more of the update",
     )
     group = command.add_argument_group("adapter")
     add_folder(group, "--adapter-path", "the adapter, in PEFT's format or mlx-lm's", required=True)

@@ -63,7 +63,7 @@ def hidden_at_targets(
     unpadding = Unpadding(*kept) if kept else None
     layout = Layout(position, mask_B1TS, unpadding)
     if unpadding:
-        tokens_BT = tokens_BT.flatten()[unpadding.kept_S][None]
+        tokens_BT = tokens_BT.flatten()[unpadding.kept_U][None]
     x_BTD = decoder.embed_tokens(tokens_BT)
     for layer in decoder.layers[:-1]:
         x_BTD = forward_block(decoder, layer, x_BTD, layout)

@@ -14,28 +14,24 @@ import numpy as np
 
 from ..data import Batch, bucket_size
 
-KEPT_BUCKETS = (
-    8  # buckets an octave; finer than for rows and targets, because most of a step's work is on them
-)
+KEPT_BUCKETS = 8  # from n to 2n; finer than for rows and targets, because most of a step's work is on them
 TARGET_BUCKETS = 4
-MIN_SHARED_FRACTION = (
-    1 / 16
-)  # of the needed positions: sharing that saves less is not worth its sum over rows
+MIN_SHARED_FRACTION = 1 / 16  # of the needed positions: sharing that saves less is not worth its row sums
 
 
 class KeptPositions(NamedTuple):
     """Index arrays. For rows `a b x y` and `a b z _`, with `a b` shared and the second row's `a` as dummy:
 
-    kept_S = [0 1 2 3 6 4];  source_BT = [[0 1 2 3] [0 1 4 5]];  own_BT = [[0 1 2 3] [5 5 4 5]]
+    kept_U = [0 1 2 3 6 4];  source_BT = [[0 1 2 3] [0 1 4 5]];  own_BT = [[0 1 2 3] [5 5 4 5]]
 
     One or more dummy positions, which no target depends on, stand for all that is left out.
     """
 
-    kept_S: np.ndarray  # where each kept position is in the flattened (B, T): shared, needed, dummies
+    kept_U: np.ndarray  # where each kept position is in the flattened (B, T): shared, needed, dummies
     source_BT: np.ndarray  # which kept position has the value of each position; a dummy if it is left out
     own_BT: np.ndarray  # index of the kept position taken from this very place; a dummy if none is
-    is_needed_S: np.ndarray  # False marks a dummy
-    is_shared_S: np.ndarray | None  # True: one for all rows with a target; None if none is shared
+    is_needed_U: np.ndarray  # False marks a dummy
+    is_shared_U: np.ndarray | None  # True: one for all rows with a target; None if none is shared
 
 
 def kept_positions(batch: Batch) -> KeptPositions | None:
@@ -52,12 +48,12 @@ def kept_positions(batch: Batch) -> KeptPositions | None:
     size = bucket_size(len(needed) + 1, KEPT_BUCKETS)
     if size >= mask_BT.size:
         return None
-    kept_S = np.append(needed, dummies[: size - len(needed)]).astype(np.int32)
+    kept_U = np.append(needed, dummies[: size - len(needed)]).astype(np.int32)
     own_BT = np.full(mask_BT.shape, len(needed), np.int32)
-    own_BT.flat[kept_S] = np.arange(size)
+    own_BT.flat[kept_U] = np.arange(size)
     source_BT = np.where(is_shared_BT, np.arange(T, dtype=np.int32), own_BT)
-    is_shared_S = np.arange(size) < num_shared if num_shared else None
-    return KeptPositions(kept_S, source_BT, own_BT, np.arange(size) < len(needed), is_shared_S)
+    is_shared_U = np.arange(size) < num_shared if num_shared else None
+    return KeptPositions(kept_U, source_BT, own_BT, np.arange(size) < len(needed), is_shared_U)
 
 
 def shared_prefix_length(batch: Batch, is_needed_BT: np.ndarray) -> int:

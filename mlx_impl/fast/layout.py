@@ -16,17 +16,17 @@ class Layout:
 
     position: int | mx.array = 0  # as in `ops.rope`
     mask_B1TS: mx.array | None = None  # as in `ops.attention`
-    unpadding: Unpadding | None = None  # outside attention x_BTD is one row of the kept positions: (1, S, D)
+    unpadding: Unpadding | None = None  # outside attention x_BTD is one row of the kept positions: (1, U, D)
     targets_N: mx.array | None = None  # in a last block: the positions in (B, T) needed after attention
 
     def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
-        """(B, T, H * K) or (1, S, H * K) to (B, H, T, K)."""
+        """(B, T, H * K) or (1, U, H * K) to (B, H, T, K)."""
         if self.unpadding:
             return self.unpadding.scatter(x_BTO, H)
         return mx.unflatten(x_BTO, -1, (H, -1)).swapaxes(1, 2)
 
     def merge_heads(self, x_BHTK: mx.array) -> mx.array:
-        """(B, H, T, K) to (B, T, H * K) or (1, S, H * K)."""
+        """(B, H, T, K) to (B, T, H * K) or (1, U, H * K)."""
         return self.unpadding.gather(x_BHTK) if self.unpadding else x_BHTK.swapaxes(1, 2).flatten(2)
 
     def select_targets(self, x_BTD: mx.array) -> mx.array:

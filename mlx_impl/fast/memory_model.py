@@ -1,21 +1,21 @@
 """How much memory a step, an evaluation and an answer need, from the shapes of what they read.
 
-Of B rows, T wide, of which N positions are computed outside of attention (`kept_positions.py`), in bytes:
+Of B rows, T wide, of which U positions are computed outside of attention (`kept_positions.py`), in bytes:
 
     training     = weights + state + max(kept + work, update)
     kept         = L blocks;  checkpointed: L hidden states and one block
-    block        = N (4 D + 3 Q + 2 G + 3 F + more) itemsize + scores
+    block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
     work         = max(2 scores + mask + one block without its scores, 4 logits)
-    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 N F, 5 N F), 4 logits)
-    rest         = N (4 D + 3 Q + 2 G) itemsize
+    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F), 4 logits)
+    rest         = U (4 D + 3 H K + 2 G K) itemsize
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
-D is the width, Q that of all queries, G of all keys, F of the feed-forward, S the keys seen, and `logits` are
-those of one chunk of the loss; on the plain path those of every position. `more` is what linears keep that
-`projection.py` does not compute: inputs after dropout, DoRA's directions. The state is the factors and
-moments of now and of the two updates before, which `guard.py` keeps; an update makes new ones. A step also
-holds gradients, and the weights that DoRA unpacks. Some constants are measured.
+L is the number of blocks; the other letters are those of the shape names. `logits` are those of one chunk of
+the loss; on the plain path those of every position. `more` is what linears keep that `projection.py` does not
+compute: inputs after dropout, DoRA's directions. The state is the factors and moments of now and of the two
+updates before, which `guard.py` keeps; an update makes new ones. A step also holds gradients, and the weights
+that DoRA unpacks. Some constants are measured.
 tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
 MLX queues ahead.
 """
@@ -106,7 +106,7 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
 
 def shape_of(batch: Batch) -> Shape:
     kept, (rows, width) = kept_positions(batch), batch.inputs_BT.shape
-    computed = batch.inputs_BT.size if kept is None else len(kept.kept_S)
+    computed = batch.inputs_BT.size if kept is None else len(kept.kept_U)
     masks = 1 if batch.segment_BT is None else rows
     return Shape(rows, width, computed, int(batch.mask_BT.sum()), masks=masks)
 

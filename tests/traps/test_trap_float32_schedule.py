@@ -1,8 +1,9 @@
 """MLX's schedules compute in float32, so the learning rate is wrong at the end of a long decay.
 
 `optim.cosine_decay` computes 1 + cos(x), which cancels for x near pi; `optim.linear_schedule` adds small
-numbers to large ones. Early in a run this does not matter. `mlx_impl/optim.py` computes the closed form in
-Python's double precision and sets the optimizer's learning rate to the result.
+numbers to large ones. The last of 10,000 steps is off by a fifth (cosine) or by 8e-6 (linear); early in a run
+this does not matter. `mlx_impl/optim.py` computes the closed form in Python's double precision and sets the
+optimizer's learning rate to the result.
 """
 
 import math
@@ -22,10 +23,14 @@ def cosine(step: int) -> float:
     return PEAK * math.cos(math.pi * step / NUM_STEPS / 2) ** 2
 
 
-def test_wrong_the_last_of_ten_thousand_cosine_steps_is_off_by_a_tenth_or_more() -> None:
+def test_wrong_the_last_of_ten_thousand_cosine_steps_is_off_by_a_fifth() -> None:
+    """1 + cos(x) is 4.9e-8. Near -1 float32 numbers are 6.0e-8 apart, so the nearest to it is 21% above.
+
+    A cosine that is rounded less well makes it 0, which is off by more.
+    """
     last = NUM_STEPS - 1
     found = optim.cosine_decay(PEAK, NUM_STEPS)(mx.array(last)).item()
-    assert abs(found / cosine(last) - 1) > 0.1
+    assert abs(found / cosine(last) - 1) > 0.2
 
 
 def test_wrong_the_last_linear_step_is_off_by_more_than_rounding() -> None:

@@ -68,7 +68,7 @@ def assert_logits(folder: Path, base: Path, adapter: Path, unit: float = UNIT_RO
 
 
 def deltas(base: Path, adapter: Path) -> dict[str, np.ndarray]:
-    """scale * B A in float64."""
+    """scale * (A B)^T in float64."""
     factors = lora_parameters(with_adapter(base, adapter))
     names = {name.rpartition(".")[0] for name in factors}
     scale = LORA.alpha / LORA.rank

@@ -23,10 +23,11 @@ DOCUMENTS = [
     *("benchmarks/README.md", "benchmarks/NOTES.md"),
     *(f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")),
 ]
+TRAPS = ROOT / "tests" / "traps"
 CLAIMS_TABLE = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 CLAIMS = re.findall(r"^\| (.+) \| \[(test_\w+)\]\((\S+\.py)\) \|$", CLAIMS_TABLE, re.MULTILINE)
 PROGRAM = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
-WIDTH, LINES, CODE_LINES = 120, 200, 18  # of the README; of its program, imports not counted
+WIDTH, LINES, CODE_LINES = 120, 200, 15  # of the README; of its program, imports not counted
 # The field's terms: a person who searches for one of them finds it in a document.
 TERMS = """
 unpadding, padding-free, prefix sharing, sequence packing, chunked cross-entropy, gradient accumulation,
@@ -51,14 +52,19 @@ def test_every_claim_has_its_test(claim: str, test: str, file: str) -> None:
     assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), claim
 
 
+def test_every_trap_is_in_the_list_of_traps() -> None:
+    listed = set(re.findall(r"\]\((test_trap_\w+\.py)\)", (TRAPS / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in TRAPS.glob("test_trap_*.py")}
+
+
 def test_the_program_in_the_readme_runs_as_it_stands_and_learns(tmp_path: Path) -> None:
     """In a process of its own; its loss falls from that of a guess among 256 bytes. The seed is random."""
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(losses) == 100 and losses[0] > 4 and losses[-1] < 0.2
+    updates, losses = zip(*(map(float, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert updates == tuple(range(1, 101)) and losses[0] > 4 and losses[-1] < 0.2
 
 
 def test_the_program_in_the_readme_is_short_and_uses_public_names_only() -> None:

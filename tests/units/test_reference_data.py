@@ -12,15 +12,21 @@ import pytest
 import torch
 
 import reference.data
+import reference.generate
 import reference.model
+import reference.train
 from mlx_impl.config import TrainConfig
-from mlx_impl.data import Example, training_windows
-from mlx_impl.model import attention_mask, position_ids
+from mlx_impl.data import Example, evaluation_batches, training_windows
+from mlx_impl.generate import generate
+from mlx_impl.model import CausalLM, attention_mask, position_ids
+from mlx_impl.train import evaluate
+from tests.tiny_model import TINY_LLAMA
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"__init__.py", "config.py"}  # configuration is data, which both read
 PATTERN = sorted(path.name for path in (ROOT / "mlx_impl").glob("*.py") if path.name != "__main__.py")
 RANDOM = np.random.default_rng(0)
+SPEC = replace(TINY_LLAMA, vocab_size=99)
 LENGTHS = [2, 9, 5, 17, 3, 30, 9, 4, 12, 2, 25, 7, 1]
 
 
@@ -36,9 +42,27 @@ PLAIN = TrainConfig(iters=9, batch_size=2, grad_accumulation_steps=2, max_seq_le
 
 @pytest.mark.parametrize("name", [name for name in PATTERN if name not in SHARED])
 def test_every_file_of_the_pattern_has_its_counterpart_in_reference(name: str) -> None:
-    assert (ROOT / "reference" / name).exists()
-    text = (ROOT / "mlx_impl" / name).read_text(encoding="utf-8")
-    assert f"Differs from reference/{name}:" in text.replace("\n", " ")
+    """And each says in its docstring how it differs from the other."""
+    for here, there in (("mlx_impl", "reference"), ("reference", "mlx_impl")):
+        text = (ROOT / here / name).read_text(encoding="utf-8")
+        assert f"Differs from {there}/{name}:" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_evaluation_and_generation_leave_the_mode_as_it_was_in_both_twins(is_training: bool) -> None:
+    """Also where a reader leaves before the answer has ended."""
+    ours, theirs = CausalLM(SPEC), reference.model.CausalLM(SPEC)
+    pairs = [(e.tokens, e.is_target) for e in EXAMPLES]
+    for leave in (
+        lambda: evaluate(ours, evaluation_batches(EXAMPLES, 4)),
+        lambda: next(generate(ours, [3, 5], 4, ())),
+        lambda: reference.train.evaluate(theirs, [reference.data.make_batch(pairs, [(0,), (1,)])]),
+        lambda: next(reference.generate.generate(theirs, [3, 5], 4, ())),
+    ):
+        for model in (ours, theirs):
+            model.train(is_training)
+        leave()
+        assert ours.training == theirs.training == is_training
 
 
 @pytest.mark.parametrize("batching", ["plain", "grouped", "packed"])

@@ -95,7 +95,7 @@ def test_gradients_of_one_batch_have_the_same_bits_a_hundred_times(kind: str) ->
 def test_rows_of_a_prompt_share_positions_that_are_targets() -> None:
     """Else the claims above would be about less than they say."""
     kept = kept_positions(shared_batch(24))
-    assert kept is not None and kept.is_shared_S is not None and shared_batch(24).mask_BT[:, :18].any()
+    assert kept is not None and kept.is_shared_U is not None and shared_batch(24).mask_BT[:, :18].any()
 
 
 def test_with_cudnns_attention_two_runs_differ_by_less_than_bfloat16_costs() -> None:

@@ -91,24 +91,24 @@ def test_each_needed_position_takes_its_value_from_one_with_the_same_history(nam
     batch = BATCHES[name]
     kept, history_BT = kept_of(batch), histories(batch)
     is_needed_BT = history_BT >= 0
-    assert (history_BT.flat[kept.kept_S[kept.source_BT]] == history_BT)[is_needed_BT].all()
-    assert (0 if kept.is_shared_S is None else kept.is_shared_S.sum()) == NUM_SHARED[name]
-    assert len(kept.kept_S) == len(np.unique(kept.kept_S)) < batch.mask_BT.size
+    assert (history_BT.flat[kept.kept_U[kept.source_BT]] == history_BT)[is_needed_BT].all()
+    assert (0 if kept.is_shared_U is None else kept.is_shared_U.sum()) == NUM_SHARED[name]
+    assert len(kept.kept_U) == len(np.unique(kept.kept_U)) < batch.mask_BT.size
 
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_each_kept_position_is_in_one_place_and_a_dummy_in_all_others(name: str) -> None:
     batch = BATCHES[name]
     kept, is_kept_BT = kept_of(batch), is_kept(kept_of(batch))
-    assert is_kept_BT.sum() == len(kept.kept_S)
+    assert is_kept_BT.sum() == len(kept.kept_U)
     (dummy,) = np.unique(kept.own_BT[~is_kept_BT])
-    assert not kept.is_needed_S[dummy]
+    assert not kept.is_needed_U[dummy]
     assert dummy not in np.unique(kept.source_BT[histories(batch) >= 0])
 
 
 def is_kept(kept: KeptPositions) -> np.ndarray:
     """Where in (B, T) a kept position is its own."""
-    return kept.kept_S[kept.own_BT] == np.arange(kept.own_BT.size).reshape(kept.own_BT.shape)
+    return kept.kept_U[kept.own_BT] == np.arange(kept.own_BT.size).reshape(kept.own_BT.shape)
 
 
 def test_without_padding_or_a_shared_prefix_every_position_is_kept() -> None:
@@ -126,7 +126,7 @@ def test_a_dummy_is_a_repeated_token_of_the_prefix_if_there_is_one() -> None:
     """Padding nobody depends on, so its hidden state might not be finite."""
     batch = BATCHES["one system prompt, the first row without a target"]
     kept = kept_of(batch)
-    assert histories(batch).flat[kept.kept_S[~kept.is_needed_S][0]] >= 0
+    assert histories(batch).flat[kept.kept_U[~kept.is_needed_U][0]] >= 0
 
 
 def test_a_shared_prefix_ends_at_another_token_or_another_example() -> None:
@@ -252,7 +252,7 @@ def noting(block: Any, sizes: list) -> Any:
 
 def dense(kept: KeptPositions, index_BT: np.ndarray) -> np.ndarray:
     """(B * T, S): 1 where the position takes its value from the kept one, else 0."""
-    return np.eye(len(kept.kept_S))[index_BT.flatten()]
+    return np.eye(len(kept.kept_U))[index_BT.flatten()]
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -261,7 +261,7 @@ def test_scatter_and_gather_are_matrices_of_0_and_1_and_their_gradients_the_tran
     batch = BATCHES[name]
     (rows, T), kept = batch.mask_BT.shape, kept_of(batch)
     unpadding = Unpadding(*(mx.array(array) for array in kept if array is not None))
-    S = len(kept.kept_S)
+    U = len(kept.kept_U)
 
     def by_head(x_LO: np.ndarray) -> np.ndarray:
         return x_LO.reshape(rows, T, H, K).swapaxes(1, 2)
@@ -269,18 +269,18 @@ def test_scatter_and_gather_are_matrices_of_0_and_1_and_their_gradients_the_tran
     def double(x: np.ndarray) -> mx.array:
         return mx.array(x, mx.float64)
 
-    x_1SO = random_array("x", (1, S, H * K), 1.0)
+    x_1UO = random_array("x", (1, U, H * K), 1.0)
     d_LO = random_array("d", (rows * T, H * K), 1.0) * (histories(batch) >= 0).reshape(-1, 1)
-    source_LS, own_LS = dense(kept, kept.source_BT), dense(kept, kept.own_BT)
-    (rows_BHTK,), (d_1SO,) = mx.vjp(
-        lambda x: unpadding.scatter(x, H), [double(x_1SO)], [double(by_head(d_LO))]
+    source_LU, own_LU = dense(kept, kept.source_BT), dense(kept, kept.own_BT)
+    (rows_BHTK,), (d_1UO,) = mx.vjp(
+        lambda x: unpadding.scatter(x, H), [double(x_1UO)], [double(by_head(d_LO))]
     )
-    assert np.array_equal(rows_BHTK, by_head(source_LS @ x_1SO[0]))
-    require("scatter", [within_exact("gradient", np.array(d_1SO)[0], source_LS.T @ d_LO)])
-    d_1SO = x_1SO * kept.is_needed_S[:, None]
-    (back_1SO,), (d_BHTK,) = mx.vjp(unpadding.gather, [double(by_head(d_LO))], [double(d_1SO)])
-    assert np.array_equal(back_1SO[0], d_LO[kept.kept_S])
-    assert np.array_equal(d_BHTK, by_head(own_LS @ d_1SO[0]))
+    assert np.array_equal(rows_BHTK, by_head(source_LU @ x_1UO[0]))
+    require("scatter", [within_exact("gradient", np.array(d_1UO)[0], source_LU.T @ d_LO)])
+    d_1UO = x_1UO * kept.is_needed_U[:, None]
+    (back_1UO,), (d_BHTK,) = mx.vjp(unpadding.gather, [double(by_head(d_LO))], [double(d_1UO)])
+    assert np.array_equal(back_1UO[0], d_LO[kept.kept_U])
+    assert np.array_equal(d_BHTK, by_head(own_LU @ d_1UO[0]))
 
 
 def batches_of(batching: str, batch_size: int = B, prompts: Sequence[int] = (0,)) -> list[Batch]:
@@ -305,7 +305,7 @@ def batches_of(batching: str, batch_size: int = B, prompts: Sequence[int] = (0,)
 def shape_of(batch: Batch) -> tuple[int, ...]:
     """All sizes that a compiled step depends on."""
     kept = kept_positions(batch)
-    kept_sizes = (len(kept.kept_S), kept.is_shared_S is None) if kept else (0, True)
+    kept_sizes = (len(kept.kept_U), kept.is_shared_U is None) if kept else (0, True)
     return (*batch.inputs_BT.shape, *kept_sizes, len(target_positions(batch)[0]))
 
 
@@ -326,6 +326,6 @@ def test_less_than_a_twentieth_of_the_computed_positions_is_padding() -> None:
     """In any order of the rows; 45% of the positions of these batches are padding."""
     batches = batches_of("plain")
     kept = [kept_positions(batch) for batch in batches]
-    computed = sum(len(k.kept_S) if k else b.mask_BT.size for k, b in zip(kept, batches, strict=True))
+    computed = sum(len(k.kept_U) if k else b.mask_BT.size for k, b in zip(kept, batches, strict=True))
     assert sum(batch.num_tokens for batch in batches) > 0.95 * computed
     assert sum(batch.num_tokens for batch in batches) < 0.6 * sum(batch.mask_BT.size for batch in batches)

@@ -26,29 +26,29 @@ def add_training_flags(group: Any) -> None:
         group,
         "--plain",
         False,
-        "train by the plain pattern instead of the fast path: same numbers, slower; try it first when a run "
-        "looks wrong (default: no)",
+        "train, evaluate and ask questions by the pattern alone, without mlx_impl/fast: slower, the same "
+        "numbers up to rounding, but other dropout masks; try it first when a run looks wrong (default: no)",
     )
 
 
 def add_length_flags(group: Any) -> None:
     length = group.add_mutually_exclusive_group()
     length.add_argument(
-        "--iters", type=int, metavar="N", help="number of optimizer steps (default: from --epochs)"
+        "--iters", type=int, metavar="N", help="number of optimizer updates (default: from --epochs)"
     )
     add_number(length, "--epochs", DEFAULT_EPOCHS, "passes over the training data")
     group.add_argument(
         "--batching",
         choices=BATCHINGS,
         default=TRAIN_DEFAULTS.batching,
-        help="grouped: batches of examples of similar length; packed: several examples per row; both need "
-        "less padding than plain (default: %(default)s)",
+        help="plain: in random order; grouped: batches of examples of similar length; packed: several "
+        "examples per row; the last two need less padding (default: %(default)s)",
     )
     add_number(
         group,
         "--grad-accumulation-steps",
         TRAIN_DEFAULTS.grad_accumulation_steps,
-        "micro-batches per optimizer step, each of --batch-size examples",
+        "micro-batches per update, each of --batch-size examples",
     )
 
 
@@ -62,7 +62,7 @@ def add_optimizer_flags(group: Any) -> None:
         help="learning rate after the warmup; linear and cosine decay to 0 (default: %(default)s)",
     )
     add_number(
-        group, "--warmup-steps", defaults.warmup_steps, "steps in which the learning rate rises from 0"
+        group, "--warmup-steps", defaults.warmup_steps, "updates in which the learning rate rises from 0"
     )
     add_number(
         group,
@@ -101,8 +101,8 @@ def add_run_flags(group: Any) -> None:
         "resume the stopped run in this folder bit-exactly, with its model, data and settings "
         "(default: start a new run)",
     )
-    add_number(group, "--save-every", 25, "save the adapter and the training state every N steps")
-    add_number(group, "--steps-per-eval", 25, "compute the validation loss every N steps")
+    add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
+    add_number(group, "--steps-per-eval", 25, "compute the validation loss every N updates")
     add_number(
         group, "--patience", 0, "early stopping: stop after N validations without a better loss; 0: never"
     )

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ...fast.decode import MAX_ROWS, generate_all
 from ...files.checkpoint import LoadedModel
+from ...generate import generate
 from ...model import CausalLM
 from ...run.memory_check import require_generation_memory
 from ...text.rows import Conversation
@@ -48,13 +49,21 @@ def normalized(text: str) -> str:
 
 
 def ask(
-    model: CausalLM, tokenizer: ChatTokenizer, conversations: Sequence[Conversation], console: Console
+    model: CausalLM,
+    tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
+    console: Console,
+    plain: bool = False,
 ) -> list[Answer]:
-    """The model's answers to the conversations that have an expected answer."""
+    """The model's answers to the conversations that have an expected answer; `plain`: one after the other."""
     questions = [c for c in conversations if c.answer is not None]
     progress = partial(show_progress, text="asking", console=console)
     prompts = prompts_of(tokenizer, questions)
-    replies = generate_all(model, prompts, MAX_TOKENS, tokenizer.stop_ids, progress)
+    limits = MAX_TOKENS, tokenizer.stop_ids
+    if plain:
+        replies = [list(generate(model, prompt, *limits)) for prompt in progress(prompts, len(prompts))]
+    else:
+        replies = generate_all(model, prompts, *limits, progress)
     return [
         Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
         for c, reply in zip(questions, replies, strict=True)
@@ -65,10 +74,12 @@ def prompts_of(tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) 
     return [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in conversations]
 
 
-def require_memory_for_questions(loaded: LoadedModel, conversations: Sequence[Conversation]) -> list[str]:
+def require_memory_for_questions(
+    loaded: LoadedModel, conversations: Sequence[Conversation], plain: bool
+) -> list[str]:
     """Remarks where free memory is short; ValueError where a memory limit would be exceeded."""
     prompts = prompts_of(loaded.tokenizer, conversations)
-    return require_generation_memory(loaded.model, prompts, MAX_TOKENS, MAX_ROWS)
+    return require_generation_memory(loaded.model, prompts, MAX_TOKENS, 1 if plain else MAX_ROWS)
 
 
 def fraction_right(answers: Sequence[Answer]) -> float:

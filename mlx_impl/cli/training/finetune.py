@@ -101,7 +101,8 @@ def evaluate_model(prepared: PreparedJob, console: Console, when: str) -> Evalua
     questions = [c for group in prepared.questions.values() for c in group]
     if questions:
         console.print(f"asking {len(questions)} questions")
-    answers = iter(ask(prepared.loaded.model, prepared.loaded.tokenizer, questions, console))
+    loaded, plain = prepared.loaded, prepared.job.plain
+    answers = iter(ask(loaded.model, loaded.tokenizer, questions, console, plain))
     by_group = {name: [next(answers) for _ in group] for name, group in prepared.questions.items()}
     return Evaluation(loss_nats, by_group)
 

@@ -100,7 +100,8 @@ def prepare(job: Job) -> PreparedJob:
     remarks += require_training_memory(
         trainer, examples, evenly_spaced(examples, job.eval_examples), valid_examples
     )
-    remarks += require_memory_for_questions(loaded, [c for group in questions.values() for c in group])
+    asked = [c for group in questions.values() for c in group]
+    remarks += require_memory_for_questions(loaded, asked, job.plain)
     num_valid = len(valid_encoded.examples)
     return PreparedJob(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
 
