@@ -22,6 +22,8 @@ CATCHES = {  # rung -> bugs that it catches
     "equivalences": "mean of means; state not captured by compile",
     "metamorphic": "token 0 taken for padding; wrong truncation",
     "state": "resume without moments, schedule or seed",
+    "combinations": "a compiled step that keeps its first learning rate",
+    "randomness": "a dropout mask that tokens share; A with another law",
     "merge": "merge without scale; unmerge that rounds",
     "convergence": "right for a toy size only: a norm, a RoPE table",
     "generation": "cache off by one; end of turn ignored",

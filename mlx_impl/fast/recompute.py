@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..recompute import new_key, random_keys_from
+from ..recompute import RandomKeys, random_state
 
 
 def recomputed(block: nn.Module, forward: Callable[[mx.array], mx.array], x_BTD: mx.array) -> mx.array:
@@ -21,10 +21,12 @@ def recomputed(block: nn.Module, forward: Callable[[mx.array], mx.array], x_BTD:
     parameters = block.trainable_parameters()
     flat = dict(tree_flatten(parameters))  # empty in a block without an adapter
 
-    def run(key: mx.array, x_BTD: mx.array, *trained: mx.array) -> mx.array:
+    keys = RandomKeys()
+
+    def run(state: mx.array, x_BTD: mx.array, *trained: mx.array) -> mx.array:
         block.update(tree_unflatten(list(zip(flat, trained, strict=True))) or {})
         try:
-            with random_keys_from(key):
+            with keys.following(state):
                 return forward(x_BTD)
         finally:
             block.update(parameters)
@@ -34,7 +36,9 @@ def recomputed(block: nn.Module, forward: Callable[[mx.array], mx.array], x_BTD:
     @function.vjp
     def recompute(inputs: tuple, d_BTD: mx.array, _: mx.array) -> list[mx.array]:
         waiting = mx.depends(list(inputs), [d_BTD])
-        d_key, dx_BTD, *d_arrays = mx.vjp(run, waiting, [d_BTD])[1]
-        return [d_key, *mx.depends([dx_BTD], d_arrays), *d_arrays]
+        d_state, dx_BTD, *d_arrays = mx.vjp(run, waiting, [d_BTD])[1]
+        return [d_state, *mx.depends([dx_BTD], d_arrays), *d_arrays]
 
-    return function(new_key(), x_BTD, *flat.values())
+    y_BTD = function(random_state(), x_BTD, *flat.values())
+    keys.pass_on()
+    return y_BTD

@@ -12,6 +12,7 @@ import pytest
 from tests.ladder.plugin import Ladder, rung_of
 
 FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if rung_of(path) is not None)
+RUNGS = sorted({rung for path in FILES if (rung := rung_of(path))})  # rung 0 judges the platform
 LEFT_OUT = ("cacheprovider", "faulthandler", "logging")  # an outer pytest run has loaded them already
 
 

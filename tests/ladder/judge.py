@@ -44,11 +44,18 @@ class Judge:
     ladder: Ladder
     nodeid: str
     calls: int = 0
+    subject: str = ""  # what a test with many subjects judges now
 
     def __call__(self, case: Case, act: Act, longest_sum: int = 0, num_draws: int = NUM_DRAWS) -> Arrays:
         """The act's results on the candidate, if they equal the reference's within rounding."""
         __tracebackhide__ = True
-        ours = self.run(case, act)
+        return self.given(self.run(case, act), case, act, longest_sum, num_draws)
+
+    def given(
+        self, ours: Arrays, case: Case, act: Act, longest_sum: int = 0, num_draws: int = NUM_DRAWS
+    ) -> Arrays:
+        """Results that the candidate came to in another way than the reference, which acts."""
+        __tracebackhide__ = True
         ref64, noise = self.reference(case, act, num_draws)
         self.require_names(ours, ref64)
         k = longest_sum or case.longest_sum
@@ -92,13 +99,17 @@ class Judge:
     def reference(self, case: Case, act: Act, num_draws: int = NUM_DRAWS) -> Expected:
         """The act's results on the float64 reference, and the noise of float32; computed once per process."""
         self.calls += 1
-        key = (self.nodeid, self.calls, self.candidate.dialect, Draw.number)
+        key = (self.nodeid, self.subject, self.calls, self.candidate.dialect, Draw.number)
         if key not in REFERENCE:
             oracle64 = self.oracle(torch.float64)
             exact = arrays(act(case.build(oracle64)))
             drawn = (arrays(act(case.moved(seed).build(oracle64))) for seed in range(num_draws))
             REFERENCE[key] = exact, noise_of(drawn, exact)
         return REFERENCE[key]
+
+    def rounded(self, name: str, ours: np.ndarray, expected: np.ndarray, longest_sum: int) -> Verdict:
+        """A formula of exact inputs: the roundings of its longest sum are all that it may cost."""
+        return within(name, ours, expected, 0.0, longest_sum)
 
     def hold(self, verdicts: list[Verdict]) -> None:
         __tracebackhide__ = True
@@ -120,7 +131,7 @@ class Judge:
 
     @property
     def title(self) -> str:
-        return self.nodeid.rpartition("::")[2]
+        return self.nodeid.rpartition("::")[2] + f" ({self.subject})" * bool(self.subject)
 
 
 def arrays(results: Mapping[str, Any]) -> Arrays:

@@ -30,24 +30,25 @@ REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base"
 # Capability -> the rung that asks for it.
 OPTIONAL = {
     "ops": 1,  # a namespace of MLX functions, those of mlx_impl/ops.py
-    "hidden_states": 3,  # (tokens_BT) -> the output of embedding, blocks and norm, by module name
-    "exact": 3,  # a class-level context manager: trainers built inside it compute in float64 throughout
-    "loss_of_logits": 4,  # (logits_BTV, batch) -> (nats, num_targets): the loss alone
-    "evaluate": 4,  # (batches) -> nats per target over all of them
-    "pullback": 5,  # (batch, cotangent_BTV) -> the factors' gradients of <logits, cotangent>
-    "optimizer_names": 6,  # (training) -> names of all parameters for which the optimizer holds state
-    "apply_gradients": 7,  # (gradients of each update, training): schedule and optimizer alone, no clipping
-    "learning_rates": 7,  # (training) -> the learning rate of every update
-    "gradient_norms": 7,  # (windows, training) -> the global norm of every update, before clipping
-    "train_compiled": 9,  # as train, compiled; the same seed gives the same dropout masks
-    "train_checkpointed": 9,  # as train, with activations recomputed in the backward pass
-    "set_dropout_masks": 9,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
-    "save": 11,  # (folder): writes the whole training state, after `train`
-    "load": 11,  # (folder): restores that state in a new trainer; the next `train` continues the run
-    "merge": 12,  # (): adds the factors into the base; `base` then returns the merged weights
-    "unmerge": 12,  # (): restores base and factors
-    "greedy": 14,  # (prompt, num_tokens) -> token numbers
-    "greedy_all": 14,  # (prompts, num_tokens, end) -> token numbers of each prompt, up to its token `end`
+    "hidden_states": 4,  # (tokens_BT) -> the output of embedding, blocks and norm, by module name
+    "exact": 4,  # a class-level context manager: trainers built inside it compute in float64 throughout
+    "loss_of_logits": 5,  # (logits_BTV, batch) -> (nats, num_targets): the loss alone
+    "evaluate": 5,  # (batches) -> nats per target over all of them
+    "pullback": 6,  # (batch, cotangent_BTV) -> the factors' gradients of <logits, cotangent>
+    "optimizer_names": 7,  # (training) -> names of all parameters for which the optimizer holds state
+    "apply_gradients": 8,  # (gradients of each update, training): schedule and optimizer alone, no clipping
+    "learning_rates": 8,  # (training) -> the learning rate of every update
+    "gradient_norms": 8,  # (windows, training) -> the global norm of every update, before clipping
+    "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
+    "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
+    "set_dropout_masks": 10,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
+    "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
+    "save": 12,  # (folder): writes the whole training state, after `train`
+    "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
+    "merge": 16,  # (): adds the factors into the base; `base` then returns the merged weights
+    "unmerge": 16,  # (): restores base and factors
+    "greedy": 19,  # (prompt, num_tokens) -> token numbers
+    "greedy_all": 19,  # (prompts, num_tokens, end) -> token numbers of each prompt, up to its token `end`
 }
 
 

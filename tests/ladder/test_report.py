@@ -10,7 +10,7 @@ import pytest
 
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch
-from tests.ladder.climb import climb
+from tests.ladder.climb import RUNGS, climb
 from tests.ladder.plugin import DEFAULT_TRAINER, Ladder
 from tests.ladder.protocol import OPTIONAL, Dialect
 from tests.ladder.summary import departures, summary_lines
@@ -20,7 +20,6 @@ from tests.trainers.reference import ReferenceTrainer, with_pad_targets
 pytestmark = pytest.mark.slow
 
 README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
-RUNGS = range(1, 15)
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +91,8 @@ def name_of(trainer: type) -> str:
 
 
 def test_a_failed_rung_blocks_the_rungs_above_it_but_not_tests_that_are_judged_alone() -> None:
-    """The target count is wrong at rung 4, so rung 7 runs only the tests that get the reference's values."""
-    ladder = climb(name_of(CountsPadding), rungs=(3, 4, 7))
+    """The target count is wrong at rung 5, so rung 8 runs only the tests that get the reference's values."""
+    ladder = climb(name_of(CountsPadding), rungs=(4, 5, 8))
     outcomes = ladder.outcomes
     assert outcomes[3]["failed"] == 0 < outcomes[3]["passed"]
     assert outcomes[4]["failed"] > 0 and outcomes[4]["blocked"] == 0
@@ -102,23 +101,23 @@ def test_a_failed_rung_blocks_the_rungs_above_it_but_not_tests_that_are_judged_a
 
 def test_the_first_divergence_is_reported_with_values_and_a_replay_command() -> None:
     """The report shows rung, test, expected and actual value, and a command that names the trainer."""
-    ladder = climb(name_of(CountsPadding), "-x", rungs=(4,))
+    ladder = climb(name_of(CountsPadding), "-x", rungs=(5,))
     text = "\n".join(summary_lines(ladder))
-    assert ladder.first_divergence is not None and ladder.first_divergence.rung == 4
-    assert "first divergence: rung 4, loss: test_the_loss_equals_the_reference[untied]" in text
+    assert ladder.first_divergence is not None and ladder.first_divergence.rung == 5
+    assert "first divergence: rung 5, loss: test_the_loss_equals_the_reference[untied]" in text
     assert "number of targets: expected 14, got 17" in text
     assert f"--trainer {name_of(CountsPadding)}" in text
 
 
 def test_a_run_that_keeps_going_blocks_nothing() -> None:
     """With --keep-going, every rung is judged."""
-    ladder = climb(name_of(CountsPadding), "--keep-going", rungs=(4, 14))
+    ladder = climb(name_of(CountsPadding), "--keep-going", rungs=(5, 19))
     assert ladder.outcomes[14]["blocked"] == 0 < ladder.outcomes[14]["passed"]
 
 
 def test_a_declared_departure_passes_and_is_printed() -> None:
     """The trainer is judged by what it declares; claims about the canonical dialect are not claimed."""
-    ladder = climb(name_of(DeclaresPadding), rungs=(4,))
+    ladder = climb(name_of(DeclaresPadding), rungs=(5,))
     assert ladder.first_divergence is None and ladder.outcomes[4]["not claimed"] > 0
     assert departures(ladder) == "pad_targets = 1 instead of 0"
     assert "judged as declared: pad_targets = 1 instead of 0" in list(summary_lines(ladder))

@@ -203,6 +203,13 @@ class MlxTrainer:
     def set_dropout_masks(self, masks: Arrays) -> None:
         self.masks = masks
 
+    def initial_factors(self, seed: int) -> Arrays:
+        """Of a run that begins anew: `LoRATrainer` puts the adapter into a model that has none."""
+        fresh = CausalLM(self.model.config)
+        fresh.load_weights([(name, mx.array(value)) for name, value in self.base().items()])
+        LoRATrainer(fresh, self.model.lora, TrainConfig(iters=1, seed=seed), plain=self.plain)
+        return {name: np.array(value) for name, value in lora_parameters(fresh).items()}
+
     def factors(self) -> Arrays:
         return {name: np.array(value) for name, value in lora_parameters(self.model).items()}
 

@@ -82,6 +82,7 @@ class ReferenceTrainer:
     def __init__(
         self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
     ) -> None:
+        self.spec, self.lora = spec, lora
         self.model = CausalLM(spec).to(self.dtype)
         load_arrays(self.model, weights)
         if lora is not None:
@@ -205,6 +206,14 @@ class ReferenceTrainer:
     def set_dropout_masks(self, keep: Arrays) -> None:
         for name, linear in self.adapted().items():
             linear.dropout = FixedDropout(keep[name], linear.dropout.p)  # type: ignore[assignment]
+
+    def initial_factors(self, seed: int) -> Arrays:
+        assert self.lora is not None, "there is no adapter"
+        torch.manual_seed(seed)
+        fresh = CausalLM(self.spec).to(self.dtype)
+        load_arrays(fresh, self.base())
+        add_lora(fresh, self.lora)
+        return {n: p.detach().numpy().copy() for n, p in fresh.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path) -> None:
         assert self.run is not None, "nothing was trained"

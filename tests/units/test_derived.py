@@ -15,7 +15,7 @@ import torch
 from tests.derived import FACTOR, NUM_DRAWS, noise_of
 from tests.ladder.cases import Draw, cached_for_each_draw, named_case
 from tests.ladder.protocol import Arrays, Dialect
-from tests.ladder.test_08_trajectory import RUNS, trained
+from tests.ladder.test_09_trajectory import RUNS, trained
 from tests.trainers.reference import oracle
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from tests.matrix import ATEN, BLAS, DRAWS, MKL, Climbed, Setting, largest_share
 
 OUTPUT = """
    2 layer          53 passed                                            at most 12% of tolerance (logits)
-   6 freezing       25 passed
-   8 trajectory     13 passed                                            at most 9% of tolerance (losses)
+   7 freezing       25 passed
+   9 trajectory     13 passed                                            at most 9% of tolerance (losses)
 """
 
 

@@ -1,4 +1,4 @@
-"""Rungs 9 and 10: gradient accumulation, compilation, checkpointing, dropout; tokens taken for padding."""
+"""Rungs 10 and 11: gradient accumulation, compilation, checkpointing, dropout; tokens taken for padding."""
 
 from __future__ import annotations
 
@@ -114,88 +114,88 @@ def cut_to_length(batch: Any) -> Any:
 MUTANTS = [
     Mutant(
         "mean-of-means",
-        9,
+        10,
         "Every micro-batch has the same weight, so the tokens of one with few targets weigh more.",
         each_part(its_mean),
         "mlx-lm#1544",
     ),
     Mutant(
         "last-micro-batch-only",
-        9,
+        10,
         "Accumulation only skips updates: the gradients of all but the last micro-batch are lost.",
         with_add_up(lambda config: lambda parts: list(parts)[-1]()),
         "mlx-lm#326",
     ),
     Mutant(
         "divided-by-accumulation-again",
-        9,
+        10,
         "The loss is already a mean over targets, and is divided by the number of micro-batches again.",
         each_part(divided_again),
         "transformers#35438",
     ),
     Mutant(
         "last-window-dropped",
-        9,
+        10,
         "At the end of the data, an update with fewer micro-batches than the others is dropped.",
         training(full_windows),
         "transformers#14309",
     ),
     Mutant(
         "schedule-by-micro-batch",
-        9,
+        10,
         "The schedule counts micro-batches instead of updates, so it ends long before the run.",
         {"mlx_impl.train.learning_rate_of": rate_by_micro_batch},
         "NeMo-Automodel#2257",
     ),
     Mutant(
         "clip-each-micro-batch",
-        9,
+        10,
         "The gradient of each micro-batch is clipped alone, before the sum.",
         each_part(clipped),
     ),
     Mutant(
         "compile-without-random-state",
-        9,
+        10,
         "mx.compile does not capture the random state, so every update drops the same elements.",
         compiled_with(0, 1),
         "mlx-examples#583",
     ),
     Mutant(
         "compile-without-optimizer",
-        9,
+        10,
         "mx.compile does not capture the optimizer, so its moments stay as they were at the first update.",
         compiled_with(0, 2),
     ),
     Mutant(
         "compile-without-model",
-        9,
+        10,
         "mx.compile does not capture the model, so the adapter's weights are constants.",
         compiled_with(1, 2),
         "mlx-lm-lora#50",
     ),
     Mutant(
         "recomputed-with-another-mask",
-        9,
+        10,
         "With checkpointing, the recomputed block draws another dropout mask than the forward pass did.",
         {"mlx_impl.model.recomputed": recomputed_anew},
         trainer=PLAIN,
     ),
     Mutant(
         "recomputed-without-parameters",
-        9,
+        10,
         "With checkpointing, the parameters are no inputs of the recomputed block, so they get no gradient.",
         {"mlx_impl.fast.forward.recomputed": lambda block, forward, x: mx.checkpoint(forward)(x)},
         "transformers#25841",
     ),
     Mutant(
         "dropout-on-the-base",
-        9,
+        10,
         "Dropout is applied to the input of the frozen layer too.",
         lora_call(lora_of_dropped),
     ),
     Mutant(
         "dora-without-dropout",
-        9,
+        10,
         "DoRA accepts dropout but does not apply it.",
         {"mlx_impl.lora.DoRALinear.__call__": dora_without_dropout},
         "peft#1806",
@@ -203,26 +203,26 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-never-applied",
-        9,
+        10,
         "The configured dropout is never applied.",
         {"mlx_impl.lora.Dropout.__call__": lambda self, x: x},
         "torchtune#995",
     ),
     Mutant(
         "dropout-not-rescaled",
-        9,
+        10,
         "Dropout does not divide by 1 - p, so the adapter is weaker in training than afterwards.",
         dropped_by(lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, next_key())),
     ),
     Mutant(
         "dropout-keeps-p",
-        9,
+        10,
         "Dropout treats p as the share to keep instead of the share to drop.",
         dropped_by(lambda self, x: x * mx.random.bernoulli(self.p, x.shape, next_key()) / self.p),
     ),
     Mutant(
         "dropout-repeats",
-        9,
+        10,
         "Every dropout mask is drawn from the same key, so each update drops the same elements.",
         dropped_by(
             lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, mx.random.key(0)) / (1 - self.p)
@@ -230,26 +230,26 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-in-evaluation",
-        9,
+        10,
         "Dropout stays on in evaluation.",
         {"mlx_impl.lora.Dropout.__call__": always_dropping},
         trainer=PLAIN,
     ),
     Mutant(
         "dropout-in-validation",
-        9,
+        10,
         "The validation loop forgets to turn dropout off.",
         {"mlx_impl.run.trainer.evaluate": evaluate_in_training},
     ),
     Mutant(
         "token-zero-is-padding",
-        10,
+        11,
         "Padding is recognized by the token id 0, so a real token 0 is not a target either.",
         batches(lambda batch: batch._replace(mask_BT=batch.mask_BT & (batch.targets_BT != 0))),
     ),
     Mutant(
         "padding-counted-in-the-length",
-        10,
+        11,
         "Rows are truncated to the maximum length on the left after padding, so short rows lose tokens "
         "and keep the padding.",
         {"mlx_impl.run.trainer.FAST": FAST._replace(to_arrays=cut_to_length)},

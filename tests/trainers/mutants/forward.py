@@ -1,4 +1,4 @@
-"""Rung 3: every layer is right, but the model is not the checkpoint's."""
+"""Rung 4: every layer is right, but the model is not the checkpoint's."""
 
 from __future__ import annotations
 
@@ -75,28 +75,28 @@ def windows(change: int | None) -> Patches:
 MUTANTS = [
     Mutant(
         "rope-scaling-ignored",
-        3,
+        4,
         "The configuration scales RoPE for long contexts, but the loader does not know the field.",
         frequencies(rope_scaling=None),
         cases=("linear rope", "llama3 rope"),
     ),
     Mutant(
         "rope-scaling-without-blend",
-        3,
+        4,
         "Llama 3's RoPE scaling keeps or scales each frequency, without blending those in between.",
         {"mlx_impl.model.rope_frequencies": without_blend},
         cases=("llama3 rope",),
     ),
     Mutant(
         "rope-base-fixed",
-        3,
+        4,
         "RoPE's base is always 10,000, whatever the configuration says.",
         frequencies(rope_theta=10000.0),
         "torchtune#997",
     ),
     Mutant(
         "qk-norm-after-rope",
-        3,
+        4,
         "Queries and keys are normed after RoPE instead of before, so the norm's weights scale other values.",
         {"mlx_impl.model.Attention.__call__": norm_after_rope},
         cases=("qk norm",),
@@ -104,7 +104,7 @@ MUTANTS = [
     ),
     Mutant(
         "qkv-bias-lost",
-        3,
+        4,
         "The biases of queries, keys and values are loaded but never added.",
         {"mlx.nn.Linear.__call__": lambda self, x: x @ self.weight.T},
         cases=("qkv bias",),
@@ -112,14 +112,14 @@ MUTANTS = [
     ),
     Mutant(
         "tied-head-not-tied",
-        3,
+        4,
         "The checkpoint has no head, because the embedding is the head; the model keeps a random head.",
         {"mlx_impl.model.CausalLM.head": head_of_its_own},
         cases=("tied",),
     ),
     Mutant(
         "sliding-window-ignored",
-        3,
+        4,
         "The configuration has a sliding window, but every token attends to its whole past.",
         windows(None),
         cases=("sliding window",),
@@ -127,7 +127,7 @@ MUTANTS = [
     ),
     Mutant(
         "sliding-window-one-too-wide",
-        3,
+        4,
         "The sliding window does not count the token itself, so it is one token too wide.",
         windows(1),
         cases=("sliding window",),
@@ -135,27 +135,27 @@ MUTANTS = [
     ),
     Mutant(
         "residual-after-the-norm",
-        3,
+        4,
         "The residual branch takes the normed input instead of the input.",
         {"mlx_impl.model.Block.__call__": normed_residual},
         trainer=PLAIN,
     ),
     Mutant(
         "gate-and-up-swapped",
-        3,
+        4,
         "The gate and up projections of the feed-forward are swapped: same shapes, another function.",
         {"mlx_impl.model.FeedForward.__call__": swapped_gate},
         trainer=PLAIN,
     ),
     Mutant(
         "embedding-scaled",
-        3,
+        4,
         "The embedding is multiplied by the square root of the width, as another model family does.",
         {"mlx.nn.Embedding.__call__": scaled_embedding},
     ),
     Mutant(
         "rows-leak",
-        3,
+        4,
         "A little of each row leaks into the next row, as when packed documents are not separated.",
         {"mlx_impl.model.Decoder.__call__": seeing_the_row_before},
         "trl#805",

@@ -1,4 +1,4 @@
-"""Rung 14, generation; and bugs that show only at real sizes (rungs 1, 3 and 13)."""
+"""Rung 19, generation; and bugs that show only at real sizes (rungs 1, 4 and 18)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def with_the_end(tokens: list[int], stop_ids: Any) -> list[int]:
 MUTANTS = [
     Mutant(
         "tokens-in-a-byte",
-        3,
+        4,
         "Token ids are stored in eight bits: right for a toy vocabulary, wrong tokens for a real one.",
         {"mlx.nn.Embedding.__call__": lambda self, tokens: embed(self, tokens % 256)},
         cases=("real vocabulary",),
@@ -99,67 +99,67 @@ MUTANTS = [
     ),
     Mutant(
         "norm-of-a-narrow-row",
-        13,
+        18,
         "The norm's kernel sums only the first 128 elements of a row: right for a toy width.",
         {"mlx_impl.ops.rms_norm": norm_of_the_first},
     ),
     Mutant(
         "rope-table-too-short",
-        13,
+        18,
         "RoPE's table has only 5 frequencies, enough for a toy; a wider head has pairs that are not rotated.",
         {"mlx_impl.model.rope_frequencies": lambda config: first_five(rope_frequencies(config))},
     ),
     Mutant(
         "cache-one-position-late",
-        14,
+        19,
         "After the prompt, RoPE's positions are one too small, so answers are nearly right.",
         {"mlx_impl.generate.KeyValueCache.num_tokens": property(one_position_late)},
     ),
     Mutant(
         "cache-forgets-the-beginning",
-        14,
+        19,
         "The key/value cache silently keeps only the last 16 tokens.",
         {"mlx_impl.generate.KeyValueCache.extend": forgetting_the_first},
     ),
     Mutant(
         "sampled-for-greedy",
-        14,
+        19,
         "Temperature 0 is treated as not given, so tokens are sampled at temperature 1.",
         {"tests.trainers.mlx_impl.generate": sampled},
     ),
     Mutant(
         "generation-without-the-adapter",
-        14,
+        19,
         "Generation uses the base model, so training seems to have had no effect.",
         {"tests.trainers.mlx_impl.MlxTrainer.greedy": greedy_of_the_base},
     ),
     Mutant(
         "end-token-does-not-end",
-        14,
+        19,
         "Generation does not stop at the end of turn.",
         {"mlx_impl.fast.decode.before_stop": lambda tokens, stop_ids: tokens},
     ),
     Mutant(
         "end-token-in-the-answer",
-        14,
+        19,
         "The end-of-turn token is returned as part of the answer.",
         {"mlx_impl.fast.decode.before_stop": with_the_end},
     ),
     Mutant(
         "answers-in-another-order",
-        14,
+        19,
         "Prompts are sorted by length for batching, and the answers are not put back in order.",
         {"tests.trainers.mlx_impl.generate_all": answers_by_length},
     ),
     Mutant(
         "one-end-ends-all",
-        14,
+        19,
         "The first row that ends stops the whole batch.",
         {"tests.trainers.mlx_impl.generate_all": all_end_with_the_first},
     ),
     Mutant(
         "dropout-in-generation",
-        14,
+        19,
         "Generation leaves the model in training mode, with dropout on.",
         {"tests.trainers.mlx_impl.MlxTrainer.greedy": greedy_in_training},
     ),

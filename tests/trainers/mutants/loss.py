@@ -1,4 +1,4 @@
-"""Rung 4: what counts as a target, and how the targets are weighed."""
+"""Rung 5: what counts as a target, and how the targets are weighed."""
 
 from __future__ import annotations
 
@@ -90,42 +90,42 @@ def of_whole_chunks(*arrays: mx.array) -> tuple:
 MUTANTS = [
     Mutant(
         "pad-target-counted",
-        4,
+        5,
         "The mask compares positions with lengths by <= instead of <, so one padding target per row counts.",
         masks(lambda mask_BT: with_pad_targets(mask_BT, 1)),
         "mlx-lm#1697",
     ),
     Mutant(
         "prompt-counted",
-        4,
+        5,
         "The loss counts the prompt as well as the answer.",
         masks(from_the_first_column),
         "mlx-examples#689",
     ),
     Mutant(
         "end-token-masked",
-        4,
+        5,
         "Padding and end of turn share a token id, so both are masked, and the model never learns to stop.",
         masks(all_but_the_last_target),
         "transformers#23530",
     ),
     Mutant(
         "labels-shifted-twice",
-        4,
+        5,
         "Both the data set and the loss shift the labels, so position t learns to predict token t + 2.",
         batches(lambda batch: batch._replace(targets_BT=np.roll(batch.targets_BT, -1, axis=1))),
         "transformers#37830",
     ),
     Mutant(
         "labels-not-shifted",
-        4,
+        5,
         "Nothing shifts the labels, so each token predicts itself, and the loss falls to zero.",
         batches(lambda batch: batch._replace(targets_BT=batch.inputs_BT)),
         "litgpt#419",
     ),
     Mutant(
         "masked-tokens-in-the-denominator",
-        4,
+        5,
         "The sum over the targets is divided by the number of all positions, masked ones included.",
         plain_loss(counting_everything),
         "litgpt#751",
@@ -133,33 +133,33 @@ MUTANTS = [
     ),
     Mutant(
         "mean-of-row-means",
-        4,
+        5,
         "The loss is averaged within each row and then over rows, so the tokens of short answers weigh more.",
         plain_loss(mean_of_rows),
         trainer=PLAIN,
     ),
     Mutant(
         "chunks-masked-by-the-first",
-        4,
+        5,
         "The loss goes over the positions in chunks, and every chunk uses the mask of the first.",
         by_chunks(masked_by_the_first),
     ),
     Mutant(
         "last-chunk-of-the-positions",
-        4,
+        5,
         "The loss goes over the positions in chunks, and drops the last, incomplete chunk.",
         by_chunks(of_whole_chunks),
     ),
     Mutant(
         "masked-row-counted",
-        4,
+        5,
         "To avoid 0 / 0, a row without targets counts as one target.",
         plain_loss(at_least_one_a_row),
         trainer=PLAIN,
     ),
     Mutant(
         "one-more-target-a-row",
-        4,
+        5,
         "The number of targets is counted separately from the loss, and is one too many in each row.",
         plain_loss(one_more_a_row),
         "transformers#46204",
@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation-by-batches",
-        4,
+        5,
         "The validation loss is the mean of the batches' means, so it depends on the batch size.",
         evaluations(
             lambda model, parts, loss: float(np.mean([evaluate(model, [part], loss)[0] for part in parts]))
@@ -176,7 +176,7 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation-without-the-last-batch",
-        4,
+        5,
         "The validation loss leaves out the last batch.",
         evaluations(lambda model, parts, loss: evaluate(model, parts[:-1] or parts, loss)[0]),
         "mlx-examples#752",

@@ -1,4 +1,4 @@
-"""Rung 7, step: one optimizer update, from given gradients, moves every factor as `torch.optim` does.
+"""Rung 8, step: one optimizer update, from given gradients, moves every factor as `torch.optim` does.
 
 Tested are AdamW with PyTorch's defaults (bias correction in full precision, decoupled weight decay), SGD,
 LoRA+, clipping by the global norm, and schedules that count optimizer updates. Hyper-parameters are powers of

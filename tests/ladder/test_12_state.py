@@ -1,4 +1,4 @@
-"""Rung 11, state: bit-exact resume. A run that is saved, loaded and continued equals the uninterrupted run.
+"""Rung 12, state: bit-exact resume. A run that is saved, loaded and continued equals the uninterrupted run.
 
 That needs the factors, both moments of AdamW, the number of updates (for bias correction and schedule), and
 the random state of dropout. MLX: `optimizer.state` holds the step counter and the moments. A new optimizer

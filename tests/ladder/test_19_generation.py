@@ -1,4 +1,4 @@
-"""Rung 14, generation: the same greedy tokens as PyTorch; the key/value cache changes nothing.
+"""Rung 19, generation: the same greedy tokens as PyTorch; the key/value cache changes nothing.
 
 A token is compared only if its logit leads the runner-up by more than rounding can change. MLX: with a
 key/value cache, rope needs the number of cached tokens as its offset; rows of unequal length share a batch

@@ -1,4 +1,4 @@
-"""Rung 3, forward: the same weights give PyTorch's hidden states and logits.
+"""Rung 4, forward: the same weights give PyTorch's hidden states and logits.
 
 The cases cover every architecture switch and every kind of adapter, with B != 0. Hidden states are compared
 in the order of execution, so the first one out of tolerance shows where the forward pass goes wrong. MLX:

@@ -1,4 +1,4 @@
-"""Rung 5, gradient: every factor's gradient, by name, against three independent oracles.
+"""Rung 6, gradient: every factor's gradient, by name, against three independent oracles.
 
 The oracles are PyTorch's autograd; central differences, which need no autograd and whose order is tested; and
 the adjoint identity <J v, u> = <v, J^T u>, which needs no second trainer. MLX: `mx.value_and_grad` of a model

@@ -1,4 +1,4 @@
-"""Rung 12, merge: merged weights act as base and adapter did, and unmerging restores them.
+"""Rung 16, merge: merged weights act as base and adapter did, and unmerging restores them.
 
 A merged weight is right within the rounding of one sum; unmerging restores every byte. MLX: A B must be
 transposed to the layout of the weight, and a base in half precision loses an update smaller than its

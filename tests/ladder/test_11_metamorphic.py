@@ -1,4 +1,4 @@
-"""Rung 10, metamorphic: changes of the input that must change nothing, or scale the result, do just that.
+"""Rung 11, metamorphic: changes of the input that must change nothing, or scale the result, do just that.
 
 No reference is needed: the input is changed in a way whose effect is known, and the trainer is compared with
 itself. If the change multiplies by a power of two, the bits must be equal. MLX: a compiled update has fixed

@@ -1,4 +1,4 @@
-"""Rung 8, trajectory: over many updates, losses and factors stay those of PyTorch.
+"""Rung 9, trajectory: over many updates, losses and factors stay those of PyTorch.
 
 Errors too small to see in one update add up over many, and state that one update loses shows in the next. The
 length of the longest sum is that of a gradient times the number of updates. MLX: nothing runs until

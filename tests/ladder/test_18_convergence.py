@@ -1,4 +1,4 @@
-"""Rung 13, convergence: the trainer learns as fast as PyTorch does, over a distribution of seeds.
+"""Rung 18, convergence: the trainer learns as fast as PyTorch does, over a distribution of seeds.
 
 The rungs below compare a run with the same run in PyTorch. Here the runs have different adapters, data and
 dropout, and the losses that they reach are compared: a permutation test decides whether ours are higher or

@@ -1,4 +1,4 @@
-"""Rung 6, freezing: training changes no bit of the base and changes every factor.
+"""Rung 7, freezing: training changes no bit of the base and changes every factor.
 
 Weight decay is on, because it moves a parameter even without a gradient. MLX: call `freeze()` first, then add
 the adapter. If `freeze()` comes after, the factors are frozen too; after a careless `unfreeze()` the base

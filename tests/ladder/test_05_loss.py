@@ -1,4 +1,4 @@
-"""Rung 4, loss: a sum in nats and a number of targets; every target counts once, and nothing else counts.
+"""Rung 5, loss: a sum in nats and a number of targets; every target counts once, and nothing else counts.
 
 The mean is taken once, as total sum over total count: a mean of means gives more weight to the targets of
 short rows. MLX: `nn.losses.cross_entropy` neither shifts nor masks, and a mask that compares positions with

@@ -1,4 +1,4 @@
-"""Rung 9, equivalences: optimizations for speed or memory change no result.
+"""Rung 10, equivalences: optimizations for speed or memory change no result.
 
 Gradient accumulation equals one large batch, a compiled update equals an eager one, and gradient
 checkpointing equals stored activations. Dropout acts on the input of A, and only in training. MLX:

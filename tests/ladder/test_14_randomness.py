@@ -1,0 +1,134 @@
+"""Rung 14, randomness: the dropout masks and the initial factors that a trainer draws for itself.
+
+The rungs below are given masks and factors. Here the masks are read off what one update of SGD does to A
+(`masks.py`), each element of each linear's input, and the claims about them are exact where they can be and
+else state their probability of a false alarm (`chance.py`). MLX: `mx.compile` must be told of
+`mx.random.state`, or it draws one mask for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_impl.config import BLOCK_LINEARS, LoRAConfig
+from tests.derived import judged
+from tests.ladder.cases import SPEC, Case, make_factors, make_weights
+from tests.ladder.chance import require_independent, require_mean, require_uniform, require_unrelated
+from tests.ladder.judge import Judge
+from tests.ladder.masks import AXES, TRAINING, masks_drawn
+from tests.ladder.protocol import Arrays
+
+READING = 2.0**-6  # relative: what reading a mask through a float32 gradient may cost; 0.0013 was measured
+
+
+def test_so_many_elements_are_dropped(candidate: Any, judge: Judge) -> None:
+    """A quarter of them at dropout 0.25."""
+    masks = masks_drawn(candidate, 0.25)
+    judge.report(lambda: require_mean("kept", masks.keep[masks.is_read], 0.75))
+
+
+def test_what_is_kept_is_divided_by_1_minus_p(candidate: Any, judge: Judge) -> None:
+    """x / 0.75 at dropout 0.25, and what is dropped is 0."""
+    masks = masks_drawn(candidate, 0.25)
+    ratio, expected = masks.ratio[masks.is_read], np.where(masks.keep, 1 / 0.75, 0.0)[masks.is_read]
+    worst = int(np.argmax(np.abs(ratio - expected)))
+    derivation = f"{READING:g}, to read it through a float32 gradient"
+    judge.hold([judged("dropped input / input", ratio[worst], expected[worst], READING, derivation)])
+
+
+def test_no_element_of_a_mask_says_anything_about_another(candidate: Any, judge: Judge) -> None:
+    """Over rows, tokens, features, linears, layers, micro-batches and updates, and any of them together."""
+    signs = masks_drawn(candidate, 0.5).signs
+    judge.report(lambda: require_independent("dropout masks", signs, AXES))
+
+
+def test_another_seed_draws_unrelated_masks(candidate: Any, judge: Judge) -> None:
+    """Seeds 0 and 1, and not the same masks some updates later."""
+    ours, others = (
+        masks_drawn(candidate, 0.5, training=replace(TRAINING, seed=seed)).signs for seed in (0, 1)
+    )
+    judge.report(lambda: require_unrelated("dropout masks of seeds 0 and 1", ours, others, AXES))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "train",
+        pytest.param("train_compiled", marks=pytest.mark.needs("train_compiled")),
+        pytest.param("train_checkpointed", marks=pytest.mark.needs("train_checkpointed")),
+    ],
+)
+def test_the_seed_decides_the_masks_whatever_the_way(candidate: Any, judge: Judge, how: str) -> None:
+    """Again, compiled, or recomputed: the same masks to the bit."""
+    once = masks_drawn(candidate, 0.5)
+    masks_drawn(candidate, 0.25, training=replace(TRAINING, iters=1, seed=77))  # draws other numbers
+    again = masks_drawn(candidate, 0.5, how)
+    judge.same_bits({"masks": again.signs}, {"masks": once.signs})
+
+
+def made(candidate: Any, lora: LoRAConfig, seed: int) -> tuple[Case, Arrays]:
+    """The factors that a trainer makes for itself, in a trainer that was given others."""
+    weights = make_weights(SPEC)
+    case = Case("made", SPEC, lora, weights, make_factors(SPEC, lora, weights))
+    return case, case.build(candidate).initial_factors(seed)
+
+
+LAW = LoRAConfig(rank=16, alpha=20.0)
+of_its_own = pytest.mark.needs("initial_factors")
+
+
+@of_its_own
+@pytest.mark.parametrize("lora", [LAW, replace(LAW, use_dora=True)], ids=["lora", "dora"])
+def test_an_adapter_begins_as_the_base_model(candidate: Any, judge: Judge, lora: LoRAConfig) -> None:
+    """B is zero, and DoRA's magnitude the length of the weight's row (Hu et al. 2021, section 4.1)."""
+    case, factors = made(candidate, lora, seed=0)
+    judge.require_names(factors, case.factors)
+    b_names = [name for name in factors if name.endswith("lora_b")]
+    judge.same_bits({n: factors[n] for n in b_names}, {n: np.zeros_like(case.factors[n]) for n in b_names})
+    lengths = {
+        name: np.linalg.norm(case.weights[name.replace("magnitude", "weight")].astype(np.float64), axis=1)
+        for name in factors
+        if name.endswith("magnitude")
+    }
+    if lengths:
+        judge.hold([judge.rounded(n, factors[n], lengths[n], SPEC.intermediate_size) for n in lengths])
+
+
+def a_over_bound(factors: Arrays) -> np.ndarray:
+    """Every A sqrt(I): (layer, linear, feature, rank), NaN beyond a linear's own features."""
+    sizes = {name: value.shape for name, value in factors.items() if name.endswith("lora_a")}
+    num_in = max(size[0] for size in sizes.values())
+    values = np.full((SPEC.num_hidden_layers, len(BLOCK_LINEARS), num_in, LAW.rank), np.nan)
+    for name, (num_features, _) in sizes.items():
+        layer, linear = int(name.split(".")[2]), BLOCK_LINEARS.index(name.split(".")[-2])
+        values[layer, linear, :num_features] = factors[name] * np.sqrt(num_features)
+    return values
+
+
+@of_its_own
+def test_a_begins_uniform_within_1_over_sqrt_i(candidate: Any, judge: Judge) -> None:
+    """PEFT's law, `kaiming_uniform_(a=sqrt(5))`: U(-1 / sqrt(I), 1 / sqrt(I))."""
+    values = a_over_bound(made(candidate, LAW, seed=0)[1])
+    values = values[~np.isnan(values)] * (1 - 2.0**-22)  # a bound that was rounded up
+    judge.report(lambda: require_uniform("A sqrt(I)", values))
+
+
+@of_its_own
+def test_no_element_of_a_says_anything_about_another(candidate: Any, judge: Judge) -> None:
+    """Over layers, linears, features and ranks; and seeds 0 and 1 are unrelated."""
+    axes = ("layer", "linear", "feature", "rank")
+    ours, others = (np.nan_to_num(np.sign(a_over_bound(made(candidate, LAW, seed)[1]))) for seed in (0, 1))
+    judge.report(lambda: require_independent("initial A", ours, axes))
+    judge.report(lambda: require_unrelated("initial A of seeds 0 and 1", ours, others, axes))
+
+
+@of_its_own
+def test_the_seed_decides_the_initial_factors(candidate: Any, judge: Judge) -> None:
+    """Again, to the bit, after other factors were made."""
+    _, once = made(candidate, LAW, seed=3)
+    made(candidate, LAW, seed=4)
+    judge.same_bits(made(candidate, LAW, seed=3)[1], once)
