@@ -14,8 +14,13 @@ from typing import Any
 
 import pytest
 
-# A rung is blocked by a failure below it; climbs share the reference's results.
-TOGETHER = ("tests/ladder/", "tests/trainers/test_mutants.py", "tests/trainers/test_adapters.py")
+# A rung is blocked by a failure below it, and climbs share the reference's results: those of a group run in
+# one process.
+TOGETHER = {
+    "tests/ladder/": "ladder",
+    "tests/trainers/test_adapters.py": "ladder",
+    "tests/trainers/test_mutants.py": "mutants",
+}
 BLAS = pytest.StashKey[str]()
 HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged
 
@@ -65,7 +70,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((path for path in TOGETHER if nodeid.startswith(path)), nodeid)
+            return next((group for path, group in TOGETHER.items() if nodeid.startswith(path)), nodeid)
 
     return Together(config, log)
 

@@ -28,7 +28,7 @@ from tests.ladder.cases import (
 from tests.ladder.pairwise import Row, pairwise_cover
 from tests.ladder.protocol import Arrays
 
-UPDATES, STOP = 4, 2  # a resumed run is saved and loaded after the second update
+UPDATES, STOP = 3, 2  # a resumed run is saved and loaded after the second update
 BASIC = TrainConfig(iters=UPDATES, learning_rate=2.0**-5)
 
 # Factor -> level -> the fields that it sets, of whichever record has them.
@@ -41,7 +41,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "schedule": {
         "constant": {},
         "linear with warmup": {"lr_schedule": "linear", "warmup_steps": 1},
-        "cosine with warmup": {"lr_schedule": "cosine", "warmup_steps": 2},
+        "cosine with warmup": {"lr_schedule": "cosine", "warmup_steps": 1},
     },
     "clipping": {"unclipped": {}, "clipped": {"max_grad_norm": 2.0**-4}},
     "LoRA+": {"one rate": {}, "LoRA+": {"loraplus_lr_ratio": 8.0}},

@@ -34,7 +34,7 @@ def test_every_two_settings_meet_in_a_run() -> None:
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_a_combination_trains_as_the_reference(judge: Judge, number: int, tmp_path: Path) -> None:
-    """Four updates: the losses, and every factor in the end."""
+    """Three updates: the losses, and every factor in the end."""
     row = claimed(ROWS[number], judge.candidate, judge.ladder.not_claimed)
     chosen = combination(row)
     case = case_with(chosen)

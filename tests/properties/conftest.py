@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 # Each example builds a model and runs it many times, so even a few examples take seconds.
 COMMON = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("tox", COMMON, max_examples=12, derandomize=True, database=None)
+settings.register_profile("tox", COMMON, max_examples=8, derandomize=True, database=None)
 settings.register_profile("nightly", COMMON, max_examples=1000, phases=set(Phase) - {Phase.explain})
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tox"))
 

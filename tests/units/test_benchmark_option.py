@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+OTHER = "tests/units/test_interleave.py"  # a file without benchmarks
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,9 +22,9 @@ def test_with_the_option_only_benchmarks_are_collected() -> None:
 
 
 def test_without_the_option_benchmarks_are_skipped() -> None:
-    summary = pytest_says("benchmarks", "tests/units/test_interleave.py").splitlines()[-1]
+    summary = pytest_says("benchmarks", OTHER).splitlines()[-1]
     assert "skipped" in summary and "3 passed" in summary and "failed" not in summary
 
 
 def test_the_option_refuses_parallel_tests() -> None:
-    assert "leave -n out" in pytest_says("--benchmark", "-n", "2")
+    assert "leave -n out" in pytest_says("--benchmark", "-n", "2", "benchmarks")

@@ -41,11 +41,11 @@ def noise(case_name: str) -> dict[str, float]:
 def test_the_noise_does_not_depend_on_the_dispatch_of_pytorch_or_mkl(machine: dict[str, str]) -> None:
     code = (
         "import json, torch; torch.set_num_threads(1); from tests.units.test_derived import noise; "
-        "print(json.dumps(noise('dora')))"
+        "print(json.dumps(noise('untied')))"
     )
     command, environment = [sys.executable, "-c", code], {**os.environ, **machine}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    there, here = json.loads(done.stdout), noise("dora")
+    there, here = json.loads(done.stdout), noise("untied")
     assert all(there[name] == pytest.approx(here[name], rel=1e-6) for name in here)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.killed_runs import SCENARIOS, Bench, killed
 
-NUM_MOMENTS = 10  # per scenario, spread over all its moments
+NUM_MOMENTS = 6  # per scenario, spread over all its moments
 
 
 @pytest.fixture(scope="module")
