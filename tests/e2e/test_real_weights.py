@@ -21,7 +21,7 @@ from tests.e2e.conftest import ROOT, run_module
 
 GOLDEN = json.loads((ROOT / "fixtures" / "smollm2" / "golden.json").read_text(encoding="utf-8"))
 QUESTION = GOLDEN["question"]
-NUM_TOKENS = 20
+NUM_TOKENS = 10
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
@@ -71,7 +71,7 @@ def logits32(reference: CausalLM, answer: tuple[list[int], list[int], np.ndarray
 def test_logits_equal_the_reference(
     answer: tuple[list[int], list[int], np.ndarray], logits32: np.ndarray, tmp_path: Path
 ) -> None:
-    """Where the answer is chosen: 20 x 49152 logits of thirty layers, within the derived bound."""
+    """Where the answer is chosen: 10 x 49152 logits of thirty layers, within the derived bound."""
     prompt, tokens, logits64 = answer
     path = tmp_path / "logits.npy"
     run_module("tests.e2e.write_logits", str(path), *map(str, prompt + tokens))
@@ -107,7 +107,7 @@ def test_weights_and_tokenizer_are_those_that_transformers_reads(
     """
     prompt, tokens, logits64 = answer
     assert prompt == GOLDEN["prompt_tokens"]
-    assert tokens == GOLDEN["tokens"]
+    assert tokens == GOLDEN["tokens"][:NUM_TOKENS]
     tolerance = FACTOR * np.abs(logits32[len(prompt) - 1] - logits64[0]).max()
     for token, expected in GOLDEN["logits"].items():
         assert abs(logits64[0, int(token)] - expected) <= tolerance, token
