@@ -25,6 +25,7 @@ CATCHES = {  # rung -> bugs that it catches
     "combinations": "a compiled step that keeps its first learning rate",
     "randomness": "a dropout mask that tokens share; A with another law",
     "merge": "merge without scale; unmerge that rounds",
+    "files": "a transpose, a scale or a pattern lost in a file",
     "convergence": "right for a toy size only: a norm, a RoPE table",
     "generation": "cache off by one; end of turn ignored",
 }
