@@ -25,18 +25,19 @@ CATCHES = {  # rung -> bugs that it catches
     "combinations": "a compiled step that keeps its first learning rate",
     "randomness": "a dropout mask that tokens share; A with another law",
     "merge": "merge without scale; unmerge that rounds",
+    "files": "a transpose, a scale or a pattern lost in a file",
     "convergence": "right for a toy size only: a norm, a RoPE table",
     "generation": "cache off by one; end of turn ignored",
 }
 RISE, RUN = 33, 17  # pixels of a step
-LEFT, RIGHT, FLOOR = 16, 784, 608
+LEFT, RIGHT, TOP = 16, 784, 113
 BARS = 700  # x of the bars that count planted bugs
 
 
-def rungs() -> list[str]:
-    """The names of the rungs, from the files of their tests."""
+def rungs() -> dict[int, str]:
+    """The numbers and names of the rungs, from the files of their tests."""
     names = (re.fullmatch(r"test_(\d\d)_(\w+)\.py", path.name) for path in sorted(TESTS.iterdir()))
-    return [found[2] for found in names if found]
+    return {int(found[1]): found[2] for found in names if found}
 
 
 def planted() -> Counter[int]:
@@ -48,13 +49,14 @@ def planted() -> Counter[int]:
 
 def draw() -> str:
     names, counts = rungs(), planted()
-    if names != list(CATCHES):
-        raise ValueError(f"CATCHES must describe the rungs {names}, got {list(CATCHES)}")
+    if list(names.values()) != list(CATCHES):
+        raise ValueError(f"CATCHES must describe the rungs {list(names.values())}, got {list(CATCHES)}")
     total = sum(counts.values())
     steps = "; ".join(
-        f"{rung} {name}, {counts[rung]} planted bugs: {CATCHES[name]}" for rung, name in enumerate(names)
+        f"{rung} {name}, {counts[rung]} planted bugs: {CATCHES[name]}" for rung, name in names.items()
     )
-    picture = Picture(FLOOR + 18, "The verification ladder", f"From the lowest rung to the highest: {steps}.")
+    floor = TOP + RISE * len(names)
+    picture = Picture(floor + 18, "The verification ladder", f"From the lowest rung to the highest: {steps}.")
     below = (
         "Climb from the bottom.",
         "A rung relies only on those below it,",
@@ -64,8 +66,8 @@ def draw() -> str:
     picture.text(RIGHT, 28, f"{total} planted bugs", size=18, bold=True, color="orange", anchor="end")
     picture.text(RIGHT, 50, "each must be caught first at its own rung", color="muted", anchor="end")
     scale = (RIGHT - BARS - 24) / max(counts.values())
-    for rung, name in enumerate(names):
-        top, x = FLOOR - RISE * (rung + 1), LEFT + RUN * rung
+    for step, (rung, name) in enumerate(names.items()):
+        top, x = floor - RISE * (step + 1), LEFT + RUN * step
         middle = top + RISE / 2 + 4.5
         picture.rect(x, top, RIGHT - x, RISE - 3, tint="blue", radius=3)
         picture.rect(x, top, 30, RISE - 3, fill="blue", radius=3)

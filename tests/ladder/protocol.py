@@ -47,6 +47,8 @@ OPTIONAL = {
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
     "merge": 16,  # (): adds the factors into the base; `base` then returns the merged weights
     "unmerge": 16,  # (): restores base and factors
+    "save_adapter": 17,  # (folder): writes PEFT's adapter_config.json and adapter_model.safetensors
+    "load_adapter": 17,  # (folder): puts PEFT's adapter in these files into a trainer that has none
     "greedy": 19,  # (prompt, num_tokens) -> token numbers
     "greedy_all": 19,  # (prompts, num_tokens, end) -> token numbers of each prompt, up to its token `end`
 }

@@ -24,6 +24,7 @@ from mlx_impl.data import Batch, Example
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
+from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.generate import generate
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.loss import next_token_nats
@@ -234,6 +235,12 @@ class MlxTrainer:
     def unmerge(self) -> None:
         assert self.merged is not None
         unmerge(self.model, self.merged)
+
+    def save_adapter(self, folder: Path) -> None:
+        save_adapter(self.model, self.model.lora, folder, "the ladder's model")
+
+    def load_adapter(self, folder: Path) -> None:
+        load_adapter(self.model, folder)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         return list(generate(self.model, prompt, num_tokens, stop_ids=()))

@@ -23,6 +23,15 @@ from reference.model import CausalLM, load_arrays
 from reference.optim import make_optimizer, share_of_peak
 from reference.targets import of_pattern
 from reference.train import add_up, apply_mean, batch_loss, evaluate
+from tests.ladder.peft_files import (
+    TENSORS,
+    config_of,
+    of_file,
+    read_record,
+    read_safetensors,
+    record_of,
+    write_adapter,
+)
 from tests.ladder.protocol import Arrays, Dialect
 
 LONG_AGO = 1e9  # after so many updates Adam's bias correction is 1
@@ -232,6 +241,19 @@ class ReferenceTrainer:
 
     def merge(self) -> None:
         merge(self.model)
+
+    def save_adapter(self, folder: Path) -> None:
+        assert self.lora is not None, "there is no adapter"
+        factors = {name: value.astype(np.float32) for name, value in self.factors().items()}
+        write_adapter(folder, record_of(self.lora, self.adapted()), factors)
+
+    def load_adapter(self, folder: Path) -> None:
+        self.lora = config_of(read_record(folder), self.spec.num_hidden_layers)
+        add_lora(self.model, self.lora)
+        factors = of_file(read_safetensors(folder / TENSORS)[0])
+        if factors.keys() != self.factors().keys():
+            raise ValueError("the file must have the adapter's factors")
+        load_arrays(self.model, {**self.numpy(), **factors})
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         return list(generate(self.model, prompt, num_tokens, stop_ids=()))

@@ -47,11 +47,14 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 def write_files(
     folder: Path, file_name: str, tensors: Tensors, record: dict[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Write tensors and record, each file atomically."""
+    """Write tensors and record, each file atomically.
+
+    The record's patterns keep their order, because the first that matches a linear decides.
+    """
     with atomic_write(folder / file_name) as path:
         save(path, tensors, metadata)
     with atomic_write(folder / CONFIG) as path:
-        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def by_linear(tensors: Tensors) -> dict[str, Tensors]:
