@@ -84,8 +84,12 @@ class LoRATrainer:
         yield from self.fit_windows(training_windows(examples, self.training, self.step))
 
     def fit_windows(self, windows: Iterable[Window]) -> Iterator[StepRecord]:
-        """`fit` on micro-batches of your own: one update a window, beginning at update `step`."""
+        """`fit` on micro-batches of your own: one update a window, beginning at update `step`.
+
+        Raises ValueError, before the update, for a window without a target.
+        """
         self.require_adapter()
+        windows = with_targets(windows)
         if not self.plain:
             windows = paced(windows, self.model, self.training.grad_checkpoint)
         try:
@@ -168,3 +172,11 @@ class LoRATrainer:
     @cached_property
     def base_digest(self) -> str:
         return digest_of_base(self.model)  # which is frozen
+
+
+def with_targets(windows: Iterable[Window]) -> Iterator[Window]:
+    """The same windows; ValueError for one without a target, whose mean loss would be 0 / 0."""
+    for window in windows:
+        if not any(batch.mask_BT.any() for batch in window):
+            raise ValueError("an update needs at least one target, and the given batches have none")
+        yield window

@@ -38,6 +38,7 @@ OPTIONAL = {
     "optimizer_names": 7,  # (training) -> names of all parameters for which the optimizer holds state
     "apply_gradients": 8,  # (gradients of each update, training): schedule and optimizer alone, no clipping
     "learning_rates": 8,  # (training) -> the learning rate of every update
+    "start_at": 8,  # (update): the next run begins as if so many updates had been done, its moments still 0
     "gradient_norms": 8,  # (windows, training) -> the global norm of every update, before clipping
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass

@@ -31,6 +31,7 @@ from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import learning_rate_of
 from mlx_impl.run import trainer as run_trainer
+from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.run.merging import Merged, merge, unmerge
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import Loss, StepRecord, apply_mean
@@ -77,6 +78,7 @@ class MlxTrainer:
         self.records: list[StepRecord] = []
         self.merged: Merged | None = None
         self.saved: Path | None = None  # a run to resume
+        self.first_update = 0  # how many updates a new run pretends to have done
 
     @classmethod
     @contextmanager
@@ -169,7 +171,14 @@ class MlxTrainer:
             self.trainer.loss = self.path
         if self.saved is not None:
             self.trainer.resume(self.saved, DATA)
+        elif self.first_update:
+            for one in self.trainer.optimizer.optimizers:
+                one.state["step"] = mx.array(self.first_update, one.state["step"].dtype)
+            self.trainer.guard = FiniteGuard(self.model, self.trainer.optimizer, self.first_update)
         return self.trainer
+
+    def start_at(self, update: int) -> None:
+        self.first_update = update
 
     def optimizer_names(self, training: TrainConfig) -> set[str]:
         """Every parameter whose moments the optimizer holds.
@@ -187,7 +196,7 @@ class MlxTrainer:
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
         optimizer = self.begin(training).optimizer
-        for update, given in enumerate(gradients):
+        for update, given in enumerate(gradients, self.first_update):
             optimizer.set_learning_rate(learning_rate_of(update, training))
             tree = tree_unflatten([(name, self.array(value)) for name, value in given.items()])
             sums = ((mx.array(0.0), mx.array(1)), self.path.flatten_grads(tree))

@@ -51,15 +51,22 @@ class FixedDropout(nn.Module):
 class Run:
     """The state of a run from update to update: the optimizer and its schedule."""
 
-    def __init__(self, model: CausalLM, training: TrainConfig, dialect: Dialect) -> None:
+    def __init__(
+        self, model: CausalLM, training: TrainConfig, dialect: Dialect, first_update: int = 0
+    ) -> None:
         self.optimizer = make_optimizer(model, training)
         self.schedule = LambdaLR(self.optimizer, lambda step: share_of_peak(step, training))
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.max_grad_norm, self.accumulation = training.max_grad_norm, dialect.accumulation
-        if training.optimizer == "adamw" and not dialect.bias_correction:
+        done = float(first_update) if dialect.bias_correction else LONG_AGO
+        if training.optimizer == "adamw" and done:
             for p in self.trained:
                 zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(LONG_AGO), **zeros}
+                self.optimizer.state[p] = {"step": torch.tensor(done), **zeros}
+        if first_update:
+            self.schedule.last_epoch = first_update
+            for group, peak in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+                group["lr"] = peak * share_of_peak(first_update, training)
 
     def update(self, model: CausalLM, window: list[TorchBatch]) -> tuple[float, float]:
         """One optimizer update. Returns the mean nats per target, and the gradient norm before clipping."""
@@ -102,6 +109,7 @@ class ReferenceTrainer:
                     linear.scale = of_pattern(name, lora.alpha_pattern, lora.alpha)
         self.run: Run | None = None
         self.saved: dict | None = None
+        self.first_update = 0
 
     def numpy(self) -> Arrays:
         return {name: value.numpy().copy() for name, value in self.model.state_dict().items()}
@@ -142,7 +150,7 @@ class ReferenceTrainer:
 
     def updates(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[tuple[float, float]]:
         """The loss and the gradient norm of every update."""
-        self.run = Run(self.model, training, self.dialect)
+        self.run = Run(self.model, training, self.dialect, self.first_update)
         torch.manual_seed(training.seed)
         if self.saved:
             self.run.optimizer.load_state_dict(self.saved["optimizer"])
@@ -193,7 +201,7 @@ class ReferenceTrainer:
         return {name for name, p in self.model.named_parameters() if id(p) in held}
 
     def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
-        run = Run(self.model, training, self.dialect)
+        run = Run(self.model, training, self.dialect, self.first_update)
         parameters = dict(self.model.named_parameters())
         for update in gradients:
             for name, gradient in update.items():
@@ -208,6 +216,9 @@ class ReferenceTrainer:
             run.optimizer.step()  # without gradients it changes nothing
             run.schedule.step()
         return rates
+
+    def start_at(self, update: int) -> None:
+        self.first_update = update
 
     def gradient_norms(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
         return [norm for _, norm in self.updates(windows, training)]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from tests.ladder.climb import RUNGS as RUNGS
 from tests.trainers.mutants import (
     equivalences,
+    extremes,
     files,
     forward,
     generation,
@@ -19,12 +20,26 @@ from tests.trainers.mutants import (
     layer,
     loss,
     ops,
+    sizes,
     state,
     step,
 )
 from tests.trainers.mutants.mutant import Mutant as Mutant
 
-GROUPS = (ops, layer, forward, loss, gradient, step, equivalences, state, files, generation)
+GROUPS = (
+    ops,
+    layer,
+    forward,
+    loss,
+    gradient,
+    step,
+    equivalences,
+    state,
+    files,
+    generation,
+    sizes,
+    extremes,
+)
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
 MUTANTS = {mutant.name: mutant for mutant in ALL}
 
