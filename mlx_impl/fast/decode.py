@@ -75,7 +75,7 @@ def decode_batch(
     """The greedy answers; the caches hold what has been read of every prompt."""
     texts = [list(prompt) for prompt in prompts]
     limits = [len(prompt) + max_tokens for prompt in prompts]
-    shortest, replies = min(map(len, prompts)), [[] for _ in prompts]  # type: int, list[list[int]]
+    shortest = min(map(len, prompts))
     tokens_BT = mx.array([text[caches[0].num_tokens : shortest] for text in texts])
     for length in range(shortest, max(limits)):
         for text, token in zip(texts, next_tokens(model, tokens_BT, caches).tolist(), strict=True):

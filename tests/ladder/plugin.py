@@ -82,7 +82,7 @@ class Ladder:
         rung = rung_of(item.path)
         if rung is None:
             return
-        self.titles.setdefault(rung, item.path.stem.split("_", 2)[2])
+        self.titles.setdefault(rung, item.path.stem.split("_")[2])
         self.skip_what_is_not_claimed(item)
         first = self.first_divergence
         is_blocked = first is not None and first.rung < rung and not self.keep_going
