@@ -69,7 +69,7 @@ def positions_in_16_bits(batch: Any) -> Any:
 
 def in_whole_chunks(head_of: Any, V: int, x_ND: mx.array, targets_N: mx.array, mask_N: mx.array) -> Any:
     chunk, N = head.CHUNK_LOGITS // V, len(x_ND)
-    is_whole_N = mx.arange(N) < (N - N % chunk if N > chunk else N)
+    is_whole_N = mx.arange(N) < (N - N % chunk if chunk < N else N)
     nats, _ = head_nats(head_of, V, x_ND, targets_N, mask_N & is_whole_N)
     return nats, mask_N.sum()
 
