@@ -107,6 +107,24 @@ def sharp() -> Case:
     return Case("sharp", ONE_LAYER, LORA, weights, make_factors(ONE_LAYER, LORA, make_weights(ONE_LAYER)))
 
 
+@cached_for_each_draw
+def looking_back() -> Case:
+    """Head h attends to the token h + 1 places back, so an answer shows each key that is lost or moved.
+
+    Every embedding has 2 as its first number, from which q gets, for the pair of frequency f, the angle -d f,
+    and k the angle 0. After RoPE their product is highest d places back.
+    """
+    weights = copies(make_weights(ONE_LAYER))
+    heads, pairs = ONE_LAYER.num_attention_heads, ONE_LAYER.head_dim // 2
+    angle_HP = np.outer(np.arange(1, heads + 1), ONE_LAYER.rope_theta ** -(np.arange(pairs) / pairs))
+    q_H2P = np.stack([np.cos(angle_HP), -np.sin(angle_HP)], axis=1)
+    weights["model.embed_tokens.weight"][:, 0] = 2
+    weights["model.layers.0.self_attn.q_proj.weight"][:, 0] = 1.5 * q_H2P.flatten()
+    k_O = weights["model.layers.0.self_attn.k_proj.weight"][:, 0]
+    k_O[:] = 1.5 * (np.arange(len(k_O)) % ONE_LAYER.head_dim < pairs)
+    return Case("looking back", ONE_LAYER, LORA, weights, make_factors(ONE_LAYER, LORA, weights))
+
+
 def repeated(batch: Batch, times: int) -> Batch:
     """Each row so many times, one row's copies after the other's."""
     return rows_of(batch, [row for row in range(len(batch.inputs_BT)) for _ in range(times)])
