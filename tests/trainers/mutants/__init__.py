@@ -10,10 +10,21 @@ import os
 from collections.abc import Iterator, Mapping
 
 from tests.ladder.climb import RUNGS as RUNGS
-from tests.trainers.mutants import equivalences, forward, generation, gradient, layer, loss, ops, state, step
+from tests.trainers.mutants import (
+    equivalences,
+    forward,
+    generation,
+    gradient,
+    layer,
+    loss,
+    ops,
+    options,
+    state,
+    step,
+)
 from tests.trainers.mutants.mutant import Mutant as Mutant
 
-GROUPS = (ops, layer, forward, loss, gradient, step, equivalences, state, generation)
+GROUPS = (ops, layer, forward, loss, gradient, step, equivalences, options, state, generation)
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
 MUTANTS = {mutant.name: mutant for mutant in ALL}
 
