@@ -24,6 +24,7 @@ CATCHES = {  # rung -> bugs that it catches
     "state": "resume without moments, schedule or seed",
     "combinations": "a compiled step that keeps its first learning rate",
     "randomness": "a dropout mask that tokens share; A with another law",
+    "options": "a setting dropped; checkpointing without effect",
     "merge": "merge without scale; unmerge that rounds",
     "files": "a transpose, a scale or a pattern lost in a file",
     "convergence": "right for a toy size only: a norm, a RoPE table",

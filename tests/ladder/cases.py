@@ -47,10 +47,9 @@ ARCHITECTURES = {
     "sliding window": replace(SPEC, sliding_window=4),
     "real vocabulary": replace(SPEC, vocab_size=33_013),  # a float32 sum over it loses digits
     "linear rope": replace(SPEC, rope_scaling=RopeScaling("linear", 4.0)),
-    # Wavelengths from 6 to 1577, original length 64: some pairs are kept, some blended, some stretched.
-    "llama3 rope": replace(
-        SPEC, rope_scaling=RopeScaling("llama3", 8.0, original_max_position_embeddings=64)
-    ),
+    # Wavelengths from 6 to 1577, original length 64: some pairs are kept, some blended, some stretched. No
+    # number is that of a published model, or a default.
+    "llama3 rope": replace(SPEC, rope_scaling=RopeScaling("llama3", 5.0, 2.0, 8.0, 64)),
 }
 VARIANTS = {
     "lora": LORA,

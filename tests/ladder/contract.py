@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
         "a number for each update",
         lambda answer, _, training: are_numbers(answer, training.iters),
     ),
+    "peak_bytes": NUMBER,
     "greedy": TOKENS,
     "greedy_all": (
         "a list of token numbers for each prompt",

@@ -7,6 +7,12 @@ kind of adapter, an optimizer) is not claimed either. Semantics that differ on p
 `dialect`; the ladder then judges the trainer by what it declares, and prints each departure. A class may also
 set `share_expected = 0.25`: the summary then warns where it uses more than that share of a tolerance.
 
+`peak_bytes` counts the bytes of arrays that are in use on the device that computes, not those that an
+allocator keeps in reserve: `max_memory_allocated` in PyTorch, `get_peak_memory` in MLX. The trainer exists
+before; its optimizer is part of what is counted. Inside `in_bfloat16` the base weights and what is computed
+from them are bfloat16, the factors, their gradients and the optimizer float32, and the loss is formed in
+float32; results are float32 arrays, which hold every bfloat16 number.
+
 Names are canonical, those of Hugging Face's checkpoints and this project's factors:
 `model.layers.0.self_attn.q_proj.weight` (O, I) and beside it `model.layers.0.self_attn.q_proj.lora_a` (I, R),
 `.lora_b` (R, O), with DoRA `.magnitude` (O,).
@@ -43,6 +49,8 @@ OPTIONAL = {
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
     "set_dropout_masks": 10,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
+    "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before
+    "in_bfloat16": 15,  # a class-level context manager: trainers built inside have their base in bfloat16
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run

@@ -51,8 +51,13 @@ class Tap:
 
     def __call__(self, *inputs: object) -> mx.array:
         output = self.module(*inputs)
-        self.notes[self.name] = np.array(output)
+        self.notes[self.name] = numpy(output)
         return output
+
+
+def numpy(array: mx.array) -> np.ndarray:
+    """NumPy has no bfloat16, and float32 holds all its numbers."""
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
 
 
 class MlxTrainer:
@@ -61,6 +66,7 @@ class MlxTrainer:
     dialect = Dialect()
     share_expected = 0.25  # the share of a tolerance above which the summary warns
     dtype = mx.float32
+    base_dtype: mx.Dtype | None = None  # of the frozen weights, where it is another
     ops: ModuleType = mlx_impl.fast.ops
     plain = False
 
@@ -68,7 +74,7 @@ class MlxTrainer:
         self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
     ) -> None:
         self.model = CausalLM(spec)
-        self.model.load_weights([(name, self.array(value)) for name, value in weights.items()])
+        self.model.load_weights([(name, self.base_array(value)) for name, value in weights.items()])
         if lora is not None:
             add_lora(self.model, lora)
             given = [(name, self.array(value)) for name, value in (factors or {}).items()]
@@ -94,6 +100,15 @@ class MlxTrainer:
             cls.dtype = mx.float32
             mx.set_default_device(device)
 
+    @classmethod
+    @contextmanager
+    def in_bfloat16(cls) -> Iterator[None]:
+        cls.base_dtype = mx.bfloat16
+        try:
+            yield
+        finally:
+            cls.base_dtype = None
+
     @property
     def path(self) -> Loss:
         """The loss that `LoRATrainer` uses, with the given dropout masks if there are any."""
@@ -103,9 +118,12 @@ class MlxTrainer:
     def array(self, value: np.ndarray) -> mx.array:
         return mx.array(value, self.dtype)
 
+    def base_array(self, value: np.ndarray) -> mx.array:
+        return mx.array(value, self.base_dtype or self.dtype)
+
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         self.model.eval()
-        return np.array(self.model(mx.array(tokens_BT)))
+        return numpy(self.model(mx.array(tokens_BT)))
 
     def hidden_states(self, tokens_BT: np.ndarray) -> Arrays:
         decoder: Any = self.model.model
@@ -125,7 +143,7 @@ class MlxTrainer:
         return nats.item(), num_targets.item()
 
     def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
-        logits_NV, V = self.array(logits_BTV).flatten(0, 1), logits_BTV.shape[-1]
+        logits_NV, V = self.base_array(logits_BTV).flatten(0, 1), logits_BTV.shape[-1]
         targets_N, mask_N = mx.array(batch.targets_BT.flatten()), mx.array(batch.mask_BT.flatten())
         nats, num_targets = head_nats(lambda logits: logits, V, logits_NV, targets_N, mask_N)
         return nats.item(), num_targets.item()
@@ -140,7 +158,7 @@ class MlxTrainer:
         (_, num_targets), grads = loss_and_grads(self.model, self.path.to_arrays(batch))
         flat = self.path.flatten_grads(grads)
         tree = flat if self.plain else as_factors(flat, self.model.trainable_parameters())
-        return {name: np.array(value / num_targets) for name, value in tree_flatten(tree)}
+        return {name: numpy(value / num_targets) for name, value in tree_flatten(tree)}
 
     def pullback(self, batch: Batch, cotangent_BTV: np.ndarray) -> Arrays:
         def along(model: CausalLM) -> mx.array:
@@ -158,6 +176,20 @@ class MlxTrainer:
 
     def train_checkpointed(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
         return self.run(windows, replace(training, grad_checkpoint=True), compiled=False)
+
+    def peak_bytes(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> int:
+        """At a memory limit of 0 MLX waits for what it has queued, so the peak is that of the graph."""
+        mx.eval(self.model.parameters())
+        mx.synchronize()
+        limit = mx.set_memory_limit(0)
+        try:
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            self.train(windows, training)
+            mx.synchronize()
+            return mx.get_peak_memory() - before
+        finally:
+            mx.set_memory_limit(limit)
 
     def run(self, windows: Sequence[Sequence[Batch]], training: TrainConfig, compiled: bool) -> list[float]:
         trainer = self.begin(training, compiled)
@@ -226,7 +258,7 @@ class MlxTrainer:
     def base(self) -> Arrays:
         factors = ("lora_a", "lora_b", "magnitude", "keep_BTI")
         return {
-            name.replace(".linear.", "."): np.array(value)
+            name.replace(".linear.", "."): numpy(value)
             for name, value in tree_flatten(self.model.parameters())
             if not name.endswith(factors)
         }
@@ -264,9 +296,16 @@ class PlainTrainer(MlxTrainer):
     ops = mlx_impl.ops
     plain = True
 
+    def peak_bytes(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> int:
+        if training.grad_checkpoint:
+            raise NotImplementedError(
+                "mx.checkpoint recomputes many blocks at once: fast/recompute.py says why"
+            )
+        return super().peak_bytes(windows, training)
+
     def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
         targets_BT, mask_BT = mx.array(batch.targets_BT), mx.array(batch.mask_BT)
-        nats, num_targets = next_token_nats(self.array(logits_BTV), targets_BT, mask_BT)
+        nats, num_targets = next_token_nats(self.base_array(logits_BTV), targets_BT, mask_BT)
         return nats.item(), num_targets.item()
 
     def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:

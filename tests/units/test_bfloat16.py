@@ -23,7 +23,6 @@ from mlx_impl.data import Batch, make_batch, make_packed_batch
 from mlx_impl.fast import forward
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.forward import FAST
-from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.vectors import VectorOptimizer
 from mlx_impl.generate import KeyValueCache
 from mlx_impl.lora import DoRALinear, Dropout, LoRALinear, lora_parameters
@@ -32,7 +31,7 @@ from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.run.merging import merge
 from mlx_impl.run.sampling import Sampling
 from mlx_impl.train import PLAIN, Loss, train
-from tests.derived import Divergence, compare, require, require_same_names, within_bfloat16
+from tests.derived import Divergence, require, require_same_names, within_bfloat16
 from tests.ladder.cases import ARCHITECTURES, BIASED_DORA, Case, copies, named_case, random_rows
 from tests.ladder.protocol import Arrays, Dialect
 from tests.trainers.mlx_impl import MlxTrainer
@@ -167,12 +166,11 @@ def test_one_float32_weight_is_noticed(module: str, computed_in: set[tuple[str, 
 
 
 @fast_and_plain
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradients_equal_the_reference_in_float64(name: str, recomputed: bool, path: str) -> None:
+def test_loss_and_gradients_of_recomputed_blocks_equal_the_reference(name: str, path: str) -> None:
     case = bfloat16_case(name)
     model, exact = in_bfloat16(case).train(), case.build(REFERENCE)
-    model.model.grad_checkpoint = recomputed
+    model.model.grad_checkpoint = True
     loss, grads = gradients(model, case.batch, PATHS[path])
     nats, num_targets = exact.loss(case.batch)
     ref64 = {"loss": np.array(nats / num_targets), **exact.gradients(case.batch)}
@@ -199,21 +197,6 @@ def test_a_mask_that_leaks_from_one_example_to_the_next_is_noticed(path: str) ->
     ref64 = case.build(REFERENCE).gradients(plain)
     with pytest.raises(Divergence, match="out of tolerance"):
         hold("leaking", {n: numpy(g) for n, g in grads.items()}, ref64, leaking.inputs_BT.size)
-
-
-def test_the_nats_of_bfloat16_logits_are_exact_to_float32() -> None:
-    """A log-sum-exp over many logits, and a sum over many targets, in bfloat16 would not be."""
-    rng = np.random.default_rng(5)
-    logits_NV, targets_N = (
-        mx.array(rng.standard_normal((300, 500)) * 3).astype(mx.bfloat16),
-        rng.integers(0, 500, 300),
-    )
-    nats, _ = head_nats(lambda x: x, 500, logits_NV, mx.array(targets_N), mx.ones(300, mx.bool_))
-    exact_NV, chosen = numpy(logits_NV).astype(np.float64), (np.arange(300), targets_N)
-    expected = np.sum(np.log(np.exp(exact_NV).sum(axis=1)) - exact_NV[chosen])
-    assert nats.dtype == mx.float32
-    verdict = compare("nats", np.array(nats), np.array(expected, np.float32), np.array(expected), 500)
-    assert verdict.used <= 1, verdict.report
 
 
 @fast_and_plain

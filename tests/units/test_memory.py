@@ -23,7 +23,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig
 from mlx_impl.fast import forward, ops, projection, recompute
@@ -32,7 +31,7 @@ from mlx_impl.fast.projection import project
 from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.ops import silu
-from mlx_impl.train import Arrays, add_up
+from mlx_impl.train import Arrays
 from tests.ladder.cases import SPEC as NARROW
 from tests.ladder.cases import random_rows
 from tests.units.peak import peak_bytes
@@ -184,16 +183,3 @@ def test_a_linear_that_keeps_its_input_keeps_more(compiled: bool, monkeypatch: p
     kept = lambda gate, up, linear: projection.project(ops.gated(gate, up), linear)[0]  # noqa: E731
     monkeypatch.setattr(forward, "project_gated", kept)
     assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + MARGIN
-
-
-def test_of_several_batches_one_is_in_memory_at_a_time() -> None:
-    """The sums over three batches peak where those over one do, but for the sums and what is late."""
-    model = CausalLM(SPEC)
-    add_lora(model, PLAIN)
-    tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
-    arrays: Arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
-    mx.eval(model.parameters(), arrays)
-    gradients = nn.value_and_grad(model, batch_loss)
-    one, three = (peak_bytes(lambda n: add_up([lambda: gradients(model, arrays)] * n), n) for n in (1, 3))
-    sums = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
-    assert three <= one + 2 * sums + LATE * LARGEST * UNIT  # the sum so far, and the next
