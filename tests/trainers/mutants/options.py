@@ -93,10 +93,10 @@ def every_other_block() -> Callable:
 def with_a_copy_of_the_base(model: CausalLM, optimizer: Any) -> dict[str, mx.array]:
     copied = tree_map(lambda x: x + 0, model.parameters())
     mx.eval(copied)
-    return SNAPSHOT(model, optimizer) | dict(tree_flatten({"base": copied}))  # type: ignore[arg-type]
+    return SNAPSHOT(model, optimizer) | dict(tree_flatten({"base": copied}))
 
 
-def with_moments_of_everything(self: Any, model: nn.Module, *more: Any, **named: Any) -> None:
+def with_moments_of_everything(self: Any, model: Any, *more: Any, **named: Any) -> None:
     MAKE(self, model, *more, **named)
     self.unused = tree_map(mx.zeros_like, model.parameters())
     mx.eval(self.unused)
