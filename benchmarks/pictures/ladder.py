@@ -13,6 +13,7 @@ CATCHES = {  # rung -> bugs that it catches
     "platform": "a primitive that is only called float64; TF32",
     "op": "a wrong RoPE, attention mask, norm or kernel gradient",
     "layer": "alpha used for alpha / rank; a linear without adapter",
+    "data": "the last batch dropped; every epoch in one order",
     "forward": "RoPE scaling or biases ignored; rows that mix",
     "loss": "padding or prompt counted; labels shifted twice",
     "gradient": "A without gradient; a detached input",

@@ -50,6 +50,27 @@ NATS: Rule = ("a pair, the sum of nats and the number of targets", lambda answer
 LOGITS: Rule = ("a NumPy array of shape (rows, tokens, vocabulary)", are_logits)
 NUMBER: Rule = ("a number", lambda answer, *_: is_number(answer))
 TOKENS: Rule = ("a list of token numbers", lambda answer, *_: are_tokens(answer))
+
+
+def are_batches(values: Any) -> bool:
+    """Micro-batches of an update, each with arrays of one shape (rows, positions)."""
+    return len(values) > 0 and all(
+        np.ndim(batch.inputs_BT) == 2
+        and all(is_array(x_BT) and x_BT.dtype.kind in "iu" for x_BT in batch[:2])
+        and batch.mask_BT.dtype.kind == "b"
+        and all(x_BT.shape == batch.inputs_BT.shape for x_BT in batch[1:3])
+        and (batch.segment_BT is None or batch.segment_BT.shape == batch.inputs_BT.shape)
+        for batch in values
+    )
+
+
+def are_examples(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        are_tokens(list(tokens)) and len(tokens) == len(is_target) and set(is_target) <= {True, False}
+        for tokens, is_target in values
+    )
+
+
 EACH_UPDATE: Rule = (
     "a number for each update",
     lambda answer, _, windows, *rest: are_numbers(answer, len(windows)),
@@ -64,6 +85,18 @@ RULES: dict[str, Rule] = {
     "hidden_states": ARRAYS,
     "loss_of_logits": NATS,
     "evaluate": NUMBER,
+    "micro_batches": (
+        "for each update a list of Batch, whose arrays have one shape (rows, positions)",
+        lambda answer, *_: isinstance(answer, list) and all(map(are_batches, answer)),
+    ),
+    "read_examples": ("a list of pairs (token ids, is_target)", lambda answer, *_: are_examples(answer)),
+    "fit": (
+        "a loss for each update, and a validation loss before the first one and after each",
+        lambda answer, _, examples, training, num_updates, validation, *rest: (
+            are_numbers(answer[0], num_updates)
+            and are_numbers(answer[1], (num_updates + 1) if validation else 0)
+        ),
+    ),
     "pullback": ARRAYS,
     "optimizer_names": ("the names of parameters", lambda answer, *_: are_names(answer)),
     "learning_rates": (

@@ -30,12 +30,17 @@ from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
 
 Arrays = dict[str, np.ndarray]  # by canonical name
+Examples = Sequence[
+    tuple[tuple[int, ...], tuple[bool, ...]]
+]  # token ids, and for each whether it is a target
 
 REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
 
 # Capability -> the rung that asks for it.
 OPTIONAL = {
     "ops": 1,  # a namespace of MLX functions, those of mlx_impl/ops.py
+    "micro_batches": 3,  # (examples, training) -> the micro-batches of each update that `fit` trains on
+    "read_examples": 3,  # (tokenizer's folder, .jsonl file, targets, max_tokens) -> examples
     "hidden_states": 4,  # (tokens_BT) -> the output of embedding, blocks and norm, by module name
     "exact": 4,  # a class-level context manager: trainers built inside it compute in float64 throughout
     "loss_of_logits": 5,  # (logits_BTV, batch) -> (nats, num_targets): the loss alone
@@ -46,14 +51,15 @@ OPTIONAL = {
     "learning_rates": 8,  # (training) -> the learning rate of every update
     "start_at": 8,  # (update): the next run begins as if so many updates had been done, its moments still 0
     "gradient_norms": 8,  # (windows, training) -> the global norm of every update, before clipping
+    "fit": 9,  # (examples, training, num_updates, validation, folder) -> (losses, validation losses)
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
     "set_dropout_masks": 10,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
     "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before
     "in_bfloat16": 15,  # a class-level context manager: trainers built inside have their base in bfloat16
-    "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
+    "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
     "merge": 16,  # (): adds the factors into the base; `base` then returns the merged weights
     "unmerge": 16,  # (): restores base and factors
     "save_adapter": 17,  # (folder): writes PEFT's adapter_config.json and adapter_model.safetensors

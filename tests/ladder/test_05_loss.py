@@ -7,6 +7,7 @@ lengths is easily off by one: one padding target counted in each row can turn a 
 
 from __future__ import annotations
 
+from functools import partial
 from math import log
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from mlx_impl.data import Batch
 from tests.derived import within
 from tests.ladder.cases import PROMPT_COUNTS, TOKEN_COUNTS, Case, every_case, make_batch, random_rows, rows_of
+from tests.ladder.examples import alone, packed, to_pack
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
 
@@ -140,3 +142,16 @@ def test_the_loss_over_a_data_set_does_not_depend_on_the_batch_size(case: Case, 
         (case, lambda trainer: {"mean nats": np.array(trainer.evaluate(alone))}),
         (case, lambda trainer: {"mean nats": np.array(trainer.evaluate([case.batch]))}),
     )
+
+
+@pytest.mark.needs("micro_batches")
+@pytest.mark.canonical("pad_targets")
+@pytest.mark.parametrize("case", ["untied", "sliding window", "llama3 rope", "dora"], indirect=True)
+def test_the_loss_of_packed_rows_is_that_of_their_examples_alone(
+    case: Case, candidate: Any, judge: Judge
+) -> None:
+    """Each token attends its own example only, and sees it at the positions that it has alone."""
+    for judge.subject, examples in to_pack().items():
+        batch = packed(case, candidate, examples)
+        ours = sum_and_count(case.build(candidate), batch)
+        judge.given(ours, case, partial(sum_and_count, batch=alone(examples)))

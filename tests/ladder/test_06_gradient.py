@@ -9,6 +9,7 @@ returns a gradient for every parameter, frozen ones too; `nn.value_and_grad` is 
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from tests.derived import UNIT_ROUNDOFF, Verdict, judged, within
 from tests.ladder.cases import Case, cached_for_each_draw, every_case, named_case, one_prompt_batch
+from tests.ladder.examples import alone, packed, to_pack
 from tests.ladder.judge import Judge
 
 WIDE, NARROW = 2.0**-8, 2.0**-9  # values of h for central differences, whose error is proportional to h^2
@@ -156,3 +158,15 @@ def test_in_float64_forward_and_backward_are_adjoint(case: Case, judge: Judge, c
     noise = np.sqrt(case.longest_sum) * 2.0**-53 * float(np.linalg.norm(logits_BTV))
     with candidate.exact():
         judge.hold([adjoint_verdict(double, candidate, 2.0**-53, noise)])
+
+
+@pytest.mark.needs("micro_batches")
+@pytest.mark.canonical("pad_targets")
+@pytest.mark.parametrize("case", ["untied", "sliding window", "llama3 rope", "dora"], indirect=True)
+def test_the_gradients_of_packed_rows_are_those_of_their_examples_alone(
+    case: Case, candidate: Any, judge: Judge
+) -> None:
+    """No example reaches into the gradient of another one in its row."""
+    for judge.subject, examples in to_pack().items():
+        ours = case.build(candidate).gradients(packed(case, candidate, examples))
+        judge.given(ours, case, methodcaller("gradients", alone(examples)))

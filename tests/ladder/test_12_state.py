@@ -15,6 +15,7 @@ import pytest
 
 from mlx_impl.config import TrainConfig
 from tests.ladder.cases import Case, rows_of
+from tests.ladder.examples import BATCHINGS, fitted, fitting, held_out, to_fit
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
 
@@ -96,3 +97,35 @@ def test_saving_and_loading_leave_the_base_alone(
     second.load(tmp_path)
     second.train(windows(case)[STOP:], RUNS["adamw"])
     judge.same_bits(second.base(), case.weights)
+
+
+@pytest.mark.needs("fit", "save", "load")
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_a_run_stopped_after_every_update_equals_the_uninterrupted_run_to_the_bit(
+    case: Case, candidate: Any, judge: Judge, batching: str, tmp_path: Path
+) -> None:
+    """In the middle of an epoch and at its end, each time in a new trainer, with dropout and validation."""
+    dropping, training = case.with_dropout(0.25), fitting(batching)
+    expected = fitted(dropping.build(candidate), to_fit(), training, held_out())
+    losses: list[float] = []
+    validations: list[float] = []
+    for update in range(training.iters):
+        trainer = (dropping.with_zero_b() if update else dropping).build(candidate)
+        if update:
+            trainer.load(tmp_path)
+        loss, both = trainer.fit(to_fit(), training, 1, held_out())
+        trainer.save(tmp_path)
+        losses, validations = losses + loss, validations + both[bool(update) :]
+    ours = {"losses": np.array(losses), "validation losses": np.array(validations), **trainer.factors()}
+    judge.same_bits(ours, expected)
+
+
+@pytest.mark.needs("fit", "save", "load")
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_saving_between_updates_changes_nothing(
+    case: Case, candidate: Any, judge: Judge, batching: str, tmp_path: Path
+) -> None:
+    """The run goes on as if it had not been saved: the same masks, the same examples, the same bits."""
+    dropping, training = case.with_dropout(0.25), fitting(batching)
+    expected = fitted(dropping.build(candidate), to_fit(), training)
+    judge.same_bits(fitted(dropping.build(candidate), to_fit(), training, (), tmp_path), expected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
 from mlx_impl.files.adapters import load_adapter, save_adapter
+from mlx_impl.files.checkpoint import load_tokenizer
 from mlx_impl.generate import generate
 from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.loss import next_token_nats
@@ -34,12 +36,15 @@ from mlx_impl.run import trainer as run_trainer
 from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.run.merging import Merged, merge, unmerge
 from mlx_impl.run.trainer import LoRATrainer
+from mlx_impl.text.examples import encode_all
+from mlx_impl.text.rows import read_conversations
+from mlx_impl.train import Arrays as StepArrays
 from mlx_impl.train import Loss, StepRecord, apply_mean
-from tests.ladder.protocol import Arrays, Dialect
+from tests.ladder.protocol import Arrays, Dialect, Examples
 from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks
 
-# Stands for the data set in a saved state, because the ladder hands over batches.
+# Stands for the data set in a saved state where the ladder hands over batches.
 DATA = [Example((1, 2), (False, True))]
 
 
@@ -80,6 +85,7 @@ class MlxTrainer:
             given = [(name, self.array(value)) for name, value in (factors or {}).items()]
             self.model.load_weights(given, strict=False)
         self.trainer: LoRATrainer | None = None
+        self.examples = DATA
         self.masks: Arrays | None = None
         self.records: list[StepRecord] = []
         self.merged: Merged | None = None
@@ -196,13 +202,58 @@ class MlxTrainer:
         self.records = list(trainer.fit_windows([list(window) for window in windows]))
         return [record.loss_nats for record in self.records]
 
-    def begin(self, training: TrainConfig, compiled: bool = False) -> LoRATrainer:
+    def micro_batches(self, examples: Examples, training: TrainConfig) -> list[list[Batch]]:
+        """Every batch that reaches the step of `LoRATrainer.fit`; the step gets a loss that costs nothing."""
+        self.examples = [Example(*example) for example in examples]
+        trainer = self.begin(training, compiled=None)
+        windows: list[list[Batch]] = []
+        window: list[Batch] = []
+
+        def noting(batch: Batch) -> StepArrays:
+            window.append(batch)
+            return []
+
+        def sum_of_factors(model: CausalLM, _: StepArrays) -> tuple[mx.array, mx.array]:
+            return mx.stack([factor.sum() for factor in lora_parameters(model).values()]).sum(), mx.array(1)
+
+        trainer.loss = self.path._replace(to_arrays=noting, batch_loss=sum_of_factors)
+        for _ in trainer.fit(self.examples):
+            windows.append(window.copy())
+            window.clear()
+        return windows
+
+    def read_examples(self, folder: Path, file: Path, targets: str, max_tokens: int) -> Any:
+        examples = encode_all(load_tokenizer(folder), read_conversations(file), targets, max_tokens)
+        return [(example.tokens, example.is_target) for example in examples]
+
+    def fit(
+        self,
+        examples: Examples,
+        training: TrainConfig,
+        num_updates: int,
+        validation: Examples = (),
+        folder: Path | None = None,
+    ) -> tuple[list[float], list[float]]:
+        """As the command `train` does it: update, validate, save."""
+        self.examples = [Example(*example) for example in examples]
+        held_out = [Example(*example) for example in validation]
+        trainer, losses = self.begin(training, compiled=None), []
+        validations = [trainer.validate(held_out)] if held_out else []
+        for record in islice(trainer.fit(self.examples), num_updates):
+            losses.append(record.loss_nats)
+            if held_out:
+                validations.append(trainer.validate(held_out))
+            if folder:
+                self.save(folder)
+        return losses, validations
+
+    def begin(self, training: TrainConfig, compiled: bool | None = False) -> LoRATrainer:
         """A trainer for a new run, or for the loaded one."""
         self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain)
         if self.masks is not None:
             self.trainer.loss = self.path
         if self.saved is not None:
-            self.trainer.resume(self.saved, DATA)
+            self.trainer.resume(self.saved, self.examples)
         elif self.first_update:
             for one in self.trainer.optimizer.optimizers:
                 one.state["step"] = mx.array(self.first_update, one.state["step"].dtype)
@@ -265,7 +316,7 @@ class MlxTrainer:
 
     def save(self, folder: Path) -> None:
         assert self.trainer is not None, "nothing was trained"
-        self.trainer.save(folder / "state.safetensors", DATA)
+        self.trainer.save(folder / "state.safetensors", self.examples)
 
     def load(self, folder: Path) -> None:
         self.saved = folder / "state.safetensors"

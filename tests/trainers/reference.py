@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
 from reference.data import Batch as TorchBatch
+from reference.data import make_batch, training_windows
 from reference.generate import generate
 from reference.lora import LoRALinear, add_lora, merge
 from reference.loss import next_token_nats
@@ -32,7 +33,7 @@ from tests.ladder.peft_files import (
     record_of,
     write_adapter,
 )
-from tests.ladder.protocol import Arrays, Dialect
+from tests.ladder.protocol import Arrays, Dialect, Examples
 
 LONG_AGO = 1e9  # after so many updates Adam's bias correction is 1
 
@@ -150,6 +151,11 @@ class ReferenceTrainer:
 
     def updates(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[tuple[float, float]]:
         """The loss and the gradient norm of every update."""
+        run = self.begin(training)
+        return [run.update(self.model, list(map(self.tensors, window))) for window in windows]
+
+    def begin(self, training: TrainConfig) -> Run:
+        """A new run, or the loaded one."""
         self.run = Run(self.model, training, self.dialect, self.first_update)
         torch.manual_seed(training.seed)
         if self.saved:
@@ -157,7 +163,7 @@ class ReferenceTrainer:
             self.run.schedule.load_state_dict(self.saved["schedule"])
             torch.set_rng_state(self.saved["random"])
         self.model.train()
-        return [self.run.update(self.model, list(map(self.tensors, window))) for window in windows]
+        return self.run
 
     def factors(self) -> Arrays:
         return {n: p.detach().numpy().copy() for n, p in self.model.named_parameters() if p.requires_grad}
@@ -191,6 +197,29 @@ class ReferenceTrainer:
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         return evaluate(self.model, [self.tensors(batch) for batch in batches])
+
+    def micro_batches(self, examples: Examples, training: TrainConfig) -> list[list[Batch]]:
+        return [list(map(as_numpy, window)) for window in training_windows(examples, training)]
+
+    def fit(
+        self,
+        examples: Examples,
+        training: TrainConfig,
+        num_updates: int,
+        validation: Examples = (),
+        folder: Path | None = None,
+    ) -> tuple[list[float], list[float]]:
+        run, losses = self.begin(training), []
+        held_out = [as_numpy(make_batch(validation, [(n,)])) for n in range(len(validation))]
+        validations = [self.evaluate(held_out)] if held_out else []
+        done = run.schedule.last_epoch
+        for window in self.micro_batches(examples, training)[done : done + num_updates]:
+            losses.append(run.update(self.model, list(map(self.tensors, window)))[0])
+            if held_out:
+                validations.append(self.evaluate(held_out))
+            if folder:
+                self.save(folder)
+        return losses, validations
 
     def pullback(self, batch: Batch, cotangent_BTV: np.ndarray) -> Arrays:
         logits_BTV = self.model.eval()(self.tensors(batch)[0])
@@ -283,6 +312,13 @@ class Float32Reference(ReferenceTrainer):
 def oracle(dialect: Dialect, dtype: torch.dtype) -> type[ReferenceTrainer]:
     """The reference in the dialect that a trainer declares."""
     return type("Oracle", (ReferenceTrainer,), {"dialect": dialect, "dtype": dtype})
+
+
+def as_numpy(batch: TorchBatch) -> Batch:
+    assert batch.segment_BT is not None, "every batch of the reference has segments"
+    inputs_BT, targets_BT, mask_BT = (tensor.numpy() for tensor in batch[:3] if tensor is not None)
+    segment_BT = batch.segment_BT.numpy()
+    return Batch(inputs_BT, targets_BT, mask_BT, int((segment_BT >= 0).sum()), segment_BT=segment_BT)
 
 
 def with_pad_targets(mask_BT: np.ndarray, pad_targets: int) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_the_smallest_adapter_climbs() -> None:
     """Nothing that it claims fails, in the case "untied"; what it does not offer is not claimed."""
     ladder = climb("tests.trainers.minimal:MinimalTrainer", "-m", "not slow", cases=["untied"])
     assert ladder.first_divergence is None
-    assert all(ladder.outcomes[rung]["passed"] for rung in RUNGS if 2 <= rung <= 11)
+    assert all(ladder.outcomes[rung]["passed"] for rung in RUNGS if 2 <= rung <= 11 and rung != 3)
 
 
 def test_the_readme_shows_the_smallest_adapter() -> None:

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl import ops
 from mlx_impl.config import TrainConfig
-from mlx_impl.data import Batch, make_batch, make_packed_batch
+from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
 from mlx_impl.fast import forward
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.forward import FAST
@@ -32,11 +32,10 @@ from mlx_impl.run.merging import merge
 from mlx_impl.run.sampling import Sampling
 from mlx_impl.train import PLAIN, Loss, train
 from tests.derived import Divergence, require, require_same_names, within_bfloat16
-from tests.ladder.cases import ARCHITECTURES, BIASED_DORA, Case, copies, named_case, random_rows
+from tests.ladder.cases import ARCHITECTURES, BIASED_DORA, SPEC, Case, copies, named_case, random_rows
 from tests.ladder.protocol import Arrays, Dialect
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.reference import oracle
-from tests.units.test_batching import EXAMPLES, PACKED
 
 KINDS = (Decoder, Block, Attention, FeedForward, RMSNorm, LoRALinear, DoRALinear, Dropout, nn.Linear)
 CASES = [*ARCHITECTURES, "rslora", "dora", BIASED_DORA]
@@ -44,6 +43,12 @@ REFERENCE = oracle(Dialect(), torch.float64)
 PATHS = {"fast": FAST, "plain": PLAIN}
 FAST_STEPS = ("block", "attention", "project", "project_gated")  # what `fast.forward` computes by functions
 MODULES = {"Block", "Attention", "FeedForward", "RMSNorm"}
+RANDOM = np.random.default_rng(4)
+EXAMPLES = [
+    Example(tuple(RANDOM.integers(1, SPEC.vocab_size, n).tolist()), (False,) * p + (True,) * (n - p))
+    for n, p in ((9, 4), (3, 1), (12, 11), (5, 0), (2, 1), (7, 3))
+]
+PACKED = [(0, 1, 4), (5, 3), (2,)]  # rows of 8 + 2 + 1, 6 + 4 and 11 inputs
 fast_and_plain = pytest.mark.parametrize("path", PATHS)
 
 

@@ -319,14 +319,8 @@ def test_early_stopping_needs_validation_data(
     assert f"--patience needs validation data, and {data} has no valid.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--batching", "grouped"], ["--batching", "packed"], ["--dtype", "bfloat16"]],
-    ids=lambda f: f[1],
-)
-def test_resume_is_bit_exact_for_every_batching_and_dtype(
-    model: str, data: Path, tmp_path: Path, flags: list[str]
-) -> None:
+def test_resume_is_bit_exact_in_bfloat16_and_packed(model: str, data: Path, tmp_path: Path) -> None:
+    flags = ["--batching", "packed", "--dtype", "bfloat16"]
     command = ["train", "--model", model, "--data", str(data), *SETTINGS, *flags]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main([*command, "--max-seq-length", "64", "--adapter-path", str(whole)]) == 0

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 
 from tests.ladder.climb import RUNGS as RUNGS
 from tests.trainers.mutants import (
+    data,
     equivalences,
     extremes,
     files,
+    fit,
     forward,
     generation,
     gradient,
@@ -41,6 +43,8 @@ GROUPS = (
     generation,
     sizes,
     extremes,
+    data,
+    fit,
 )
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
 MUTANTS = {mutant.name: mutant for mutant in ALL}
