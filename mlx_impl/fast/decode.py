@@ -76,6 +76,7 @@ def decode_batch(
     texts = [list(prompt) for prompt in prompts]
     limits = [len(prompt) + max_tokens for prompt in prompts]
     shortest = min(map(len, prompts))
+    replies: list[list[int]] = [[] for _ in prompts]
     tokens_BT = mx.array([text[caches[0].num_tokens : shortest] for text in texts])
     for length in range(shortest, max(limits)):
         for text, token in zip(texts, next_tokens(model, tokens_BT, caches).tolist(), strict=True):
