@@ -48,6 +48,8 @@ LONG = (
     "falls_from",
     "-sgd]",
     "[0.0-",
+    "references[ModelConfig",
+    "references[RopeScaling",
 )
 
 Touched = dict[str, set[str]]  # replaced name -> the claims that call it

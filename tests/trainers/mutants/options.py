@@ -96,7 +96,7 @@ def with_a_copy_of_the_base(model: CausalLM, optimizer: Any) -> dict[str, mx.arr
     return SNAPSHOT(model, optimizer) | dict(tree_flatten({"base": copied}))
 
 
-def with_moments_of_everything(self: Any, model: Any, *more: Any, **named: Any) -> None:
+def with_moments_of_everything(self: Any, model: CausalLM, *more: Any, **named: Any) -> None:
     MAKE(self, model, *more, **named)
     self.unused = tree_map(mx.zeros_like, model.parameters())
     mx.eval(self.unused)
@@ -122,7 +122,10 @@ def in_one_graph(model: Any, optimizer: Any, windows: Any, config: Any, **more: 
     loss = more.pop("loss")
 
     def batch_loss(model: Any, of_each: list) -> Any:
-        nats = [loss.batch_loss(model, arrays) for arrays in of_each]
+        nats = []
+        for arrays in of_each:
+            nats.append(loss.batch_loss(model, arrays))
+            mx.eval(nats)  # a part of the graph that is evaluated holds its memory until the end
         return tuple(sum(terms[1:], terms[0]) for terms in zip(*nats, strict=True))
 
     whole = loss._replace(to_arrays=lambda window: list(map(loss.to_arrays, window)), batch_loss=batch_loss)
