@@ -1,7 +1,6 @@
-"""Mutation testing of the ladder: every mutant fails at the right rung, and the unpatched trainer passes.
+"""The ladder examined: every mutant fails it, at the right rung, and the sound trainer does not.
 
-The mutants that stand for a public bug are planted each time, and all of them with
-HYPOTHESIS_PROFILE=nightly.
+Two mutants of each rung are planted each time, and all of them with HYPOTHESIS_PROFILE=nightly.
 """
 
 from __future__ import annotations

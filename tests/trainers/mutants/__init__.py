@@ -46,17 +46,18 @@ GROUPS = (
     data,
     fit,
 )
+QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
 MUTANTS = {mutant.name: mutant for mutant in ALL}
 
 
 def quick() -> dict[str, Mutant]:
-    """The mutants that stand for a public bug, and the first two of each rung that has no such mutant."""
-    named = {name: mutant for name, mutant in MUTANTS.items() if mutant.source}
-    for rung in set(RUNGS) - {mutant.rung for mutant in named.values()}:
+    """Two mutants of each rung, those that stand for a public bug first."""
+    chosen = set()
+    for rung in RUNGS:
         of_rung = [mutant for mutant in MUTANTS.values() if mutant.rung == rung]
-        named |= {mutant.name: mutant for mutant in of_rung[:2]}
-    return {name: mutant for name, mutant in MUTANTS.items() if name in named}
+        chosen |= {mutant.name for mutant in sorted(of_rung, key=lambda mutant: not mutant.source)[:QUICK]}
+    return {name: mutant for name, mutant in MUTANTS.items() if name in chosen}
 
 
 def planted() -> dict[str, Mutant]:
