@@ -55,11 +55,11 @@ OPTIONAL = {
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
     "set_dropout_masks": 10,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
-    "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before
-    "in_bfloat16": 15,  # a class-level context manager: trainers built inside have their base in bfloat16
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
+    "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before
+    "in_bfloat16": 15,  # a class-level context manager: trainers built inside have their base in bfloat16
     "merge": 16,  # (): adds the factors into the base; `base` then returns the merged weights
     "unmerge": 16,  # (): restores base and factors
     "save_adapter": 17,  # (folder): writes PEFT's adapter_config.json and adapter_model.safetensors
