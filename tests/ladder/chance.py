@@ -9,7 +9,9 @@ Sources: Hoeffding 1963, "Probability inequalities for sums of bounded random va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -75,15 +77,26 @@ def require_uncorrelated(
     )
 
 
-def require_mean(what: str, values: np.ndarray, mean: float) -> None:
-    """Of independent values in [0, 1], by Hoeffding's inequality."""
+def require_means(
+    what: str, values: np.ndarray, is_known: np.ndarray, mean: float, axes: Sequence[str]
+) -> None:
+    """Of independent values in [0, 1]: over all, over each index of an axis, and over each of two axes."""
     __tracebackhide__ = True
-    bound = float(np.sqrt(np.log(2 / FALSE_ALARM) / (2 * values.size)))
-    if not abs(values.mean() - mean) <= bound:
-        raise Divergence(
-            f"{what}: {values.mean():.4f} of {values.size}, expected {mean:g} within {bound:.4f} "
-            f"(Hoeffding's bound, false alarm {FALSE_ALARM:g})"
-        )
+    kept = [axis for size in range(3) for axis in combinations(range(values.ndim), size)]
+    num_comparisons = sum(math.prod(values.shape[axis] for axis in of) for of in kept)
+    for of in kept:
+        others = tuple(axis for axis in range(values.ndim) if axis not in of)
+        sums, counts = (values * is_known).sum(others), is_known.sum(others)
+        bounds = np.sqrt(counts * np.log(2 * num_comparisons / FALSE_ALARM) / 2)
+        excess = np.atleast_1d(np.abs(sums - mean * counts) - bounds)
+        worst = np.unravel_index(int(np.argmax(excess)), np.shape(sums))
+        if excess.max() > 0:
+            where = " and ".join(f"{axes[axis]} {index}" for axis, index in zip(of, worst, strict=True))
+            found, count, bound = np.asarray(sums)[worst], np.asarray(counts)[worst], bounds[worst]
+            raise Divergence(
+                f"{what}{f' of {where}' if where else ''}: {found / count:.4f} of {count}, expected {mean:g} "
+                f"within {bound / count:.4f} (Hoeffding's bound, false alarm {FALSE_ALARM:g})"
+            )
 
 
 def require_uniform(what: str, values: np.ndarray) -> None:

@@ -28,7 +28,8 @@ from tests.ladder.cases import (
 from tests.ladder.pairwise import Row, pairwise_cover
 from tests.ladder.protocol import Arrays
 
-UPDATES, STOP = 3, 2  # a resumed run is saved and loaded after the second update
+UPDATES, STOP = 4, 2  # a resumed run is saved and loaded after the second update
+PROMPTS = ((3, 5), (9, 4), (8, 6), (7, 2), (1, 6), (5, 8), (2, 9))  # of nine tokens a row
 BASIC = TrainConfig(iters=UPDATES, learning_rate=2.0**-5)
 
 # Factor -> level -> the fields that it sets, of whichever record has them.
@@ -37,11 +38,11 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
     "memory": {"kept": {}, "checkpointed": {"grad_checkpoint": True}},
     "window": {f"{n} micro-batches": {"grad_accumulation_steps": n} for n in (1, 2, 3, 5)},
     "stop": {"uninterrupted": {}, "resumed": {"resumed": True}},
-    "optimizer": {"adamw": {}, "sgd": {"optimizer": "sgd"}},
+    "optimizer": {"adamw": {}, "sgd": {"optimizer": "sgd", "learning_rate": 2.0**-2}},
     "schedule": {
         "constant": {},
         "linear with warmup": {"lr_schedule": "linear", "warmup_steps": 1},
-        "cosine with warmup": {"lr_schedule": "cosine", "warmup_steps": 1},
+        "cosine with warmup": {"lr_schedule": "cosine", "warmup_steps": 2},
     },
     "clipping": {"unclipped": {}, "clipped": {"max_grad_norm": 2.0**-4}},
     "LoRA+": {"one rate": {}, "LoRA+": {"loraplus_lr_ratio": 8.0}},
@@ -106,13 +107,15 @@ def case_with(chosen: Combination) -> Case:
 def windows_of(training: TrainConfig) -> list[list[Batch]]:
     """Micro-batches of one shape, for dropout masks that are given, with unequal numbers of targets.
 
-    The second micro-batch of an update has a row without a target.
+    No two updates have the same number of targets, and some rows have none.
     """
-    prompts = ((3, 5), (9, 4), (8, 6), (1, 6), (7, 2))
     size = training.grad_accumulation_steps
     return [
         [
-            make_batch(random_rows(SPEC.vocab_size, (9, 9), seed=100 * update + n), prompts[n])
+            make_batch(
+                random_rows(SPEC.vocab_size, (9, 9), seed=100 * update + n),
+                PROMPTS[(update + n) % len(PROMPTS)],
+            )
             for n in range(size)
         ]
         for update in range(training.iters)

@@ -74,11 +74,11 @@ def window() -> list[Batch]:
 
 
 def masks_drawn(candidate: Any, p: float, how: str = "train", training: TrainConfig = TRAINING) -> Masks:
-    """Those of every update: the runs of one update, of two, ... differ by the last one's gradient."""
+    """Those of the first updates: the runs of one update, of two, ... differ by the last one's gradient."""
     case = case_with_zero_a(p)
     known = inputs_and_pullbacks(case, candidate.dialect)
     before, updates = case.factors, []
-    for num_updates in range(1, training.iters + 1):
+    for num_updates in range(1, min(training.iters, NUM_UPDATES) + 1):
         trainer = case.build(candidate)
         getattr(trainer, how)([window()] * num_updates, training)
         after = trainer.factors()

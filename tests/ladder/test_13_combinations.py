@@ -28,7 +28,7 @@ from tests.ladder.pairwise import Row
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_a_combination_trains_as_the_reference(judge: Judge, number: int, tmp_path: Path) -> None:
-    """Three updates: the losses, and every factor in the end."""
+    """Four updates: the losses, and every factor in the end."""
     row = claimed(ROWS[number], judge.candidate, judge.ladder.not_claimed)
     chosen = combination(row)
     case = case_with(chosen)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from tests.ladder.climb import RUNGS as RUNGS
 from tests.trainers.mutants import (
+    combinations,
     data,
     equivalences,
     extremes,
@@ -23,6 +24,7 @@ from tests.trainers.mutants import (
     loss,
     ops,
     options,
+    randomness,
     sizes,
     state,
     step,
@@ -38,6 +40,8 @@ GROUPS = (
     step,
     equivalences,
     state,
+    combinations,
+    randomness,
     options,
     files,
     generation,
@@ -46,7 +50,6 @@ GROUPS = (
     data,
     fit,
 )
-QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
 MUTANTS = {mutant.name: mutant for mutant in ALL}
 

@@ -1,4 +1,4 @@
-"""Rungs 10 and 11: gradient accumulation, compilation, checkpointing, dropout; tokens taken for padding."""
+"""Rungs 10, 11 and 14: gradient accumulation, compilation, checkpointing, dropout; tokens for padding."""
 
 from __future__ import annotations
 
@@ -203,26 +203,26 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-never-applied",
-        10,
+        14,
         "The configured dropout is never applied.",
         {"mlx_impl.lora.Dropout.__call__": lambda self, x: x},
         "torchtune#995",
     ),
     Mutant(
         "dropout-not-rescaled",
-        10,
+        14,
         "Dropout does not divide by 1 - p, so the adapter is weaker in training than afterwards.",
         dropped_by(lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, next_key())),
     ),
     Mutant(
         "dropout-keeps-p",
-        10,
+        14,
         "Dropout treats p as the share to keep instead of the share to drop.",
         dropped_by(lambda self, x: x * mx.random.bernoulli(self.p, x.shape, next_key()) / self.p),
     ),
     Mutant(
         "dropout-repeats",
-        10,
+        14,
         "Every dropout mask is drawn from the same key, so each update drops the same elements.",
         dropped_by(
             lambda self, x: x * mx.random.bernoulli(1 - self.p, x.shape, mx.random.key(0)) / (1 - self.p)
