@@ -33,7 +33,7 @@ BATCHINGS = ("plain", "grouped", "packed")
 # For the model of the other rungs, whose vocabulary has 61 tokens. Their inputs add up to 35.
 TO_FIT, HELD_OUT = (9, 3, 12, 5, 2, 7, 4), (6, 11, 3, 8, 5)
 SMALL_FIRST_TOKENS = 41
-FIT_CAPACITY, PACK_CAPACITY = 12, 20
+FIT_CAPACITY, PACK_CAPACITY = 12, 16
 
 Row = tuple[int, ...]  # numbers of examples, from 0
 Order = list[list[list[Row]]]  # of every update, of every micro-batch, its rows
@@ -169,11 +169,11 @@ def packed(case: Case, candidate: Any, examples: Examples) -> Batch:
 
 
 def to_pack() -> dict[str, Examples]:
-    """Examples of unequal lengths; some that begin with eight tokens alike, as under a system prompt; and two
+    """Examples of unequal lengths; some that begin with four tokens alike, as under a system prompt; and two
     that together fill a row with the inputs of a third, which fills another one.
     """
     examples = make_examples(TO_FIT, SMALL_FIRST_TOKENS)
-    prompt = tuple(range(21, 29))
+    prompt = tuple(range(21, 25))
     (half, _), (_, other_flags) = halves = make_examples([PACK_CAPACITY // 2 + 1] * 2, SMALL_FIRST_TOKENS)
     whole = (half[:-1] + half, halves[0][1][:-1] + other_flags)
     return {

@@ -51,10 +51,10 @@ OPTIONAL = {
     "learning_rates": 8,  # (training) -> the learning rate of every update
     "start_at": 8,  # (update): the next run begins as if so many updates had been done, its moments still 0
     "gradient_norms": 8,  # (windows, training) -> the global norm of every update, before clipping
-    "fit": 9,  # (examples, training, num_updates, validation, folder) -> (losses, validation losses)
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
     "set_dropout_masks": 10,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update
+    "fit": 12,  # (examples, training, num_updates, validation, folder) -> (losses, validation losses)
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none

@@ -8,7 +8,6 @@ length of the longest sum is that of a gradient times the number of updates. MLX
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import pytest
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch
 from tests.ladder.cases import Case, one_prompt_batch
-from tests.ladder.examples import BATCHINGS, alone, fitted, fitting, held_out, to_fit, trained_on
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
 
@@ -25,7 +23,6 @@ RUNS = {
     "adamw": TrainConfig(iters=20, learning_rate=0.01, weight_decay=0.1),
     "sgd": TrainConfig(iters=10, learning_rate=0.05, weight_decay=0.1, optimizer="sgd"),
 }
-MIDDLE = 3  # updates of `fit` before a validation that is compared
 SCHEDULED = TrainConfig(iters=6, learning_rate=0.05, optimizer="sgd", lr_schedule="cosine", warmup_steps=2)
 each_run = pytest.mark.parametrize("training", RUNS.values(), ids=RUNS)
 
@@ -75,78 +72,3 @@ def test_the_same_seed_gives_the_same_bits(
     dropping, training = case.with_dropout(dropout), replace(training, iters=4)
     one, other = (trained(dropping.build(candidate), case, training) for _ in range(2))
     judge.same_bits(one, other)
-
-
-@pytest.mark.needs("micro_batches", "fit")
-@pytest.mark.canonical("pad_targets")
-@pytest.mark.parametrize("batching", BATCHINGS)
-def test_fitting_examples_equals_the_reference_on_the_same_examples(
-    case: Case, candidate: Any, judge: Judge, batching: str, tmp_path: Path
-) -> None:
-    """As users train: from examples, validated between updates. The reference gets one example a row.
-
-    It takes them in the order that rung 3 judged. Compared are all losses, the validation losses at the
-    beginning, in the middle and in the end, and the factors.
-    """
-    examples, training = to_fit(), fitting(batching)
-    order = trained_on(candidate, examples, training, case)
-    windows = [[alone([examples[n] for row in batch for n in row]) for batch in window] for window in order]
-    judge.subject = f"examples {order}"
-
-    def expected(trainer: Any) -> Arrays:
-        losses, validations = [], [trainer.evaluate([alone(held_out())])]
-        for part in (windows[:MIDDLE], windows[MIDDLE:]):
-            losses += trainer.train(part, training)
-            validations.append(trainer.evaluate([alone(held_out())]))
-            trainer.save(tmp_path)
-            trainer.load(tmp_path)
-        return {
-            "losses": np.array(losses),
-            "validation losses": np.array(validations),
-            **trainer.factors(),
-        }
-
-    ours = fitted(case.build(candidate), examples, training, held_out())
-    ours["validation losses"] = ours["validation losses"][[0, MIDDLE, -1]]
-    judge.given(ours, case, expected, training.iters * case.longest_sum)
-
-
-@pytest.mark.needs("fit")
-@pytest.mark.parametrize("batching", BATCHINGS)
-def test_validating_between_updates_changes_nothing(
-    case: Case, candidate: Any, judge: Judge, batching: str
-) -> None:
-    """Not the dropout masks, not the mode, not the order: the same losses and factors to the bit."""
-    dropping, training = case.with_dropout(0.25), fitting(batching)
-    without, validated = (
-        fitted(dropping.build(candidate), to_fit(), training, validation) for validation in ((), held_out())
-    )
-    judge.same_bits({name: validated[name] for name in without}, without)
-
-
-@pytest.mark.needs("fit")
-def test_a_validation_drops_nothing(case: Case, candidate: Any, judge: Judge) -> None:
-    """Before the first update it is the reference's loss without dropout; after a few that of the factors."""
-    dropping, training = case.with_dropout(0.25), fitting("plain")
-    ours = fitted(dropping.build(candidate), to_fit(), training, held_out())
-    losses, factors = ours.pop("validation losses"), {n: ours[n] for n in case.factors}
-    judge.given(
-        {"nats": losses[0]}, case, lambda trainer: {"nats": np.array(trainer.evaluate([alone(held_out())]))}
-    )
-    again = replace(dropping, factors=factors).build(candidate).fit(to_fit(), training, 0, held_out())[1]
-    judge.hold([judge.rounded("nats after the run", losses[-1], np.array(again[0]), case.longest_sum)])
-
-
-@pytest.mark.needs("fit")
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_a_validation_weighs_every_target_alike_at_any_batch_size(
-    case: Case, judge: Judge, candidate: Any, size: int
-) -> None:
-    """Examples with unequal numbers of targets, in batches of which the last may be smaller."""
-    training = replace(fitting("plain"), batch_size=size)
-    ours = case.build(candidate).fit(to_fit(), training, 0, held_out())[1]
-    judge.given(
-        {"nats": np.array(ours[0])},
-        case,
-        lambda trainer: {"nats": np.array(trainer.evaluate([alone(held_out())]))},
-    )

@@ -5,13 +5,14 @@ Both train, evaluate, save and resume through `LoRATrainer`, as a user does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +39,6 @@ from mlx_impl.run.merging import Merged, merge, unmerge
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.text.examples import encode_all
 from mlx_impl.text.rows import read_conversations
-from mlx_impl.train import Arrays as StepArrays
 from mlx_impl.train import Loss, StepRecord, apply_mean
 from tests.ladder.protocol import Arrays, Dialect, Examples
 from tests.trainers.exact_ops import in_place_of_production
@@ -203,23 +203,17 @@ class MlxTrainer:
         return [record.loss_nats for record in self.records]
 
     def micro_batches(self, examples: Examples, training: TrainConfig) -> list[list[Batch]]:
-        """Every batch that reaches the step of `LoRATrainer.fit`; the step gets a loss that costs nothing."""
+        """What `LoRATrainer.fit` hands to `fit_windows`, which `train` runs on the ladder's own batches."""
         self.examples = [Example(*example) for example in examples]
-        trainer = self.begin(training, compiled=None)
         windows: list[list[Batch]] = []
-        window: list[Batch] = []
 
-        def noting(batch: Batch) -> StepArrays:
-            window.append(batch)
-            return []
+        def noting(given: Iterable[list[Batch]]) -> Iterator[StepRecord]:
+            windows.extend(given)
+            return iter(())
 
-        def sum_of_factors(model: CausalLM, _: StepArrays) -> tuple[mx.array, mx.array]:
-            return mx.stack([factor.sum() for factor in lora_parameters(model).values()]).sum(), mx.array(1)
-
-        trainer.loss = self.path._replace(to_arrays=noting, batch_loss=sum_of_factors)
-        for _ in trainer.fit(self.examples):
-            windows.append(window.copy())
-            window.clear()
+        trainer = self.begin(training, compiled=None)
+        with patch.object(trainer, "fit_windows", noting):
+            list(trainer.fit(self.examples))
         return windows
 
     def read_examples(self, folder: Path, file: Path, targets: str, max_tokens: int) -> Any:

@@ -50,6 +50,7 @@ GROUPS = (
     data,
     fit,
 )
+QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
 MUTANTS = {mutant.name: mutant for mutant in ALL}
 

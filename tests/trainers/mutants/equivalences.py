@@ -135,7 +135,7 @@ MUTANTS = [
     ),
     Mutant(
         "last-window-dropped",
-        3,
+        10,
         "At the end of the data, an update with fewer micro-batches than the others is dropped.",
         training(full_windows),
         "transformers#14309",
@@ -230,14 +230,14 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-in-evaluation",
-        9,
+        10,
         "Dropout stays on in evaluation.",
         {"mlx_impl.lora.Dropout.__call__": always_dropping},
         trainer=PLAIN,
     ),
     Mutant(
         "dropout-in-validation",
-        9,
+        10,
         "The validation loop forgets to turn dropout off.",
         {"mlx_impl.run.trainer.evaluate": evaluate_in_training},
     ),

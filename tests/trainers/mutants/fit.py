@@ -1,4 +1,4 @@
-"""Rungs 9 and 12: `fit` on examples, validation between updates, saving and resuming within an epoch."""
+"""Rung 12: `fit` on examples, validation between updates, saving and resuming within an epoch."""
 
 from __future__ import annotations
 
@@ -83,31 +83,31 @@ def save_and_reset(self: Any, *given: Any) -> None:
 MUTANTS = [
     Mutant(
         "validation-turns-dropout-off",
-        9,
+        12,
         "After a validation the model stays in evaluation, so the rest of the run has no dropout.",
         evaluating(evaluate_and_stay),
     ),
     Mutant(
         "validation-draws-random-numbers",
-        9,
+        12,
         "Dropout goes on from the last random number drawn, and a validation draws some of them.",
         {**evaluating(evaluate_with_draws), "mlx_impl.train.seed_random": seed_once},
     ),
     Mutant(
         "validation-averages-means",
-        9,
+        12,
         "The validation loss is the mean of the batches' means, so it depends on the batch size.",
         {"mlx_impl.run.trainer.LoRATrainer.evaluate": mean_of_means},
     ),
     Mutant(
         "validation-drops-the-last-batch",
-        9,
+        12,
         "Validation leaves out the batch that is not full.",
         {"mlx_impl.run.trainer.evaluation_batches": whole_batches},
     ),
     Mutant(
         "validation-one-late",
-        9,
+        12,
         "A validation reports the loss of the one before.",
         {"mlx_impl.run.trainer.LoRATrainer.validate": validate_behind},
     ),
