@@ -28,7 +28,7 @@ CATCHES = {  # rung -> bugs that it catches
     "options": "a setting dropped; checkpointing without effect",
     "merge": "merge without scale; unmerge that rounds",
     "files": "a transpose, a scale or a pattern lost in a file",
-    "convergence": "right for a toy size only: a norm, a RoPE table",
+    "convergence": "right for a toy size only",
     "generation": "cache off by one; end of turn ignored",
 }
 RISE, RUN = 33, 17  # pixels of a step

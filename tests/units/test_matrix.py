@@ -37,6 +37,6 @@ def test_of_each_rung_the_largest_share_is_named_with_its_run() -> None:
     assert list(largest_shares(runs)) == [
         "   2 layer          at most  12% of a tolerance (logits), "
         "--draw 0 --blas off ATEN_CPU_CAPABILITY=unset MKL_CBWR=unset",
-        "   8 trajectory     at most  11% of a tolerance (losses), "
+        "   9 trajectory     at most  11% of a tolerance (losses), "
         "--draw 1 --blas auto ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=unset",
     ]
