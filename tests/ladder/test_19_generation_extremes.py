@@ -5,6 +5,7 @@ A trainer may decode prompts in batches and grow its key/value cache in blocks, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests.ladder.cases import Case, Draw, random_rows
-from tests.ladder.extremes import looking_back
+from tests.ladder.extremes import long_rows, looking_back
 from tests.ladder.judge import Judge
 from tests.ladder.test_19_generation import NO_TOKEN, num_decided
 
@@ -57,14 +58,16 @@ def test_each_of_many_prompts_ends_at_its_own_end(case: Case, candidate: Any) ->
 
 @pytest.mark.needs("greedy")
 @pytest.mark.parametrize("length", [60, 252, 508, 1020])
+@pytest.mark.parametrize("make", [long_rows, looking_back], ids=["all tokens", "the last tokens"])
 def test_greedy_tokens_across_a_block_of_the_cache_equal_the_reference(
-    candidate: Any, judge: Judge, length: int
+    candidate: Any, judge: Judge, make: Callable[[], Case], length: int
 ) -> None:
     """Eight tokens from just before 64, 256, 512 or 1,024 tokens; compared while the lead is clear.
 
-    The heads look back a few tokens, so a key that is lost or written twice changes the answer.
+    In one model the answers depend on the whole prompt. In the other they depend on the last few tokens, so a
+    key that is lost or written twice shows.
     """
-    case = looking_back()
+    case = make()
     (prompt,) = random_rows(case.spec.vocab_size, (length,))
     expected = case.build(judge.oracle(torch.float64)).greedy(prompt, 8)
     decided = num_decided(case, prompt + expected, length - 1, judge)
