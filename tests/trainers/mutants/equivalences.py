@@ -249,7 +249,7 @@ MUTANTS = [
     ),
     Mutant(
         "padding-counted-in-the-length",
-        11,
+        5,
         "Rows are truncated to the maximum length on the left after padding, so short rows lose tokens "
         "and keep the padding.",
         {"mlx_impl.run.trainer.FAST": FAST._replace(to_arrays=cut_to_length)},
