@@ -155,12 +155,10 @@ def test_the_second_update_after_a_ruined_one_is_no_number(case: Case, judge: Ju
 def test_an_update_without_targets_is_refused_or_no_number(
     case: Case, candidate: Any, judge: Judge, training: TrainConfig
 ) -> None:
-    """Its loss is 0 / 0, and not a perfect loss of 0. A refusal comes before the factors are ruined."""
+    """Its loss is 0 / 0, and not a perfect loss of 0."""
     trainer, windows = case.build(candidate), [[without_targets(case.batch)]]
     losses = unless_refused(lambda: trainer.train(windows, replace(training, iters=1)))
-    if losses is None:
-        assert all(np.isfinite(factor).all() for factor in trainer.factors().values())
-    else:
+    if losses is not None:
         ours, lost = {"loss": np.array(losses[0])}, {"loss": np.array(True)}
         judge.report(lambda: require_none_finite("the loss over no target", ours, lost))
 

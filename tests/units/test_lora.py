@@ -186,3 +186,16 @@ def test_a_seed_repeats_a_run_to_the_bit() -> None:
     """The initial adapter, the order of the examples and dropout follow from the seed."""
     assert run(seed=1, disturbance=7) == run(seed=1, disturbance=8)
     assert run(seed=1, disturbance=7) != run(seed=2, disturbance=7)
+
+
+@fast_and_plain
+def test_a_window_without_a_target_is_refused_before_the_update(plain: bool) -> None:
+    """Its mean loss would be 0 / 0; the factors are as they were, to the bit."""
+    trainer = LoRATrainer(CausalLM(SPEC), LoRAConfig(), TrainConfig(iters=1), plain=plain)
+    before = {name: np.array(value) for name, value in lora_parameters(trainer.model).items()}
+    (batch, *_) = next(iter(training_windows(EXAMPLES, TrainConfig(iters=1))))
+    nothing = batch._replace(mask_BT=np.zeros_like(batch.mask_BT))
+    with pytest.raises(ValueError, match="at least one target"):
+        list(trainer.fit_windows([[nothing]]))
+    for name, value in lora_parameters(trainer.model).items():
+        np.testing.assert_array_equal(value, before[name])

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_impl.files.quantized import plain_module
-from mlx_impl.lora import lora_layers
+from mlx_impl.lora import LoRALinear, lora_layers
 from mlx_impl.run.merging import Merged, merge
 from mlx_impl.run.state import load_arrays, state_arrays
 from mlx_impl.run.trainer import LoRATrainer
@@ -56,6 +56,12 @@ def resume_unfrozen(self: Any, *arguments: Any) -> None:
 
 def delta(of: Callable[[Any], mx.array], kind: str = "LoRALinear") -> Patches:
     return {f"mlx_impl.lora.{kind}.delta_OI": of}
+
+
+def without_transpose(self: Any) -> mx.array:
+    """Of LoRA alone: DoRA needs the sum for its forward pass too."""
+    sum_IO, shape_OI = self.lora_a @ self.lora_b, self.linear.weight.shape
+    return self.scale * (sum_IO.reshape(shape_OI) if type(self) is LoRALinear else sum_IO.T)
 
 
 def seeded_by_the_process(*arguments: Any, **more: Any) -> Iterator[Any]:
@@ -168,7 +174,7 @@ MUTANTS = [
         "merge-without-transpose",
         16,
         "Merging adds A B without the transpose.",
-        delta(lambda self: self.scale * (self.lora_a @ self.lora_b).reshape(self.linear.weight.shape)),
+        delta(without_transpose),
         "microsoft/LoRA#34",
     ),
     Mutant(

@@ -278,7 +278,7 @@ MUTANTS = [
     ),
     Mutant(
         "schedule-not-used",
-        9,
+        8,
         "The schedule is accepted and logged, but never reaches the optimizer.",
         {"mlx_impl.train.learning_rate_of": lambda step, config: config.learning_rate},
         "Soup#683",
