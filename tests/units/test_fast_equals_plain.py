@@ -158,7 +158,7 @@ def test_with_a_real_vocabulary_in_chunks_of_four_targets_too(monkeypatch: pytes
     require_exact(case, partial(one_step, batch_name="a shared prefix"))
 
 
-@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_with_quantized_weights_too(bits: int, variant: str) -> None:
     """Plain in float64 has the dequantized weights."""

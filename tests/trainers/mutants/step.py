@@ -260,7 +260,7 @@ MUTANTS = [
     ),
     Mutant(
         "gradients-not-reset",
-        9,
+        8,
         "Gradients are not reset, so those of earlier updates are added to the next ones.",
         with_add_up(never_reset),
     ),
