@@ -129,6 +129,15 @@ class Judge:
             replay = f"{divergence}\n  replay: {self.ladder.replay(self.nodeid)}"
             raise Divergence(replay, divergence.times_tolerance) from None
 
+    def claim(self, holds: bool, message: str) -> None:
+        __tracebackhide__ = True
+
+        def judgement() -> None:
+            if not holds:
+                raise Divergence(message)
+
+        self.report(judgement)
+
     @property
     def title(self) -> str:
         return self.nodeid.rpartition("::")[2] + f" ({self.subject})" * bool(self.subject)
