@@ -50,7 +50,8 @@ def generate(
 ) -> Iterator[int]:
     """The answer's tokens as they come; a stop token ends it and is not yielded.
 
-    `choose` maps logits_BV to the next token of each row. Raises ValueError for an empty prompt.
+    `choose` maps logits_BV to the next token of each row. Raises ValueError for an empty prompt, and for
+    logits that are not finite: the argmax of NaN is some token, often 0.
     """
     if not prompt:
         raise ValueError("the prompt must have at least one token, got none")
@@ -73,6 +74,9 @@ def next_tokens(
 ) -> mx.array:
     """The next token of each row, after these tokens have been read into the caches."""
     x_BTD = model.model(tokens_BT, caches=caches)
-    next_B = choose(model.head(x_BTD[:, -1]))
-    mx.eval(next_B)
+    logits_BV = model.head(x_BTD[:, -1])
+    next_B, are_finite = choose(logits_BV), mx.isfinite(logits_BV).all()
+    mx.eval(next_B, are_finite)
+    if not are_finite:
+        raise ValueError("logits must be finite, got infinity or NaN")
     return next_B

@@ -27,11 +27,16 @@ def generate(
     stop_ids: Collection[int],
     choose: Callable[[Tensor], Tensor] = most_likely,
 ) -> Iterator[int]:
-    """The answer's tokens as they come; a stop token ends it and is not yielded."""
+    """The answer's tokens as they come; a stop token ends it and is not yielded.
+
+    Raises ValueError for logits that are not finite: the argmax of NaN is some token, often 0.
+    """
     tokens = list(prompt)
     with in_evaluation(model):
         for _ in range(max_tokens):
             logits_V = model(torch.tensor([tokens]))[0, -1]
+            if not logits_V.isfinite().all():
+                raise ValueError("logits must be finite, got infinity or NaN")
             token = int(choose(logits_V))
             if token in stop_ids:
                 return

@@ -13,6 +13,7 @@ import pytest
 
 from tests.derived import within
 from tests.ladder.cases import Case, every_variant, merged_weights
+from tests.ladder.extremes import ENDS, require_lost, with_number
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
 
@@ -55,3 +56,13 @@ def test_unmerging_restores_every_byte(case: Case, candidate: Any, judge: Judge)
     restored = {**trainer.base(), **trainer.factors()}
     judge.same_bits(restored, {**case.weights, **case.factors})
     judge.same_bits({"logits": trainer.logits(case.batch.inputs_BT)}, {"logits": before})
+
+
+@pytest.mark.needs("merge")
+@pytest.mark.parametrize("number", ENDS.values(), ids=ENDS)
+def test_a_number_that_ends_in_a_factor_reaches_the_merged_weight(
+    case: Case, judge: Judge, number: float
+) -> None:
+    """Or the merge is refused."""
+    ruined = with_number(case, "model.layers.0.self_attn.o_proj.lora_b", number)
+    require_lost(judge, ruined, lambda trainer: merged_logits(trainer, case), f"{number} in a B")

@@ -20,7 +20,9 @@ from tests.ladder.judge import Judge
 
 NUM_TOKENS = 20
 NO_TOKEN = -1  # an end token that never occurs
-each_case = pytest.mark.parametrize("case", ["untied", "tied", "llama3 rope"], indirect=True)
+each_case = pytest.mark.parametrize(
+    "case", ["untied", "tied", "llama3 rope", "sliding window"], indirect=True
+)
 
 
 def prompt_of(case: Case) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.ladder.cases import Case, Draw, random_rows
-from tests.ladder.extremes import long_rows, looking_back
+from tests.ladder.extremes import ENDS, long_rows, looking_back, unless_refused, with_number
 from tests.ladder.judge import Judge
 from tests.ladder.test_19_generation import NO_TOKEN, num_decided
 
@@ -39,6 +39,7 @@ def test_each_of_many_prompts_gets_the_answer_that_it_gets_alone(
 
 
 @pytest.mark.needs("greedy", "greedy_all")
+@pytest.mark.parametrize("case", ["untied", "sliding window"], indirect=True)
 def test_very_unequal_prompts_get_the_answers_that_they_get_alone(case: Case, candidate: Any) -> None:
     """From one token to 129: neither padding nor a long neighbour changes an answer."""
     trainer, prompts = case.build(candidate), random_rows(case.spec.vocab_size, (129, 1, 40, 2))
@@ -89,3 +90,28 @@ def test_no_prompt_has_no_answer(case: Case, candidate: Any) -> None:
     trainer = case.build(candidate)
     assert trainer.greedy_all([], 3, NO_TOKEN) == []
     assert np.array(trainer.greedy_all([[5, 7], [2, 3]], 0, NO_TOKEN)).size == 0
+
+
+@pytest.mark.needs("greedy")
+@pytest.mark.parametrize("number", ENDS.values(), ids=ENDS)
+def test_a_model_whose_logits_are_not_finite_gives_no_answer(
+    case: Case, candidate: Any, judge: Judge, number: float
+) -> None:
+    """The argmax of NaN is some token, often 0: an answer of exclamation marks. It must be refused."""
+    trainer = with_number(case, "model.norm.weight", number).build(candidate)
+    require_refused(judge, lambda: trainer.greedy([5, 7], 3))
+
+
+@pytest.mark.needs("greedy_all")
+@pytest.mark.parametrize("number", ENDS.values(), ids=ENDS)
+def test_one_row_whose_logits_are_not_finite_is_refused_too(
+    case: Case, candidate: Any, judge: Judge, number: float
+) -> None:
+    """Only the embedding of a token in the second prompt is ruined."""
+    trainer = with_number(case, "model.embed_tokens.weight", number, (3, 0)).build(candidate)
+    require_refused(judge, lambda: trainer.greedy_all([[5, 7], [2, 3]], 3, NO_TOKEN))
+
+
+def require_refused(judge: Judge, act: Callable[[], object]) -> None:
+    answer = unless_refused(act)
+    judge.claim(answer is None, f"logits that are not finite must be refused, got the answer {answer}")

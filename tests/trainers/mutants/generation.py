@@ -10,9 +10,9 @@ import mlx.nn as nn
 
 from mlx_impl.fast import cpu_ops
 from mlx_impl.fast.decode import before_stop, generate_all
-from mlx_impl.generate import KeyValueCache, generate
+from mlx_impl.generate import KeyValueCache, generate, most_likely
 from mlx_impl.lora import lora_layers
-from mlx_impl.model import rope_frequencies
+from mlx_impl.model import attention_mask, rope_frequencies
 from mlx_impl.ops import rms_norm
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.mutants.mutant import Mutant
@@ -53,6 +53,14 @@ def forgetting_the_first(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple
 
 
 extend = KeyValueCache.extend
+
+
+def whatever_the_logits(model: Any, tokens_BT: mx.array, caches: Any, choose: Any = most_likely) -> mx.array:
+    return choose(model.head(model.model(tokens_BT, caches=caches)[:, -1]))
+
+
+def without_window_in_decoding(T: int, offset: int, window: int | None, segment_BT: Any) -> mx.array | None:
+    return None if T == 1 else attention_mask(T, offset, window, segment_BT)
 
 
 def greedy_of_the_base(self: Any, prompt: list[int], num_tokens: int) -> list[int]:
@@ -120,6 +128,19 @@ MUTANTS = [
         19,
         "The key/value cache silently keeps only the last 16 tokens.",
         {"mlx_impl.generate.KeyValueCache.extend": forgetting_the_first},
+    ),
+    Mutant(
+        "window-not-in-decoding",
+        19,
+        "Once the cache is used, a new token attends all tokens, also those outside the attention window.",
+        {"mlx_impl.model.attention_mask": without_window_in_decoding},
+        cases=("sliding window",),
+    ),
+    Mutant(
+        "answers-from-nan",
+        19,
+        "The logits are NaN, and generation answers with the argmax all the same: token 0, again and again.",
+        {f"mlx_impl.{module}.next_tokens": whatever_the_logits for module in ("generate", "fast.decode")},
     ),
     Mutant(
         "sampled-for-greedy",

@@ -19,7 +19,7 @@ from mlx_impl.train import seed_random, train
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.mutants.mutant import Mutant, Patches, training
 
-load, resume = MlxTrainer.load, LoRATrainer.resume
+load, resume, delta_OI = MlxTrainer.load, LoRATrainer.resume, LoRALinear.delta_OI
 
 
 def restored(keep: Callable[[str], bool]) -> Patches:
@@ -78,6 +78,10 @@ def merge_in_half(model: Any) -> Merged:
         plain = plain_module(layer.linear, half_OI.astype(mx.float32))
         dict(model.named_modules())[name].weight = plain.weight
     return merged
+
+
+def without_nan(self: Any) -> mx.array:
+    return mx.nan_to_num(delta_OI(self), posinf=0.0, neginf=0.0)
 
 
 def merge_and_keep(model: Any) -> Merged:
@@ -190,6 +194,12 @@ MUTANTS = [
         "Merging adds in bfloat16, where most of the update is smaller than the rounding of the weight.",
         {"tests.trainers.mlx_impl.merge": merge_in_half},
         "peft#1388",
+    ),
+    Mutant(
+        "merge-hides-nan",
+        16,
+        "NaN in the merged weights is replaced by 0, so a diverged adapter seems to be merged well.",
+        {"mlx_impl.lora.LoRALinear.delta_OI": without_nan},
     ),
     Mutant(
         "merged-and-still-active",
