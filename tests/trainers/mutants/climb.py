@@ -135,12 +135,19 @@ def noting(original: Any, claims: set[str]) -> Any:
 
 @functools.cache
 def sound(trainer: str) -> tuple[Climb, Touched]:
-    """The result of the sound trainer, and which claims call which replaced name."""
+    """The result of the sound trainer up to its mutants' highest rung, and which claims call which name."""
     touched: Touched = defaultdict(set)
     with spied(trainer, touched):
-        mutants = (mutant for mutant in planted().values() if mutant.trainer == trainer)
-        result = climb(trainer, RUNGS, {case for mutant in mutants for case in mutant.cases})
+        mutants = [mutant for mutant in planted().values() if mutant.trainer == trainer]
+        cases = {case for mutant in mutants for case in mutant.cases}
+        result = climb(trainer, rungs_of(trainer), cases)
     return result, touched
+
+
+def rungs_of(trainer: str) -> list[int]:
+    """Up to the highest that a planted mutant of this trainer belongs to."""
+    highest = max(mutant.rung for mutant in planted().values() if mutant.trainer == trainer)
+    return [rung for rung in RUNGS if rung <= highest]
 
 
 def first_failure(mutant: Mutant) -> Failure | None:
