@@ -57,7 +57,7 @@ def frequencies_by_wavelengths(config: ModelConfig) -> tuple[float, ...]:
 
 
 def packed_with_a_flag(examples: Sequence[Example], rows: Sequence[tuple[int, ...]]) -> Batch:
-    batch = make_packed_batch(examples, rows)
+    batch: Any = make_packed_batch(examples, rows)
     return batch._replace(segment_BT=np.where(batch.segment_BT < 0, -1, batch.segment_BT % 2))
 
 
@@ -79,7 +79,7 @@ def kept_by_mask(batch: Batch) -> KeptPositions | None:
 
 
 def prefix_of_two_rows(batch: Batch, is_needed_BT: np.ndarray) -> int:
-    rows = np.flatnonzero(is_needed_BT[:, 0])[[0, -1]] if is_needed_BT[:, 0].any() else []
+    rows: Any = np.flatnonzero(is_needed_BT[:, 0])[[0, -1]] if is_needed_BT[:, 0].any() else []
     segment_BT = None if batch.segment_BT is None else batch.segment_BT[rows]
     two = batch._replace(inputs_BT=batch.inputs_BT[rows], segment_BT=segment_BT)
     return shared_prefix_length(two, is_needed_BT[rows]) if len({*rows}) == 2 else 0
@@ -125,7 +125,7 @@ def dropped_in_256ths(self: Any, x: mx.array) -> mx.array:
     return x * mx.random.bernoulli(1 - round(self.p * 256) / 256, x.shape, next_key()) / (1 - self.p)
 
 
-def every_state_kept(self: FiniteGuard, window: list[Batch], record: Any) -> None:
+def every_state_kept(self: Any, window: list[Batch], record: Any) -> None:
     CHECK(self, window, record)
     self.history = [*getattr(self, "history", []), (self.updates_done, self.now)]
 
