@@ -6,6 +6,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,13 @@ def some(
     ]
 
 
+DEFAULT_LORA: Settings = {"rank": 4}
+
+
 def trainer(model: Settings | None = None, lora: Settings | None = None, **training: Any) -> LoRATrainer:
     switches = {name: training.pop(name) for name in ("plain", "compiled") if name in training}
     settings = TrainConfig(**{"iters": 4, "batch_size": 3, "learning_rate": 0.02} | training)
-    return LoRATrainer(tiny(**model or {}), LoRAConfig(**{"rank": 4} | (lora or {})), settings, **switches)
+    return LoRATrainer(tiny(**model or {}), LoRAConfig(**DEFAULT_LORA | (lora or {})), settings, **switches)
 
 
 def factors(model: CausalLM) -> np.ndarray:
@@ -103,14 +107,12 @@ def adapter(examples: list[Example], **settings: Any) -> np.ndarray:
 
 def after_nan(examples: list[Example], stop: int = 0) -> list[float]:
     """The step and the norm of the factors after a huge weight decay ruined a run, resumed at `stop`."""
-    settings = {"weight_decay": 1e9, "iters": 20}
+    settings: dict[str, Any] = {"weight_decay": 1e9, "iters": 20}
     run = trainer(**settings)
     if stop:
         run = resumed(run, examples, stop, settings)
-    try:
+    with suppress(NotFinite):
         list(run.fit(examples))
-    except NotFinite:
-        pass
     return [run.step, float(np.linalg.norm(factors(run.model)))]
 
 
@@ -316,7 +318,7 @@ def distance(one: Any, other: Any) -> float:
             return 1.0
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             return float(not np.array_equal(a, b, equal_nan=True))
-        return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-9))
+        return float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(a)), 1e-9)
     return float(one != other)
 
 

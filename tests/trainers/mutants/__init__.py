@@ -6,10 +6,10 @@ the public bug that it stands for. `tests/trainers/test_mutants.py` plants them 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 from tests.ladder.climb import RUNGS as RUNGS
+from tests.nightly import IS_NIGHTLY
 from tests.trainers.mutants import (
     combinations,
     data,
@@ -66,7 +66,7 @@ def quick() -> dict[str, Mutant]:
 
 def planted() -> dict[str, Mutant]:
     """All mutants with HYPOTHESIS_PROFILE=nightly, otherwise the quick selection."""
-    return MUTANTS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else quick()
+    return MUTANTS if IS_NIGHTLY else quick()
 
 
 def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:

@@ -242,8 +242,13 @@ def remember_peak(self: Any, config: Any, real: Any = optim.LoRAOptimizer.__init
 def tokens_of_the_last(*args: Any, **more: Any) -> Any:
     model, optimizer, windows, *others = args
     seen: list[Any] = []
-    watched = (seen.append(window) or window for window in windows)
-    for record in train.train(model, optimizer, watched, *others, **more):
+
+    def watched() -> Any:
+        for window in windows:
+            seen.append(window)
+            yield window
+
+    for record in train.train(model, optimizer, watched(), *others, **more):
         yield replace(record, num_tokens=seen[-1][-1].num_tokens)
 
 
