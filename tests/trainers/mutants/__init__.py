@@ -20,6 +20,8 @@ from tests.trainers.mutants import (
     forward,
     generation,
     gradient,
+    held_out,
+    held_out_again,
     layer,
     loss,
     ops,
@@ -49,6 +51,8 @@ GROUPS = (
     extremes,
     data,
     fit,
+    held_out,
+    held_out_again,
 )
 QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
