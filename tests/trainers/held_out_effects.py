@@ -1,4 +1,4 @@
-"""For every bug in `held_out.py` what a user sees without it and with it: `python -m tests.trainers.held_out_effects`."""
+"""What a user sees with each bug of `held_out.py`: `python -m tests.trainers.held_out_effects`."""
 
 from __future__ import annotations
 
