@@ -200,7 +200,6 @@ def answers_to_chats() -> list[list[int]]:
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
 
 EFFECTS: dict[str, Callable[[], Any]] = {
-    "logsumexp-padded-with-zeros": partial(losses, plain=True, model={"vocab_size": 700}),
     "llama3-blends-wavelengths": partial(
         losses, [40] * 4, model={"rope_scaling": LLAMA3, "rope_theta": 10.0}
     ),
@@ -224,7 +223,6 @@ EFFECTS: dict[str, Callable[[], Any]] = {
     "a-bounded-by-the-packed-width": size_of_initial_a,
     "dropout-in-256ths": changed_by_rare_dropout,
     "every-state-kept": states_held,
-    "merged-and-quantized-again": losses_around_a_merge,
     "record-written-once": losses_around_a_file,
     "window-forgotten-by-the-cache": answer_with_a_window,
     "stopped-by-the-prompt": answers_to_chats,

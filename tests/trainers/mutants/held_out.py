@@ -136,22 +136,23 @@ LAYOUT = (
     ),
     Mutant(
         "packed-without-window",
-        13,
+        5,
         "The mask of packed rows replaces the sliding window instead of narrowing it.",
         {
             "mlx_impl.fast.forward.attention_mask": mask_without_packed_window,
             "mlx_impl.model.attention_mask": mask_without_packed_window,
         },
+        cases=("sliding window",),
     ),
     Mutant(
         "packed-segments-kept-by-shape",
-        9,
+        5,
         "The segments of packed rows are kept for the next batch of the same shape, cut elsewhere.",
         {"mlx_impl.run.trainer.FAST": forward.FAST._replace(to_arrays=arrays_with_sent_segments)},
     ),
     Mutant(
         "kept-positions-kept-by-shape",
-        9,
+        5,
         "The layout of a batch is kept for the next one of the same shape and number of targets.",
         {"mlx_impl.run.trainer.FAST": forward.FAST._replace(to_arrays=arrays_with_sent_kept)},
     ),
@@ -273,6 +274,7 @@ UPDATES = (
         2,
         "The norms of queries and keys are one module, so the weight that is loaded last serves both.",
         {"mlx_impl.model.Attention.__init__": one_norm},
+        cases=("qk norm",),
     ),
     Mutant(
         "logsumexp-padded-with-zeros",
@@ -289,27 +291,29 @@ UPDATES = (
     ),
     Mutant(
         "num-layers-lost-with-an-expression",
-        13,
+        17,
         "Where the targets are an expression, num_layers is not applied and all layers get an adapter.",
         {"mlx_impl.lora.select_targets": select_by_expression},
     ),
     Mutant(
         "scales-in-equal-shares",
-        13,
+        5,
         "Linears of one input get their scales as if all had the same rank, which a pattern may change.",
         {"mlx_impl.fast.projection.times_scale": equal_shares},
+        cases=("patterns",),
     ),
     Mutant(
         "quantized-base-detached",
-        13,
+        15,
         "A quantized base passes no gradient to its input, so lower layers learn through adapters alone.",
         {"mlx_impl.lora.LoRALinear.__call__": quantized_base_detached},
     ),
     Mutant(
         "magnitude-not-decayed",
-        13,
+        8,
         "The magnitudes of DoRA are left out of the weight decay, as vectors are elsewhere.",
         {"mlx_impl.fast.vectors.VectorOptimizer.update": magnitude_not_decayed},
+        cases=("dora",),
     ),
     Mutant(
         "decay-by-the-peak-rate",
@@ -340,7 +344,7 @@ UPDATES = (
     ),
     Mutant(
         "checkpointed-layers-share-masks",
-        10,
+        14,
         "The random state does not move on after a checkpointed block, so all blocks draw the same masks.",
         {"mlx_impl.recompute.RandomKeys.pass_on": lambda self: None},
     ),
@@ -517,15 +521,16 @@ RUNS = (
     ),
     Mutant(
         "loaded-adapter-begins-again",
-        12,
+        5,
         "A new trainer on a model with an adapter sets every B to zero, and what it had learned is lost.",
         {"mlx_impl.run.trainer.LoRATrainer.__init__": begun_again},
     ),
     Mutant(
         "dora-length-of-the-first-evaluation",
-        13,
+        9,
         "The lengths of DoRA's rows are kept at the first evaluation, and later ones use them again.",
         {"mlx_impl.lora.DoRALinear.length_O": length_once},
+        cases=("dora",),
     ),
     Mutant(
         "evaluation-leaves-dropout-on",
@@ -544,10 +549,11 @@ RUNS = (
         16,
         "A merged linear has lost its bias.",
         {"mlx_impl.run.merging.plain_module": plain_without_bias},
+        cases=("qkv bias",),
     ),
     Mutant(
         "merged-and-quantized-again",
-        16,
+        15,
         "A merged weight of a quantized base is quantized again, and a small update is rounded away.",
         {"mlx_impl.run.merging.plain_module": quantized_as_before},
     ),
@@ -556,12 +562,14 @@ RUNS = (
         16,
         "Unmerging freezes the base again, and with it the magnitudes of DoRA.",
         {"mlx_impl.run.merging.tree_unflatten": put_back_frozen},
+        cases=("dora",),
     ),
     Mutant(
         "dora-not-saved",
         17,
         "The record of an adapter file says that it is not DoRA, so its magnitudes have no place.",
         {"mlx_impl.files.formats.peft.to_record": record_without_dora},
+        cases=("dora",),
     ),
     Mutant(
         "causal-from-the-top-left",
@@ -574,6 +582,7 @@ RUNS = (
         19,
         "A single token behind a cache gets no mask, and so sees beyond the sliding window.",
         {"mlx_impl.model.attention_mask": mask_of_many},
+        cases=("sliding window",),
     ),
     Mutant(
         "ended-by-the-prompt",
