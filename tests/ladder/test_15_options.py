@@ -122,7 +122,10 @@ def test_gradient_accumulation_holds_one_micro_batch_at_a_time(candidate: Any, j
 
 @pytest.mark.needs("peak_bytes")
 def test_a_long_run_holds_no_more_than_a_short_one(candidate: Any, judge: Judge) -> None:
-    """Nothing of an update is kept: neither its factors, nor its moments, nor its graph."""
+    """Nothing of an update is kept: neither its factors, nor its moments, nor its graph.
+
+    Memory that is freed late may add a little, but not a quarter of the factors of twenty updates.
+    """
     case = memory_case(num_hidden_layers=FEW)
     (batch,) = micro_batches(1, 1, 4)
     few, many = (
@@ -130,7 +133,7 @@ def test_a_long_run_holds_no_more_than_a_short_one(candidate: Any, judge: Judge)
         for number in (4, 24)
     )
     factors = sum(4 * factor.size for factor in case.factors.values())
-    at_most("bytes of 24 updates", many, few + factors, "those of 4 and once the factors'")
+    at_most("bytes of 24 updates", many, few + 5 * factors, "those of 4 and five times the factors'")
 
 
 @pytest.mark.needs("peak_bytes")

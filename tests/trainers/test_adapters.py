@@ -33,7 +33,7 @@ def test_the_plain_pattern_climbs() -> None:
 
     With the nightly profile, on every case, and convergence too.
     """
-    cases = None if IS_NIGHTLY else ["untied", "lora", "dora"]
+    cases = None if IS_NIGHTLY else ["untied", "dora"]
     ladder = climb("plain", *([] if IS_NIGHTLY else ["-m", "not slow"]), cases=cases)
     assert ladder.first_divergence is None, ladder.first_divergence
     assert all(ladder.outcomes[rung]["passed"] for rung in RUNGS if rung != 18 or IS_NIGHTLY)
