@@ -175,5 +175,6 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def require_seed(name: str, seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{name} must be at least 0 and less than 2**63, got {seed}")
+    """ValueError unless it has 32 bits: NumPy would take a longer one for several seeds."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{name} must be at least 0 and less than 2**32, got {seed}")

@@ -50,6 +50,8 @@ def generate(
 ) -> Iterator[int]:
     """The answer's tokens as they come; a stop token ends it and is not yielded.
 
+    Until the iterator has ended, or is closed, the model is in evaluation.
+
     `choose` maps logits_BV to the next token of each row. Raises ValueError for an empty prompt, and for
     logits that are not finite: the argmax of NaN is some token, often 0.
     """

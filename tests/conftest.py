@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.nightly import IS_NIGHTLY
+
 # A rung is blocked by a failure below it, and climbs share the reference's results: those of a group run in
 # one process.
 TOGETHER = {
@@ -37,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before a trainer is imported, and MLX with it
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nightly: only with HYPOTHESIS_PROFILE=nightly (tox -e nightly)")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup and a shell's & leave ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     blas, device = config.getoption("--blas"), config.getoption("--device")
@@ -50,6 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if not mx.is_available(mx.Device(getattr(mx, device))):
             raise pytest.UsageError(f"--device must be one that MLX has here, got {device!r}")
         mx.set_default_device(getattr(mx, device))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """More of the same, which takes minutes, is left to the night."""
+    left_out = [] if IS_NIGHTLY else [item for item in items if item.get_closest_marker("nightly")]
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ class LoRATrainer:
         Raises NotFinite, and saves nothing, when the last update has ruined the adapter.
         """
         self.require_adapter()
-        self.confirm(examples[: self.training.batch_size])
+        with_target = (example for example in examples if any(example.is_target[1:]))
+        self.confirm(list(islice(with_target, self.training.batch_size)))
         progress = Progress(self.step, self.validation, self.identity(examples))
         if self.ranks is None or self.ranks.rank == 0:
             save_state(path, state_arrays(self.model, self.optimizer), progress)

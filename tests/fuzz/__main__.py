@@ -37,8 +37,8 @@ def main(target: str, folder: Path, only: int | None = None) -> None:
     limit_memory()
     signal.signal(signal.SIGALRM, hang)
     refused = 0
-    times, seed = int(os.environ.get("FUZZ_TIMES", "1")), os.environ.get("FUZZ_SEED", "")
-    for case in range(times * spec.num_cases) if only is None else (only,):
+    times, seed = float(os.environ.get("FUZZ_TIMES", "1")), os.environ.get("FUZZ_SEED", "")
+    for case in range(round(times * spec.num_cases)) if only is None else (only,):
         rng = random.Random(zlib.crc32(f"{target} {case}{seed}".encode()))
         mutation = spec.mutations[case % len(spec.mutations)]
         file.write_bytes(mutation(valid, rng))

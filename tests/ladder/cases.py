@@ -185,6 +185,22 @@ def one_prompt_batch(vocab_size: int) -> Batch:
     return make_batch([prompt + reply for reply in replies], (11, 12, 10))
 
 
+def common_beginnings(vocab_size: int) -> dict[str, Batch]:
+    """Rows of which some begin with the same ten tokens."""
+    prompt, *replies = random_rows(vocab_size, (10, 3, 7, 5))
+    others = random_rows(vocab_size, (13, 14, 12), seed=47)
+    same = [prompt + reply for reply in replies]
+    prompts = (11, 12, 10)
+    return {
+        "all rows": make_batch(same, prompts),
+        "all rows, with targets in the beginning": make_batch(same, (4, 11, 6)),
+        "the first and the last row": make_batch([same[0], others[1], same[2]], prompts),
+        "the first two rows": make_batch([same[0], same[1], others[2]], prompts),
+        "all rows but the first": make_batch([others[0], same[1], same[2]], prompts),
+        "all rows, one of which is no longer": make_batch([same[0], prompt[:-1], same[2]], (11, 5, 10)),
+    }
+
+
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """These rows of a batch, at its full width. Only padding is 0, so the nonzero inputs are the tokens."""
     inputs_BT, targets_BT, mask_BT = (array[list(rows)] for array in batch[:3])

@@ -109,7 +109,9 @@ RULES: dict[str, Rule] = {
         "a list of token numbers for each prompt",
         lambda answer, _, prompts, *rest: len(answer) == len(prompts) and all(map(are_tokens, answer)),
     ),
-} | dict.fromkeys(("train", "train_compiled", "train_checkpointed", "gradient_norms"), EACH_UPDATE)
+} | dict.fromkeys(
+    ("train", "train_compiled", "train_checkpointed", "token_counts", "gradient_norms"), EACH_UPDATE
+)
 
 
 def described(answer: Any) -> str:

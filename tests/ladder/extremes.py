@@ -146,7 +146,7 @@ def with_ruined_token(case: Case, number: float) -> tuple[Case, Batch]:
     """A token with NaN or infinity in its embedding, and a batch whose first row begins with that token."""
     batch = case.batch
     seen = {*batch.inputs_BT.flatten().tolist(), *batch.targets_BT.flatten().tolist()}
-    token = min(set(range(1, case.spec.vocab_size)) - seen)
+    token = max(set(range(1, case.spec.vocab_size)) - seen)
     inputs_BT = batch.inputs_BT.copy()
     inputs_BT[0, 0] = token
     return with_number(case, "model.embed_tokens.weight", number, (token, 0)), batch._replace(
@@ -162,6 +162,10 @@ def unless_refused(act: Callable[[], T]) -> T | None:
         raise
     except REFUSALS:
         return None
+
+
+def is_refused(act: Callable[[], object]) -> bool:
+    return unless_refused(lambda: (act(),)) is None
 
 
 def lost_in_the_reference(judge: Judge, case: Case, act: Callable[[Any], Mapping[str, Any]]) -> Arrays:

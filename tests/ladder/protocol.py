@@ -50,6 +50,7 @@ OPTIONAL = {
     "apply_gradients": 8,  # (gradients of each update, training): schedule and optimizer alone, no clipping
     "learning_rates": 8,  # (training) -> the learning rate of every update
     "start_at": 8,  # (update): the next run begins as if so many updates had been done, its moments still 0
+    "token_counts": 8,  # (windows, training) -> the number of input tokens that every update reports
     "gradient_norms": 8,  # (windows, training) -> the global norm of every update, before clipping
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
@@ -57,14 +58,19 @@ OPTIONAL = {
     "fit": 12,  # (examples, training, num_updates, validation, folder) -> (losses, validation losses)
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
+    "validation_losses": 12,  # () -> those of the whole run so far, by the number of updates done
+    "require_same_run": 12,  # (folder, examples, training): refuses to resume the saved run with others
+    "dropout_is_on": 14,  # () -> whether the model drops inputs now
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
     "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before
     "in_bfloat16": 15,  # a class-level context manager: trainers built inside have their base in bfloat16
+    "in_4_bits": 15,  # the same, for linears quantized to 4 bits; `base` returns the weights dequantized
     "merge": 16,  # (): adds the factors into the base; `base` then returns the merged weights
     "unmerge": 16,  # (): restores base and factors
     "save_adapter": 17,  # (folder): writes PEFT's adapter_config.json and adapter_model.safetensors
     "load_adapter": 17,  # (folder): puts PEFT's adapter in these files into a trainer that has none
     "greedy": 19,  # (prompt, num_tokens) -> token numbers
+    "sample": 19,  # (logits_V, temperature, top_p, number) -> so many tokens drawn from them
     "greedy_all": 19,  # (prompts, num_tokens, end) -> token numbers of each prompt, up to its token `end`
 }
 

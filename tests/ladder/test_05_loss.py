@@ -17,7 +17,16 @@ import torch
 
 from mlx_impl.data import Batch
 from tests.derived import within
-from tests.ladder.cases import PROMPT_COUNTS, TOKEN_COUNTS, Case, every_case, make_batch, random_rows, rows_of
+from tests.ladder.cases import (
+    PROMPT_COUNTS,
+    TOKEN_COUNTS,
+    Case,
+    common_beginnings,
+    every_case,
+    make_batch,
+    random_rows,
+    rows_of,
+)
 from tests.ladder.examples import alone, packed, to_pack
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
@@ -112,6 +121,12 @@ def test_a_row_without_targets_adds_nothing_to_the_loss(case: Case, judge: Judge
         (case, lambda trainer: sum_and_count(trainer, masked)),
         (case, lambda trainer: sum_and_count(trainer, rows_of(masked, [0, 2]))),
     )
+
+
+def test_the_loss_of_rows_with_a_common_beginning_equals_the_reference(case: Case, judge: Judge) -> None:
+    """A trainer may compute once what rows have in common, and only that."""
+    for judge.subject, batch in common_beginnings(case.spec.vocab_size).items():
+        judge(case, partial(sum_and_count, batch=batch))
 
 
 @pytest.mark.canonical("pad_targets")

@@ -17,7 +17,14 @@ import pytest
 import torch
 
 from tests.derived import UNIT_ROUNDOFF, Verdict, judged, within
-from tests.ladder.cases import Case, cached_for_each_draw, every_case, named_case, one_prompt_batch
+from tests.ladder.cases import (
+    Case,
+    cached_for_each_draw,
+    common_beginnings,
+    every_case,
+    named_case,
+    one_prompt_batch,
+)
 from tests.ladder.examples import alone, packed, to_pack
 from tests.ladder.judge import Judge
 
@@ -42,6 +49,14 @@ def test_the_gradients_of_rows_with_a_common_prefix_equal_the_reference(case: Ca
     """A trainer may compute a common prefix once; its gradient must be the sum over all rows."""
     batch = one_prompt_batch(case.spec.vocab_size)
     judge(case, lambda trainer: trainer.gradients(batch))
+
+
+def test_the_gradients_of_rows_of_which_some_begin_alike_equal_the_reference(
+    case: Case, judge: Judge
+) -> None:
+    """Two rows or all, with targets in what they have in common."""
+    for judge.subject, batch in common_beginnings(case.spec.vocab_size).items():
+        judge(case, methodcaller("gradients", batch))
 
 
 @pytest.mark.parametrize("case", ["untied", "rslora", "patterns"], indirect=True)

@@ -18,7 +18,7 @@ import torch
 
 from mlx_impl.config import TrainConfig
 from tests.derived import within
-from tests.ladder.cases import Case, random_array
+from tests.ladder.cases import Case, random_array, rows_of
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
 
@@ -125,6 +125,18 @@ def test_the_norm_before_clipping_is_reported(case: Case, judge: Judge) -> None:
     clipped = replace(SGD, iters=1, max_grad_norm=2.0**-4)
     longest_sum = sum(value.size for value in case.factors.values())
     judge(case, lambda t: {"norms": np.array(t.gradient_norms([[case.batch]], clipped))}, longest_sum)
+
+
+@pytest.mark.needs("token_counts")
+def test_the_tokens_of_an_update_are_those_of_all_its_micro_batches(
+    case: Case, candidate: Any, judge: Judge
+) -> None:
+    """Input tokens without padding, which is what tokens per second are computed from."""
+    batches = [rows_of(case.batch, rows) for rows in ([0], [1, 2], [2])]
+    windows = [batches, batches[1:]]
+    ours = case.build(candidate).token_counts(windows, replace(SGD, iters=2, grad_accumulation_steps=3))
+    expected = [sum(batch.num_tokens for batch in window) for window in windows]
+    judge.same_bits({"tokens": np.array(ours)}, {"tokens": np.array(expected)})
 
 
 def trained(trainer: Any, case: Case, training: TrainConfig) -> Arrays:

@@ -46,6 +46,22 @@ def test_losses_and_factors_equal_the_reference(case: Case, judge: Judge, traini
     judge(case, lambda trainer: trained(trainer, case, training), training.iters * case.longest_sum)
 
 
+@pytest.mark.parametrize("case", ["untied", "dora"], indirect=True)
+def test_between_updates_everything_is_computed_with_the_newest_factors(case: Case, judge: Judge) -> None:
+    """Loss and logits before, between and after two updates: nothing of an earlier evaluation is kept."""
+
+    def act(trainer: Any) -> Arrays:
+        results: Arrays = {}
+        for update in range(3):
+            if update:
+                trainer.train([[case.batch]], replace(RUNS["adamw"], iters=1))
+            results[f"nats after {update} updates"] = np.array(trainer.loss(case.batch)[0])
+            results[f"logits after {update} updates"] = trainer.logits(case.batch.inputs_BT)
+        return results
+
+    judge(case, act)
+
+
 def test_a_run_on_rows_with_a_common_prefix_equals_the_reference(case: Case, judge: Judge) -> None:
     """A trainer may compute a common prefix once; the trained adapter must be the same."""
     batch, training = one_prompt_batch(case.spec.vocab_size), RUNS["adamw"]

@@ -10,6 +10,7 @@ silently starts from step 0 with zero moments.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import pytest
 from mlx_impl.config import TrainConfig
 from tests.ladder.cases import Case, rows_of
 from tests.ladder.examples import BATCHINGS, alone, fitted, fitting, held_out, to_fit, trained_on
+from tests.ladder.extremes import is_refused
 from tests.ladder.judge import Judge
-from tests.ladder.protocol import Arrays
+from tests.ladder.protocol import Arrays, Examples
 
 ITERS, STOP = 6, 2
 MIDDLE = 3  # updates of `fit` before a validation that is compared
@@ -197,6 +199,56 @@ def test_a_run_stopped_after_every_update_equals_the_uninterrupted_run_to_the_bi
         losses, validations = losses + loss, validations + both[bool(update) :]
     ours = {"losses": np.array(losses), "validation losses": np.array(validations), **trainer.factors()}
     judge.same_bits(ours, expected)
+
+
+@pytest.mark.needs("fit", "save", "load", "validation_losses")
+def test_a_resumed_run_remembers_its_validation_losses(
+    case: Case, candidate: Any, judge: Judge, tmp_path: Path
+) -> None:
+    """By update: what is the best so far, and when to stop, depends on all of them."""
+    training = fitting("plain")
+    whole, first, second = (case.build(candidate) for _ in range(3))
+    whole.fit(to_fit(), training, training.iters, held_out())
+    first.fit(to_fit(), training, MIDDLE, held_out())
+    first.save(tmp_path)
+    second.load(tmp_path)
+    second.fit(to_fit(), training, training.iters - MIDDLE, held_out())
+    ours, expected = (
+        {f"after update {update}": np.array(nats) for update, nats in trainer.validation_losses().items()}
+        for trainer in (second, whole)
+    )
+    judge.same_bits(ours, expected)
+
+
+def with_another(what: str, examples: Examples) -> Examples:
+    """The same examples but for one token, or one flag, of the last."""
+    *others, (tokens, is_target) = examples
+    if what == "token":
+        return [*others, ((*tokens[:-1], tokens[-1] + 1), is_target)]
+    return [*others, (tokens, (*is_target[:1], not is_target[1], *is_target[2:]))]
+
+
+@pytest.mark.needs("fit", "save", "require_same_run")
+def test_a_run_is_resumed_with_its_own_examples_and_settings_only(
+    case: Case, candidate: Any, judge: Judge, tmp_path: Path
+) -> None:
+    """One token, one flag, a seed or a rate that is another one is refused; the same are not."""
+    examples, training = to_fit(), fitting("plain")
+    trainer = case.build(candidate)
+    trainer.fit(examples, training, 1, ())
+    trainer.save(tmp_path)
+    trainer.require_same_run(tmp_path, examples, training)
+    others = {
+        "token": (with_another("token", examples), training),
+        "target": (with_another("flag", examples), training),
+        "order of the examples": (examples[::-1], training),
+        "seed": (examples, replace(training, seed=1)),
+        "seed of the order": (examples, replace(training, data_seed=1)),
+        "learning rate": (examples, replace(training, learning_rate=0.02)),
+    }
+    for name, given in others.items():
+        again = partial(case.build(candidate).require_same_run, tmp_path, *given)
+        judge.claim(is_refused(again), f"a run with another {name} must be refused, and goes on")
 
 
 @pytest.mark.needs("fit", "save", "load")

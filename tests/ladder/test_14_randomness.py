@@ -13,6 +13,7 @@ before, the correlation is 0.12, and is caught; with a tenth of them it is 0.05,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,13 @@ import pytest
 from mlx_impl.config import BLOCK_LINEARS, LoRAConfig, TrainConfig
 from tests.derived import judged
 from tests.ladder.cases import SPEC, Case, make_factors, make_weights
-from tests.ladder.chance import require_independent, require_means, require_uniform, require_unrelated
+from tests.ladder.chance import (
+    FALSE_ALARM,
+    require_independent,
+    require_means,
+    require_uniform,
+    require_unrelated,
+)
 from tests.ladder.judge import Judge
 from tests.ladder.masks import AXES, TRAINING, masks_drawn
 from tests.ladder.protocol import Arrays
@@ -46,6 +53,38 @@ def test_so_many_elements_are_dropped(candidate: Any, judge: Judge) -> None:
     """A quarter of them at dropout 0.25: in each row, token, feature, linear and so on, and in every two."""
     masks = masks_drawn(candidate, 0.25)
     judge.report(lambda: require_means("kept", masks.keep, masks.is_read, 0.75, AXES))
+
+
+def test_a_rate_of_one_in_512_drops_some(candidate: Any, judge: Judge) -> None:
+    """A rate that is rounded to 256ths, or to a hundredth, drops none, or far too many.
+
+    At least one of n: none has probability (1 - p)^n. At most n p + sqrt(2 n p L) + L / 3 with L = ln(1 / P),
+    Bernstein's bound (Boucheron et al. 2013, "Concentration Inequalities", theorem 2.10).
+    """
+    p = 1 / 512
+    masks = masks_drawn(candidate, p)
+    num_read, num_dropped = masks.is_read.sum(), (masks.is_read & ~masks.keep).sum()
+    assert (1 - p) ** num_read < FALSE_ALARM, "too few elements to tell"
+    log = np.log(1 / FALSE_ALARM)
+    most = num_read * p + np.sqrt(2 * num_read * p * log) + log / 3
+    message = f"{num_dropped} of {num_read} dropped, expected at least 1 and at most {most:.0f}"
+    judge.claim(1 <= num_dropped <= most, message)
+
+
+@pytest.mark.needs("evaluate", "dropout_is_on")
+def test_an_evaluation_leaves_dropout_as_it_was(case: Case, candidate: Any, judge: Judge) -> None:
+    """On in the middle of training, off in a model that was put into evaluation."""
+    trainer = case.with_dropout(0.5).build(candidate)
+    acts: dict[str, Callable[[], object]] = {
+        "training": lambda: trainer.train([[case.batch]], TrainConfig(iters=1)),
+        "evaluation": lambda: trainer.loss(case.batch),
+    }
+    for mode, act in acts.items():
+        act()
+        before = trainer.dropout_is_on()
+        trainer.evaluate([case.batch])
+        after = trainer.dropout_is_on()
+        judge.claim(before == after, f"an evaluation in {mode} must leave dropout at {before}, got {after}")
 
 
 def test_what_is_kept_is_divided_by_1_minus_p(candidate: Any, judge: Judge) -> None:

@@ -121,6 +121,19 @@ def test_gradient_accumulation_holds_one_micro_batch_at_a_time(candidate: Any, j
 
 
 @pytest.mark.needs("peak_bytes")
+def test_a_long_run_holds_no_more_than_a_short_one(candidate: Any, judge: Judge) -> None:
+    """Nothing of an update is kept: neither its factors, nor its moments, nor its graph."""
+    case = memory_case(num_hidden_layers=FEW)
+    (batch,) = micro_batches(1, 1, 4)
+    few, many = (
+        min(case.build(candidate).peak_bytes([[batch]] * number, TrainConfig(iters=number)) for _ in range(2))
+        for number in (4, 24)
+    )
+    factors = sum(4 * factor.size for factor in case.factors.values())
+    at_most("bytes of 24 updates", many, few + factors, "those of 4 and once the factors'")
+
+
+@pytest.mark.needs("peak_bytes")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_holds_nothing_of_the_size_of_the_base(candidate: Any, judge: Judge, optimizer: str) -> None:
     """No copy, no gradient and no moments of frozen weights, each of which would be as large as they are."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from mlx_impl.config import TrainConfig
 from tests.derived import within
-from tests.ladder.cases import Case, every_variant, merged_weights
+from tests.ladder.cases import Case, every_case, every_variant, merged_weights
 from tests.ladder.extremes import ENDS, require_lost, with_number
 from tests.ladder.judge import Judge
 from tests.ladder.protocol import Arrays
@@ -24,9 +25,9 @@ def merged_logits(trainer: Any, case: Case) -> Arrays:
 
 
 @pytest.mark.needs("merge")
-@every_variant
+@every_case
 def test_merged_logits_are_those_of_the_adapter(case: Case, judge: Judge) -> None:
-    """For every kind of adapter."""
+    """For every kind of adapter and of model: biases and norms stay."""
     judge.alike(
         (case, lambda trainer: merged_logits(trainer, case)),
         (case, lambda trainer: {"logits": trainer.logits(case.batch.inputs_BT)}),
@@ -66,3 +67,15 @@ def test_a_number_that_ends_in_a_factor_reaches_the_merged_weight(
     """Or the merge is refused."""
     ruined = with_number(case, "model.layers.0.self_attn.o_proj.lora_b", number)
     require_lost(judge, ruined, lambda trainer: merged_logits(trainer, case), f"{number} in a B")
+
+
+@pytest.mark.needs("merge", "unmerge")
+@every_variant
+def test_after_unmerging_training_goes_on(case: Case, candidate: Any, judge: Judge) -> None:
+    """All factors train again, and nothing else: the same factors and base as without merging, to the bit."""
+    merged, other = case.build(candidate), case.build(candidate)
+    merged.merge()
+    merged.unmerge()
+    for trainer in (merged, other):
+        trainer.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.01))
+    judge.same_bits({**merged.factors(), **merged.base()}, {**other.factors(), **other.base()})

@@ -235,6 +235,20 @@ def test_what_is_saved_loaded_and_saved_again_is_the_same(
     judge.same_bits(logits(again, case), logits(trainer, case))
 
 
+@saves
+@loads
+def test_a_second_adapter_in_a_folder_replaces_the_first(
+    candidate: Any, judge: Judge, tmp_path: Path
+) -> None:
+    """Its tensors and its record: another rank, other scales, and DoRA."""
+    adapted("patterns").build(candidate).save_adapter(tmp_path)
+    case = adapted("dora")
+    trainer = case.build(candidate)
+    trainer.save_adapter(tmp_path)
+    require_tensors(judge, tmp_path, case.factors)
+    judge.same_bits(logits(loaded(case, candidate, tmp_path), case), logits(trainer, case))
+
+
 def said(case: Case, folder: Path) -> Arrays:
     record = read_record(folder)
     linears = [linear for linear in linears_of(case.weights) if is_target(linear, record)]

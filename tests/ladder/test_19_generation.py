@@ -16,6 +16,7 @@ import torch
 from mlx_impl.config import TrainConfig
 from tests.derived import FACTOR, NUM_DRAWS
 from tests.ladder.cases import Case, Draw
+from tests.ladder.chance import FALSE_ALARM
 from tests.ladder.judge import Judge
 
 NUM_TOKENS = 20
@@ -84,10 +85,11 @@ def test_dropout_is_off_in_generation(case: Case, candidate: Any) -> None:
     [
         [[5, 7, 11], [2, 3], [13, 17, 19], [23, 29, 31, 37]],
         [[5, 7, 11], [5, 7, 2, 3], [5, 7, 13]],
+        [[5, 7, 11, 13, 17], [5, 7, 2, 3, 19, 23], [5, 7, 41, 29, 31]],
         [[5, 7, 11], [5, 7, 11]],
         [],
     ],
-    ids=["unequal", "common beginning", "twice the same", "none"],
+    ids=["unequal", "common beginning", "long after a common beginning", "twice the same", "none"],
 )
 def test_batched_prompts_get_the_answers_that_they_get_alone(
     case: Case, candidate: Any, prompts: list[list[int]]
@@ -106,3 +108,46 @@ def test_the_end_token_ends_an_answer_and_is_not_part_of_it(case: Case, candidat
     end = free[0][3]
     expected = [row[: row.index(end)] if end in row else row for row in free]
     assert trainer.greedy_all(prompts, 8, end) == expected
+
+
+@pytest.mark.needs("greedy_all")
+def test_an_end_token_in_the_prompt_ends_nothing(case: Case, candidate: Any, judge: Judge) -> None:
+    """As in a conversation of several turns: only the answer's own end counts."""
+    trainer, prompts = case.build(candidate), [[5, 7, 11], [13, 17, 19]]
+    free = trainer.greedy_all(prompts, 8, NO_TOKEN)
+    end = next(token for prompt in prompts for token in prompt if all(token not in row for row in free))
+    assert trainer.greedy_all(prompts, 8, end) == free
+
+
+LOGITS_V = np.log([0.4, 0.3, 0.2, 0.07, 0.03])
+NUM_SAMPLED = 20_000
+# temperature, top_p -> the probabilities by hand: first p^(1 / temperature), then the nucleus
+DISTRIBUTIONS = {
+    (1.0, 1.0): [0.4, 0.3, 0.2, 0.07, 0.03],
+    (1.0, 0.5): [0.4 / 0.7, 0.3 / 0.7, 0, 0, 0],
+    (0.5, 1.0): np.square([0.4, 0.3, 0.2, 0.07, 0.03]) / sum(np.square([0.4, 0.3, 0.2, 0.07, 0.03])),
+    (0.5, 0.8): [0.64, 0.36, 0, 0, 0],  # of 16 + 9 + 4 + 0.58 the first two are 0.85
+    (2.0, 0.6): np.sqrt([0.4, 0.3, 0.2, 0, 0]) / sum(np.sqrt([0.4, 0.3, 0.2])),
+}
+
+
+@pytest.mark.needs("sample")
+@pytest.mark.parametrize(("temperature", "top_p"), DISTRIBUTIONS)
+def test_sampled_tokens_have_the_distribution_asked_for(
+    case: Case, candidate: Any, judge: Judge, temperature: float, top_p: float
+) -> None:
+    """The temperature first, then the nucleus, as in transformers (Holtzman et al. 2020, section 3.1).
+
+    Each share of 20,000 draws is within Hoeffding's bound of its probability; outside the nucleus it is 0.
+    """
+    trainer = case.build(candidate)
+    tokens = trainer.sample(LOGITS_V.astype(np.float32), temperature, top_p, NUM_SAMPLED)
+    ours, expected = (
+        np.bincount(tokens, minlength=5) / NUM_SAMPLED,
+        np.array(DISTRIBUTIONS[temperature, top_p]),
+    )
+    bound = np.where(expected > 0, np.sqrt(np.log(2 * 5 / FALSE_ALARM) / (2 * NUM_SAMPLED)), 0)
+    judge.claim(
+        bool((abs(ours - expected) <= bound).all()),
+        f"the shares of the tokens are {ours}, expected {expected} within {bound.max():.3f}",
+    )

@@ -28,14 +28,16 @@ from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
 from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_tokenizer
+from mlx_impl.files.quantized import Quantization, quantize_modules
 from mlx_impl.generate import generate
-from mlx_impl.lora import add_lora, lora_parameters
+from mlx_impl.lora import add_lora, dense_weight_OI, lora_layers, lora_parameters
 from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import learning_rate_of
 from mlx_impl.run import trainer as run_trainer
 from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.run.merging import Merged, merge, unmerge
+from mlx_impl.run.sampling import Sampling
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.text.examples import encode_all
 from mlx_impl.text.rows import read_conversations
@@ -65,6 +67,11 @@ def numpy(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
 
 
+def quantize_linears(model: CausalLM) -> None:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantize_modules(model, dict.fromkeys(linears, Quantization(group_size=32, bits=4)))
+
+
 class MlxTrainer:
     """The trainer that ships: `LoRATrainer` with the fast path."""
 
@@ -72,6 +79,7 @@ class MlxTrainer:
     share_expected = 0.25  # the share of a tolerance above which the summary warns
     dtype = mx.float32
     base_dtype: mx.Dtype | None = None  # of the frozen weights, where it is another
+    is_in_4_bits = False
     ops: ModuleType = mlx_impl.fast.ops
     plain = False
 
@@ -84,6 +92,8 @@ class MlxTrainer:
             add_lora(self.model, lora)
             given = [(name, self.array(value)) for name, value in (factors or {}).items()]
             self.model.load_weights(given, strict=False)
+        self.quantize = quantize_linears if self.is_in_4_bits else lambda model: None
+        self.quantize(self.model)
         self.trainer: LoRATrainer | None = None
         self.examples = DATA
         self.masks: Arrays | None = None
@@ -114,6 +124,15 @@ class MlxTrainer:
             yield
         finally:
             cls.base_dtype = None
+
+    @classmethod
+    @contextmanager
+    def in_4_bits(cls) -> Iterator[None]:
+        cls.is_in_4_bits = True
+        try:
+            yield
+        finally:
+            cls.is_in_4_bits = False
 
     @property
     def path(self) -> Loss:
@@ -283,6 +302,10 @@ class MlxTrainer:
     def learning_rates(self, training: TrainConfig) -> list[float]:
         return [learning_rate_of(update, training) for update in range(training.iters)]
 
+    def token_counts(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[int]:
+        self.train(windows, training)
+        return [record.num_tokens for record in self.records]
+
     def gradient_norms(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
         self.train(windows, training)
         return [record.grad_norm for record in self.records]
@@ -294,6 +317,7 @@ class MlxTrainer:
         """Of a run that begins anew: `LoRATrainer` puts the adapter into a model that has none."""
         fresh = CausalLM(self.model.config)
         fresh.load_weights([(name, mx.array(value)) for name, value in self.base().items()])
+        self.quantize(fresh)
         LoRATrainer(fresh, self.model.lora, TrainConfig(iters=1, seed=seed), plain=self.plain)
         return {name: np.array(value) for name, value in lora_parameters(fresh).items()}
 
@@ -301,11 +325,17 @@ class MlxTrainer:
         return {name: np.array(value) for name, value in lora_parameters(self.model).items()}
 
     def base(self) -> Arrays:
-        factors = ("lora_a", "lora_b", "magnitude", "keep_BTI")
+        others = ("lora_a", "lora_b", "magnitude", "keep_BTI", ".scales", ".biases")
+        arrays = dict(tree_flatten(self.model.parameters()))
+        arrays |= {
+            f"{name}.weight": dense_weight_OI(module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.QuantizedLinear)
+        }
         return {
             name.replace(".linear.", "."): numpy(value)
-            for name, value in tree_flatten(self.model.parameters())
-            if not name.endswith(factors)
+            for name, value in arrays.items()
+            if not name.endswith(others)
         }
 
     def save(self, folder: Path) -> None:
@@ -314,6 +344,17 @@ class MlxTrainer:
 
     def load(self, folder: Path) -> None:
         self.saved = folder / "state.safetensors"
+
+    def validation_losses(self) -> dict[int, float]:
+        assert self.trainer is not None, "nothing was trained"
+        return dict(self.trainer.validation)
+
+    def require_same_run(self, folder: Path, examples: Examples, training: TrainConfig) -> None:
+        again = LoRATrainer(self.model, self.model.lora, training, plain=self.plain)
+        again.resume(folder / "state.safetensors", [Example(*example) for example in examples])
+
+    def dropout_is_on(self) -> bool:
+        return any(layer.dropout.training for layer in lora_layers(self.model).values())
 
     def merge(self) -> None:
         self.merged = merge(self.model)
@@ -327,6 +368,10 @@ class MlxTrainer:
 
     def load_adapter(self, folder: Path) -> None:
         load_adapter(self.model, folder)
+
+    def sample(self, logits_V: np.ndarray, temperature: float, top_p: float, number: int) -> list[int]:
+        choose = Sampling(temperature, top_p)
+        return choose(mx.broadcast_to(mx.array(logits_V), (number, len(logits_V)))).tolist()
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         return list(generate(self.model, prompt, num_tokens, stop_ids=()))

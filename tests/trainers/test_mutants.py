@@ -1,6 +1,7 @@
 """The ladder examined: every mutant fails it, at the right rung, and the sound trainer does not.
 
-Two mutants of each rung are planted each time, and all of them with HYPOTHESIS_PROFILE=nightly.
+Each time two mutants of each rung are planted, and tried on the claims of their own rung. With
+HYPOTHESIS_PROFILE=nightly all are planted, and tried on every rung from the lowest.
 """
 
 from __future__ import annotations
@@ -10,32 +11,31 @@ from pathlib import Path
 
 import pytest
 
+from tests.nightly import IS_NIGHTLY
 from tests.trainers.conftest import Tally
 from tests.trainers.mutants import ALL, MUTANTS, RUNGS, planted, quick, table
-from tests.trainers.mutants.climb import first_failure, rungs_of, sound
+from tests.trainers.mutants.climb import first_failure, first_failure_at_its_rung, sound
 from tests.trainers.mutants.mutant import PLAIN, SHIPPED, Mutant
 
 PLANTED = planted()
-if PLANTED is not MUTANTS:
-    # A few share the climb of the sound trainer, in one worker of `pytest -n 2 --dist loadgroup`.
-    pytestmark = pytest.mark.xdist_group("mutants")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("trainer", [SHIPPED, PLAIN])
 def test_the_sound_trainer_passes_the_same_climb(trainer: str) -> None:
     """The control: without a patch no claim fails, and every rung has claims."""
     result, _ = sound(trainer)
     assert not result.failed, result.failed[0]
-    assert set(result.passed) == set(rungs_of(trainer))
+    assert set(result.passed) == set(RUNGS)
 
 
 @pytest.mark.parametrize("mutant", PLANTED.values(), ids=PLANTED)
 def test_every_mutant_is_caught_at_the_right_rung(mutant: Mutant, tally: Tally) -> None:
-    """The first claim that fails belongs to the mutant's rung, so all lower rungs passed.
+    """The first claim that fails belongs to the mutant's rung; at night, so that all lower rungs passed.
 
     It must fail because numbers differ, not because the patch has the wrong signature (a TypeError, say).
     """
-    caught = first_failure(mutant)
+    caught = first_failure(mutant) if IS_NIGHTLY else first_failure_at_its_rung(mutant)
     tally.count(None if caught is None else caught.rung == mutant.rung)
     assert caught is not None, f"{mutant.name} is not caught"
     report = caught.report

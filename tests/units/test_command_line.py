@@ -178,6 +178,7 @@ def test_epochs_count_passes_over_the_data(
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
         (["--alpha", "inf"], "alpha must be finite and positive, got inf"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--data-seed", str(2**32)], "data_seed must be at least 0 and less than 2**32, got 4294967296"),
         (["--num-questions", "-1"], "--num-questions must be at least 0, got -1"),
         (["--patience", "-1"], "--patience must be at least 0, got -1"),
         (["--save-every", "0"], "--save-every must be at least 1, got 0"),

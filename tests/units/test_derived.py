@@ -16,6 +16,7 @@ from tests.derived import FACTOR, NUM_DRAWS, noise_of
 from tests.ladder.cases import Draw, cached_for_each_draw, named_case
 from tests.ladder.protocol import Arrays, Dialect
 from tests.ladder.test_09_trajectory import RUNS, trained
+from tests.nightly import mostly_at_night
 from tests.trainers.reference import oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,9 @@ def noise(case_name: str) -> dict[str, float]:
     return noise_of((results(case_name, seed) for seed in range(NUM_DRAWS)), results(case_name))
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: "-".join(machine.values()))
+@pytest.mark.parametrize(
+    "machine", mostly_at_night(MACHINES, 1), ids=lambda machine: "-".join(machine.values())
+)
 def test_the_noise_does_not_depend_on_the_dispatch_of_pytorch_or_mkl(machine: dict[str, str]) -> None:
     code = (
         "import json, torch; torch.set_num_threads(1); from tests.units.test_derived import noise; "
@@ -49,7 +52,7 @@ def test_the_noise_does_not_depend_on_the_dispatch_of_pytorch_or_mkl(machine: di
     assert all(there[name] == pytest.approx(here[name], rel=1e-6) for name in here)
 
 
-@pytest.mark.parametrize("draw", range(2))
+@pytest.mark.parametrize("draw", mostly_at_night(range(2), 1))
 def test_pytorchs_own_float32_is_within_the_tolerance_and_not_far_below(draw: int) -> None:
     """Each tensor is within 8 times the noise, and the noise is on average at most ten times their error."""
     with Draw.set_to(draw):

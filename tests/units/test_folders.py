@@ -22,7 +22,7 @@ from tests.kills import kills, run_killed
 from tests.tiny_folder import write_folder
 
 # Every fifth moment is tried; the nightly run sets 1 and tries all.
-EVERY_KILL = int(os.environ.get("EVERY_KILL", "5"))
+EVERY_KILL = int(os.environ.get("EVERY_KILL", "8"))
 Contents = dict[str, bytes | str | None]
 
 

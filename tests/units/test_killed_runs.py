@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.killed_runs import SCENARIOS, Bench, killed
+from tests.nightly import IS_NIGHTLY
 
-NUM_MOMENTS = 6  # per scenario, spread over all its moments
+NUM_MOMENTS = 6 if IS_NIGHTLY else 2  # per scenario, spread over all its moments
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from mlx_impl.ops import silu
 from mlx_impl.train import Arrays
 from tests.ladder.cases import SPEC as NARROW
 from tests.ladder.cases import random_rows
+from tests.nightly import mostly_at_night
 from tests.units.peak import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -47,7 +48,9 @@ SPEC = replace(
     NARROW, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
 
-eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+eager_and_compiled = pytest.mark.parametrize(
+    "compiled", mostly_at_night([False, True], 1), ids=["eager", "compiled"]
+)
 
 
 class Chain(nn.Module):

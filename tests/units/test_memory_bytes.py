@@ -22,6 +22,7 @@ from mlx_impl.fast.memory_model import (
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
 from tests.ladder.cases import SPEC, random_rows
+from tests.nightly import mostly_at_night
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -47,11 +48,11 @@ def case(config: ModelConfig, tokens: int, rows: int = 1, dora: bool = False, **
 
 CASES = {
     "long": case(NARROW, 512),
+    "wide, checkpointed": case(WIDE, 128, 4, grad_checkpoint=True),
+    "vocabulary": case(replace(WIDE, vocab_size=20000), 64, 2),
     "long, checkpointed": case(NARROW, 512, grad_checkpoint=True),
     "many heads": case(replace(NARROW, num_attention_heads=12, num_key_value_heads=4), 256),
     "many rows": case(WIDE, 64, 8, batch_size=8),
-    "wide, checkpointed": case(WIDE, 128, 4, grad_checkpoint=True),
-    "vocabulary": case(replace(WIDE, vocab_size=20000), 64, 2),
     "packed": case(WIDE, 100, 12, batching="packed", max_seq_length=512, batch_size=2),
     "DoRA": case(WIDE, 256, 2, dora=True),
 }
@@ -66,7 +67,7 @@ def measured(run: Any) -> int:
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_at_night(CASES, 3))
 def test_the_need_is_near_what_mlx_counts(name: str, plain: bool) -> None:
     case = CASES[name]
     before = mx.get_active_memory()  # of other tests

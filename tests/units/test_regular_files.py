@@ -15,6 +15,7 @@ from mlx_impl.config import LoRAConfig
 from mlx_impl.files.adapters import save_adapter
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_data, write_folder
 
 MODEL_FILES = (
@@ -124,7 +125,7 @@ def test_files_that_fuse_copies_must_be_regular(inputs: Path, capsys: pytest.Cap
     assert main(["fuse", *arguments, "--save-path", str(inputs / "out"), "--blas", "off"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder"])
+@pytest.mark.parametrize("kind", mostly_at_night(["a named pipe", "a device", "a folder"], 1))
 @pytest.mark.parametrize(
     "name", ["manifest.json", "before.json", "metrics.jsonl", "training_state.safetensors"]
 )

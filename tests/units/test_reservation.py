@@ -24,6 +24,7 @@ from mlx_impl.cli.training import lock, manifest
 from mlx_impl.cli.training.manifest import FILES
 from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.disk.files import PROCESS_TOKEN
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "2", "--batch-size", "4", "--num-questions", "0", "--blas", "off"]
@@ -308,7 +309,7 @@ def test_a_run_whose_folder_was_moved_writes_into_no_other_folder(
 
 
 @pytest.mark.parametrize("name", ["report.json", "loss.png"])
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", mostly_at_night(["file", "folder"], 1))
 def test_resume_does_not_overwrite_a_file_added_to_the_run(
     train: list[str],
     tmp_path: Path,

@@ -17,6 +17,7 @@ from mlx_impl.__main__ import main
 from mlx_impl.data import Example
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import StepRecord
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 # Eight updates; validated after 3, 6 and 8, saved after 2, 4, 6 and 8.
@@ -108,7 +109,9 @@ def assert_same_run(part: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [3, 4, 5, 8], ids=["when it validates", "when it saves", "between", "at the end"]
+    "step",
+    mostly_at_night([5, 4, 3, 8], 2),
+    ids=["between", "when it saves", "when it validates", "at the end"],
 )
 def test_a_run_stopped_by_ctrl_c_resumes_bit_exactly(
     model: str, data: Path, whole: Path, run: Path, step: int
@@ -118,7 +121,10 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_exactly(
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize("flags", [["--epochs", "4"], ["--iters", "8"], ["--seed", "0", "--save-every", "1"]])
+FLAGS = [["--seed", "0", "--save-every", "1"], ["--epochs", "4"], ["--iters", "8"]]
+
+
+@pytest.mark.parametrize("flags", mostly_at_night(FLAGS, 1))
 def test_resume_accepts_flags_that_repeat_the_runs_settings(
     model: str, data: Path, whole: Path, run: Path, flags: list[str]
 ) -> None:

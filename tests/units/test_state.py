@@ -166,6 +166,14 @@ def test_a_run_that_would_be_saved_with_a_ruined_adapter_goes_back(tmp_path: Pat
     ruined.save(tmp_path / "state.safetensors", EXAMPLES)
 
 
+def test_a_run_is_saved_whose_first_examples_have_no_target(tmp_path: Path) -> None:
+    """They are trained on too, beside others; the check before a save needs some that have one."""
+    without = [Example((1, 2, 3), (True, False, False))] * 3
+    run = trainer()
+    list(run.fit(without + EXAMPLES))
+    run.save(tmp_path / "state.safetensors", without + EXAMPLES)
+
+
 def test_two_runs_side_by_side_do_not_disturb_each_other() -> None:
     """MLX's random state is one for the process; what an update draws depends on its number alone."""
     alone = [record.loss_nats for record in trainer().fit(EXAMPLES)]

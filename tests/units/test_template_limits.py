@@ -23,6 +23,7 @@ from mlx_impl.text import template_process
 from mlx_impl.text.examples import encode_all, encode_each
 from mlx_impl.text.rows import Conversation
 from mlx_impl.text.template import ChatTemplate
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import TEMPLATE
 from tests.units.test_examples import CHATML, tokenizer_for
 
@@ -32,7 +33,14 @@ MAX_SECONDS = 30.0  # of wall-clock time, on any machine
 DOUBLED = "{% set ns = namespace(a=['x']) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
 GROWING = "{% set s = namespace(x='ab') %}{% for i in range(40) %}{% set s.x = WHAT %}{% endfor %}"
 HOSTILE = {
+    # Too much memory, time, texts, width, length.
     "nested lists printed": DOUBLED + "{{ ns.a }}",
+    "powers while it is read": "{{ 9 ** (9 ** 9) }}",
+    "many texts kept": "{% set ns = namespace(a=[]) %}{% for i in range(2000) %}"
+    "{% set ns.a = ns.a + ['x' * 16000000 ~ i] %}{% endfor %}",
+    "a wide field": "{{ ('%30000000000d' % 1) | length }}",
+    "a long answer": "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
+    # More of each kind.
     "nested lists joined": DOUBLED + "{{ (ns.a ~ '') | length }}",
     "nested lists as a text": DOUBLED + "{{ (ns.a | string) | length }}",
     "nested lists as JSON": DOUBLED + "{{ (ns.a | tojson) | length }}",
@@ -42,19 +50,14 @@ HOSTILE = {
     "{% for i in range(100) %}{% set y = x * x %}{% endfor %}",
     "a tower of powers": "{% set n = namespace(x=9) %}{% for i in range(9) %}"
     "{% set n.x = n.x ** 9 ** 9 %}{% endfor %}",
-    "powers while it is read": "{{ 9 ** (9 ** 9) }}",
     "lists sorted in a loop": "{% for i in range(99999) %}{% set x = range(99999) | sort %}{% endfor %}",
     "loops in loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
     "macros that call themselves twice": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}"
     "{% endmacro %}{{ f(60) }}",
-    "many texts kept": "{% set ns = namespace(a=[]) %}{% for i in range(2000) %}"
-    "{% set ns.a = ns.a + ['x' * 16000000 ~ i] %}{% endfor %}",
     "a long text": "{{ ('x' * 100000000000) | length }}",
-    "a wide field": "{{ ('%30000000000d' % 1) | length }}",
     "a text that grows": GROWING.replace("WHAT", "s.x ~ s.x"),
     "a text that is escaped": "{{ ('<' * 900000000) | escape | length }}",
     "a text that is wrapped": "{{ ('a ' * 9999999) | wordwrap(1, wrapstring='b' * 9999) | length }}",
-    "a long answer": "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
     "a product of lists": "{% for a in [messages] * 999999999 %}{% for b in a %}{% endfor %}{% endfor %}",
     "a search that goes back": "{{ ('a' * 3000000).count('a' * 1500000 ~ 'b' ~ 'a' * 1499990) }}"
     "{% for i in range(99999) %}{% set x = ('ab' * 999999).replace('b', 'cd') %}{% endfor %}",
@@ -95,7 +98,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("source", mostly_at_night(HOSTILE.values(), 5), ids=HOSTILE)
 def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "MAX_CPU_SECONDS", 1)  # to save time
     before, started = workers(), time.monotonic()
@@ -151,7 +154,7 @@ def test_the_conversation_that_exceeds_a_limit_is_named() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 100_000, 9_000_000])
-@pytest.mark.parametrize("num_rows", [1, 7])
+@pytest.mark.parametrize("num_rows", mostly_at_night([1, 7], 1))
 def test_messages_and_answers_of_any_length_pass(length: int, num_rows: int) -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
     message = {"role": "user", "content": "é" * length}
@@ -279,7 +282,7 @@ print(*[child.pid for child in psutil.Process().children()], flush=True)
 
 
 @pytest.mark.parametrize("act", ["", "template.render(messages, False)", "sys.stdin.read()"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", mostly_at_night([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 1))
 def test_no_worker_outlives_a_program_that_is_killed(act: str, number: signal.Signals) -> None:
     """Even in the middle of an endless rendering."""
     program = run_script(SCRIPT + act, stdin=subprocess.PIPE, start_new_session=True)

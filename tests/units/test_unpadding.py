@@ -42,6 +42,7 @@ from mlx_impl.train import PLAIN, Loss
 from tests.derived import Divergence, require, within_exact
 from tests.ladder.cases import SPEC, random_array
 from tests.ladder.protocol import Arrays
+from tests.nightly import mostly_at_night
 from tests.trainers.exact_ops import in_place_of_production
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -309,13 +310,17 @@ def shape_of(batch: Batch) -> tuple[int, ...]:
     return (*batch.inputs_BT.shape, *kept_sizes, len(target_positions(batch)[0]))
 
 
-@pytest.mark.parametrize(("batching", "at_most"), [("plain", 500), ("grouped", 300), ("packed", 10)])
+@pytest.mark.parametrize(
+    ("batching", "at_most"), mostly_at_night([("plain", 500), ("grouped", 300), ("packed", 10)], 1)
+)
 def test_a_thousand_batches_have_few_shapes(batching: str, at_most: int) -> None:
     """Counted once, 411, 258 and 7: a bound against growth, not a derivation."""
     assert len({shape_of(batch) for batch in batches_of(batching)}) <= at_most
 
 
-@pytest.mark.parametrize(("batching", "at_most"), [("plain", 650), ("grouped", 500), ("packed", 40)])
+@pytest.mark.parametrize(
+    ("batching", "at_most"), mostly_at_night([("plain", 650), ("grouped", 500), ("packed", 40)], 1)
+)
 def test_system_prompts_of_eight_lengths_add_few_shapes(batching: str, at_most: int) -> None:
     """Two rows a batch, which share at least 20 tokens; counted once, 578, 476 and 18."""
     batches = batches_of(batching, batch_size=2, prompts=(20, 35, 50, 64, 80, 100, 150, 200))

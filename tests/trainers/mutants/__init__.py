@@ -6,10 +6,10 @@ the public bug that it stands for. `tests/trainers/test_mutants.py` plants them 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 from tests.ladder.climb import RUNGS as RUNGS
+from tests.nightly import IS_NIGHTLY
 from tests.trainers.mutants import (
     combinations,
     data,
@@ -20,6 +20,8 @@ from tests.trainers.mutants import (
     forward,
     generation,
     gradient,
+    held_out,
+    held_out_again,
     layer,
     loss,
     ops,
@@ -49,6 +51,8 @@ GROUPS = (
     extremes,
     data,
     fit,
+    held_out,
+    held_out_again,
 )
 QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
@@ -66,7 +70,7 @@ def quick() -> dict[str, Mutant]:
 
 def planted() -> dict[str, Mutant]:
     """All mutants with HYPOTHESIS_PROFILE=nightly, otherwise the quick selection."""
-    return MUTANTS if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else quick()
+    return MUTANTS if IS_NIGHTLY else quick()
 
 
 def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:

@@ -135,19 +135,18 @@ def noting(original: Any, claims: set[str]) -> Any:
 
 @functools.cache
 def sound(trainer: str) -> tuple[Climb, Touched]:
-    """The result of the sound trainer up to its mutants' highest rung, and which claims call which name."""
+    """The result of the sound trainer, and which claims call which replaced name."""
     touched: Touched = defaultdict(set)
     with spied(trainer, touched):
-        mutants = [mutant for mutant in planted().values() if mutant.trainer == trainer]
-        cases = {case for mutant in mutants for case in mutant.cases}
-        result = climb(trainer, rungs_of(trainer), cases)
+        mutants = (mutant for mutant in planted().values() if mutant.trainer == trainer)
+        result = climb(trainer, RUNGS, {case for mutant in mutants for case in mutant.cases})
     return result, touched
 
 
-def rungs_of(trainer: str) -> list[int]:
-    """Up to the highest that a planted mutant of this trainer belongs to."""
-    highest = max(mutant.rung for mutant in planted().values() if mutant.trainer == trainer)
-    return [rung for rung in RUNGS if rung <= highest]
+def first_failure_at_its_rung(mutant: Mutant) -> Failure | None:
+    """The first claim of the mutant's own rung that fails."""
+    with mutant.planted():
+        return next(iter(climb(mutant.trainer, [mutant.rung], mutant.cases).failed), None)
 
 
 def first_failure(mutant: Mutant) -> Failure | None:

@@ -155,7 +155,7 @@ MUTANTS = [
     ),
     Mutant(
         "compile-without-random-state",
-        10,
+        14,
         "mx.compile does not capture the random state, so every update drops the same elements.",
         compiled_with(0, 1),
         "mlx-examples#583",

@@ -30,7 +30,7 @@ from mlx_impl.recompute import next_key
 from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.targets import rank_and_scale, shape_OI
-from tests.trainers.mutants.mutant import PLAIN, Mutant
+from tests.trainers.mutants.mutant import Mutant
 
 CHECK, EVALUATE = FiniteGuard.check, LoRATrainer.evaluate
 INIT_LINEAR, INIT_OPTIMIZER = LoRALinear.__init__, LoRAOptimizer.__init__
@@ -57,7 +57,7 @@ def frequencies_by_wavelengths(config: ModelConfig) -> tuple[float, ...]:
 
 
 def packed_with_a_flag(examples: Sequence[Example], rows: Sequence[tuple[int, ...]]) -> Batch:
-    batch = make_packed_batch(examples, rows)
+    batch: Any = make_packed_batch(examples, rows)
     return batch._replace(segment_BT=np.where(batch.segment_BT < 0, -1, batch.segment_BT % 2))
 
 
@@ -79,7 +79,7 @@ def kept_by_mask(batch: Batch) -> KeptPositions | None:
 
 
 def prefix_of_two_rows(batch: Batch, is_needed_BT: np.ndarray) -> int:
-    rows = np.flatnonzero(is_needed_BT[:, 0])[[0, -1]] if is_needed_BT[:, 0].any() else []
+    rows: Any = np.flatnonzero(is_needed_BT[:, 0])[[0, -1]] if is_needed_BT[:, 0].any() else []
     segment_BT = None if batch.segment_BT is None else batch.segment_BT[rows]
     two = batch._replace(inputs_BT=batch.inputs_BT[rows], segment_BT=segment_BT)
     return shared_prefix_length(two, is_needed_BT[rows]) if len({*rows}) == 2 else 0
@@ -125,7 +125,7 @@ def dropped_in_256ths(self: Any, x: mx.array) -> mx.array:
     return x * mx.random.bernoulli(1 - round(self.p * 256) / 256, x.shape, next_key()) / (1 - self.p)
 
 
-def every_state_kept(self: FiniteGuard, window: list[Batch], record: Any) -> None:
+def every_state_kept(self: Any, window: list[Batch], record: Any) -> None:
     CHECK(self, window, record)
     self.history = [*getattr(self, "history", []), (self.updates_done, self.now)]
 
@@ -165,17 +165,11 @@ def stopped_by_the_prompt(
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
-        "logsumexp-padded-with-zeros",
-        1,
-        "The last piece of the vocabulary is filled up with 0, not -inf: each adds e^0 to the sum.",
-        {"mlx_impl.ops.logsumexp": logsumexp_padded_with_zeros},
-        trainer=PLAIN,
-    ),
-    Mutant(
         "llama3-blends-wavelengths",
-        2,
+        4,
         "Between its two bands Llama 3 blends frequencies; here wavelengths are, as MLX's rope has them.",
         {"mlx_impl.model.rope_frequencies": frequencies_by_wavelengths},
+        cases=("llama3 rope",),
     ),
     Mutant(
         "packed-segments-are-a-flag",
@@ -191,19 +185,19 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "kept-positions-remembered-by-the-mask",
-        9,
+        5,
         "The positions to compute are kept for the next batch of the same mask, whose rows share no prefix.",
         {"mlx_impl.fast.forward.kept_positions": kept_by_mask},
     ),
     Mutant(
         "checkpointed-blocks-share-a-mask",
-        10,
+        14,
         "After a checkpointed block MLX's random state stays where it was: every block drops the same.",
         {"mlx_impl.recompute.RandomKeys.pass_on": lambda self: None},
     ),
     Mutant(
         "prefix-of-the-first-and-the-last-row",
-        11,
+        5,
         "The common prefix is that of the first and last row, as if rows were sorted: the rest is misread.",
         {"mlx_impl.fast.kept_positions.shared_prefix_length": prefix_of_two_rows},
     ),
@@ -227,15 +221,17 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "window-lost-in-packed-rows",
-        13,
+        5,
         "The mask of packed rows knows segments and causality only: a Mistral attends all of its example.",
         {"mlx_impl.fast.forward.attention_mask": without_a_window_if_packed},
+        cases=("sliding window",),
     ),
     Mutant(
         "loraplus-without-the-magnitude",
-        13,
+        8,
         "With LoRA+ and DoRA only B learns faster, and the magnitude at the rate of A.",
         {"mlx_impl.optim.LoRAOptimizer.__init__": only_b_is_faster},
+        cases=("dora",),
     ),
     Mutant(
         "rslora-by-the-common-rank",
@@ -245,7 +241,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a-bounded-by-the-packed-width",
-        14,
+        15,
         "On a quantized base A's bound comes from the packed columns: at 4 bits A is 2.8 times too large.",
         {"mlx_impl.lora.LoRALinear.__init__": bounded_by_the_words},
     ),
@@ -262,12 +258,6 @@ MUTANTS: tuple[Mutant, ...] = (
         {"mlx_impl.run.guard.FiniteGuard.check": every_state_kept},
     ),
     Mutant(
-        "merged-and-quantized-again",
-        16,
-        "A merged weight of a quantized linear is rounded to its bits again, which changes its answers.",
-        {"mlx_impl.run.merging.plain_module": quantized_again},
-    ),
-    Mutant(
         "record-written-once",
         17,
         "A second adapter saved into a folder keeps the adapter_config.json of the first, with its alpha.",
@@ -278,6 +268,7 @@ MUTANTS: tuple[Mutant, ...] = (
         19,
         "One new token needs no causal mask, so it gets none: it attends tokens before the sliding window.",
         {"mlx_impl.model.attention_mask": no_mask_for_one_query},
+        cases=("sliding window",),
     ),
     Mutant(
         "stopped-by-the-prompt",
