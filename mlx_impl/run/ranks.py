@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..data import Batch
 from ..model import CausalLM
-from ..train import Loss, Nats, Sums
+from ..train import Loss, Sums
 from .watchdog import Watchdog
 
 SLICE = 2**20  # elements of each rank that are gathered at once, 4 MiB: memory does not grow with the ranks
@@ -116,7 +116,7 @@ class Ranks:
         mx.eval(added)
         return added
 
-    def losses(self, model: CausalLM, batches: Iterable[Batch], loss: Loss) -> Iterator[Nats]:
+    def losses(self, model: CausalLM, batches: Iterable[Batch], loss: Loss) -> Iterator[Any]:
         """The nats and the targets of every batch in its order, for `train.evaluate` with `GIVEN`."""
         waiting = list(batches)
         for first in range(0, len(waiting), self.size):
@@ -126,9 +126,8 @@ class Ranks:
             yield from list(zip(*rows, strict=True))[: len(members)]
 
 
-GIVEN = Loss(
-    to_arrays=lambda nats: nats, batch_loss=lambda model, nats: nats, flatten_grads=lambda tree: tree
-)
+# A "batch" of `Ranks.losses` is its nats and the number of its targets.
+GIVEN = Loss(to_arrays=list, batch_loss=lambda _, nats: (nats[0], nats[1]), flatten_grads=lambda tree: tree)
 
 
 def as_vectors(tree: Any) -> Vectors:

@@ -61,7 +61,7 @@ def run_alone(*arguments: str) -> str:
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_train_as_one_rank_does_to_the_bit(tmp_path: Path, num_ranks: int) -> None:
-    """Validation and factors, with DoRA, LoRA+, dropout, clipping, uneven targets, a short window, idle ranks."""
+    """With DoRA, LoRA+, dropout, clipping, uneven targets, a short window and idle ranks."""
     expected = run_alone()
     assert outputs(start(tmp_path, num_ranks)) == [(0, expected, "")] * num_ranks
 
