@@ -18,6 +18,7 @@ from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example
 from mlx_impl.lora import lora_parameters
 from mlx_impl.model import CausalLM
+from mlx_impl.run import ranks as ranks_module
 from mlx_impl.run.ranks import RankLost, Ranks
 from mlx_impl.run.trainer import LoRATrainer
 from tests.tiny_model import TINY_LLAMA
@@ -54,7 +55,10 @@ def main() -> None:
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--slice", type=int)
     args = parser.parse_args()
+    if args.slice:
+        ranks_module.SLICE = args.slice
     ranks = None if args.alone else Ranks(mx.distributed.init(strict=True), args.timeout)
     is_other = ranks is not None and ranks.rank == 1
     mx.random.seed(3 if args.differ == "model" and is_other else 2)

@@ -59,11 +59,11 @@ def run_alone(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_train_as_one_rank_does_to_the_bit(tmp_path: Path, num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "SLICE"), [(2, 100), (4, 2**20)])
+def test_ranks_train_as_one_rank_does_to_the_bit(tmp_path: Path, num_ranks: int, SLICE: int) -> None:
     """With DoRA, LoRA+, dropout, clipping, uneven targets, a short window and idle ranks."""
     expected = run_alone()
-    assert outputs(start(tmp_path, num_ranks)) == [(0, expected, "")] * num_ranks
+    assert outputs(start(tmp_path, num_ranks, "--slice", str(SLICE))) == [(0, expected, "")] * num_ranks
 
 
 def test_a_run_of_two_ranks_resumes_with_three_to_the_bit(tmp_path: Path) -> None:
