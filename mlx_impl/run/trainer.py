@@ -23,8 +23,9 @@ from ..fast.vectors import VectorOptimizer, make_contiguous
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
-from ..train import PLAIN, Loss, StepRecord, evaluate, train
+from ..train import PLAIN, Loss, StepRecord, add_up, evaluate, train
 from .guard import FiniteGuard, NotFinite
+from .ranks import GIVEN, Ranks
 from .state import (
     Progress,
     Validation,
@@ -44,6 +45,8 @@ class LoRATrainer:
     `compiled=None` compiles on a GPU; on a CPU each new shape would cost seconds for a few percent.
     `plain=True` trains by the pattern alone, without `fast/`: slower, the first thing to try when a run
     looks wrong. Each of the two resumes what the other saved.
+    `ranks` are the processes that share out the micro-batches of each update (run/ranks.py); each must make
+    the same calls, with the same model, examples and settings, and gets the results of a run of one rank.
     Raises ValueError when anything but LoRA factors would be trained.
     """
 
@@ -54,6 +57,7 @@ class LoRATrainer:
         training: TrainConfig,
         compiled: bool | None = None,
         plain: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         mx.random.seed(training.seed)
         if not lora_layers(model):
@@ -64,7 +68,7 @@ class LoRATrainer:
         self.model, self.lora, self.training = model, lora, training
         self.optimizer: LoRAOptimizer = (LoRAOptimizer if plain else VectorOptimizer)(training)
         self.optimizer.init(model.trainable_parameters())
-        self.plain = plain
+        self.plain, self.ranks = plain, ranks
         self.loss: Loss = PLAIN if plain else FAST
         self.compiled = mx.default_device() == mx.gpu if compiled is None else compiled
         self.guard = FiniteGuard(model, self.optimizer, updates_done=0)
@@ -82,6 +86,8 @@ class LoRATrainer:
         Raises NotFinite, rolled back to the last good state, on NaN or infinity.
         """
         require_tokens(examples, self.model.config.vocab_size)
+        if self.ranks:
+            self.ranks.require_same(self.identity(examples))
         yield from self.fit_windows(training_windows(examples, self.training, self.step))
 
     def fit_windows(self, windows: Iterable[Window]) -> Iterator[StepRecord]:
@@ -102,6 +108,7 @@ class LoRATrainer:
                 first_step=self.step,
                 compiled=self.compiled,
                 loss=self.loss,
+                reduce=self.ranks.reduce if self.ranks else add_up,
                 check=self.guard.check,
             )
         except NotFinite:
@@ -117,6 +124,8 @@ class LoRATrainer:
 
     def evaluate_batches(self, batches: Iterable[Batch]) -> float:
         """`evaluate` on batches of your own."""
+        if self.ranks:
+            return evaluate(self.model, self.ranks.losses(self.model, batches, self.loss), GIVEN)[0]
         return evaluate(self.model, batches, self.loss)[0]
 
     def validate(self, examples: Sequence[Example]) -> float:
@@ -143,7 +152,7 @@ class LoRATrainer:
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     def save(self, path: Path, examples: Sequence[Example]) -> None:
-        """The whole training state into one file; `examples` are those it was trained on.
+        """The whole training state into one file; `examples` are those it was trained on. Rank 0 writes it.
 
         Raises NotFinite, and saves nothing, when the last update has ruined the adapter.
         """
@@ -151,7 +160,10 @@ class LoRATrainer:
         with_target = (example for example in examples if any(example.is_target[1:]))
         self.confirm(list(islice(with_target, self.training.batch_size)))
         progress = Progress(self.step, self.validation, self.identity(examples))
-        save_state(path, state_arrays(self.model, self.optimizer), progress)
+        if self.ranks is None or self.ranks.rank == 0:
+            save_state(path, state_arrays(self.model, self.optimizer), progress)
+        if self.ranks:
+            self.ranks.largest(0)  # nobody goes on before the file is written
 
     def resume(self, path: Path, examples: Sequence[Example]) -> None:
         """Load a saved state: `fit` then continues bit-exactly."""

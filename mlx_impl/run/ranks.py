@@ -1,0 +1,149 @@
+"""Data parallel: the micro-batches of an update are shared out over the ranks, and their sums added in order.
+
+A rank is one process with a copy of the model. In a round each rank computes one micro-batch; then all ranks
+gather the sums of all, and add them in the order of the window. So N ranks add the same numbers in the same
+order as one rank does, and get the same bits; `mx.distributed.all_sum` adds in an order of its own.
+
+Source: MLX documentation, "Distributed Communication".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from ..data import Batch
+from ..model import CausalLM
+from ..train import Loss, Sums
+from .watchdog import Watchdog
+
+SLICE = 2**20  # elements of each rank that are gathered at once, 4 MiB: memory does not grow with the ranks
+TIMEOUT = 600.0  # seconds
+
+Vectors = dict[mx.Dtype, mx.array]  # the arrays of a tree, one after the other; those of each type for itself
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended."""
+
+
+class Ranks:
+    """The processes that train together; `group` is what `mx.distributed.init(strict=True)` returns.
+
+    A rank that waits longer than `timeout` seconds for the others ends its process: see watchdog.py.
+    """
+
+    def __init__(self, group: Any, timeout: float = TIMEOUT) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.watchdog = Watchdog(f"rank {self.rank}", timeout)
+
+    def gather(self, own: mx.array) -> mx.array:
+        """The arrays of all ranks, one row a rank. All ranks must call it, with arrays of one shape and type.
+
+        Evaluated here: one collective at a time, because several in one evaluation hang when a peer dies.
+        Raises RankLost when another rank has ended.
+        """
+        mx.eval(own)
+        rows = mx.distributed.all_gather(own[None], group=self.group)
+        try:
+            with self.watchdog.waiting():
+                mx.eval(rows)
+        except RuntimeError as error:
+            raise RankLost(f"rank {self.rank} of {self.size}: another rank has ended ({error})") from None
+        return rows
+
+    def gather_objects(self, own: Any) -> list[Any]:
+        """What every rank gives, by rank; of types that JSON knows."""
+        text = json.dumps(own).encode()
+        lengths: list[int] = self.gather(mx.array(len(text))).tolist()
+        padded = mx.array(np.frombuffer(text.ljust(max(lengths)), dtype=np.uint8))
+        pieces = [self.gather(padded[start : start + SLICE]) for start in range(0, padded.size, SLICE)]
+        rows = np.array(mx.concatenate(pieces, axis=1))
+        return [json.loads(bytes(row)) for row in rows]
+
+    def largest(self, number: int) -> int:
+        """The largest number that any rank gives: all ranks then do the same."""
+        return int(self.gather(mx.array(number)).max().item())
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """ValueError, with its name, for a fact that is another one on another rank."""
+        first, *others = self.gather_objects(facts)
+        for rank, theirs in enumerate(others, 1):
+            different = [name for name in first | theirs if first.get(name) != theirs.get(name)]
+            if different:
+                raise ValueError(
+                    f"all ranks must train alike, and on rank {rank} {different[0]} is not rank 0's"
+                )
+
+    def reduce(self, parts: Iterable[Callable[[], Sums]]) -> Sums:
+        """The sums over an update's micro-batches, to the bit as `train.add_up` adds them."""
+        waiting, total = list(parts), None
+        for first in range(0, len(waiting), self.size):
+            members = waiting[first : first + self.size]
+            own = self.own(members)()
+            total = self.add_in_order(total, as_vectors(own), len(members))
+        assert total is not None, "an update needs a micro-batch"
+        return as_tree(total, like=own)
+
+    def own(self, members: list[Any]) -> Any:
+        """This rank's part of a round. Without one it does the last again, which nobody adds."""
+        return members[min(self.rank, len(members) - 1)]
+
+    def add_in_order(self, total: Vectors | None, own: Vectors, count: int) -> Vectors:
+        """The total and the vectors of the first `count` ranks, added in the order of the ranks."""
+        mx.eval(own)
+        return {
+            kind: mx.concatenate(
+                [
+                    self.add_slice(None if total is None else total[kind], vector, start, count)
+                    for start in range(0, vector.size, SLICE)
+                ]
+            )
+            for kind, vector in own.items()
+        }
+
+    def add_slice(self, total: mx.array | None, own: mx.array, start: int, count: int) -> mx.array:
+        here = slice(start, start + SLICE)
+        first, *others = self.gather(own[here])[:count]
+        added = first if total is None else total[here] + first
+        for other in others:
+            added = added + other
+        mx.eval(added)
+        return added
+
+    def losses(self, model: CausalLM, batches: Iterable[Batch], loss: Loss) -> Iterator[Any]:
+        """The nats and the targets of every batch in its order, for `train.evaluate` with `GIVEN`."""
+        waiting = list(batches)
+        for first in range(0, len(waiting), self.size):
+            members = waiting[first : first + self.size]
+            nats, num_targets = loss.batch_loss(model, loss.to_arrays(self.own(members)))
+            rows = self.gather(nats), self.gather(num_targets)
+            yield from list(zip(*rows, strict=True))[: len(members)]
+
+
+# A "batch" of `Ranks.losses` is its nats and the number of its targets.
+GIVEN = Loss(to_arrays=list, batch_loss=lambda _, nats: (nats[0], nats[1]), flatten_grads=lambda tree: tree)
+
+
+def as_vectors(tree: Any) -> Vectors:
+    leaves: dict[mx.Dtype, list[mx.array]] = {}
+    for _, leaf in tree_flatten(tree):
+        leaves.setdefault(leaf.dtype, []).append(leaf.flatten())
+    return {kind: mx.concatenate(arrays) for kind, arrays in leaves.items()}
+
+
+def as_tree(vectors: Vectors, like: Any) -> Any:
+    """The inverse of `as_vectors`, with the names and the shapes of this tree."""
+    places = dict.fromkeys(vectors, 0)
+
+    def piece(leaf: mx.array) -> mx.array:
+        start = places[leaf.dtype]
+        places[leaf.dtype] += leaf.size
+        return vectors[leaf.dtype][start : start + leaf.size].reshape(leaf.shape)
+
+    return tree_map(piece, like)

@@ -1,0 +1,118 @@
+"""Many processes train as one does: `mx.distributed`'s ring on the loopback address."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = "tests.units.rank_program"
+SECONDS = 60  # for all that a few updates of a tiny model take on a busy machine
+
+
+def start(tmp_path: Path, num_ranks: int, *arguments: str) -> list[subprocess.Popen]:
+    """One process for each rank, with the variables that `mlx.launch --backend ring` sets."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(num_ranks)]
+    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
+    for one in sockets:
+        one.close()
+    hostfile = tmp_path / "hosts.json"
+    hostfile.write_text(json.dumps(hosts))
+    command = [sys.executable, "-m", PROGRAM, *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def outputs(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit code, standard output, standard error) of each; nothing is left running."""
+    try:
+        done = [rank.communicate(timeout=SECONDS) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, done, strict=True)]
+
+
+def run_alone(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", PROGRAM, "--alone", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("num_ranks", "SLICE"), [(2, 100), (4, 2**20)])
+def test_ranks_train_as_one_rank_does_to_the_bit(tmp_path: Path, num_ranks: int, SLICE: int) -> None:
+    """With DoRA, LoRA+, dropout, clipping, uneven targets, a short window and idle ranks."""
+    expected = run_alone()
+    assert outputs(start(tmp_path, num_ranks, "--slice", str(SLICE))) == [(0, expected, "")] * num_ranks
+
+
+def test_a_run_of_two_ranks_resumes_with_three_to_the_bit(tmp_path: Path) -> None:
+    expected = run_alone()
+    saved = str(tmp_path / "state.safetensors")
+    first = outputs(start(tmp_path, 2, "--stop-after", "2", "--state", saved))
+    assert [code for code, _, _ in first] == [0, 0], first
+    rest = outputs(start(tmp_path, 3, "--state", saved))
+    assert rest == [(0, expected, "")] * 3
+
+
+@pytest.mark.parametrize("what", ["model", "data", "seed"])
+def test_ranks_that_differ_are_refused_by_name(tmp_path: Path, what: str) -> None:
+    named = {"model": "the model's weights", "data": "the training data", "seed": "seed"}[what]
+    for code, _, error in outputs(start(tmp_path, 2, "--differ", what)):
+        assert code == 2
+        assert error == f"all ranks must train alike, and on rank 1 {named} is not rank 0's\n"
+
+
+def test_where_a_rank_dies_the_others_end_within_ten_seconds(tmp_path: Path) -> None:
+    """By SIGKILL, in the middle of a run."""
+    ranks = start(tmp_path, 3, "--slowly")
+    assert ranks[1].stdout is not None
+    ranks[1].stdout.readline()
+    ranks[1].kill()
+    killed = time.monotonic()
+    found = outputs(ranks)
+    assert time.monotonic() - killed < 10
+    for code, _, error in (found[0], found[2]):
+        assert code == 1
+        assert "another rank has ended" in error
+
+
+def test_a_rank_that_hangs_ends_the_others_at_the_time_out(tmp_path: Path) -> None:
+    """Rank 1 sleeps for a minute; the others wait for 3 seconds."""
+    ranks = start(tmp_path, 2, "--hang", "--timeout", "3")
+    ((code, _, error), _) = outputs(ranks[:1] + ranks[:1])
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert (code, error) == (1, "error: rank 0: no answer from another rank within 3 s\n")
+
+
+def test_a_rank_that_waits_in_vain_obeys_sigterm(tmp_path: Path) -> None:
+    """The launcher sends SIGTERM and never SIGKILL: nobody is orphaned."""
+    ranks = start(tmp_path, 2, "--hang")
+    assert ranks[0].stdout is not None
+    ranks[0].stdout.readline()
+    ranks[0].send_signal(signal.SIGTERM)
+    assert ranks[0].wait(timeout=30) == 128 + signal.SIGTERM
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
