@@ -26,7 +26,7 @@ def spoiled(when: Callable[[Run], bool], change: Callable[[Run], None]) -> Patch
     """Runs of one kind, with another model, optimizer, configuration or sum than they were given."""
 
     def broken(model: Any, optimizer: Any, windows: Any, config: Any, **more: Any) -> Iterator[Any]:
-        run = Run(model=model, optimizer=optimizer, config=config, reduce=add_up, **more)
+        run = Run(model=model, optimizer=optimizer, config=config, **more)
         if when(run):
             change(run)
         rest = {

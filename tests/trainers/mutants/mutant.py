@@ -49,6 +49,6 @@ def with_add_up(make: Callable[[Any], Callable]) -> Patches:
     """A broken sum over an update's micro-batches. `make` builds it for each run from its configuration."""
 
     def run(model: Any, optimizer: Any, windows: Any, config: Any, **more: Any) -> Iterator[Any]:
-        yield from train(model, optimizer, windows, config, reduce=make(config), **more)
+        yield from train(model, optimizer, windows, config, **more | {"reduce": make(config)})
 
     return training(run)
