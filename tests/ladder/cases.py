@@ -198,7 +198,17 @@ def common_beginnings(vocab_size: int) -> dict[str, Batch]:
         "the first two rows": make_batch([same[0], same[1], others[2]], prompts),
         "all rows but the first": make_batch([others[0], same[1], same[2]], prompts),
         "all rows, one of which is no longer": make_batch([same[0], prompt[:-1], same[2]], (11, 5, 10)),
+        "one text with other targets": one_text_with_other_targets(vocab_size),
     }
+
+
+def one_text_with_other_targets(vocab_size: int) -> Batch:
+    """As of a conversation with two turns: one row learns the first reply, the other the second."""
+    (text,) = random_rows(vocab_size, (14,), seed=53)
+    batch = make_batch([text, text], (3, 9))
+    mask_BT = batch.mask_BT.copy()
+    mask_BT[0, 6:] = False
+    return batch._replace(mask_BT=mask_BT)
 
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
