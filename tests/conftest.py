@@ -57,9 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """More of the same, which takes minutes, is left to the night."""
-    left_out = [] if IS_NIGHTLY else [item for item in items if item.get_closest_marker("nightly")]
-    items[:] = [item for item in items if item not in set(left_out)]
-    config.hook.pytest_deselected(items=left_out)
+    if IS_NIGHTLY:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
+    items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+
+def is_nightly() -> bool:
+    return os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+
+
+IS_NIGHTLY = is_nightly()
 
 
 def mostly_at_night(values: Iterable[Any], each_time: int) -> list[Any]:

@@ -36,13 +36,13 @@ class Watchdog:
             self.since = None
 
     def start(self) -> None:
+        threading.Thread(target=self.watch, daemon=True).start()
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread gets signals
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written to at once, whatever the thread does
         threading.Thread(target=self.listen, args=(read,), daemon=True).start()
-        threading.Thread(target=self.watch, daemon=True).start()
 
     def listen(self, pipe: int) -> None:
         while number := os.read(pipe, 1):

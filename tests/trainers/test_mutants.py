@@ -31,7 +31,7 @@ def test_the_sound_trainer_passes_the_same_climb(trainer: str) -> None:
 
 @pytest.mark.parametrize("mutant", PLANTED.values(), ids=PLANTED)
 def test_every_mutant_is_caught_at_the_right_rung(mutant: Mutant, tally: Tally) -> None:
-    """The first claim that fails belongs to the mutant's rung; at night, so that all lower rungs passed.
+    """A claim of the mutant's rung fails. At night the lower rungs are tried too, and must pass.
 
     It must fail because numbers differ, not because the patch has the wrong signature (a TypeError, say).
     """

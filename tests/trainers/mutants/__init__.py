@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tests.ladder.climb import RUNGS as RUNGS
-from tests.nightly import IS_NIGHTLY
+from tests.nightly import is_nightly
 from tests.trainers.mutants import (
     combinations,
     data,
@@ -70,7 +70,7 @@ def quick() -> dict[str, Mutant]:
 
 def planted() -> dict[str, Mutant]:
     """All mutants with HYPOTHESIS_PROFILE=nightly, otherwise the quick selection."""
-    return MUTANTS if IS_NIGHTLY else quick()
+    return MUTANTS if is_nightly() else quick()
 
 
 def table(measured: Mapping[str, str] | None = None) -> Iterator[str]:
