@@ -72,7 +72,8 @@ def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) ->
     total_N = mx.logsumexp(logits_NV, axis=-1)
     target_logits_N = logits_NV.flatten()[mx.arange(N) * V + targets_N]
     is_target_NV = mx.arange(V) == targets_N[:, None]
-    gradient_NV = mx.where(mask_N[:, None], mx.exp(logits_NV - total_N[:, None]) - is_target_NV, 0)
+    # Not exp(logits - total): float32 rounds the total of huge logits, and exp would turn that into a factor.
+    gradient_NV = mx.where(mask_N[:, None], mx.softmax(logits_NV, axis=-1) - is_target_NV, 0)
     return mx.where(mask_N, total_N - target_logits_N, 0), gradient_NV
 
 

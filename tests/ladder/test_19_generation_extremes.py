@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.ladder.cases import Case, Draw, random_rows
-from tests.ladder.extremes import ENDS, long_rows, looking_back, unless_refused, with_number
+from tests.ladder.extremes import ENDS, long_rows, looking_back, many_rows, unless_refused, with_number
 from tests.ladder.judge import Judge
 from tests.ladder.test_19_generation import NO_TOKEN, num_decided
 
@@ -26,10 +26,9 @@ def alone(trainer: Any, prompts: list[list[int]], num_tokens: int) -> list[list[
 
 @pytest.mark.needs("greedy", "greedy_all")
 @pytest.mark.parametrize("count", [1, 130])
-def test_each_of_many_prompts_gets_the_answer_that_it_gets_alone(
-    case: Case, candidate: Any, count: int
-) -> None:
+def test_each_of_many_prompts_gets_the_answer_that_it_gets_alone(candidate: Any, count: int) -> None:
     """One prompt, and around the sizes of batches; the answers come in the order of the prompts."""
+    case = many_rows()
     trainer = case.build(candidate)
     lengths = [1 + 7 * number % 5 for number in range(count)]
     prompts = random_rows(case.spec.vocab_size, lengths)
@@ -47,8 +46,9 @@ def test_very_unequal_prompts_get_the_answers_that_they_get_alone(case: Case, ca
 
 
 @pytest.mark.needs("greedy_all")
-def test_each_of_many_prompts_ends_at_its_own_end(case: Case, candidate: Any) -> None:
+def test_each_of_many_prompts_ends_at_its_own_end(candidate: Any) -> None:
     """In a second batch too."""
+    case = many_rows()
     trainer = case.build(candidate)
     prompts = random_rows(case.spec.vocab_size, [2 + number % 3 for number in range(70)])
     free = trainer.greedy_all(prompts, FEW, NO_TOKEN)
