@@ -1,9 +1,9 @@
 """`python -m mlx_impl COMMAND`: runs one of the commands in `cli/`.
 
-Exit codes: 0 on success; 2 for a wrong input, after one sentence on standard error; 130, 143 and 129 after
-Ctrl-C, SIGTERM and SIGHUP; 141, silently, where the reader of standard output has left (`| head`). After a
-stop the last line is the command to continue with. An optimized BLAS must be loaded before MLX is imported,
-so the commands import MLX late.
+Exit codes: 0 on success; 2 for a wrong input, after one sentence on standard error; 1 where another rank has
+ended; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP; 141, silently, where the reader of standard output
+has left (`| head`). After a stop the last line is the command to continue with. An optimized BLAS must be
+loaded before MLX is imported, so the commands import MLX late.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .cli.launcher import is_first, print_nothing_unless_first, with_rank
 from .cli.parser import COMMANDS, parse_arguments
 from .cli.shell_command import shell_command
 from .cli.signals import StoppedBySignal, handle_signals, raise_stopped
 from .machine.address_space import require_address_space
 from .machine.blas import load_optimized_blas
+from .run.watchdog import EXIT_LOST, RankLost
 
 EXIT_BAD_INPUT, EXIT_BROKEN_PIPE = 2, 141
 
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         return fail(f"{error.filename or 'the system'}: {error.strerror or error}", error)
+    except RankLost as error:
+        return fail(str(error), error, EXIT_LOST)
     except RuntimeError as error:  # from MLX, such as a GPU out of memory
         if not hasattr(error, "__notes__"):
             raise
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    if getattr(args, "distributed", False):
+        print_nothing_unless_first()
     require_address_space(getattr(args, "blas", None))
     prints_result_only = args.json or args.command != "train"
     if "blas" in args:  # only commands that multiply matrices have the flag
@@ -60,16 +66,16 @@ def run(args: argparse.Namespace) -> None:
     print(end="", flush=True)
 
 
-def fail(message: str, error: Exception) -> int:
+def fail(message: str, error: Exception, code: int = EXIT_BAD_INPUT) -> int:
     from .cli.screen.console import print_error  # importing rich takes a tenth of a second
 
-    print_error(message)
+    print_error(with_rank(message))
     print_notes(error)
-    return EXIT_BAD_INPUT
+    return code
 
 
 def stopped(stop: StoppedBySignal, words: list[str]) -> int:
-    print(stop, file=sys.stderr)
+    print(with_rank(str(stop)), file=sys.stderr)
     is_resumable = hasattr(stop, "__notes__")  # resume_hint adds the note
     if words[:1] == ["train"] and not is_resumable:
         stop.add_note(f"start again with: {shell_command(*words)}")
@@ -78,7 +84,9 @@ def stopped(stop: StoppedBySignal, words: list[str]) -> int:
 
 
 def print_notes(error: BaseException) -> None:
-    """Print how to continue, where a note says so."""
+    """Print how to continue, where a note says so; on several ranks the first prints it."""
+    if not is_first():
+        return
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
 

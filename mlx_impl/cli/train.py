@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
+from .launcher import is_first
 from .settings import flags
 from .settings.flags import require_at_least
 from .settings.lora_flags import add_lora_flags, lora_config
@@ -18,6 +19,7 @@ from .settings.precedence import resolved_settings
 from .settings.train_flags import add_run_flags, add_training_flags
 
 if TYPE_CHECKING:
+    from ..run.ranks import Ranks
     from .training.job import Job
 
 HELP = "fine-tune a model with LoRA and show what it learned"
@@ -46,8 +48,14 @@ def run(args: argparse.Namespace) -> None:
     from .training.finetune import finetune
 
     require_numbers(args)
-    with reserved_folder(args) as path:
-        report = finetune(job_of(args, path), make_console(stderr=args.json))
+    ranks, reserved = None, reserved_folder(args)
+    if args.distributed:
+        from .training.on_ranks import join_ranks, shared_folder
+
+        ranks = join_ranks()
+        reserved = shared_folder(ranks, reserved)
+    with reserved as path:
+        report = finetune(job_of(args, path, ranks), make_console(stderr=args.json, quiet=not is_first()))
     if args.json:
         print(json.dumps(report))
 
@@ -80,7 +88,7 @@ def run_path(flag: str, path: Path) -> Path:
     return Path(os.path.realpath(path)) if ".." in path.parts else path
 
 
-def job_of(args: argparse.Namespace, path: Path) -> Job:
+def job_of(args: argparse.Namespace, path: Path, ranks: Ranks | None = None) -> Job:
     """The job that the flags describe. A field that is not computed here is the flag of the same name."""
     from .training.job import Job
 
@@ -96,6 +104,7 @@ def job_of(args: argparse.Namespace, path: Path) -> Job:
         "training": training,
         "targets": targets,
         "compiled": args.compile,
+        "ranks": ranks,
         "settings": resolved_settings(args, lora, **saved),
     }
     copied = {f.name: getattr(args, f.name) for f in fields(Job) if f.name not in computed}

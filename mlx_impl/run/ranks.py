@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,16 +21,13 @@ from mlx.utils import tree_flatten, tree_map
 from ..data import Batch
 from ..model import CausalLM
 from ..train import Loss, Sums
-from .watchdog import Watchdog
+from .watchdog import RankLost, Watchdog
 
 SLICE = 2**20  # elements of each rank that are gathered at once, 4 MiB: memory does not grow with the ranks
 TIMEOUT = 600.0  # seconds
 
+Item = TypeVar("Item")
 Vectors = dict[mx.Dtype, mx.array]  # the arrays of a tree, one after the other; those of each type for itself
-
-
-class RankLost(RuntimeError):
-    """Another rank has ended."""
 
 
 class Ranks:
@@ -54,7 +52,7 @@ class Ranks:
             with self.watchdog.waiting():
                 mx.eval(rows)
         except RuntimeError as error:
-            raise RankLost(f"rank {self.rank} of {self.size}: another rank has ended ({error})") from None
+            raise RankLost(f"another rank has ended ({error})") from None
         return rows
 
     def gather_objects(self, own: Any) -> list[Any]:
@@ -82,15 +80,20 @@ class Ranks:
 
     def reduce(self, parts: Iterable[Callable[[], Sums]]) -> Sums:
         """The sums over an update's micro-batches, to the bit as `train.add_up` adds them."""
-        waiting, total = list(parts), None
-        for first in range(0, len(waiting), self.size):
-            members = waiting[first : first + self.size]
+        total = None
+        for members in self.rounds(parts):
             own = self.own(members)()
             total = self.add_in_order(total, as_vectors(own), len(members))
         assert total is not None, "an update needs a micro-batch"
         return as_tree(total, like=own)
 
-    def own(self, members: list[Any]) -> Any:
+    def rounds(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+        """One of the items for each rank, then the next ones; the last round may have fewer."""
+        waiting = iter(items)
+        while members := list(islice(waiting, self.size)):
+            yield members
+
+    def own(self, members: list[Item]) -> Item:
         """This rank's part of a round. Without one it does the last again, which nobody adds."""
         return members[min(self.rank, len(members) - 1)]
 
@@ -118,9 +121,7 @@ class Ranks:
 
     def losses(self, model: CausalLM, batches: Iterable[Batch], loss: Loss) -> Iterator[Any]:
         """The nats and the targets of every batch in its order, for `train.evaluate` with `GIVEN`."""
-        waiting = list(batches)
-        for first in range(0, len(waiting), self.size):
-            members = waiting[first : first + self.size]
+        for members in self.rounds(batches):
             nats, num_targets = loss.batch_loss(model, loss.to_arrays(self.own(members)))
             rows = self.gather(nats), self.gather(num_targets)
             yield from list(zip(*rows, strict=True))[: len(members)]

@@ -18,6 +18,10 @@ PATIENCE = 10.0  # seconds that a rank which was told to stop waits for the othe
 EXIT_LOST = 1
 
 
+class RankLost(RuntimeError):
+    """Another rank has ended."""
+
+
 class Watchdog:
     """Ends the process after `timeout` seconds of waiting, or PATIENCE seconds after a signal."""
 

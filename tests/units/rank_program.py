@@ -19,8 +19,9 @@ from mlx_impl.data import Example
 from mlx_impl.lora import lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run import ranks as ranks_module
-from mlx_impl.run.ranks import RankLost, Ranks
+from mlx_impl.run.ranks import Ranks
 from mlx_impl.run.trainer import LoRATrainer
+from mlx_impl.run.watchdog import RankLost
 from tests.tiny_model import TINY_LLAMA
 
 LORA = LoRAConfig(rank=3, alpha=5.0, dropout=0.25, use_dora=True)

@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ring
+from tests.ring import outputs
+
 PROGRAM = "tests.units.rank_program"
-SECONDS = 60  # for all that a few updates of a tiny model take on a busy machine
 
 
 def start(tmp_path: Path, num_ranks: int, *arguments: str) -> list[subprocess.Popen]:
-    """One process for each rank, with the variables that `mlx.launch --backend ring` sets."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(num_ranks)]
-    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
-    for one in sockets:
-        one.close()
-    hostfile = tmp_path / "hosts.json"
-    hostfile.write_text(json.dumps(hosts))
-    command = [sys.executable, "-m", PROGRAM, *arguments]
-    return [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-
-
-def outputs(ranks: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit code, standard output, standard error) of each; nothing is left running."""
-    try:
-        done = [rank.communicate(timeout=SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, *texts) for rank, texts in zip(ranks, done, strict=True)]
+    return ring.start(tmp_path, num_ranks, PROGRAM, *arguments)
 
 
 def run_alone(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", PROGRAM, "--alone", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", PROGRAM, "--alone", *arguments], cwd=ring.ROOT, capture_output=True, text=True
     )
     assert not done.returncode, done.stderr
     return done.stdout

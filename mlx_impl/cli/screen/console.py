@@ -26,9 +26,9 @@ class PipedConsole(Console):
         raise BrokenPipeError
 
 
-def make_console(stderr: bool) -> Console:
+def make_console(stderr: bool, quiet: bool = False) -> Console:
     """A console on standard output or standard error. It breaks no lines, so that paths can be copied."""
-    return PipedConsole(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    return PipedConsole(stderr=stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_status(text: str, console: Console) -> AbstractContextManager[object]:

@@ -18,7 +18,7 @@ NOT_IN_FILES = ("help", "config")
 EXCLUSIVE = (("adapter_path", "resume"), ("targets", "mask_prompt"))
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
 # Left out of config.yaml: the run may be repeated in another folder, with another library.
-NOT_SAVED = ("command", "config", "adapter_path", "overwrite", "resume", "blas", "json")
+NOT_SAVED = ("command", "config", "adapter_path", "overwrite", "resume", "blas", "json", "distributed")
 SHORT_REPR = reprlib.Repr()
 SHORT_REPR.maxlevel = 2  # a few lines of YAML can hold nested lists of millions of items
 

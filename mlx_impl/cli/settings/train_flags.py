@@ -101,6 +101,13 @@ def add_run_flags(group: Any) -> None:
         "resume the stopped run in this folder bit-exactly, with its model, data and settings "
         "(default: start a new run)",
     )
+    add_switch(
+        group,
+        "--distributed",
+        False,
+        "share out each update's micro-batches over the processes that mlx.launch has started, one on each "
+        "machine or GPU (default: no)",
+    )
     add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
     add_number(group, "--steps-per-eval", 25, "compute the validation loss every N updates")
     add_number(

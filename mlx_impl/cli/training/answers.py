@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from ...files.checkpoint import LoadedModel
 from ...generate import generate
 from ...model import CausalLM
 from ...run.memory_check import require_generation_memory
+from ...run.ranks import Ranks
 from ...text.rows import Conversation
 from ...text.tokenizer import ChatTokenizer
 from ..screen.console import show_progress
@@ -54,20 +55,39 @@ def ask(
     conversations: Sequence[Conversation],
     console: Console,
     plain: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Answer]:
-    """The model's answers to the conversations that have an expected answer; `plain`: one after the other."""
+    """The model's answers to the conversations that have an expected answer.
+
+    `plain`: one after the other. `ranks` share out what is decoded together, and all get all answers.
+    """
     questions = [c for c in conversations if c.answer is not None]
     progress = partial(show_progress, text="asking", console=console)
     prompts = prompts_of(tokenizer, questions)
     limits = MAX_TOKENS, tokenizer.stop_ids
+    own = slice(ranks.rank, None, ranks.size) if ranks else slice(None)
     if plain:
-        replies = [list(generate(model, prompt, *limits)) for prompt in progress(prompts, len(prompts))]
+        replies = answer_each(model, prompts, *limits, progress(range(len(prompts))[own], len(prompts)))
     else:
-        replies = generate_all(model, prompts, *limits, progress)
+        replies = generate_all(
+            model, prompts, *limits, lambda groups, count: progress(groups[own], len(groups[own]))
+        )
+    if ranks:  # a reply is empty on all ranks but one
+        replies = [max(of_each, key=len) for of_each in zip(*ranks.gather_objects(replies), strict=True)]
     return [
         Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
         for c, reply in zip(questions, replies, strict=True)
     ]
+
+
+def answer_each(
+    model: CausalLM, prompts: list[list[int]], max_tokens: int, stop_ids: Collection[int], rows: Iterable[int]
+) -> list[list[int]]:
+    """The replies to the prompts of these rows; no tokens for the others."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    for row in rows:
+        replies[row] = list(generate(model, prompts[row], max_tokens, stop_ids))
+    return replies
 
 
 def prompts_of(tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:

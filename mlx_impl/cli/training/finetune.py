@@ -19,7 +19,8 @@ from ..screen.report import print_answers, show_training
 from ..screen.summary import make_report, print_summary
 from ..signals import StopRequest, defer_signals
 from .answers import Evaluation, ask
-from .job import Job, PreparedJob, evenly_spaced, prepare
+from .job import Job, PreparedJob, evenly_spaced, prepare, require_same_on_all_ranks
+from .on_ranks import agree_to_stop
 from .resume_hint import resume_hint
 
 
@@ -32,6 +33,7 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     """
     with show_status("reading model and data", console):
         prepared = prepare(job)
+        require_same_on_all_ranks(prepared)
     print_summary(prepared, console)
     before, records = start_or_resume(prepared, console)
     with resume_hint(prepared):
@@ -82,6 +84,8 @@ def fit_and_save(
         save(prepared, records[: prepared.trainer.step], console)
         raise
     except BrokenPipeError:  # the reader of standard output has left
+        if prepared.job.ranks:
+            raise  # the other ranks do not know, and saving takes them all
         prepared.folder.save(prepared.trainer, prepared.train, prepared.base_name)
         if stop_request.signal_number is None:
             raise
@@ -102,7 +106,7 @@ def evaluate_model(prepared: PreparedJob, console: Console, when: str) -> Evalua
     if questions:
         console.print(f"asking {len(questions)} questions")
     loaded, plain = prepared.loaded, prepared.job.plain
-    answers = iter(ask(loaded.model, loaded.tokenizer, questions, console, plain))
+    answers = iter(ask(loaded.model, loaded.tokenizer, questions, console, plain, prepared.job.ranks))
     by_group = {name: [next(answers) for _ in group] for name, group in prepared.questions.items()}
     return Evaluation(loss_nats, by_group)
 
@@ -135,7 +139,7 @@ def fit(
     with folder.open_metrics(records) as metrics:
         steps = record_steps(trainer.fit(prepared.train), records, metrics)
         for record in show_training(steps, trainer.step, trainer.training.iters, console):
-            if stop_request.signal_number is not None:
+            if agree_to_stop(trainer.ranks, stop_request):
                 break
             validate_if_due(prepared, console)
             if record.step % job.save_every == 0:

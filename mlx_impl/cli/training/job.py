@@ -14,13 +14,15 @@ from ...files.adapters import load_adapter
 from ...files.checkpoint import LoadedModel, load_model
 from ...files.precision import to_dtype
 from ...run.memory_check import require_training_memory
+from ...run.ranks import Ranks
 from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
 from ...text.examples import encode_file
 from ...text.rows import Conversation, read_conversations
 from . import manifest
 from .answers import require_memory_for_questions
-from .run_folder import RunFolder
+from .on_ranks import ReadOnlyFolder
+from .run_folder import RunFolder, library_versions
 
 # The names under which the report lists the questions of a file.
 QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "control.jsonl"}
@@ -52,6 +54,7 @@ class Job:
     eval_examples: int  # at most this many training and validation examples are evaluated; -1: all
     compiled: bool | None
     plain: bool  # train without the fast path
+    ranks: Ranks | None  # of --distributed
     settings: dict[str, Any]  # the same settings as --config reads them
     blas: str | None = None  # the value of --blas
 
@@ -79,7 +82,8 @@ class PreparedJob:
 def prepare(job: Job) -> PreparedJob:
     """Read and check everything, cheap checks first; ValueError for a wrong input."""
     to_dtype(job.dtype)
-    folder = RunFolder(job.folder)
+    is_writer = job.ranks is None or job.ranks.rank == 0
+    folder = (RunFolder if is_writer else ReadOnlyFolder)(job.folder)
     if not job.resume:
         require_separate_inputs(job)
     train, valid, questions = read_data(job)
@@ -106,6 +110,14 @@ def prepare(job: Job) -> PreparedJob:
     return PreparedJob(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
 
 
+def require_same_on_all_ranks(prepared: PreparedJob) -> None:
+    """ValueError, with its name, for a difference between the ranks."""
+    job, trainer = prepared.job, prepared.trainer
+    own = {"--save-every": job.save_every, "--plain": job.plain, "the saved step": trainer.step}
+    if job.ranks is not None:
+        job.ranks.require_same({**library_versions(), **own, **trainer.identity(prepared.train)})
+
+
 def make_trainer(
     job: Job, loaded: LoadedModel, train: list[Example], valid: list[Example], questions: Questions
 ) -> LoRATrainer:
@@ -115,7 +127,7 @@ def make_trainer(
     if job.init_adapter is not None:
         lora = load_adapter(loaded.model, job.init_adapter)
     assert lora is not None
-    trainer = LoRATrainer(loaded.model, lora, training, job.compiled, job.plain)
+    trainer = LoRATrainer(loaded.model, lora, training, job.compiled, job.plain, job.ranks)
     trainer.resume_identity = {
         "eval_examples": job.eval_examples,
         "the validation data": digest_of_examples(valid),

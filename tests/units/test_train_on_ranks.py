@@ -1,0 +1,122 @@
+"""`train --distributed`: the files and the output of several ranks are those of one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import ring
+from tests.killed_runs import require_same_run
+from tests.nightly import mostly_at_night
+from tests.tiny_folder import write_data, write_folder
+
+# Six examples, one a micro-batch: windows of three, so that with two or four ranks some are idle.
+FLAGS = ["--rank", "2", "--iters", "120", "--batch-size", "1", "--grad-accumulation-steps", "3",
+         "--blas", "off", "--save-every", "50", "--steps-per-eval", "60", "--dropout", "0.1",
+         "--use-dora"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("inputs")
+    return ["--model", str(write_folder(root / "model")), "--data", str(write_data(root / "data"))]
+
+
+def train(*words: str) -> list[str]:
+    return ["mlx_impl", "train", *words]
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run of one process, and what it printed."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    command = [sys.executable, "-m", *train(*inputs, *FLAGS, "--adapter-path", str(run))]
+    done = subprocess.run(command, cwd=ring.ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return run, done.stdout
+
+
+def without_measured(text: str) -> list[str]:
+    """The lines that do not depend on time and place."""
+    return [line for line in text.splitlines() if not line.startswith(("step ", "run:", "ranks:", "report"))]
+
+
+@pytest.mark.parametrize("num_ranks", mostly_at_night([2, 4], 1))
+def test_ranks_write_and_print_what_one_process_does(
+    inputs: list[str], alone: tuple[Path, str], tmp_path: Path, num_ranks: int
+) -> None:
+    """To the bit: adapter, state, metrics, losses, answers and report. Only rank 0 prints."""
+    run = tmp_path / "run"
+    words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))
+    first, *others = ring.outputs(ring.start(tmp_path, num_ranks, *words))
+    assert first[0] == 0, first[2]
+    assert others == [(0, "", "")] * (num_ranks - 1)
+    require_same_run(run, alone[0])
+    assert without_measured(first[1]) == without_measured(alone[1])
+    assert f"ranks:     {num_ranks}, which" in first[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "hosts.json"}
+
+
+def wait_for_steps(run: Path) -> None:
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + ring.SECONDS
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(
+    inputs: list[str], alone: tuple[Path, str], tmp_path: Path
+) -> None:
+    """SIGTERM at rank 1. Rank 0 prints how to resume, and one process then ends with the same bits."""
+    run = tmp_path / "run"
+    words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))
+    ranks = ring.start(tmp_path, 2, *words)
+    wait_for_steps(run)
+    ranks[1].send_signal(signal.SIGTERM)
+    (code, output, error), other = ring.outputs(ranks)
+    assert code == 143, error
+    assert other == (143, "", "rank 1: stopped by SIGTERM\n")
+    assert error.splitlines()[0] == "rank 0: stopped by SIGTERM"
+    assert error.splitlines()[-1].endswith(f"train --resume {run} --blas off --distributed")
+    step = int(output.splitlines()[-1].split(":")[0].removeprefix("step "))
+    assert (run / "metrics.jsonl").read_text().count("\n") == step
+    command = [sys.executable, "-m", *train("--resume", str(run), "--blas", "off")]
+    subprocess.run(command, cwd=ring.ROOT, check=True, capture_output=True)
+    require_same_run(run, alone[0])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    mostly_at_night(
+        [("--data", "", "the training data"), ("--save-every", "7", "--save-every"), ("--seed", "9", "seed")],
+        1,
+    ),
+)
+def test_what_differs_between_the_ranks_is_named(
+    inputs: list[str], tmp_path: Path, flag: str, value: str, named: str
+) -> None:
+    """Before anything is trained or written."""
+    run = tmp_path / "run"
+    words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))
+    other = value or str(write_data(tmp_path / "data", 7))
+    rule = f"all ranks must train alike, and on rank 1 {named} is not rank 0's"
+    for rank, done in enumerate(ring.outputs(ring.start_each(tmp_path, [words, [*words, flag, other]]))):
+        assert done[0] == 2 and done[2] == f"error: rank {rank}: {rule}\n"
+    assert not run.exists()
+
+
+def test_without_a_launcher_distributed_is_refused(inputs: list[str], tmp_path: Path) -> None:
+    """MLX's own `init()` would be one rank, silently."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", *train(*inputs, "--distributed", "--adapter-path", str(run))]
+    done = subprocess.run(command, cwd=ring.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: --distributed needs a launcher, such as: mlx.launch -n 2 --backend ring"
+    )
+    assert done.stderr.count("\n") == 1 and not run.exists()
