@@ -9,16 +9,19 @@ import mlx.core as mx
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from mlx_impl.model import CausalLM
+from mlx_impl.run.ranks import Ranks
 from mlx_impl.run.trainer import LoRATrainer
 
 
 class Ours:
-    def __init__(self, inputs: Inputs, case: Case, compiled: bool | None = None) -> None:
+    def __init__(
+        self, inputs: Inputs, case: Case, compiled: bool | None = None, ranks: Ranks | None = None
+    ) -> None:
         model = CausalLM(inputs.config)
         model.load_weights([(name, mx.array(array)) for name, array in inputs.weights.items()])
         model.set_dtype(getattr(mx, case.dtype))
         mx.eval(model.parameters())
-        trainer = LoRATrainer(model, case.lora, case.training, compiled)
+        trainer = LoRATrainer(model, case.lora, case.training, compiled, ranks=ranks)
         self.records = trainer.fit_windows(cycle(inputs.windows))
 
     def step(self) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from tests import ring
 from tests.ring import outputs
+from tests.units.sum_program import sums_of
 
 PROGRAM = "tests.units.rank_program"
 
@@ -33,6 +37,20 @@ def test_ranks_train_as_one_rank_does_to_the_bit(tmp_path: Path, num_ranks: int,
     """With DoRA, LoRA+, dropout, clipping, uneven targets, a short window and idle ranks."""
     expected = run_alone()
     assert outputs(start(tmp_path, num_ranks, "--slice", str(SLICE))) == [(0, expected, "")] * num_ranks
+
+
+@pytest.mark.parametrize(("num_ranks", "num_parts"), [(2, 5), (3, 2)])
+def test_sums_in_any_order_are_within_their_bound(tmp_path: Path, num_ranks: int, num_parts: int) -> None:
+    """(M - 1) u sum |g_m| for M numbers of unit roundoff u; with more ranks than micro-batches too."""
+    done = outputs(ring.start(tmp_path, num_ranks, "tests.units.sum_program", str(num_parts)))
+    assert len(set(done)) == 1 and not done[0][0], done
+    nats, count, *gradients = json.loads(done[0][1])
+    parts = [sums_of(number) for number in range(1, num_parts + 1)]
+    assert (nats, count) == (sum(part[0][0].item() for part in parts), sum(range(1, num_parts + 1)))
+    for ours, name in zip(gradients, "ab", strict=True):
+        terms = np.array([np.array(tree_flatten(part[1][name])[0][1], np.float64) for part in parts])
+        bound = (num_parts - 1) * 2.0**-24 * np.abs(terms).sum(axis=0)
+        assert (np.abs(np.array(ours) - terms.sum(axis=0)) <= bound).all()
 
 
 def test_a_run_of_two_ranks_resumes_with_three_to_the_bit(tmp_path: Path) -> None:
