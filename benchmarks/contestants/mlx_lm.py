@@ -48,7 +48,7 @@ class MlxLm:
             if prev_grad is not None:
                 grad = tree_map(lambda x, y: x + y, grad, prev_grad)
             if do_update:
-                grad = nn.average_gradients(grad)  # over the ranks, where there are several
+                grad = nn.average_gradients(grad)  # type: ignore[attr-defined]  # over the ranks
                 if self.num_batches > 1:
                     grad = tree_map(lambda x: x / self.num_batches, grad)
                 self.optimizer.update(self.model, grad)
