@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PLANTED = "PLANTED_MUTANT"  # the environment variable that names the bug which each process plants
 SECONDS = 60  # for all that a few updates of a tiny model take on a busy machine
 
 

@@ -76,6 +76,14 @@ EACH_UPDATE: Rule = (
     lambda answer, _, windows, *rest: are_numbers(answer, len(windows)),
 )
 
+EACH_RANK: Rule = (
+    "for each rank a pair, the losses of the updates and the factors",
+    lambda answer, _, windows, training, num_ranks: (
+        len(answer) == num_ranks
+        and all(are_numbers(losses, len(windows)) and are_arrays(arrays) for losses, arrays in answer)
+    ),
+)
+
 RULES: dict[str, Rule] = {
     "logits": LOGITS,
     "loss": NATS,
@@ -104,6 +112,7 @@ RULES: dict[str, Rule] = {
         lambda answer, _, training: are_numbers(answer, training.iters),
     ),
     "peak_bytes": NUMBER,
+    "train_on_ranks": EACH_RANK,
     "greedy": TOKENS,
     "greedy_all": (
         "a list of token numbers for each prompt",

@@ -52,6 +52,7 @@ OPTIONAL = {
     "start_at": 8,  # (update): the next run begins as if so many updates had been done, its moments still 0
     "token_counts": 8,  # (windows, training) -> the number of input tokens that every update reports
     "gradient_norms": 8,  # (windows, training) -> the global norm of every update, before clipping
+    "train_on_ranks": 9,  # (windows, training, num_ranks) -> losses and factors of each of so many processes
     "train_compiled": 10,  # as train, compiled; the same seed gives the same dropout masks
     "train_checkpointed": 10,  # as train, with activations recomputed in the backward pass
     "set_dropout_masks": 10,  # ({name of the linear: keep_BTI}): used instead of random ones, in every update

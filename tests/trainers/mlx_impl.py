@@ -5,11 +5,13 @@ Both train, evaluate, save and resume through `LoRATrainer`, as a user does.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -37,12 +39,14 @@ from mlx_impl.optim import learning_rate_of
 from mlx_impl.run import trainer as run_trainer
 from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.run.merging import Merged, merge, unmerge
+from mlx_impl.run.ranks import Ranks
 from mlx_impl.run.sampling import Sampling
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.text.examples import encode_all
 from mlx_impl.text.rows import read_conversations
 from mlx_impl.train import Loss, StepRecord, apply_mean
 from tests.ladder.protocol import Arrays, Dialect, Examples
+from tests.ring import outputs, start
 from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks
 
@@ -100,6 +104,7 @@ class MlxTrainer:
         self.records: list[StepRecord] = []
         self.merged: Merged | None = None
         self.saved: Path | None = None  # a run to resume
+        self.ranks: Ranks | None = None  # where this process is one of several
         self.first_update = 0  # how many updates a new run pretends to have done
 
     @classmethod
@@ -202,6 +207,25 @@ class MlxTrainer:
     def train_checkpointed(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
         return self.run(windows, replace(training, grad_checkpoint=True), compiled=False)
 
+    def train_on_ranks(
+        self, windows: Sequence[Sequence[Batch]], training: TrainConfig, num_ranks: int
+    ) -> list[tuple[list[float], Arrays]]:
+        """Each rank is a process of its own (one_rank.py), in a ring on the loopback address."""
+        job = {
+            "trainer": type(self).__name__,
+            "model": (self.model.config, self.base(), self.model.lora, self.factors()),
+            "windows": windows,
+            "training": training,
+            "device": "gpu" if mx.default_device() == mx.gpu else "cpu",
+        }
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "job").write_bytes(pickle.dumps(job))
+            for code, _, error in outputs(start(folder, num_ranks, "tests.trainers.one_rank", name)):
+                if code:
+                    raise RuntimeError(error)
+            return [pickle.loads((folder / f"rank {rank}").read_bytes()) for rank in range(num_ranks)]
+
     def peak_bytes(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> int:
         """At a memory limit of 0 MLX waits for what it has queued, so the peak is that of the graph."""
         mx.eval(self.model.parameters())
@@ -262,7 +286,7 @@ class MlxTrainer:
 
     def begin(self, training: TrainConfig, compiled: bool | None = False) -> LoRATrainer:
         """A trainer for a new run, or for the loaded one."""
-        self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain)
+        self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain, self.ranks)
         if self.masks is not None:
             self.trainer.loss = self.path
         if self.saved is not None:

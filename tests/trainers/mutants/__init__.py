@@ -27,6 +27,7 @@ from tests.trainers.mutants import (
     ops,
     options,
     randomness,
+    ranks,
     sizes,
     state,
     step,
@@ -51,6 +52,7 @@ GROUPS = (
     extremes,
     data,
     fit,
+    ranks,
     held_out,
     held_out_again,
 )

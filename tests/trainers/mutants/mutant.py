@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from mlx_impl.train import train
+from tests.ring import PLANTED
 
 Patches = Mapping[str, Any]  # dotted name, in the module that uses it -> its replacement
 SHIPPED, PLAIN = "mlx_impl", "plain"  # the two trainers, by their `--trainer` names
@@ -32,6 +34,7 @@ class Mutant:
         with ExitStack() as stack:
             for name, value in self.patches.items():
                 stack.enter_context(patch(name, value))
+            stack.enter_context(patch.dict(os.environ, {PLANTED: self.name}))
             yield
 
 

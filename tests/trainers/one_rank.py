@@ -1,0 +1,34 @@
+"""One of the processes of `MlxTrainer.train_on_ranks`: `python -m tests.trainers.one_rank FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_impl.run.ranks import Ranks
+from tests.ring import PLANTED
+from tests.trainers import mlx_impl
+
+SECONDS = 60.0
+
+
+def main(folder: Path) -> None:
+    job = pickle.loads((folder / "job").read_bytes())
+    mx.set_default_device(getattr(mx, job["device"]))
+    trainer = getattr(mlx_impl, job["trainer"])(*job["model"])
+    trainer.ranks = Ranks(mx.distributed.init(strict=True), SECONDS)
+    losses = trainer.train(job["windows"], job["training"])
+    (folder / f"rank {trainer.ranks.rank}").write_bytes(pickle.dumps((losses, trainer.factors())))
+
+
+if __name__ == "__main__":
+    name = os.environ.get(PLANTED)
+    if name:
+        from tests.trainers.mutants import MUTANTS
+    with MUTANTS[name].planted() if name else nullcontext():
+        main(Path(sys.argv[1]))
