@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_impl.run.ranks import Ranks
+from mlx_impl.run.ranks import Ranks, join_ranks
 from mlx_impl.train import Sums
 
 from .cases import CASES, Case, named_case
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--case", default="tinyllama", choices=[n for n, c in CASES.items() if c.model])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each; default: 10")
     args = parser.parse_args()
-    ranks = Ranks(mx.distributed.init(strict=True))
+    ranks = join_ranks()
     steps = contestants(ranks, named_case(args.case))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.steps):

@@ -1,20 +1,11 @@
-"""Which rank a launcher made of this process. No MLX import.
-
-Source: the variables that mlx.launch, Open MPI and MPICH set.
-"""
+"""What a rank prints: the first all, the others only why they fail. No MLX import."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
-def launched_rank() -> int | None:
-    """None without a launcher."""
-    given = (os.environ.get(name, "") for name in RANK_VARIABLES)
-    return next((int(text) for text in given if text.isdecimal()), None)
+from ..machine.launcher import launched_rank
 
 
 def is_first() -> bool:

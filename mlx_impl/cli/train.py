@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     require_numbers(args)
     ranks, reserved = None, reserved_folder(args)
     if args.distributed:
-        from .training.on_ranks import join_ranks, shared_folder
+        from ..run.ranks import join_ranks
+        from .training.on_ranks import shared_folder
 
         ranks = join_ranks()
         reserved = shared_folder(ranks, reserved)

@@ -19,29 +19,33 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..data import Batch
+from ..machine.launcher import launched_rank
 from ..model import CausalLM
 from ..train import Loss, Sums, add_up
 from .watchdog import RankLost, Watchdog
 
 SLICE = 2**20  # elements of each rank that are gathered at once, 4 MiB: memory does not grow with the ranks
 TIMEOUT = 600.0  # seconds
+JOIN_TIMEOUT = 60.0  # seconds from the start of one rank to that of the last
 
 Item = TypeVar("Item")
 Vectors = dict[mx.Dtype, mx.array]  # the arrays of a tree, one after the other; those of each type for itself
 
 
 class Ranks:
-    """The processes that train together; `group` is what `mx.distributed.init(strict=True)` returns.
+    """The processes that train together; `join_ranks` makes it, from the group of `mx.distributed.init`.
 
     A rank that waits longer than `timeout` seconds for the others ends its process: see watchdog.py.
     `in_order=False` adds by one `mx.distributed.all_sum`, in an order that depends on the number of ranks:
     less to send, and with M micro-batches gradients g_m another result by up to 2 (M - 1) eps sum |g_m|.
     """
 
-    def __init__(self, group: Any, timeout: float = TIMEOUT, in_order: bool = True) -> None:
+    def __init__(
+        self, group: Any, timeout: float = TIMEOUT, in_order: bool = True, watchdog: Watchdog | None = None
+    ) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.in_order = in_order
-        self.watchdog = Watchdog(f"rank {self.rank}", timeout)
+        self.watchdog = watchdog or Watchdog(f"rank {self.rank}", timeout)
 
     def gather(self, own: mx.array) -> mx.array:
         """The arrays of all ranks, one row a rank. All must call it, with arrays of one shape and type."""
@@ -146,6 +150,26 @@ class Ranks:
             nats, num_targets = loss.batch_loss(model, loss.to_arrays(self.own(members)))
             rows = self.gather(nats), self.gather(num_targets)
             yield from list(zip(*rows, strict=True))[: len(members)]
+
+
+def join_ranks(timeout: float = TIMEOUT, in_order: bool = True) -> Ranks:
+    """The ranks that a launcher has started; each waits here for the others, at most JOIN_TIMEOUT seconds.
+
+    Raises ValueError without a launcher, where `mx.distributed.init()` would silently be one rank.
+    """
+    rank = launched_rank()
+    if rank is None:
+        raise ValueError(
+            "several ranks need a launcher, such as: mlx.launch -n 2 --backend ring -- python PROGRAM"
+        )
+    watchdog = Watchdog(f"rank {rank}", JOIN_TIMEOUT)
+    try:
+        with watchdog.waiting():
+            group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise RankLost(f"the ranks have not come together ({error})") from None
+    watchdog.timeout = timeout
+    return Ranks(group, timeout, in_order, watchdog)
 
 
 # A "batch" of `Ranks.losses` is its nats and the number of its targets.

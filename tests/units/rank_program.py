@@ -19,7 +19,7 @@ from mlx_impl.data import Example
 from mlx_impl.lora import lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run import ranks as ranks_module
-from mlx_impl.run.ranks import Ranks
+from mlx_impl.run.ranks import join_ranks
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.run.watchdog import RankLost
 from tests.tiny_model import TINY_LLAMA
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.slice:
         ranks_module.SLICE = args.slice
-    ranks = None if args.alone else Ranks(mx.distributed.init(strict=True), args.timeout)
+    ranks = None if args.alone else join_ranks(args.timeout)
     is_other = ranks is not None and ranks.rank == 1
     mx.random.seed(3 if args.differ == "model" and is_other else 2)
     model = CausalLM(TINY_LLAMA)

@@ -117,6 +117,6 @@ def test_without_a_launcher_distributed_is_refused(inputs: list[str], tmp_path: 
     done = subprocess.run(command, cwd=ring.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "error: --distributed needs a launcher, such as: mlx.launch -n 2 --backend ring"
+        "error: several ranks need a launcher, such as: mlx.launch -n 2 --backend ring"
     )
     assert done.stderr.count("\n") == 1 and not run.exists()

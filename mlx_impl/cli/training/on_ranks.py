@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import mlx.core as mx
-
 from ...data import Example
 from ...run.ranks import Ranks
 from ...run.trainer import LoRATrainer
@@ -35,17 +33,6 @@ class ReadOnlyFolder(RunFolder):
 
     def open_metrics(self, kept: list[StepRecord]) -> TextIO:
         return tempfile.TemporaryFile("w", encoding="utf-8")
-
-
-def join_ranks() -> Ranks:
-    """The ranks that a launcher has started; ValueError without one."""
-    try:
-        return Ranks(mx.distributed.init(strict=True))
-    except RuntimeError as error:
-        raise ValueError(
-            "--distributed needs a launcher, such as: mlx.launch -n 2 --backend ring -- "
-            f"python -m mlx_impl train --distributed; MLX says: {error}"
-        ) from None
 
 
 @contextmanager
