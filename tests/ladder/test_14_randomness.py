@@ -13,7 +13,6 @@ before, the correlation is 0.12, and is caught; with a tenth of them it is 0.05,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -69,22 +68,6 @@ def test_a_rate_of_one_in_512_drops_some(candidate: Any, judge: Judge) -> None:
     most = num_read * p + np.sqrt(2 * num_read * p * log) + log / 3
     message = f"{num_dropped} of {num_read} dropped, expected at least 1 and at most {most:.0f}"
     judge.claim(1 <= num_dropped <= most, message)
-
-
-@pytest.mark.needs("evaluate", "dropout_is_on")
-def test_an_evaluation_leaves_dropout_as_it_was(case: Case, candidate: Any, judge: Judge) -> None:
-    """On in the middle of training, off in a model that was put into evaluation."""
-    trainer = case.with_dropout(0.5).build(candidate)
-    acts: dict[str, Callable[[], object]] = {
-        "training": lambda: trainer.train([[case.batch]], TrainConfig(iters=1)),
-        "evaluation": lambda: trainer.loss(case.batch),
-    }
-    for mode, act in acts.items():
-        act()
-        before = trainer.dropout_is_on()
-        trainer.evaluate([case.batch])
-        after = trainer.dropout_is_on()
-        judge.claim(before == after, f"an evaluation in {mode} must leave dropout at {before}, got {after}")
 
 
 def test_what_is_kept_is_divided_by_1_minus_p(candidate: Any, judge: Judge) -> None:

@@ -23,7 +23,7 @@ from mlx_impl.fast.unpadding import Unpadding
 from mlx_impl.lora import LoRALinear, dense_weight_OI
 from mlx_impl.optim import LoRAOptimizer, clip_gradients, learning_rate_of
 from mlx_impl.run.trainer import with_targets
-from mlx_impl.targets import matches_end, of_pattern
+from mlx_impl.targets import linears_of_last_blocks, matches_end, of_pattern
 from mlx_impl.text.examples import turn_end
 from tests.trainers.mutants.mutant import Mutant
 
@@ -106,6 +106,11 @@ def bound_late() -> Callable[..., mx.array]:
 
 
 # ---- adapters
+
+
+def unquantized_linears(model: nn.Module, num_layers: int) -> dict[str, Any]:
+    linears = linears_of_last_blocks(model, num_layers)
+    return {name: module for name, module in linears.items() if isinstance(module, nn.Linear)}
 
 
 def alpha_without_a_rank(name: str, config: Any) -> tuple[int, float]:
@@ -220,7 +225,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "quantized-linears-without-an-adapter",
         7,
         "Only nn.Linear is looked for: where a part of the linears is quantized, these get no adapter.",
-        {"mlx_impl.targets.AnyLinear": nn.Linear},
+        {"mlx_impl.targets.linears_of_last_blocks": unquantized_linears},
     ),
     Mutant(
         "gradients-scaled-up-to-the-limit",
