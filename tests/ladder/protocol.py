@@ -59,7 +59,7 @@ OPTIONAL = {
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
     "validation_losses": 12,  # () -> those of the whole run so far, by the number of updates done
-    "require_same_run": 12,  # (folder, examples, training): refuses to resume the saved run with others
+    "require_same_run": 12,  # (folder, examples, training): refuses to resume another run than the saved one
     "each_update": 12,  # (iterator of windows, training) -> iterator of losses: each update when asked for
     "dropout_is_on": 14,  # () -> whether the model drops inputs now
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none

@@ -64,14 +64,6 @@ def test_of_twelve_layers_those_that_are_named_are_adapted(candidate: Any, judge
     require_mapping("gradients", trainer.gradients(case.batch), case.factors)
 
 
-@pytest.mark.needs("initial_factors")
-@each_adapter
-def test_of_twelve_layers_each_begins_with_its_own_rank(candidate: Any, judge: Judge, name: str) -> None:
-    """In the factors that the trainer makes for itself."""
-    case = adapted(name)
-    require_mapping("initial factors", case.build(candidate).initial_factors(0), case.factors)
-
-
 @pytest.mark.parametrize("name", ["alphas", "an alpha of a linear with a rank"])
 def test_of_twelve_layers_each_has_its_own_scale(candidate: Any, judge: Judge, name: str) -> None:
     """Base plus adapter are the merged weights, each linear with the rank and alpha of its name."""

@@ -32,6 +32,8 @@ from tests.ladder.chance import (
 from tests.ladder.judge import Judge
 from tests.ladder.masks import AXES, TRAINING, masks_drawn
 from tests.ladder.protocol import Arrays
+from tests.ladder.test_02_layer import require_mapping
+from tests.ladder.test_02_layer_names import adapted, each_adapter
 
 OTHER_SETTINGS = replace(TRAINING, learning_rate=2 * TRAINING.learning_rate, iters=2 * TRAINING.iters)
 READING = 2.0**-6  # relative: what reading a mask through a float32 gradient may cost; 0.0013 was measured
@@ -146,6 +148,14 @@ def test_an_adapter_begins_as_the_base_model(candidate: Any, judge: Judge, lora:
     }
     if lengths:
         judge.hold([judge.rounded(n, factors[n], lengths[n], SPEC.intermediate_size) for n in lengths])
+
+
+@of_its_own
+@each_adapter
+def test_each_linear_begins_with_the_rank_of_its_name(candidate: Any, judge: Judge, name: str) -> None:
+    """Of twelve layers, where a pattern for layer 1 is not one for layer 11."""
+    case = adapted(name)
+    require_mapping("initial factors", case.build(candidate).initial_factors(0), case.factors)
 
 
 def a_over_bound(factors: Arrays) -> np.ndarray:
