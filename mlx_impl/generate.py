@@ -50,7 +50,7 @@ def generate(
 ) -> Iterator[int]:
     """The answer's tokens as they come; a stop token ends it and is not yielded.
 
-    Until the iterator has ended, or is closed, the model is in evaluation.
+    Until the iterator has ended, or is closed, the model is in evaluation; an update in between is not.
 
     `choose` maps logits_BV to the next token of each row. Raises ValueError for an empty prompt, and for
     logits that are not finite: the argmax of NaN is some token, often 0.
@@ -60,6 +60,8 @@ def generate(
     caches, tokens_BT = [KeyValueCache() for _ in model.model.layers], mx.array([list(prompt)])
     with in_evaluation(model):
         for _ in range(max_tokens):
+            if model.training:  # an update was made since the last token
+                model.eval()
             next_B = next_tokens(model, tokens_BT, caches, choose)
             token = int(next_B.item())
             if token in stop_ids:

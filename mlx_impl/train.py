@@ -139,6 +139,8 @@ def train(
         return sum_gradients(loss.to_arrays(batch))
 
     for step, window in enumerate(windows, first_step):
+        if not model.training:  # an answer that is still being read has turned dropout off
+            model.train()
         optimizer.set_learning_rate(learning_rate_of(step, config))
         sums = reduce(partial(part, step, number, batch) for number, batch in enumerate(window))
         norm = update(sums)

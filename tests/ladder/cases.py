@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -246,8 +247,9 @@ def named_case(name: str) -> Case:
 
 
 def scale_of(name: str, lora: LoRAConfig, rank: int, dialect: Dialect) -> float:
-    """The factor on A B by the published rules; it handles only such patterns as VARIANTS has."""
-    alpha = next((a for pattern, a in lora.alpha_pattern.items() if name.endswith(pattern)), lora.alpha)
+    """The factor on A B by the published rules: the first pattern that matches a name's end decides."""
+    patterns = lora.alpha_pattern.items()
+    alpha = next((a for pattern, a in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), lora.alpha)
     if dialect.scale == "alpha":
         return alpha
     return alpha / (math.sqrt(rank) if lora.use_rslora else rank)

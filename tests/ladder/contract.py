@@ -5,7 +5,7 @@ Only types and shapes are checked here. Whether the numbers are right, or even f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     ),
     "peak_bytes": NUMBER,
     "train_on_ranks": EACH_RANK,
+    "each_update": ("an iterator of losses", lambda answer, *_: isinstance(answer, Iterator)),
     "greedy": TOKENS,
     "greedy_all": (
         "a list of token numbers for each prompt",

@@ -60,7 +60,8 @@ OPTIONAL = {
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
     "validation_losses": 12,  # () -> those of the whole run so far, by the number of updates done
-    "require_same_run": 12,  # (folder, examples, training): refuses to resume the saved run with others
+    "require_same_run": 12,  # (folder, examples, training): refuses to resume another run than the saved one
+    "each_update": 12,  # (iterator of windows, training) -> iterator of losses: each update when asked for
     "dropout_is_on": 14,  # () -> whether the model drops inputs now
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
     "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before
@@ -70,6 +71,8 @@ OPTIONAL = {
     "unmerge": 16,  # (): restores base and factors
     "save_adapter": 17,  # (folder): writes PEFT's adapter_config.json and adapter_model.safetensors
     "load_adapter": 17,  # (folder): puts PEFT's adapter in these files into a trainer that has none
+    "save_mlx_lm": 17,  # (folder): writes mlx-lm's adapter_config.json and adapters.safetensors
+    "load_mlx_lm": 17,  # (folder): puts mlx-lm's adapter in these files into a trainer that has none
     "greedy": 19,  # (prompt, num_tokens) -> token numbers
     "sample": 19,  # (logits_V, temperature, top_p, number) -> so many tokens drawn from them
     "greedy_all": 19,  # (prompts, num_tokens, end) -> token numbers of each prompt, up to its token `end`

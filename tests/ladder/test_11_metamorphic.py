@@ -100,13 +100,18 @@ def test_factors_of_two_move_freely_between_alpha_a_and_b(
 
 
 @pytest.mark.canonical("scale")
-def test_the_update_is_proportional_to_alpha_over_rank(case: Case, judge: Judge) -> None:
-    """Doubling the rank with zeros, and alpha with it, changes nothing."""
-    wider = {
-        name: np.concatenate([value, np.zeros_like(value)], axis=1 if name.endswith("lora_a") else 0)
-        for name, value in case.factors.items()
-    }
-    lora = replace(case.lora, rank=2 * case.lora.rank, alpha=2 * case.lora.alpha)
+@pytest.mark.parametrize("times", [2, 6])
+@pytest.mark.parametrize("first", [True, False], ids=["zeros last", "zeros first"])
+def test_the_update_is_proportional_to_alpha_over_rank(
+    case: Case, judge: Judge, times: int, first: bool
+) -> None:
+    """Two or six times rank and alpha, with zeros in what is new of A and B, change nothing."""
+    wider = {}
+    for name, value in case.factors.items():
+        zeros = [np.zeros_like(value)] * (times - 1)
+        parts = [value, *zeros] if first else [*zeros, value]
+        wider[name] = np.concatenate(parts, axis=1 if name.endswith("lora_a") else 0)
+    lora = replace(case.lora, rank=times * case.lora.rank, alpha=times * case.lora.alpha)
 
     def logits(trainer: Any) -> Arrays:
         return {"logits": trainer.logits(case.batch.inputs_BT)}
@@ -114,10 +119,20 @@ def test_the_update_is_proportional_to_alpha_over_rank(case: Case, judge: Judge)
     judge.alike((case, logits), (replace(case, lora=lora, factors=wider), logits))
 
 
+def renumbered(vocab_size: int, first: int, last: int) -> np.ndarray:
+    """A random order of the token ids that begins with one and ends with another: new token id -> old one."""
+    order = np.random.default_rng(37).permutation(vocab_size)
+    inner = order[~np.isin(order, [first, last])]
+    return np.concatenate([[first], inner, [last]])
+
+
 @pytest.mark.parametrize("case", ["untied", "tied"], indirect=True)
 def test_renumbering_the_tokens_changes_nothing(case: Case, judge: Judge) -> None:
-    """The rows of embedding and head are permuted, and the token ids of the batch with them."""
-    order = np.random.default_rng(37).permutation(case.spec.vocab_size)
+    """The rows of embedding and head are permuted, and the token ids of the batch with them.
+
+    Two tokens that are inputs and targets become the first and the last of the vocabulary.
+    """
+    order = renumbered(case.spec.vocab_size, *np.unique(case.batch.inputs_BT[0, 8:])[:2].tolist())
     number = np.argsort(order).astype(np.int32)  # old token id -> new token id
     weights = dict(case.weights)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -13,7 +13,6 @@ before, the correlation is 0.12, and is caught; with a tenth of them it is 0.05,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +32,8 @@ from tests.ladder.chance import (
 from tests.ladder.judge import Judge
 from tests.ladder.masks import AXES, TRAINING, masks_drawn
 from tests.ladder.protocol import Arrays
+from tests.ladder.test_02_layer import require_mapping
+from tests.ladder.test_02_layer_names import adapted, each_adapter
 
 OTHER_SETTINGS = replace(TRAINING, learning_rate=2 * TRAINING.learning_rate, iters=2 * TRAINING.iters)
 READING = 2.0**-6  # relative: what reading a mask through a float32 gradient may cost; 0.0013 was measured
@@ -69,22 +70,6 @@ def test_a_rate_of_one_in_512_drops_some(candidate: Any, judge: Judge) -> None:
     most = num_read * p + np.sqrt(2 * num_read * p * log) + log / 3
     message = f"{num_dropped} of {num_read} dropped, expected at least 1 and at most {most:.0f}"
     judge.claim(1 <= num_dropped <= most, message)
-
-
-@pytest.mark.needs("evaluate", "dropout_is_on")
-def test_an_evaluation_leaves_dropout_as_it_was(case: Case, candidate: Any, judge: Judge) -> None:
-    """On in the middle of training, off in a model that was put into evaluation."""
-    trainer = case.with_dropout(0.5).build(candidate)
-    acts: dict[str, Callable[[], object]] = {
-        "training": lambda: trainer.train([[case.batch]], TrainConfig(iters=1)),
-        "evaluation": lambda: trainer.loss(case.batch),
-    }
-    for mode, act in acts.items():
-        act()
-        before = trainer.dropout_is_on()
-        trainer.evaluate([case.batch])
-        after = trainer.dropout_is_on()
-        judge.claim(before == after, f"an evaluation in {mode} must leave dropout at {before}, got {after}")
 
 
 def test_what_is_kept_is_divided_by_1_minus_p(candidate: Any, judge: Judge) -> None:
@@ -163,6 +148,14 @@ def test_an_adapter_begins_as_the_base_model(candidate: Any, judge: Judge, lora:
     }
     if lengths:
         judge.hold([judge.rounded(n, factors[n], lengths[n], SPEC.intermediate_size) for n in lengths])
+
+
+@of_its_own
+@each_adapter
+def test_each_linear_begins_with_the_rank_of_its_name(candidate: Any, judge: Judge, name: str) -> None:
+    """Of twelve layers, where a pattern for layer 1 is not one for layer 11."""
+    case = adapted(name)
+    require_mapping("initial factors", case.build(candidate).initial_factors(0), case.factors)
 
 
 def a_over_bound(factors: Arrays) -> np.ndarray:

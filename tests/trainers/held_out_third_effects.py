@@ -22,10 +22,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 import mlx_impl as ml
 from mlx_impl.data import make_batch
 from mlx_impl.generate import generate
+from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
+from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.run.sampling import Sampling
 from mlx_impl.text.rows import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
+from mlx_impl.train import batch_loss, to_arrays
 from tests.trainers.mutants.held_out_third import MUTANTS
 
 SIZES = {
@@ -182,12 +185,18 @@ def loaded_from_mlx_lm() -> float:
 
 
 def losses_with_answers_between() -> list[float]:
-    training = ml.TrainConfig(iters=5, learning_rate=3e-2)
-    trainer = ml.LoRATrainer(tiny(), ml.LoRAConfig(rank=2, dropout=0.5), training)
+    """In a loop of one's own; `train` itself turns dropout on again before an update."""
+    net, (batch,) = tiny(), [to_arrays(make_batch(examples_of(LENGTHS)))]
+    add_lora(net, ml.LoRAConfig(rank=2, dropout=0.5))
+    optimizer = LoRAOptimizer(ml.TrainConfig(iters=5, learning_rate=3e-2))
+    loss_and_grads = nn.value_and_grad(net, lambda model: batch_loss(model, batch)[0])
     found = []
-    for record in trainer.fit(examples_of(LENGTHS)):
-        found.append(record.loss_nats)
-        list(generate(trainer.model, [1, 2, 3], 3, ()))
+    for update in range(5):
+        mx.random.seed(update)
+        loss, grads = loss_and_grads(net)
+        optimizer.update(net, grads)
+        found.append(loss.item())
+        list(generate(net, [1, 2, 3], 3, ()))
     return found
 
 

@@ -226,6 +226,10 @@ class MlxTrainer:
                     raise RuntimeError(error)
             return [pickle.loads((folder / f"rank {rank}").read_bytes()) for rank in range(num_ranks)]
 
+    def each_update(self, windows: Iterator[Sequence[Batch]], training: TrainConfig) -> Iterator[float]:
+        for record in self.begin(training).fit_windows(map(list, windows)):
+            yield record.loss_nats
+
     def peak_bytes(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> int:
         """At a memory limit of 0 MLX waits for what it has queued, so the peak is that of the graph."""
         mx.eval(self.model.parameters())
@@ -391,6 +395,12 @@ class MlxTrainer:
         save_adapter(self.model, self.model.lora, folder, "the ladder's model")
 
     def load_adapter(self, folder: Path) -> None:
+        load_adapter(self.model, folder)
+
+    def save_mlx_lm(self, folder: Path) -> None:
+        save_adapter(self.model, self.model.lora, folder, "the ladder's model", "mlx-lm")
+
+    def load_mlx_lm(self, folder: Path) -> None:
         load_adapter(self.model, folder)
 
     def sample(self, logits_V: np.ndarray, temperature: float, top_p: float, number: int) -> list[int]:

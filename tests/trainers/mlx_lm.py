@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.tuner import trainer
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
@@ -146,6 +146,9 @@ class MlxLmTrainer:
     def merge(self) -> None:
         fused = [(name, m.fuse()) for name, m in self.model.named_modules() if hasattr(m, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
+
+    def load_mlx_lm(self, folder: Path) -> None:
+        load_adapters(self.model, str(folder))
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         steps = generate_step(mx.array(prompt), self.model.eval(), max_tokens=num_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,9 +24,11 @@ from reference.model import CausalLM, load_arrays
 from reference.optim import make_optimizer, share_of_peak
 from reference.targets import of_pattern
 from reference.train import add_up, apply_mean, batch_loss, evaluate
+from tests.ladder import mlx_lm_files
 from tests.ladder.peft_files import (
     TENSORS,
     config_of,
+    linears_of,
     of_file,
     read_record,
     read_safetensors,
@@ -153,6 +155,11 @@ class ReferenceTrainer:
         """The loss and the gradient norm of every update."""
         run = self.begin(training)
         return [run.update(self.model, list(map(self.tensors, window))) for window in windows]
+
+    def each_update(self, windows: Iterator[Sequence[Batch]], training: TrainConfig) -> Iterator[float]:
+        run = self.begin(training)
+        for window in windows:
+            yield run.update(self.model, list(map(self.tensors, window)))[0]
 
     def begin(self, training: TrainConfig) -> Run:
         """A new run, or the loaded one."""
@@ -293,6 +300,24 @@ class ReferenceTrainer:
         factors = of_file(read_safetensors(folder / TENSORS)[0])
         if factors.keys() != self.factors().keys():
             raise ValueError("the file must have the adapter's factors")
+        load_arrays(self.model, {**self.numpy(), **factors})
+
+    def save_mlx_lm(self, folder: Path) -> None:
+        assert self.lora is not None, "there is no adapter"
+        kinds = {(linear.lora_a.shape[1], linear.scale) for linear in self.adapted().values()}
+        if len(kinds) > 1:
+            raise NotImplementedError("mlx-lm has one rank and one scale")
+        ((rank, scale),) = kinds
+        keys, is_dora = sorted(self.adapted()), self.lora.use_dora
+        record = mlx_lm_files.record_of(rank, scale, self.lora.dropout, -1, keys, is_dora)
+        factors = {name: value.astype(np.float32) for name, value in self.factors().items()}
+        mlx_lm_files.write_adapter(folder, record, factors)
+
+    def load_mlx_lm(self, folder: Path) -> None:
+        record, factors = mlx_lm_files.read_adapter(folder)
+        linears = [name for name in linears_of(self.numpy()) if name.startswith("model.")]
+        self.lora = mlx_lm_files.config_of(record, linears, self.spec.num_hidden_layers)
+        add_lora(self.model, self.lora)
         load_arrays(self.model, {**self.numpy(), **factors})
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from tests.ladder.climb import RUNGS as RUNGS
 from tests.nightly import is_nightly
 from tests.trainers.mutants import (
+    between,
     combinations,
     data,
     equivalences,
@@ -22,8 +23,10 @@ from tests.trainers.mutants import (
     gradient,
     held_out,
     held_out_again,
+    held_out_third,
     layer,
     loss,
+    metamorphic,
     ops,
     options,
     randomness,
@@ -42,6 +45,7 @@ GROUPS = (
     gradient,
     step,
     equivalences,
+    metamorphic,
     state,
     combinations,
     randomness,
@@ -55,6 +59,8 @@ GROUPS = (
     ranks,
     held_out,
     held_out_again,
+    held_out_third,
+    between,
 )
 QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]

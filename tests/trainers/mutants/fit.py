@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_impl.batching import updates_an_epoch
 from mlx_impl.data import evaluation_batches, num_inputs, training_windows
+from mlx_impl.lora import lora_layers
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import evaluate, seed_random
 from tests.trainers.mutants.mutant import Mutant, Patches
@@ -22,9 +23,15 @@ def evaluating(broken: Callable[..., tuple[float, int]]) -> Patches:
     return {"mlx_impl.run.trainer.evaluate": broken}
 
 
+def without_dropout(model: Any) -> None:
+    """Of every adapter; the model's own mode, by which `train` would turn it on again, stays."""
+    for layer in lora_layers(model).values():
+        layer.dropout.eval()
+
+
 def evaluate_and_stay(model: Any, batches: Any, loss: Any) -> tuple[float, int]:
     result = evaluate(model, batches, loss)
-    model.eval()
+    without_dropout(model)
     return result
 
 
@@ -70,7 +77,7 @@ def windows_from(
 
 def save_and_stay(self: Any, *given: Any) -> None:
     save(self, *given)
-    self.model.eval()
+    without_dropout(self.model)
 
 
 def save_and_reset(self: Any, *given: Any) -> None:
@@ -84,7 +91,7 @@ MUTANTS = [
     Mutant(
         "validation-turns-dropout-off",
         12,
-        "After a validation the model stays in evaluation, so the rest of the run has no dropout.",
+        "After a validation the adapters' dropout stays off, so the rest of the run has none.",
         evaluating(evaluate_and_stay),
     ),
     Mutant(
@@ -139,7 +146,7 @@ MUTANTS = [
     Mutant(
         "saving-turns-dropout-off",
         12,
-        "After it has saved, a run goes on in evaluation, without dropout.",
+        "After it has saved, a run goes on with the adapters' dropout off.",
         {"mlx_impl.run.trainer.LoRATrainer.save": save_and_stay},
     ),
     Mutant(

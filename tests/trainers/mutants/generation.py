@@ -64,9 +64,14 @@ def without_window_in_decoding(T: int, offset: int, window: int | None, segment_
 
 
 def greedy_of_the_base(self: Any, prompt: list[int], num_tokens: int) -> list[int]:
-    for layer in lora_layers(self.model).values():
+    layers = lora_layers(self.model).values()
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
         layer.scale = 0.0
-    return greedy(self, prompt, num_tokens)
+    answer = greedy(self, prompt, num_tokens)
+    for layer, scale in zip(layers, scales, strict=True):
+        layer.scale = scale
+    return answer
 
 
 def greedy_in_training(self: Any, prompt: list[int], num_tokens: int) -> list[int]:

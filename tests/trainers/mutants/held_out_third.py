@@ -23,7 +23,7 @@ from mlx_impl.fast.unpadding import Unpadding
 from mlx_impl.lora import LoRALinear, dense_weight_OI
 from mlx_impl.optim import LoRAOptimizer, clip_gradients, learning_rate_of
 from mlx_impl.run.trainer import with_targets
-from mlx_impl.targets import matches_end, of_pattern
+from mlx_impl.targets import linears_of_last_blocks, matches_end, of_pattern
 from mlx_impl.text.examples import turn_end
 from tests.trainers.mutants.mutant import Mutant
 
@@ -108,6 +108,11 @@ def bound_late() -> Callable[..., mx.array]:
 # ---- adapters
 
 
+def unquantized_linears(model: Any, num_layers: int) -> dict[str, Any]:
+    linears = linears_of_last_blocks(model, num_layers)
+    return {name: module for name, module in linears.items() if isinstance(module, nn.Linear)}
+
+
 def alpha_without_a_rank(name: str, config: Any) -> tuple[int, float]:
     rank = of_pattern(name, config.rank_pattern, config.rank)
     has_rank = any(matches_end(name, pattern) for pattern in config.rank_pattern)
@@ -179,7 +184,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "attention-scaled-by-the-width",
-        2,
+        5,
         "Scores are divided by sqrt(hidden_size / heads), which is not sqrt(head_dim) in every model.",
         {"mlx_impl.fast.forward.attention": attention_of_the_width},
     ),
@@ -212,15 +217,15 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "end-of-a-name-within-a-number",
-        7,
+        2,
         'A target is compared by str.endswith: "1.self_attn.q_proj" is also that of layer 11.',
         {"mlx_impl.targets.ends_with": str.endswith},
     ),
     Mutant(
         "quantized-linears-without-an-adapter",
-        7,
+        15,
         "Only nn.Linear is looked for: where a part of the linears is quantized, these get no adapter.",
-        {"mlx_impl.targets.AnyLinear": nn.Linear},
+        {"mlx_impl.targets.linears_of_last_blocks": unquantized_linears},
     ),
     Mutant(
         "gradients-scaled-up-to-the-limit",
@@ -230,7 +235,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "schedule-counts-the-warmup",
-        8,
+        9,
         "The schedule after a warmup is that of a run without one: the rate falls when the warmup ends.",
         {"mlx_impl.train.learning_rate_of": rate_from_the_start},
     ),
@@ -256,7 +261,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "alpha-pattern-lost-beside-a-rank-pattern",
-        13,
+        2,
         "A linear with a rank of its own is not asked for an alpha of its own.",
         {
             "mlx_impl.targets.rank_and_scale": alpha_without_a_rank,
@@ -265,7 +270,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "b-decayed-by-the-rate-of-a",
-        13,
+        8,
         "With LoRA+ the weight decay of B goes by the learning rate of A.",
         {"mlx_impl.optim.LoRAOptimizer.__init__": decay_by_the_rate_of_a},
     ),
@@ -277,7 +282,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "dora-merged-by-the-base-length",
-        16,
+        15,
         "A DoRA linear is merged by m / |W|, where it computes with m / |W + dW|.",
         {"mlx_impl.lora.DoRALinear.delta_OI": delta_by_the_base_length},
     ),
@@ -289,8 +294,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "generation-turns-dropout-off",
-        19,
-        "After an answer between two updates the model stays in evaluation: the rest has no dropout.",
+        14,
+        "After an answer the model stays in evaluation: a loop of one's own goes on without dropout.",
         {
             "mlx_impl.generate.in_evaluation": left_in_evaluation,
             "mlx_impl.fast.decode.in_evaluation": left_in_evaluation,

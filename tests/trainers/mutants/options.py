@@ -225,7 +225,7 @@ MUTANTS = [
     ),
     Mutant(
         "num-layers-as-a-switch",
-        15,
+        2,
         "num_layers is read as a switch: any number but -1 adapts the last layer alone.",
         {
             "mlx_impl.targets.linears_of_last_blocks": lambda model, number: linears_of_last_blocks(

@@ -1,0 +1,55 @@
+"""An answer that is read in part, with updates in between: the updates drop, and the answer does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl import LoRAConfig, LoRATrainer, TrainConfig
+from mlx_impl.data import Example
+from mlx_impl.generate import generate
+from mlx_impl.lora import lora_layers
+from mlx_impl.model import CausalLM
+from tests.ladder.cases import SPEC
+
+EXAMPLES = [Example((5, 9, 2, 7, 11, 3), (False, False, True, True, True, True))]
+PROMPT, NUM_TOKENS = [5, 9, 2], 6
+
+
+def trainer_of(dropout: float, learning_rate: float = 0.01, plain: bool = False) -> LoRATrainer:
+    mx.random.seed(3)
+    training = TrainConfig(iters=4, learning_rate=learning_rate, batch_size=1)
+    return LoRATrainer(CausalLM(SPEC), LoRAConfig(rank=2, dropout=dropout), training, plain=plain)
+
+
+def losses(trainer: LoRATrainer, answer: Iterator[int] | None = None) -> list[float]:
+    """With one more token of the answer read after each update."""
+    found = []
+    for record in trainer.fit(EXAMPLES):
+        found.append(record.loss_nats)
+        list(islice(answer or (), 1))
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_an_answer_read_in_part_leaves_dropout_on_for_the_next_update(plain: bool) -> None:
+    """The same losses, to the bit, as without the answer."""
+    trainer = trainer_of(0.5, plain=plain)
+    answer = generate(trainer.model, PROMPT, NUM_TOKENS, ())
+    assert losses(trainer, answer) == losses(trainer_of(0.5, plain=plain))
+
+
+def test_an_update_while_an_answer_is_read_does_not_drop_its_inputs() -> None:
+    """At rate 0 the model is the same after every update, so the answer is too."""
+    trainer = trainer_of(0.9, learning_rate=0.0)
+    for layer in lora_layers(trainer.model).values():
+        layer.lora_b = mx.random.normal(layer.lora_b.shape)  # far from the base model
+    whole = list(generate(trainer.model, PROMPT, NUM_TOKENS, ()))
+    answer = generate(trainer.model, PROMPT, NUM_TOKENS, ())
+    read = [next(answer)]
+    for _ in trainer.fit(EXAMPLES):
+        read += islice(answer, 1)
+    assert [*read, *answer] == whole
