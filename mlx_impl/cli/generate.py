@@ -83,7 +83,7 @@ def read_prompt() -> str:
 
 
 def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
-    from ..text.rows import is_text
+    from ..text.conversation import is_text
 
     texts = {"system": system, "user": prompt}
     for role, flag in (("system", "--system"), ("user", "--prompt")):

@@ -24,7 +24,7 @@ from mlx_impl.data import make_batch
 from mlx_impl.generate import generate
 from mlx_impl.model import CausalLM
 from mlx_impl.run.sampling import Sampling
-from mlx_impl.text.rows import Conversation
+from mlx_impl.text.conversation import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.trainers.mutants.held_out_third import MUTANTS
 

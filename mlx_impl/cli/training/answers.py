@@ -14,7 +14,7 @@ from ...files.checkpoint import LoadedModel
 from ...generate import generate
 from ...model import CausalLM
 from ...run.memory_check import require_generation_memory
-from ...text.rows import Conversation
+from ...text.conversation import Conversation
 from ...text.tokenizer import ChatTokenizer
 from ..screen.console import show_progress
 

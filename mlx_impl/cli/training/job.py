@@ -16,8 +16,9 @@ from ...files.precision import to_dtype
 from ...run.memory_check import require_training_memory
 from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
+from ...text.conversation import Conversation
 from ...text.examples import encode_file
-from ...text.rows import Conversation, read_conversations
+from ...text.rows import read_conversations
 from . import manifest
 from .answers import require_memory_for_questions
 from .run_folder import RunFolder

@@ -1,0 +1,101 @@
+"""Rows to conversations: which format a row has, by the names of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .conversation import Conversation
+from .formats import FORMATS, Format, Row
+from .messages import without_nulls
+
+NAMES = tuple(dict.fromkeys(name for f in FORMATS for name in (*f.required, *f.optional, *f.shared)))
+# What other data sets call them, the likeliest first; only for advice.
+PROMPTS = ("prompt", "question", "query", "input", "user", "problem", "source", "context", "instruction")
+COMPLETIONS = (
+    *("completion", "response", "answer", "output", "reply", "assistant", "solution", "target", "chosen"),
+)
+TEXTS = ("content", "body", "document", "passage", "story")
+REFUSED = {
+    "chat_template_kwargs": "arguments of the chat template are not supported",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only texts can be read"),
+}
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """{"prompt": "question"} from "prompt=question"; ValueError for another form or an unknown name."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    columns = {name.strip(): source.strip() for name, _, source in pairs}
+    if len(columns) < len(pairs) or not all(columns) or not all(columns.values()):
+        raise ValueError(f"--columns must be NAME=COLUMN,NAME=COLUMN,... with different names, got {text!r}")
+    for name in columns:
+        if name not in NAMES:
+            raise ValueError(f"--columns must name one of {', '.join(NAMES)}, got {name!r}")
+    return columns
+
+
+def to_conversation(value: Any, where: str, columns: Mapping[str, str]) -> tuple[Conversation, set[str]]:
+    """The conversation in a row, and the row's columns that are not used; ValueError, without the place."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a row must be an object, got {type(value).__name__}")
+    row = renamed(without_nulls(value), value, columns)
+    kind = find_format(row, value, columns)
+    used = {*kind.required, *kind.optional, *kind.shared}
+    for name, reason in REFUSED.items():
+        if row.get(name):
+            raise ValueError(f'"{name}" must not be there: {reason}')
+    found = kind.read({name: row[name] for name in row if name in used}, where)
+    shadowed = {name for name in columns if name in value and name not in columns.values()}
+    return found, (set(row) - used) | shadowed
+
+
+def renamed(row: Row, whole: Row, columns: Mapping[str, str]) -> Row:
+    """The row under our names; ValueError where a column that its format needs is not there."""
+    needed = {name for f in FORMATS for name in f.required}
+    for name, source in columns.items():
+        if name in needed and source not in whole:
+            raise ValueError(f'--columns names "{source}", and the row has {listed(whole)}')
+    others = {name: row[name] for name in row if name not in {*columns, *columns.values()}}
+    return others | {name: row[source] for name, source in columns.items() if source in row}
+
+
+def find_format(row: Row, whole: Row, columns: Mapping[str, str]) -> Format:
+    """The one format whose columns the row has; where `columns` names those of a format, that format."""
+    found = [f for f in FORMATS if all(name in row for name in f.required)]
+    named = [f for f in FORMATS if not columns.keys().isdisjoint((*f.required, *f.optional))]
+    found = [f for f in found if f in named] if named else found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(f'"{f.required[0]}"' for f in found)
+        first = found[0].required[0]
+        raise ValueError(f"a row must have one format, got {names}: choose one, as --columns {first}={first}")
+    raise ValueError(without_format(row, whole))
+
+
+def without_format(row: Row, whole: Row) -> str:
+    """The sentence for a row of no known format: what it has, and the flag that would read it."""
+    formats = ", ".join(" and ".join(f'"{name}"' for name in f.required) for f in FORMATS)
+    nulls = [name for name in whole if name not in row]
+    null = f", and null in {listed(nulls)}" if nulls else ""
+    advice = advised_columns(row)
+    flag = f": try --columns {advice}" if advice else ", and --columns can rename"
+    return f"a row must have {formats}, got {listed(row)}{null}{flag}"
+
+
+def advised_columns(row: Row) -> str:
+    """The value of --columns that would read the row, or an empty text."""
+    texts = [name for name in row if isinstance(row[name], (str, list))]
+    completion = next((name for name in COMPLETIONS if name in texts), None)
+    if completion and "instruction" in texts:
+        extra = next((f",input={name}" for name in ("input", "context") if name in texts), "")
+        return f"instruction=instruction,output={completion}{extra}"
+    prompt = next((name for name in PROMPTS if name in texts and name != completion), None)
+    if completion and prompt:
+        return f"prompt={prompt},completion={completion}"
+    text = next((name for name in TEXTS if name in texts), None)
+    return f"text={text}" if text else ""
+
+
+def listed(names: Any) -> str:
+    return ", ".join(f'"{name}"' for name in names) or "nothing"
