@@ -95,6 +95,7 @@ def job_of(args: argparse.Namespace, path: Path) -> Job:
         "lora": lora,
         "training": training,
         "targets": targets,
+        "reading": flags.reading_of(args),
         "compiled": args.compile,
         "settings": resolved_settings(args, lora, **saved),
     }

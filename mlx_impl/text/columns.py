@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..disk.files import one_line
 from .conversation import Conversation
 from .formats import FORMATS, Format, Row
 from .messages import without_nulls
@@ -97,5 +98,5 @@ def advised_columns(row: Row) -> str:
     return f"text={text}" if text else ""
 
 
-def listed(names: Any) -> str:
-    return ", ".join(f'"{name}"' for name in names) or "nothing"
+def listed(names: Iterable[str]) -> str:
+    return one_line(", ".join(f'"{name}"' for name in names) or "nothing")

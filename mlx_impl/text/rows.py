@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..disk.files import one_line
 from .columns import to_conversation
 from .conversation import Conversation
 from .data_files import raw_rows
@@ -32,14 +33,18 @@ class DataFile:
     unused: dict[str, None] = field(default_factory=dict)  # columns that mean nothing here
     unknown: dict[str, None] = field(default_factory=dict)  # keys of messages that only a template may know
     columns: set[str] = field(default_factory=set)  # all that a row has
+    notes: list[str] = field(default_factory=list)  # on the file itself
 
     def remarks(self, kind: str) -> list[str]:
         """One sentence on each: bad rows, columns and keys. `kind`: "training", say."""
-        remarks = bad_rows_remark(self.bad, len(self.bad) + len(self.conversations), kind)
+        total = len(self.bad) + len(self.conversations)
+        remarks = [*self.notes, *bad_rows_remark(self.bad, total, kind)]
         if self.unused:
-            remarks.append(f"columns of the {kind} data that are not used: {', '.join(self.unused)}")
+            remarks.append(
+                f"columns of the {kind} data that are not used: {one_line(', '.join(self.unused))}"
+            )
         if self.unknown:
-            keys = ", ".join(self.unknown)
+            keys = one_line(", ".join(self.unknown))
             remarks.append(f"keys in messages of the {kind} data that only a chat template may use: {keys}")
         return remarks
 
@@ -57,16 +62,18 @@ def read_conversations(path: Path, reading: Reading | None = None) -> list[Conve
     return read_data_file([path], reading or Reading()).conversations
 
 
-def read_data_file(paths: Sequence[Path], reading: Reading) -> DataFile:
-    """The conversations of a file or of its shards; ValueError also where none is left."""
+def read_data_file(paths: Sequence[Path], reading: Reading, may_be_empty: bool = False) -> DataFile:
+    """The conversations of a file or of its shards; ValueError also where none is left of its rows."""
     data = DataFile()
     for where, found in each_conversation(paths, reading, data):
         if isinstance(found, Conversation):
             data.conversations.append(found)
         elif reading.skip_bad:
-            data.bad.append(f"{where}: {found}")
+            data.bad.append(one_line(f"{where}: {found}"))
         else:
             raise ValueError(f"{where}: {found}")
+    if may_be_empty and not data.bad and not data.conversations:
+        return DataFile(notes=[f"{paths[0].name} is empty"])
     if missing := [name for name in reading.columns.values() if name not in data.columns]:
         raise ValueError(f'{paths[0]}: --columns names "{missing[0]}", and no row has it')
     if data.bad and not data.conversations:
