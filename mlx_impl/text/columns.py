@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..disk.files import one_line
@@ -10,15 +10,20 @@ from .conversation import Conversation
 from .formats import FORMATS, Format, Row
 from .messages import without_nulls
 
+NEEDED = {name for f in FORMATS for name in f.required}
 NAMES = tuple(dict.fromkeys(name for f in FORMATS for name in (*f.required, *f.optional, *f.shared)))
 # What other data sets call them, the likeliest first; only for advice.
-PROMPTS = ("prompt", "question", "query", "input", "user", "problem", "source", "context", "instruction")
+PROMPTS = (
+    *("prompt", "question", "query", "input", "user", "human", "problem", "source", "context", "instruction"),
+)
 COMPLETIONS = (
-    *("completion", "response", "answer", "output", "reply", "assistant", "solution", "target", "chosen"),
+    *("completion", "response", "answer", "output", "reply", "assistant", "bot", "solution", "target"),
+    "chosen",
 )
 TEXTS = ("content", "body", "document", "passage", "story")
 REFUSED = {
     "chat_template_kwargs": "arguments of the chat template are not supported",
+    "functions": 'write "tools" instead',
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only texts can be read"),
 }
 
@@ -39,22 +44,23 @@ def to_conversation(value: Any, where: str, columns: Mapping[str, str]) -> tuple
     """The conversation in a row, and the row's columns that are not used; ValueError, without the place."""
     if not isinstance(value, dict):
         raise ValueError(f"a row must be an object, got {type(value).__name__}")
-    row = renamed(without_nulls(value), value, columns)
+    row = without_nulls(value)
+    if columns:
+        row = renamed(row, value, columns)
     kind = find_format(row, value, columns)
-    used = {*kind.required, *kind.optional, *kind.shared}
-    for name, reason in REFUSED.items():
-        if row.get(name):
-            raise ValueError(f'"{name}" must not be there: {reason}')
-    found = kind.read({name: row[name] for name in row if name in used}, where)
+    unused = {name for name in row if name not in (*kind.required, *kind.optional, *kind.shared)}
+    for name in unused & REFUSED.keys():
+        if row[name]:
+            raise ValueError(f'"{name}" must not be there: {REFUSED[name]}')
+    found = kind.read({name: row[name] for name in row if name not in unused}, where)
     shadowed = {name for name in columns if name in value and name not in columns.values()}
-    return found, (set(row) - used) | shadowed
+    return found, unused | shadowed
 
 
 def renamed(row: Row, whole: Row, columns: Mapping[str, str]) -> Row:
     """The row under our names; ValueError where a column that its format needs is not there."""
-    needed = {name for f in FORMATS for name in f.required}
     for name, source in columns.items():
-        if name in needed and source not in whole:
+        if name in NEEDED and source not in whole:
             raise ValueError(f'--columns names "{source}", and the row has {listed(whole)}')
     others = {name: row[name] for name in row if name not in {*columns, *columns.values()}}
     return others | {name: row[source] for name, source in columns.items() if source in row}
@@ -63,8 +69,9 @@ def renamed(row: Row, whole: Row, columns: Mapping[str, str]) -> Row:
 def find_format(row: Row, whole: Row, columns: Mapping[str, str]) -> Format:
     """The one format whose columns the row has; where `columns` names those of a format, that format."""
     found = [f for f in FORMATS if all(name in row for name in f.required)]
-    named = [f for f in FORMATS if not columns.keys().isdisjoint((*f.required, *f.optional))]
-    found = [f for f in found if f in named] if named else found
+    if columns:
+        named = [f for f in FORMATS if not columns.keys().isdisjoint((*f.required, *f.optional))]
+        found = [f for f in found if f in named] if named else found
     if len(found) == 1:
         return found[0]
     if found:
@@ -86,16 +93,27 @@ def without_format(row: Row, whole: Row) -> str:
 
 def advised_columns(row: Row) -> str:
     """The value of --columns that would read the row, or an empty text."""
-    texts = [name for name in row if isinstance(row[name], (str, list))]
-    completion = next((name for name in COMPLETIONS if name in texts), None)
-    if completion and "instruction" in texts:
-        extra = next((f",input={name}" for name in ("input", "context") if name in texts), "")
-        return f"instruction=instruction,output={completion}{extra}"
-    prompt = next((name for name in PROMPTS if name in texts and name != completion), None)
-    if completion and prompt:
+    if chats := [name for name, value in row.items() if is_chat(value)]:
+        return f"messages={chats[0]}"
+    texts = {name.lower(): name for name, value in row.items() if isinstance(value, str)}
+
+    def first(names: Sequence[str], but: str | None = None) -> str | None:
+        return next((texts[name] for name in names if name in texts and texts[name] != but), None)
+
+    completion = first(COMPLETIONS)
+    if completion and (instruction := first(["instruction"])):
+        more = first(["input", "context"])
+        return f"instruction={instruction},output={completion}" + (f",input={more}" if more else "")
+    if completion and (prompt := first(PROMPTS, completion)):
         return f"prompt={prompt},completion={completion}"
-    text = next((name for name in TEXTS if name in texts), None)
+    text = first(TEXTS)
     return f"text={text}" if text else ""
+
+
+def is_chat(value: Any) -> bool:
+    """Whether it looks like a list of messages."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
 def listed(names: Iterable[str]) -> str:

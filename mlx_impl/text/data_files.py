@@ -74,11 +74,10 @@ def value_of(line: str) -> Any:
     """The JSON value of a line, or the ValueError that says why there is none."""
     try:
         value = json.loads(line)
+        is_whole = "\\u" not in line or is_text(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
         return ValueError(f"must be valid JSON: {error}")
-    if "\\u" in line and not is_text(json.dumps(value, ensure_ascii=False)):  # JSON can escape half a pair
-        return ValueError("texts must be valid Unicode, got half a surrogate pair")
-    return value
+    return value if is_whole else ValueError("texts must be valid Unicode, got half a surrogate pair")
 
 
 def require_no_whole_object(path: Path, line: str, file: IO[bytes] | gzip.GzipFile) -> None:

@@ -115,6 +115,8 @@ def joined_system(row: Row) -> str:
 
 def answer_of(row: Row) -> str | None:
     answer = row.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
     if answer is not None and not (isinstance(answer, str) and any(map(str.isalnum, answer))):
         raise ValueError(f'"answer" must be a text with a letter or a digit, got {answer!r}')
     return answer
@@ -125,7 +127,8 @@ def tools_of(row: Row) -> tuple[dict[str, Any], ...] | None:
     if row.get("tools") in (None, ""):
         return None
     try:
-        tools = [parsed("tools", t) if isinstance(t, str) else t for t in list_of("tools", row["tools"])]
+        tools = parsed("tools", row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        tools = [parsed("tools", t) if isinstance(t, str) else t for t in list_of("tools", tools or [])]
     except ValueError:
         tools = [None]
     if not all(isinstance(tool, dict) for tool in tools):

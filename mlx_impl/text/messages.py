@@ -27,6 +27,7 @@ ROLES = {  # of ShareGPT; other names stay as they are
 TEXT_PARTS = ("text", "input_text", "output_text")
 REFUSED = {
     "function_call": 'write "tool_calls" instead',
+    **dict.fromkeys(("loss", "mask", "trainable"), 'write "weight": 0 where a message is no target'),
     "train_detail": "parts of a message cannot be targets",
     "training_detail": "parts of a message cannot be targets",
 }
@@ -41,6 +42,8 @@ def without_nulls(value: Any) -> Any:
 
 def read_messages(name: str, value: Any) -> tuple[list[Message], set[int]]:
     """The messages of the column `name`, and the numbers (from 0) of those that are no targets."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = without_nulls(parsed(name, value))
     if not isinstance(value, list) or not value:
         got = "an empty list" if value == [] else type(value).__name__
         raise ValueError(f'"{name}" must be a list of messages, got {got}')
@@ -82,7 +85,7 @@ def read_message(raw: Any) -> Message:
 def from_sharegpt(raw: Message) -> Message:
     """{"from", "value"} as {"role", "content"}; a function's call becomes a tool call."""
     sender = raw["from"]
-    message = {"role": ROLES.get(sender, sender) if isinstance(sender, str) else sender}
+    message = {"role": ROLES.get(sender.lower(), sender.lower()) if isinstance(sender, str) else sender}
     message |= {key: value for key, value in raw.items() if key not in ("from", "value")}
     if sender == "function_call":
         calls = parsed("value", raw.get("value"))
@@ -152,6 +155,8 @@ def list_of(name: str, value: Any) -> list[Any]:
 
 def with_reasoning(message: Message) -> Message:
     """The reasoning under every name that a template may read, as transformers does it."""
+    if message.keys().isdisjoint(REASONING):
+        return message
     found = {key: message[key] for key in REASONING if message.get(key, "") != ""}
     for key, text in found.items():
         if not isinstance(text, str):

@@ -97,7 +97,10 @@ def each_conversation(
             except ValueError as error:
                 yield where, error
                 continue
-            data.unused |= dict.fromkeys(sorted(unused))
-            keys = [key for m in found.messages for key in m if key not in KNOWN_KEYS]
-            data.unknown |= dict.fromkeys(keys)
+            except RecursionError:
+                yield where, ValueError("a row must not be nested so deeply")
+                continue
+            data.unused.update(dict.fromkeys(sorted(unused)))
+            keys = {key for message in found.messages for key in message if key not in KNOWN_KEYS}
+            data.unknown.update(dict.fromkeys(sorted(keys)))
             yield where, with_inline_reasoning(found) if reading.inline_reasoning else found

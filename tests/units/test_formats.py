@@ -53,6 +53,11 @@ ONE_TURN = {
             {"role": "assistant", "content": [{"type": "text", "text": "Yes.", "image": None}]},
         ]
     },
+    "JSON text": {"messages": json.dumps([ASK, {**REPLY, "name": None}])},
+    "ShareGPT, capitals": {
+        "conversations": [{"from": "Human", "value": "Hi?"}, {"from": "GPT", "value": "Yes."}]
+    },
+    "no tools as JSON text": {"messages": [ASK, REPLY], "tools": "null"},
     "null columns": {"messages": [ASK, REPLY], "text": None, "prompt": None, "tools": None, "system": None},
     "null keys": {"messages": [{**ASK, "name": None, "tool_calls": None}, {**REPLY, "weight": None}]},
     "an empty system prompt, no tools": {"messages": [ASK, REPLY], "system": "", "tools": "[]"},
@@ -87,6 +92,21 @@ def test_more_than_one_turn(row: dict[str, Any], contents: list[str]) -> None:
     found = read(row)
     assert [message["content"] for message in found.messages] == contents
     assert found.messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(("answer", "text"), [(42, "42"), (2.5, "2.5"), ("a", "a")])
+def test_an_answer_may_be_a_number(answer: Any, text: str) -> None:
+    assert read({"messages": [ASK, REPLY], "answer": answer}).answer == text
+
+
+@pytest.mark.parametrize("depth", [300, 450, 600, 900])
+def test_a_row_of_any_depth_is_read_or_refused(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "train.jsonl"
+    for nested in ("[" * depth + "]" * depth, '{"function": ' * depth + "{}" + "}" * depth):
+        calls = '{"role": "user", "content": "\\u00e9", "tool_calls": [' + nested + "]}"
+        path.write_text('{"messages": [' + calls + "]}")
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: "):
+            read_conversations(path)
 
 
 def test_only_two_texts_may_be_read_by_a_model_without_a_template() -> None:
@@ -219,6 +239,9 @@ def test_a_text_may_have_another_name() -> None:
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prompt=prompt,completion=chosen"),
         ({"content": "a"}, "text=content"),
+        ({"Question": "a", "Answer": "b"}, "prompt=Question,completion=Answer"),
+        ({"dialogue": [ASK, REPLY]}, "messages=dialogue"),
+        ({"chosen": [ASK, REPLY], "rejected": [ASK, REPLY]}, "messages=chosen"),
     ],
 )
 def test_the_advice_for_an_unknown_row_reads_it(row: dict[str, Any], advice: str) -> None:
@@ -272,7 +295,9 @@ WRONG = [
     (replying(content="b", weight="0"), "must have a \"weight\" of 0 or 1, got '0'"),
     (replying(content="b", train="no"), "must have true or false as \"train\", got 'no'"),
     (replying(content="b", train_detail=[]), 'has "train_detail"'),
-    ({"messages": [ASK, REPLY], "answer": 3}, '"answer" must be a text with a letter or a digit, got 3'),
+    ({"messages": [ASK, REPLY], "answer": [3]}, '"answer" must be a text with a letter or a digit, got .3.'),
+    ({"messages": [ASK, REPLY], "functions": [TOOL]}, '"functions" must not be there: write "tools" instead'),
+    (replying(content="b", loss=False), 'has "loss", which cannot be read: write "weight": 0'),
     ({"messages": [ASK, REPLY], "answer": "!"}, "got '!'"),
 ]  # fmt: skip
 
