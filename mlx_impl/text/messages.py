@@ -137,6 +137,11 @@ def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
+def with_empty_content(messages: Sequence[Message]) -> list[Message]:
+    """The same with a text as content also beside tool calls, for templates that fail without one."""
+    return [m if "content" in m else {**m, "content": ""} for m in messages]
+
+
 def parsed(name: str, text: Any) -> Any:
     """The value of a JSON text."""
     try:

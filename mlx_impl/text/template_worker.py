@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..disk.files import one_line
 from .conversation import Message, is_text
-from .messages import with_text_arguments
+from .messages import with_empty_content, with_text_arguments
 from .shown import require_reasoning_shown, require_tools_shown
 from .turns import find_turns
 
@@ -90,17 +90,17 @@ class Templates:
         return text
 
     def render_by(self, template: jinja2.Template, messages: Sequence[Message], *more: Any) -> str:
-        """The text, with a tool call's arguments as an object or, where the template fails, as JSON text."""
+        """The text; where a template fails, with a content beside tool calls, or their arguments as texts."""
         add_generation_prompt, tools = more
         values = {"tools": tools, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
         try:
             return template.render(messages=messages, **values)
         except Exception:
-            others = with_text_arguments(messages)
-            if others == messages:
-                raise
-            with suppress(Exception):  # the first error is the one to report
-                return template.render(messages=others, **values)
+            filled = with_empty_content(messages)
+            for others in (filled, with_text_arguments(messages), with_text_arguments(filled)):
+                with suppress(Exception):  # the first error is the one to report
+                    if others != messages:
+                        return template.render(messages=others, **values)
             raise
 
     def send_heartbeat(self) -> None:

@@ -457,6 +457,18 @@ def test_an_unknown_choice_of_reasoning_is_refused() -> None:
         encode_all(tokenizer_for(CHATML), [chat("a", "b")], "all", 20, "drop")
 
 
+def test_a_template_that_needs_a_content_gets_an_empty_one_beside_tool_calls() -> None:
+    """It is never given null, which it might print as None."""
+    template = TOOLS.replace("{{ tools | tojson }}", "").replace("(m.content or '')", "m.content")
+    reply = {"role": "assistant", "tool_calls": [{"name": "now"}]}
+    row = Conversation(({"role": "user", "content": "a"}, reply), None, "data.jsonl:1")
+    assert marked(tokenizer_for(template), row, "completion").endswith("\n«call now<|im_end|>»")
+    with pytest.raises(
+        ValueError, match='the chat template must show the "tool_calls" of message 2, and does'
+    ):
+        encode(tokenizer_for(CHATML), row, "completion")
+
+
 ENCODES = "{{ c.function.arguments | tojson }}"
 PRINTS = "{{ '' + c.function.arguments }}"  # as DeepSeek's templates do: fails for an object
 
