@@ -93,6 +93,7 @@ def without_format(row: Row, whole: Row) -> str:
 
 def advised_columns(row: Row) -> str:
     """The value of --columns that would read the row, or an empty text."""
+    row = {name: value for name, value in row.items() if is_plain(name)}
     if chats := [name for name, value in row.items() if is_chat(value)]:
         return f"messages={chats[0]}"
     texts = {name.lower(): name for name, value in row.items() if isinstance(value, str)}
@@ -108,6 +109,11 @@ def advised_columns(row: Row) -> str:
         return f"prompt={prompt},completion={completion}"
     text = first(TEXTS)
     return f"text={text}" if text else ""
+
+
+def is_plain(name: str) -> bool:
+    """Whether --columns can name it."""
+    return name.isprintable() and name == name.strip() and "," not in name
 
 
 def is_chat(value: Any) -> bool:

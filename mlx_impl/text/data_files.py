@@ -89,7 +89,7 @@ def require_no_whole_object(path: Path, line: str, file: IO[bytes] | gzip.GzipFi
     file.seek(here)
     whole = value_of(line + rest) if rest.strip() else None
     if isinstance(whole, dict):
-        keys = ", ".join(map(repr, whole))
+        keys = one_line(", ".join(map(repr, whole)))
         raise ValueError(f"{path}: must be JSON Lines or a JSON array of rows, got one object with {keys}")
 
 

@@ -90,10 +90,10 @@ def encode_file(
                 num_cut += len(whole.tokens) > max_tokens
             else:
                 left_out.append(conversation.where)
+    file = conversations[0].where.rpartition(":")[0] if conversations else ""
     if bad and not examples:
-        raise ValueError(f"no example is left of {len(conversations)}; the first: {bad[0]}")
+        raise ValueError(f"{file}: no example is left of {len(conversations)}; the first: {bad[0]}")
     if left_out and not examples:
-        file = left_out[0].rpartition(":")[0]
         raise ValueError(f"{file}: no example has a target within the maximum of {max_tokens} tokens")
     return Encoded(examples, max_tokens, num_cut, tuple(left_out), tuple(bad))
 

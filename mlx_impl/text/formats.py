@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..disk.files import one_line
 from .conversation import Conversation, Message
-from .messages import joined_text, list_of, parsed, read_messages
+from .messages import joined_text, read_messages
+from .tool_calls import list_of, parsed
 
 Row = dict[str, Any]
 
@@ -45,7 +47,7 @@ def from_prompt(row: Row, where: str) -> Conversation:
     messages, untrained = read_messages("prompt", prompt)
     (reply, *more), unread = read_messages("completion", completion)
     if more or reply["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in (reply, *more))
+        roles = one_line(", ".join(message["role"] for message in (reply, *more)))
         raise ValueError(
             f'"completion" must be one message of role "assistant", got {roles}: use "messages" instead'
         )
@@ -96,7 +98,7 @@ def conversation(
         role = messages[-1]["role"]
         raise ValueError(
             f'"{name}" must end with the reply of role "assistant" to an earlier message, '
-            f"got {len(messages)} messages that end with role {role!r}"
+            f"got {len(messages)} messages that end with role {one_line(repr(role))}"
         )
     tools = tools_of(row)
     is_plain = is_plain and tools is None
@@ -118,7 +120,7 @@ def answer_of(row: Row) -> str | None:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     if answer is not None and not (isinstance(answer, str) and any(map(str.isalnum, answer))):
-        raise ValueError(f'"answer" must be a text with a letter or a digit, got {answer!r}')
+        raise ValueError(f'"answer" must be a text with a letter or a digit, got {one_line(repr(answer))}')
     return answer
 
 

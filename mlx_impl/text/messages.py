@@ -1,19 +1,18 @@
 """Messages as other programs write them, in the one form that chat templates read.
 
-Sources: transformers 5.23 gives a template a reply's reasoning under `reasoning_content` and `thinking`; TRL
-leaves null keys out; ShareGPT has `from` and `value`; OpenAI has parts, arguments as JSON text, and `weight`.
+Sources: TRL leaves null keys out; ShareGPT has `from` and `value`; OpenAI has parts, arguments as JSON text,
+and `weight`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from .conversation import Conversation, Message
+from ..disk.files import one_line
+from .conversation import Message
+from .reasoning import REASONING, with_reasoning
+from .tool_calls import list_of, parsed, read_call
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # in transformers' order
 KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
 ROLES = {  # of ShareGPT; other names stay as they are
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"},
@@ -70,7 +69,7 @@ def read_message(raw: Any) -> Message:
         if key in message:
             raise ValueError(f'has "{key}", which cannot be read: {advice}')
     if not isinstance(message.get("role"), str):
-        found = ", ".join(map(repr, raw)) or "none"
+        found = one_line(", ".join(map(repr, raw)) or "none")
         raise ValueError(f'must have the texts "role" and "content", or "from" and "value", got {found}')
     if "content" in message:
         message["content"] = joined_text(message["content"])
@@ -103,93 +102,17 @@ def joined_text(content: Any) -> str:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise ValueError(f'must have a text or text parts as "content", got a part of type {kind!r}')
+            raise ValueError(
+                f'must have a text or text parts as "content", got a part of type {one_line(repr(kind))}'
+            )
     return "".join(part["text"] for part in content)
-
-
-def read_call(call: Any) -> dict[str, Any]:
-    """A tool call whose arguments are an object: templates encode them, and would encode a text twice."""
-    if not isinstance(call, dict):
-        raise ValueError(f'must have a list of objects as "tool_calls", got one with {type(call).__name__}')
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": read_call(call["function"])}
-    if not isinstance(call.get("arguments"), str):
-        return dict(call)
-    arguments = parsed("arguments", call["arguments"].strip() or "{}")
-    if not isinstance(arguments, dict):
-        raise ValueError(f'must have an object as "arguments", got the JSON text {call["arguments"]!r}')
-    return {**call, "arguments": arguments}
-
-
-def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """The same with the arguments of tool calls as JSON texts, for templates that do not encode them."""
-
-    def as_text(call: Any) -> Any:
-        if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            return {**call, "function": as_text(call["function"])}
-        if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
-            return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-        return call
-
-    return [
-        {**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m
-        for m in messages
-    ]
-
-
-def with_empty_content(messages: Sequence[Message]) -> list[Message]:
-    """The same with a text as content also beside tool calls, for templates that fail without one."""
-    return [m if "content" in m else {**m, "content": ""} for m in messages]
-
-
-def parsed(name: str, text: Any) -> Any:
-    """The value of a JSON text."""
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError(f'must have JSON as "{name}", got {str(text)[:100]!r}') from None
-
-
-def list_of(name: str, value: Any) -> list[Any]:
-    """A list, or the list in a JSON text."""
-    value = parsed(name, value) if isinstance(value, str) and value.strip() else value
-    if isinstance(value, list):
-        return value
-    raise ValueError(f'must have a list of objects as "{name}", got {type(value).__name__}')
-
-
-def with_reasoning(message: Message) -> Message:
-    """The reasoning under every name that a template may read, as transformers does it."""
-    if message.keys().isdisjoint(REASONING):
-        return message
-    found = {key: message[key] for key in REASONING if message.get(key, "") != ""}
-    for key, text in found.items():
-        if not isinstance(text, str):
-            raise ValueError(f'must have a text as "{key}", got {type(text).__name__}')
-    if len({*found.values()}) > 1:
-        raise ValueError(f"must have one reasoning, got different ones as {' and '.join(map(repr, found))}")
-    kept = {key: value for key, value in message.items() if key not in REASONING}
-    for text in list(found.values())[:1]:
-        return {**kept, **found, "reasoning_content": text, "thinking": text}
-    return kept
-
-
-def with_inline_reasoning(found: Conversation) -> Conversation:
-    """Each reply's reasoning in its text, between <think> and </think>, where any template shows it."""
-    messages = []
-    for message in found.messages:
-        if text := message.get("reasoning_content"):
-            message = {key: value for key, value in message.items() if key not in REASONING}
-            message["content"] = f"<think>\n{text}\n</think>\n\n{message.get('content', '')}"
-        messages.append(message)
-    return replace(found, messages=tuple(messages))
 
 
 def take_trained(message: Message) -> bool:
     """Remove `weight` and `train` from a message: whether it may be a target."""
     weight, train = message.pop("weight", 1), message.pop("train", True)
     if weight not in (0, 1):
-        raise ValueError(f'must have a "weight" of 0 or 1, got {weight!r}')
+        raise ValueError(f'must have a "weight" of 0 or 1, got {one_line(repr(weight))}')
     if not isinstance(train, bool):
-        raise ValueError(f'must have true or false as "train", got {train!r}')
+        raise ValueError(f'must have true or false as "train", got {one_line(repr(train))}')
     return bool(weight) and train

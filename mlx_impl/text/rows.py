@@ -10,7 +10,8 @@ from ..disk.files import one_line
 from .columns import to_conversation
 from .conversation import Conversation
 from .data_files import raw_rows
-from .messages import KNOWN_KEYS, with_inline_reasoning
+from .messages import KNOWN_KEYS
+from .reasoning import with_inline_reasoning
 
 MAX_LISTED = 5  # rows of a data file that one remark names
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .conversation import Message
-from .messages import REASONING
+from .reasoning import REASONING
 from .turns import free_marker
 
 Render = Callable[[Sequence[Message], bool, Sequence[Any] | None], str]

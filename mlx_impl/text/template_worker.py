@@ -29,8 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..disk.files import one_line
 from .conversation import Message, is_text
-from .messages import with_empty_content, with_text_arguments
 from .shown import require_reasoning_shown, require_tools_shown
+from .tool_calls import with_empty_content, with_text_arguments
 from .turns import find_turns
 
 # A rendering may have MIN_LENGTH_LIMIT characters, plus LENGTH_PER_BYTE for each byte of its request.

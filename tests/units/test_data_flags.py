@@ -168,3 +168,28 @@ def test_with_skipping_a_question_that_the_template_refuses_is_not_asked(
     assert main([*command, str(tmp_path / "two"), "--skip-bad"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 of 2 training rows was skipped: " in printed and "a question is not asked: " in printed
+
+
+def test_evaluate_reads_the_same_formats(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write(tmp_path / "plain" / "test.jsonl", {"messages": TURN})
+    other = write(tmp_path / "other" / "test.json", json.dumps([{"q": "ab", "a": "c"}, {"q": 1, "a": "c"}]))
+    results = []
+    for data, flags in ((plain, []), (other, ["--columns", "prompt=q,completion=a", "--skip-bad"])):
+        assert (
+            main(["evaluate", "--model", model, "--data", str(data), "--blas", "off", "--json", *flags]) == 0
+        )
+        captured = capsys.readouterr()
+        results.append(json.loads(captured.out))
+    assert results[0] == results[1]
+    assert "1 of 2 test rows was skipped" in " ".join(captured.err.split())
+
+
+def test_the_folder_is_described_where_it_has_no_training_data(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data" / "data.csv", "a,b")
+    assert main(["inspect", "--model", model, "--data", str(data)]) == 2
+    refused = " ".join(capsys.readouterr().err.split())
+    assert "train.jsonl: there is no such data file" in refused and "the folder holds data.csv" in refused

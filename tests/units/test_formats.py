@@ -251,6 +251,13 @@ def test_the_advice_for_an_unknown_row_reads_it(row: dict[str, Any], advice: str
     assert read(row, advice)
 
 
+@pytest.mark.parametrize("name", ["a,b", " question", "question\n", "question\x1b"])
+def test_there_is_no_advice_that_could_not_be_followed(name: str) -> None:
+    with pytest.raises(ValueError, match=r"and --columns can rename$") as caught:
+        read({name: "a", "response": "b"})
+    assert str(caught.value).isprintable()
+
+
 WRONG = [
     ([1], "a row must be an object, got list"),
     ({}, 'a row must have "messages", "conversations", "prompt" and "completion", .* got nothing'),
