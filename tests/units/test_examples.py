@@ -522,6 +522,22 @@ def test_a_token_that_prompt_and_completion_share_is_a_target() -> None:
     assert example.is_target == (False, True, True)
 
 
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("prompt", ["a", "a ", "a: b ", "ab\n", ""])
+@pytest.mark.parametrize("completion", ["b", " b", "b c d", "dab ", "\n"])
+def test_a_completion_starts_where_the_tokens_leave_those_of_the_prompt(
+    make: Any, prompt: str, completion: str
+) -> None:
+    """TRL's rule, by the tokenizer alone: the first target is the first token that differs."""
+    base = make()
+    whole, alone = (base.encode(text, add_special_tokens=False).ids for text in (prompt + completion, prompt))
+    shared = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
+    tokenizer = ChatTokenizer(make(), None, "</s>", "<s>")
+    example = encode(tokenizer, chat(prompt, completion, is_plain=True), "completion")
+    assert example.tokens == (*whole, tokenizer.eos_id)
+    assert example.is_target == (*(n >= shared for n in range(len(whole))), True)
+
+
 def test_with_a_template_prompt_and_completion_are_messages() -> None:
     row = chat("a", "b", is_plain=True)
     assert encode(tokenizer_for(CHATML), row, "all") == encode(tokenizer_for(CHATML), chat("a", "b"), "all")
