@@ -31,6 +31,7 @@ class Encoded:
     num_cut: int  # examples that were longer than max_tokens
     left_out: tuple[str, ...]  # "file:line" of each example without a target in its first max_tokens tokens
     bad: tuple[str, ...] = ()  # the sentence of each example that the chat template refuses
+    num_marked: int = 0  # of those left out, how many have replies that the row marks as no targets
 
     def remarks(self, kind: str) -> list[str]:
         """One sentence each on examples skipped, cut and left out. `kind`: "training", say."""
@@ -46,7 +47,7 @@ class Encoded:
             more = f" and {len(self.left_out) - MAX_LISTED} more" if len(self.left_out) > MAX_LISTED else ""
             remarks.append(
                 f"{len(self.left_out)} of {total} {kind} examples left out, without a target within "
-                f"{self.max_tokens} tokens: {listed}{more}"
+                f"{self.max_tokens} tokens{marked_as_none(self.num_marked)}: {listed}{more}"
             )
         return remarks
 
@@ -76,7 +77,7 @@ def encode_file(
 ) -> Encoded:
     """As `encode_all`, with a record of what was cut, left out and, if bad ones are skipped, of those."""
     examples: list[Example] = []
-    left_out, bad, num_cut = [], [], 0
+    left_out, bad, num_cut, num_marked = [], [], 0, 0
     with closing(encode_or_error(tokenizer, conversations, targets, reasoning)) as results:
         for conversation, whole in zip(conversations, results, strict=True):
             if isinstance(whole, ValueError):
@@ -90,12 +91,18 @@ def encode_file(
                 num_cut += len(whole.tokens) > max_tokens
             else:
                 left_out.append(conversation.where)
+                num_marked += bool(conversation.untrained)
     file = conversations[0].where.rpartition(":")[0] if conversations else ""
     if bad and not examples:
         raise ValueError(f"{file}: no example is left of {len(conversations)}; the first: {bad[0]}")
     if left_out and not examples:
-        raise ValueError(f"{file}: no example has a target within the maximum of {max_tokens} tokens")
-    return Encoded(examples, max_tokens, num_cut, tuple(left_out), tuple(bad))
+        why = marked_as_none(num_marked)
+        raise ValueError(f"{file}: no example has a target within the maximum of {max_tokens} tokens{why}")
+    return Encoded(examples, max_tokens, num_cut, tuple(left_out), tuple(bad), num_marked)
+
+
+def marked_as_none(num_marked: int) -> str:
+    return f' ("weight" or "train" marks replies of {num_marked} as no targets)' if num_marked else ""
 
 
 def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -> Example:

@@ -567,3 +567,12 @@ def test_rows_that_the_template_refuses_are_skipped_if_asked() -> None:
         ValueError, match=r"^data\.jsonl: no example is left of 1; the first: data\.jsonl:3: "
     ):
         encode_file(tokenizer_for(MISTRAL), rows[3:4], "completion", 100, skip_bad=True)
+
+
+def test_an_example_left_out_for_its_weights_says_so() -> None:
+    rows = [chat("a", "b"), trained_turns(1, 0, 1, 0)]
+    (remark,) = encode_file(tokenizer_for(CHATML), rows, "assistant", 500).remarks("training")
+    reason = '("weight" or "train" marks replies of 1 as no targets): data.jsonl:1'
+    assert remark == f"1 of 2 training examples left out, without a target within 500 tokens {reason}"
+    with pytest.raises(ValueError, match=r'tokens \("weight" or "train" marks replies of 1 as no targets\)$'):
+        encode_file(tokenizer_for(CHATML), rows[1:], "assistant", 500)
