@@ -35,19 +35,20 @@ def run(args: argparse.Namespace) -> None:
     from ..files.precision import to_dtype
     from ..run.memory_check import require_evaluation_memory
     from ..text.examples import encode_file
-    from ..text.rows import read_conversations
+    from ..text.splits import read_split
     from .screen.console import make_console, show_status
 
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
     to_dtype(args.dtype)
-    conversations = read_conversations(flags.data_folder(args.data) / "test.jsonl")
+    data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
     console = make_console(stderr=True)
     with show_status("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
-    encoded = encode_file(loaded.tokenizer, conversations, targets_of(args), args.max_seq_length)
+    how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
+    encoded = encode_file(loaded.tokenizer, data.conversations, *how)
     examples = encoded.examples
-    remarks = encoded.remarks("test")
+    remarks = data.remarks("test") + encoded.remarks("test")
     remarks += require_evaluation_memory(loaded.model, examples, args.batch_size)
     for remark in remarks:
         console.print(remark)

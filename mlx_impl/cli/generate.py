@@ -6,10 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from ..config import require_seed
 from .settings import flags
 from .settings.flags import add_folder, add_json_flag, add_number, require_at_least
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import ChatTokenizer
 
 HELP = "answer a prompt"
 FROM_STANDARD_INPUT = "-"
@@ -52,12 +56,12 @@ def run(args: argparse.Namespace) -> None:
     to_dtype(args.dtype)
     sampling = Sampling(args.temperature, args.top_p)
     prompt = read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt
-    conversation = messages(args.system, prompt)
+    messages(args.system, prompt)  # raises for what is no text, before the model is read
     console = make_console(stderr=True)
     with show_status("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
     tokenizer = loaded.tokenizer
-    prompt_tokens = tokenizer.encode_prompt(conversation)
+    prompt_tokens = encode_prompt(tokenizer, args.system, prompt)
     for remark in require_generation_memory(loaded.model, [prompt_tokens], args.max_tokens):
         console.print(remark)
     mx.random.seed(args.seed)
@@ -82,8 +86,15 @@ def read_prompt() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def encode_prompt(tokenizer: ChatTokenizer, system: str | None, prompt: str) -> list[int]:
+    """The prompt through the chat template; as it is for a model without one, which goes on with it."""
+    if tokenizer.template is None and system is None:
+        return tokenizer.encode_start(prompt)
+    return tokenizer.encode_prompt(messages(system, prompt))
+
+
 def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
-    from ..text.rows import is_text
+    from ..text.conversation import is_text
 
     texts = {"system": system, "user": prompt}
     for role, flag in (("system", "--system"), ("user", "--prompt")):

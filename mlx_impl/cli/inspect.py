@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..data import Example
     from ..text.examples import Encoded
+    from ..text.rows import DataFile
     from ..text.tokenizer import ChatTokenizer
 
 HELP = "show which tokens are trained on (reads no weights)"
@@ -37,21 +38,26 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..files.checkpoint import load_tokenizer
+    from ..text.data_folder import require_files
     from ..text.examples import encode_file
-    from ..text.rows import read_conversations
+    from ..text.splits import read_optional_split, read_split
     from .screen.console import make_console
 
     for flag, least in (("batch_size", 1), ("max_seq_length", 1), ("num_examples", 0)):
         require_at_least(least, flag, getattr(args, flag))
-    paths = {name: flags.data_folder(args.data) / f"{name}.jsonl" for name in FILES}
-    files = {n: read_conversations(path) for n, path in paths.items() if path.exists() or n == "train"}
+    folder, reading = flags.data_folder(args.data), flags.reading_of(args)
+    files = {"train": read_split(folder, "train", reading)}
+    files |= {name: read_optional_split(folder, name, reading) for name in FILES[1:]}
     tokenizer = load_tokenizer(args.model)
+    how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
     encoded = {
-        n: encode_file(tokenizer, rows, targets_of(args), args.max_seq_length) for n, rows in files.items()
+        name: encode_file(tokenizer, file.conversations, *how)
+        for name, file in files.items()
+        if file.conversations
     }
     train = encoded["train"].examples
     result = {
-        "files": {name: file_statistics(file) for name, file in encoded.items()},
+        "files": {name: file_statistics(files[name], file) for name, file in encoded.items()},
         "lengths": histogram([len(example.tokens) for example in train]),
         "padding": {batching: padding_fraction(train, batching, args) for batching in BATCHINGS},
         "examples": [spans_of(tokenizer, example) for example in train[: args.num_examples]],
@@ -60,19 +66,22 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     console = make_console(stderr=False)
-    print_inspection(result, paths["train"], console)
-    for name, file in encoded.items():
-        for remark in file.remarks(name):
+    print_inspection(result, require_files(folder, "train")[0], console)
+    for name, file in files.items():
+        more = encoded[name].remarks(name) if name in encoded else []
+        for remark in file.remarks(name) + more:
             console.print(remark)
 
 
-def file_statistics(file: Encoded) -> dict[str, Any]:
+def file_statistics(data: DataFile, file: Encoded) -> dict[str, Any]:
     return {
         "num_examples": len(file.examples),
         "num_tokens": sum(len(example.tokens) for example in file.examples),
         "num_targets": sum(sum(example.is_target[1:]) for example in file.examples),
         "num_cut": file.num_cut,
         "left_out": list(file.left_out),
+        "skipped": [*data.bad, *file.bad],
+        "unused_columns": list(data.unused),
     }
 
 

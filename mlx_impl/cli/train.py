@@ -104,6 +104,7 @@ def job_of(args: argparse.Namespace, path: Path, ranks: Ranks | None = None) -> 
         "lora": lora,
         "training": training,
         "targets": targets,
+        "reading": flags.reading_of(args),
         "compiled": args.compile,
         "ranks": ranks,
         "settings": resolved_settings(args, lora, **saved),

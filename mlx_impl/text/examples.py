@@ -6,16 +6,20 @@ characters belong to a reply, or if it ends the reply's turn. The twin in refere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from ..config import require_choice
 from ..data import Example
-from .rows import Conversation
+from .conversation import Conversation
+from .plain_text import encode_as_text, is_read_as_text
+from .rows import MAX_LISTED, bad_rows_remark
+from .shown import CHOICES
+from .target_messages import row_of, with_trained
+from .template import Rendered
 from .tokenizer import ChatTokenizer
 from .turns import TARGETS, Turn
-
-MAX_LISTED = 5  # lines of a data file that one remark names
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,13 @@ class Encoded:
     max_tokens: int
     num_cut: int  # examples that were longer than max_tokens
     left_out: tuple[str, ...]  # "file:line" of each example without a target in its first max_tokens tokens
+    bad: tuple[str, ...] = ()  # the sentence of each example that the chat template refuses
+    num_marked: int = 0  # of those left out, how many have replies that the row marks as no targets
 
     def remarks(self, kind: str) -> list[str]:
-        """One sentence on cut examples, one on those left out, if there are any. `kind`: "training", say."""
-        total, remarks = len(self.examples) + len(self.left_out), []
+        """One sentence each on examples skipped, cut and left out. `kind`: "training", say."""
+        total = len(self.examples) + len(self.left_out)
+        remarks = bad_rows_remark(self.bad, len(self.bad) + total, kind)
         if self.num_cut:
             verb = "was" if self.num_cut == 1 else "were"
             remarks.append(
@@ -40,40 +47,62 @@ class Encoded:
             more = f" and {len(self.left_out) - MAX_LISTED} more" if len(self.left_out) > MAX_LISTED else ""
             remarks.append(
                 f"{len(self.left_out)} of {total} {kind} examples left out, without a target within "
-                f"{self.max_tokens} tokens: {listed}{more}"
+                f"{self.max_tokens} tokens{marked_as_none(self.num_marked)}: {listed}{more}"
             )
         return remarks
 
 
 def encode_all(
-    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str, max_tokens: int
+    tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
+    targets: str,
+    max_tokens: int,
+    reasoning: str = "require",
 ) -> list[Example]:
     """One example per conversation, cut to `max_tokens`; those without a target in that length are left out.
 
-    Raises ValueError where none is left, or for a `targets` that is not one of TARGETS.
+    Raises ValueError where none is left, for a `targets` that is not one of TARGETS, and for a reply whose
+    reasoning the chat template does not show, unless `reasoning` is "template".
     """
-    return encode_file(tokenizer, conversations, targets, max_tokens).examples
+    return encode_file(tokenizer, conversations, targets, max_tokens, reasoning).examples
 
 
 def encode_file(
-    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str, max_tokens: int
+    tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
+    targets: str,
+    max_tokens: int,
+    reasoning: str = "require",
+    skip_bad: bool = False,
 ) -> Encoded:
-    """As `encode_all`, with a record of what was cut and left out."""
-    require_choice("targets", targets, TARGETS)
-    examples, left_out, num_cut = [], [], 0
-    for conversation, whole in zip(
-        conversations, encode_each(tokenizer, conversations, targets), strict=True
-    ):
-        cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
-        if any(cut.is_target[1:]):  # the first token is never predicted
-            examples.append(cut)
-            num_cut += len(whole.tokens) > max_tokens
-        else:
-            left_out.append(conversation.where)
+    """As `encode_all`, with a record of what was cut, left out and, if bad ones are skipped, of those."""
+    examples: list[Example] = []
+    left_out, bad, num_cut, num_marked = [], [], 0, 0
+    with closing(encode_or_error(tokenizer, conversations, targets, reasoning)) as results:
+        for conversation, whole in zip(conversations, results, strict=True):
+            if isinstance(whole, ValueError):
+                if not skip_bad:
+                    raise whole
+                bad.append(str(whole))
+                continue
+            cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
+            if any(cut.is_target[1:]):  # the first token is never predicted
+                examples.append(cut)
+                num_cut += len(whole.tokens) > max_tokens
+            else:
+                left_out.append(conversation.where)
+                num_marked += bool(conversation.untrained)
+    file = conversations[0].where.rpartition(":")[0] if conversations else ""
+    if bad and not examples:
+        raise ValueError(f"{file}: no example is left of {len(conversations)}; the first: {bad[0]}")
     if left_out and not examples:
-        file = left_out[0].rpartition(":")[0]
-        raise ValueError(f"{file}: no example has a target within the maximum of {max_tokens} tokens")
-    return Encoded(examples, max_tokens, num_cut, tuple(left_out))
+        why = marked_as_none(num_marked)
+        raise ValueError(f"{file}: no example has a target within the maximum of {max_tokens} tokens{why}")
+    return Encoded(examples, max_tokens, num_cut, tuple(left_out), tuple(bad), num_marked)
+
+
+def marked_as_none(num_marked: int) -> str:
+    return f' ("weight" or "train" marks replies of {num_marked} as no targets)' if num_marked else ""
 
 
 def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -> Example:
@@ -82,23 +111,45 @@ def encode(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -
 
 
 def encode_each(
-    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str
+    tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
+    targets: str,
+    reasoning: str = "require",
 ) -> Iterator[Example]:
-    """The examples in order, at full length; every token of a plain text is a target."""
-    chats = ((c.messages, c.tools) for c in conversations if c.text is None)
-    rendered: Iterator[tuple[str, list[Turn]]] | None = None
-    for conversation in conversations:
-        if conversation.text is not None:
-            tokens = tokenizer.encode_text(conversation.text)
-            yield Example(tuple(tokens), (True,) * len(tokens))
-            continue
-        try:
-            if rendered is None:
-                rendered = tokenizer.require_template().render_with_turns(chats, targets == "assistant")
-            whole, turns = next(rendered)
-        except ValueError as error:
-            raise ValueError(f"{conversation.where}: {error}") from None
-        yield mark_targets(tokenizer, whole, turns, all_tokens=targets == "all")
+    """The examples in order, at full length; ValueError at the first that cannot be encoded."""
+    with closing(encode_or_error(tokenizer, conversations, targets, reasoning)) as results:
+        for result in results:
+            if isinstance(result, ValueError):
+                raise result
+            yield result
+
+
+def encode_or_error(
+    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], targets: str, reasoning: str
+) -> Generator[Example | ValueError]:
+    """The examples in order, at full length, or the error, with its place, of a conversation's own."""
+    require_choice("targets", targets, TARGETS)
+    require_choice("reasoning", reasoning, CHOICES)
+    rows = (row_of(c, targets, reasoning) for c in conversations if not is_read_as_text(tokenizer, c))
+    with ExitStack() as stack:
+        rendered: Iterator[Rendered | ValueError] | None = None
+        for conversation in conversations:
+            if is_read_as_text(tokenizer, conversation):
+                yield encode_as_text(tokenizer, conversation, targets)
+                continue
+            try:
+                if rendered is None:
+                    template = tokenizer.require_template()
+                    rendered = stack.enter_context(closing(template.render_with_turns(rows)))
+                result = next(rendered)
+            except ValueError as error:
+                raise ValueError(f"{conversation.where}: {error}") from None
+            if isinstance(result, ValueError):
+                yield ValueError(f"{conversation.where}: {result}")
+                continue
+            text, turns = result
+            turns = with_trained(conversation, turns, targets)
+            yield mark_targets(tokenizer, text, turns, all_tokens=targets == "all")
 
 
 def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], all_tokens: bool) -> Example:
@@ -112,10 +163,11 @@ def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], al
     for turn in turns:
         end = turn_end(turn, tokens, starts, tokenizer.stop_ids)
         for t in range(end):
-            is_target[t] |= ends[t] > turn.start or starts[t] >= turn.start
+            if ends[t] > turn.start or starts[t] >= turn.start:
+                is_target[t] = turn.is_trained
     is_ended = end > 0 and tokens[end - 1] in tokenizer.stop_ids
     eos = [] if is_ended else [tokenizer.eos_id]
-    return Example((*tokens[:end], *eos), (*is_target[:end], *(True for _ in eos)))
+    return Example((*tokens[:end], *eos), (*is_target[:end], *(turn.is_trained for _ in eos)))
 
 
 def turn_end(turn: Turn, tokens: Sequence[int], starts: Sequence[int], stop_ids: frozenset[int]) -> int:

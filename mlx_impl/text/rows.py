@@ -1,141 +1,107 @@
-"""Read a data file (JSON Lines) into conversations and texts. Imports the standard library only.
-
-Each line has one of mlx-lm's four shapes: {"text"}; {"prompt", "completion"}, a user's message and the reply
-to it; {"messages"}; {"messages", "tools"}. One file may mix them.
-"""
+"""Read data files into conversations, and say what was left out. Imports the standard library only."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..disk.files import require_file
+from ..disk.files import one_line
+from .columns import to_conversation
+from .conversation import Conversation
+from .data_files import raw_rows
+from .messages import KNOWN_KEYS
+from .reasoning import with_inline_reasoning
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}, and "tool_calls" and other keys that templates read
-
-MAX_LINE_BYTES = 2**23  # more than a million tokens
-SHAPES = (("text",), ("prompt", "completion"), ("messages",))
+MAX_LISTED = 5  # rows of a data file that one remark names
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """One line of a data file: messages for the chat template, or a plain text."""
+class Reading:
+    """How data files are read."""
 
-    messages: tuple[Message, ...]
-    answer: str | None  # words that a right reply must contain, if the line names some
-    where: str  # "file:line", for error messages
-    tools: tuple[dict[str, Any], ...] | None = None  # tool definitions, for the template
-    text: str | None = None  # instead of messages
-
-    @property
-    def question(self) -> str:
-        """The message before the last reply."""
-        return self.messages[-2].get("content") or ""
+    columns: Mapping[str, str] = field(default_factory=dict)  # our name of a column: the file's name
+    skip_bad: bool = False  # leave out rows that cannot be read, instead of raising ValueError
+    inline_reasoning: bool = False  # write a reply's reasoning into its text, between <think> and </think>
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """The conversations of a JSON Lines file; ValueError names the file and the line that is wrong."""
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such data file")
-    require_file(path)
-    conversations = [parse_conversation(line, where) for where, line in located_lines(path)]
-    if not conversations:
-        raise ValueError(f"{path}: must hold at least one example, got an empty file")
-    return conversations
+@dataclass
+class DataFile:
+    """The conversations of a file or of its shards, and what of it is not used."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # the sentence of each row that was left out
+    unused: dict[str, None] = field(default_factory=dict)  # columns that mean nothing here
+    unknown: dict[str, None] = field(default_factory=dict)  # keys of messages that only a template may know
+    columns: set[str] = field(default_factory=set)  # all that a row has
+    notes: list[str] = field(default_factory=list)  # on the file itself
+
+    def remarks(self, kind: str) -> list[str]:
+        """One sentence on each: bad rows, columns and keys. `kind`: "training", say."""
+        total = len(self.bad) + len(self.conversations)
+        remarks = [*self.notes, *bad_rows_remark(self.bad, total, kind)]
+        if self.unused:
+            remarks.append(
+                f"columns of the {kind} data that are not used: {one_line(', '.join(self.unused))}"
+            )
+        if self.unknown:
+            keys = one_line(", ".join(self.unknown))
+            remarks.append(f"keys in messages of the {kind} data that only a chat template may use: {keys}")
+        return remarks
 
 
-def located_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("file:line", text) of every line that is not blank; a line that is too long is not read to its end."""
-    with open(path, "rb") as file:  # bytes: only "\n" ends a line, and a lone "\r" does not
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(raw) > MAX_LINE_BYTES:
-                raise ValueError(f"{where}: a line must have at most {MAX_LINE_BYTES} bytes, got more")
+def bad_rows_remark(bad: Sequence[str], total: int, kind: str) -> list[str]:
+    if not bad:
+        return []
+    verb = "was" if len(bad) == 1 else "were"
+    more = f"; and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
+    return [f"{len(bad)} of {total} {kind} rows {verb} skipped: {'; '.join(bad[:MAX_LISTED])}{more}"]
+
+
+def read_conversations(path: Path, reading: Reading | None = None) -> list[Conversation]:
+    """The conversations of a data file; ValueError names the file and the line that is wrong."""
+    return read_data_file([path], reading or Reading()).conversations
+
+
+def read_data_file(paths: Sequence[Path], reading: Reading, may_be_empty: bool = False) -> DataFile:
+    """The conversations of a file or of its shards; ValueError also where none is left of its rows."""
+    data = DataFile()
+    for where, found in each_conversation(paths, reading, data):
+        if isinstance(found, Conversation):
+            data.conversations.append(found)
+        elif reading.skip_bad:
+            data.bad.append(one_line(f"{where}: {found}"))
+        else:
+            raise ValueError(f"{where}: {found}")
+    if may_be_empty and not data.bad and not data.conversations:
+        return DataFile(notes=[f"{paths[0].name} is empty"])
+    if missing := [name for name in reading.columns.values() if name not in data.columns]:
+        raise ValueError(f'{paths[0]}: --columns names "{missing[0]}", and no row has it')
+    if data.bad and not data.conversations:
+        raise ValueError(f"{paths[0]}: no row can be read; the first: {data.bad[0]}")
+    if not data.conversations:
+        raise ValueError(f"{paths[0]}: must hold at least one example, got an empty file")
+    return data
+
+
+def each_conversation(
+    paths: Sequence[Path], reading: Reading, data: DataFile
+) -> Iterator[tuple[str, Conversation | ValueError]]:
+    """("file:line", the conversation or why there is none); notes in `data` what is not used."""
+    for path in paths:
+        for where, value in raw_rows(path):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: must be UTF-8 text: {error.reason}") from None
-            if line.strip():
-                yield where, line
-
-
-def parse_conversation(line: str, where: str) -> Conversation:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: must be valid JSON: {error}") from None
-    try:
-        if "\\u" in line and not is_text(json.dumps(row, ensure_ascii=False)):  # JSON can escape half a pair
-            raise ValueError("texts must be valid Unicode, got half a surrogate pair")
-        return to_conversation(row, where)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def to_conversation(row: Any, where: str) -> Conversation:
-    """The conversation in a row; ValueError, without the place, if it has none of the four shapes."""
-    found = [shape for shape in SHAPES if isinstance(row, dict) and all(key in row for key in shape)]
-    if len(found) != 1:
-        raise ValueError('a line must be an object with one of "messages", "prompt" and "completion", "text"')
-    (shape,) = found
-    answer = row.get("answer")
-    if answer is not None and not (isinstance(answer, str) and any(map(str.isalnum, answer))):
-        raise ValueError(f'"answer" must be a text with a letter or a digit, got {answer!r}')
-    if shape != ("messages",):
-        for key in shape:
-            if not isinstance(row[key], str):
-                raise ValueError(f'"{key}" must be a text, got {type(row[key]).__name__}')
-    if shape == ("text",):
-        if answer is not None:
-            raise ValueError('"answer" must belong to a reply, but a "text" has no reply')
-        return Conversation((), None, where, text=row["text"])
-    if shape == ("prompt", "completion"):
-        contents = {"user": row["prompt"], "assistant": row["completion"]}
-        messages = [{"role": role, "content": content} for role, content in contents.items()]
-    else:
-        messages = row["messages"]
-        require_messages(messages)
-    return Conversation(tuple(messages), answer, where, tools_of(row))
-
-
-def require_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
-        raise ValueError('"messages" must be a list of objects with the texts "role" and "content"')
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError('"messages" must end with the reply of role "assistant" to an earlier message')
-
-
-def is_message(value: object) -> bool:
-    """Whether role and content are texts. Beside tool calls of an assistant the content may be missing."""
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        return False
-    calls = value.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
-        return False
-    has_only_calls = value["role"] == "assistant" and bool(calls) and value.get("content") is None
-    return has_only_calls or isinstance(value.get("content"), str)
-
-
-def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    tools = row.get("tools")
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError('"tools" must be a list of objects')
-    return tuple(tools) or None
-
-
-def is_text(value: object) -> bool:
-    """Whether it is a string of valid Unicode: tokenizers cannot encode half a surrogate pair."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+                if isinstance(value, ValueError):
+                    raise value
+                data.columns |= value.keys() if isinstance(value, dict) else set()
+                found, unused = to_conversation(value, where, reading.columns)
+            except ValueError as error:
+                yield where, error
+                continue
+            except RecursionError:
+                yield where, ValueError("a row must not be nested so deeply")
+                continue
+            data.unused.update(dict.fromkeys(sorted(unused)))
+            keys = {key for message in found.messages for key in message if key not in KNOWN_KEYS}
+            data.unknown.update(dict.fromkeys(sorted(keys)))
+            yield where, with_inline_reasoning(found) if reading.inline_reasoning else found

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
-from .rows import Message
+from .conversation import Message
 from .template_process import acquire_process, release_process
 from .turns import Turn
 
-Row = tuple[Sequence[Message], Sequence[dict[str, Any]] | None]  # messages, tools
+Tools = Sequence[dict[str, Any]] | None
+# messages, tools, the messages to find (from 0), and those whose reasoning must be shown
+Row = tuple[Sequence[Message], Tools, Sequence[int], Sequence[int]]
+Rendered = tuple[str, list[Turn]]  # the text, and where the messages to find are in it
 
 MAX_BATCH_ROWS, MAX_BATCH_BYTES = 64, 2**16  # of rows sent to the worker in one request
 
@@ -43,16 +46,16 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Tools = None,
     ) -> str:
         """The text that the model reads; ValueError if the template fails or exceeds a limit."""
         request = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
         return unwrap(self.process.ask(to_json(request) + b"\n")[0])
 
-    def render_with_turns(self, rows: Iterable[Row], all_replies: bool) -> Iterator[tuple[str, list[Turn]]]:
-        """For each row, its text and where its last reply, or every reply, is in that text.
+    def render_with_turns(self, rows: Iterable[Row]) -> Generator[Rendered | ValueError]:
+        """For each row, its text and turns, or the ValueError that the template or the row is to blame for.
 
-        A row that fails raises ValueError when its turn comes, after the results of all rows before it. One
+        Raises ValueError, after the results of all rows before it, where no further row can be rendered. One
         batch of rows is rendered ahead, in a thread that waits for the worker.
         """
         batch: list[bytes] = []
@@ -61,7 +64,7 @@ class ChatTemplate:
         def ask() -> list[Any]:
             nonlocal batch
             batch = batch or next(rest, [])
-            request = b'{"all_replies": %s, "rows": [%s]}\n' % (to_json(all_replies), b", ".join(batch))
+            request = b'{"rows": [%s]}\n' % b", ".join(batch)
             answers = self.process.ask(request) if batch else []
             batch = batch[len(answers) :]  # the worker may answer only some of the rows
             return answers
@@ -70,16 +73,19 @@ class ChatTemplate:
             pending = thread.submit(ask)
             while answers := pending.result():
                 pending = thread.submit(ask)
-                for text, turns in map(unwrap, answers):
-                    yield text, [Turn(*turn) for turn in turns]
+                for answer in answers:
+                    if isinstance(answer, dict):
+                        yield ValueError(answer["error"])
+                    else:
+                        yield answer[0], [Turn(*turn) for turn in answer[1]]
 
 
-def json_batches(rows: Iterable[Row]) -> Iterator[list[bytes]]:
+def json_batches(rows: Iterable[Sequence[Any]]) -> Iterator[list[bytes]]:
     """Rows as JSON, in batches. A row that raises does so only after the rows before it are out."""
     batch: list[bytes] = []
     try:
-        for messages, tools in rows:
-            batch.append(to_json([messages, tools]))
+        for row in rows:
+            batch.append(to_json(row))
             if len(batch) == MAX_BATCH_ROWS or sum(map(len, batch)) > MAX_BATCH_BYTES:
                 yield batch
                 batch = []

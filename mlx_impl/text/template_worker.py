@@ -28,8 +28,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..disk.files import one_line
-from .rows import Message, is_text
-from .turns import find_turns, require_tools_shown
+from .conversation import Message, is_text
+from .shown import require_reasoning_shown, require_tools_shown
+from .tool_calls import with_empty_content, with_text_arguments
+from .turns import find_turns
 
 # A rendering may have MIN_LENGTH_LIMIT characters, plus LENGTH_PER_BYTE for each byte of its request.
 MIN_LENGTH_LIMIT, LENGTH_PER_BYTE = 2**20, 16
@@ -78,12 +80,7 @@ class Templates:
             raise ValueError(f'the model must have a chat template named "default", got {[*self.templates]}')
         self.send_heartbeat()
         try:
-            text = self.templates[name].render(
-                messages=messages,
-                tools=tools or None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            text = self.render_by(self.templates[name], messages, add_generation_prompt, tools or None)
             if len(text) > self.max_length:
                 raise jinja2.TemplateError(f"it makes a text longer than {self.max_length}")
         except Exception as error:  # a template is a program, which can raise anything
@@ -91,6 +88,20 @@ class Templates:
         if not is_text(text):
             raise ValueError("the chat template must print valid Unicode, got half a surrogate pair")
         return text
+
+    def render_by(self, template: jinja2.Template, messages: Sequence[Message], *more: Any) -> str:
+        """The text; where a template fails, with a content beside tool calls, or their arguments as texts."""
+        add_generation_prompt, tools = more
+        values = {"tools": tools, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
+        try:
+            return template.render(messages=messages, **values)
+        except Exception:
+            filled = with_empty_content(messages)
+            for others in (filled, with_text_arguments(messages), with_text_arguments(filled)):
+                with suppress(Exception):  # the first error is the one to report
+                    if others != messages:
+                        return template.render(messages=others, **values)
+            raise
 
     def send_heartbeat(self) -> None:
         """Restart the time limits, which are limits of one rendering, here and in the parent."""
@@ -100,12 +111,17 @@ class Templates:
             write_all(b"\n")
 
     def render_with_turns(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, all_replies: bool
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        chosen: Sequence[int],
+        with_reasoning: Sequence[int],
     ) -> list[Any]:
-        """The text, and where its last reply, or every reply, is in it."""
+        """The text, and where the chosen messages are in it; some must be shown with their reasoning."""
         whole = self.render(messages, False, tools)
         require_tools_shown(self.render, whole, messages, tools)
-        turns = find_turns(partial(self.render, tools=tools), whole, messages, all_replies)
+        require_reasoning_shown(self.render, whole, messages, tools, with_reasoning)
+        turns = find_turns(partial(self.render, tools=tools), whole, messages, chosen)
         return [whole, [astuple(turn) for turn in turns]]
 
 
@@ -141,11 +157,9 @@ def answers(templates: Templates, request: dict[str, Any]) -> Iterator[bytes]:
     if "rows" not in request:
         yield to_line(result_of(templates.render, **request)) + END
         return
-    length, all_replies = 0, request["all_replies"]
-    for messages, tools in request["rows"]:
-        line = to_line(
-            result_of(templates.render_with_turns, messages=messages, tools=tools, all_replies=all_replies)
-        )
+    length = 0
+    for row in request["rows"]:
+        line = to_line(result_of(partial(templates.render_with_turns, *row)))
         yield line
         length += len(line)
         if length > MAX_ANSWERS_LENGTH:

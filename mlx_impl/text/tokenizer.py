@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .rows import Message
+from .conversation import Message
 from .template import ChatTemplate
 
 EXAMPLE_CHAT = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
@@ -89,6 +89,16 @@ class ChatTokenizer:
         if plain[-1:] == [self.eos_id] and tokens[-2:] == [self.eos_id] * 2:
             tokens = tokens[:-1]
         return tokens if tokens[-1:] == [self.eos_id] else [*tokens, self.eos_id]
+
+    def num_start_tokens(self, text: str) -> int:
+        """How many tokens, such as BOS, `encode_text` puts before the text's own."""
+        plain, tokens = self.encode(text), self.encode_text(text)
+        return next((n for n in range(len(tokens)) if tokens[n : n + len(plain)] == plain), 0)
+
+    def encode_start(self, text: str) -> list[int]:
+        """As `encode_text`, without the EOS at the end: the start of a text that goes on."""
+        tokens = self.encode_text(text)
+        return tokens[: self.num_start_tokens(text) + len(self.encode(text))]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, special tokens left out."""

@@ -11,12 +11,10 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .rows import Message
+from .conversation import Message
 
 Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_prompt
-RenderTools = Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
 
 TARGETS = ("completion", "assistant", "all")  # the last reply, every reply, every token
 # Characters that stand for another message. Those of private use come first: no template prints one itself.
@@ -25,24 +23,24 @@ MARKERS = "".join(map(chr, range(0xE000, 0xF900))) + string.ascii_letters + stri
 
 @dataclass(frozen=True)
 class Turn:
-    """Where a reply is in the rendered text."""
+    """Where a reply, or another message, is in the rendered text."""
 
     start: int
     end: int  # of the reply's own text; its end-of-turn token comes at or after it
     next_start: int  # where the next message begins
+    is_trained: bool = True  # False: its tokens are no targets
 
 
-def find_turns(render: Render, whole: str, messages: Sequence[Message], all_replies: bool) -> list[Turn]:
-    """The last reply, or every reply, in the rendered text `whole`; ValueError if it does not show one."""
-    last = len(messages) - 1
-    chosen = [i for i, m in enumerate(messages) if i == last or (all_replies and m["role"] == "assistant")]
+def find_turns(render: Render, whole: str, messages: Sequence[Message], chosen: Sequence[int]) -> list[Turn]:
+    """Where the chosen messages are in the rendered text `whole`; ValueError if it does not show one."""
     return [find_turn(render, whole, messages, i) for i in chosen]
 
 
 def find_turn(render: Render, whole: str, messages: Sequence[Message], i: int) -> Turn:
     start, span = prompt_length(render, whole, messages[:i]), message_span(render, whole, messages, i)
     if span is None:
-        raise ValueError(f"the chat template must show message {i + 1}, the reply, and does not")
+        kind = "the reply" if messages[i]["role"] == "assistant" else "which is marked as no target"
+        raise ValueError(f"the chat template must show message {i + 1}, {kind}, and does not")
     after = message_span(render, whole, messages, i + 1) if i + 1 < len(messages) else None
     next_start = after[0] if after else len(whole)
     return Turn(span[0] if start is None else start, span[1], next_start)
@@ -64,12 +62,7 @@ def message_span(render: Render, whole: str, messages: Sequence[Message], i: int
     of the message. ValueError for a template that shows the message more than once: the part that differs
     would include other messages.
     """
-    marker = next((c for c in MARKERS if c not in whole), None)
-    if marker is None:
-        raise ValueError(
-            "a conversation must not contain every letter, every digit and all of U+E000-F8FF: "
-            "one of them must be free to mark a reply"
-        )
+    marker = free_marker(whole)
     for kept in ({"role": messages[i]["role"]}, messages[i]):  # without its tool calls, else with them
         try:
             other = render([*messages[:i], {**kept, "content": marker}, *messages[i + 1 :]], False)
@@ -84,6 +77,17 @@ def message_span(render: Render, whole: str, messages: Sequence[Message], i: int
     return None
 
 
+def free_marker(text: str) -> str:
+    """A character that is not in the text."""
+    marker = next((c for c in MARKERS if c not in text), None)
+    if marker is None:
+        raise ValueError(
+            "a conversation must not contain every letter, every digit and all of U+E000-F8FF: "
+            "one of them must be free to mark a reply"
+        )
+    return marker
+
+
 def common_prefix_length(one: str, other: str) -> int:
     """How many leading characters two texts share, found by bisection."""
     least, most = 0, min(len(one), len(other))  # the first `least` characters are known to be equal
@@ -94,24 +98,3 @@ def common_prefix_length(one: str, other: str) -> int:
         else:
             most = middle - 1
     return least
-
-
-def require_tools_shown(
-    render: RenderTools, whole: str, messages: Sequence[Message], tools: Sequence[Any] | None
-) -> None:
-    """ValueError if the text is the same without the tools, or without the tool calls of a message."""
-    without: dict[str, tuple[Sequence[Message], Sequence[Any] | None]] = {}
-    if tools:
-        without['"tools"'] = messages, None
-    for i, message in enumerate(messages):
-        if message.get("tool_calls"):
-            no_calls = {key: value for key, value in message.items() if key != "tool_calls"}
-            others = [*messages[:i], no_calls, *messages[i + 1 :]]
-            without[f'the "tool_calls" of message {i + 1}'] = others, tools
-    for name, (other_messages, other_tools) in without.items():
-        try:
-            other = render(other_messages, False, other_tools)
-        except ValueError:  # for example a template that needs a call before a tool's result
-            continue
-        if other == whole:
-            raise ValueError(f"the chat template must show {name}, and does not")

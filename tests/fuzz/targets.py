@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from mlx_impl.files.formats.hf_tokenizer import tokenizer_from_folder
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.run.state import Progress, load_state, save_state, state_arrays
-from mlx_impl.text.examples import encode_all
-from mlx_impl.text.rows import read_conversations
+from mlx_impl.text.examples import encode_all, encode_file
+from mlx_impl.text.rows import Reading, read_conversations, read_data_file
 from mlx_impl.text.tokenizer import ChatTokenizer
 from mlx_impl.train import StepRecord
 from tests.fuzz.mutations import BYTES, JSON, LINES, SAFETENSORS, Mutation, mutate_progress
@@ -120,6 +121,27 @@ def write_data(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "top_p": 0.9}))
 
 
+CALL = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
+REPLY = {"from": "gpt", "value": "b", "weight": 1, "train": True, "reasoning": "why"}
+FORMATS = (
+    {"conversations": [{"from": "human", "value": "a"}, REPLY], "system": "s", "tools": "[]"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]], "answer": "c"},
+)
+
+
+def write_formats(folder: Path) -> None:
+    write_folder(folder)
+    (folder / "train.jsonl").write_text(json.dumps(FORMATS))
+
+
+def write_gzip(folder: Path) -> None:
+    write_folder(folder)
+    (folder / "train.jsonl").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 9))
+
+
 def write_template(folder: Path) -> None:
     write_data(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -140,6 +162,14 @@ def encode_data(tokenizer: ChatTokenizer, folder: Path) -> None:
 
 def read_data(folder: Path) -> None:
     encode_data(tokenizer_from_folder(folder), folder)
+
+
+def read_formats(folder: Path) -> None:
+    """Bad rows are skipped, so that a row after one is read too."""
+    data = read_data_file([folder / "train.jsonl"], Reading(skip_bad=True))
+    tokenizer = tokenizer_from_folder(folder)
+    encoded = encode_file(tokenizer, data.conversations, "assistant", 64, skip_bad=True)
+    assert all(map(str.isprintable, (*data.remarks("training"), *encoded.remarks("training"))))
 
 
 def read_tokenizer(folder: Path) -> None:
@@ -214,4 +244,6 @@ TARGETS: dict[str, Target] = {
     "chat_template": Target(write_template, "chat_template.jinja", BYTES, read_tokenizer, 150),
     "generation_config": Target(write_data, "generation_config.json", JSON, read_tokenizer, 80),
     "data": Target(write_data, "train.jsonl", LINES, read_data, 250),
+    "data_formats": Target(write_formats, "train.jsonl", JSON, read_formats, 300),
+    "data_gzip": Target(write_gzip, "train.jsonl", BYTES, read_data, 100),
 }

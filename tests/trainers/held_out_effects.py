@@ -24,7 +24,7 @@ from mlx_impl.model import CausalLM
 from mlx_impl.run import merging
 from mlx_impl.run.guard import NotFinite
 from mlx_impl.run.sampling import Sampling
-from mlx_impl.text.rows import Conversation
+from mlx_impl.text.conversation import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.trainers.mutants.held_out import MUTANTS
 

@@ -26,7 +26,7 @@ from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.run.sampling import Sampling
-from mlx_impl.text.rows import Conversation
+from mlx_impl.text.conversation import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
 from mlx_impl.train import batch_loss, to_arrays
 from tests.trainers.mutants.held_out_third import MUTANTS

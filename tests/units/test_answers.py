@@ -11,7 +11,7 @@ from rich.console import Console
 from mlx_impl.cli.training import answers
 from mlx_impl.cli.training.answers import Answer, ask, fraction_right
 from mlx_impl.files.checkpoint import load_model
-from mlx_impl.text.rows import Conversation
+from mlx_impl.text.conversation import Conversation
 from tests.tiny_folder import write_folder
 
 QUESTIONS = [

@@ -15,8 +15,8 @@ from mlx_impl.data import (
 )
 from mlx_impl.fast.kept_positions import target_positions
 from mlx_impl.files.checkpoint import load_model
+from mlx_impl.text.conversation import Conversation
 from mlx_impl.text.examples import encode
-from mlx_impl.text.rows import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.tiny_folder import write_folder
 

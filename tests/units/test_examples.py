@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mlx_impl.text.examples import encode, encode_all, encode_file
-from mlx_impl.text.rows import Conversation
+from mlx_impl.text.conversation import Conversation
+from mlx_impl.text.examples import encode, encode_all, encode_each, encode_file
+from mlx_impl.text.plain_text import encode_question
 from mlx_impl.text.tokenizer import ChatTokenizer
 from mlx_impl.text.turns import common_prefix_length
 
@@ -107,9 +108,11 @@ def chat(*contents: str, **more: Any) -> Conversation:
     return Conversation(messages, None, "data.jsonl:1", **more)
 
 
-def marked(tokenizer: ChatTokenizer, conversation: Conversation, targets: str) -> str:
+def marked(
+    tokenizer: ChatTokenizer, conversation: Conversation, targets: str, reasoning: str = "require"
+) -> str:
     """The text decoded from the tokens, with targets between « and »."""
-    example, text = encode(tokenizer, conversation, targets), ""
+    (example,), text = encode_each(tokenizer, [conversation], targets, reasoning), ""
     parts: list[tuple[bool, list[int]]] = []
     for token, is_target in zip(example.tokens, example.is_target, strict=True):
         if not parts or parts[-1][0] != is_target:
@@ -192,7 +195,9 @@ def test_an_example_begins_with_the_prompt_of_generation(template: str) -> None:
 
 @pytest.mark.parametrize("content", ["b", "<think>\nx\n</think>\n\nb"])
 def test_thinking_is_a_target_where_the_template_shows_it(content: str) -> None:
-    text = marked(tokenizer_for(QWEN_3), chat("a", content, "c", "<think>\ny\n</think>\n\nd"), "assistant")
+    """It leaves out that of earlier turns, which has to be said."""
+    row = chat("a", content, "c", "<think>\ny\n</think>\n\nd")
+    text = marked(tokenizer_for(QWEN_3), row, "assistant", "template")
     assert text.endswith("assistant\n«<think>\ny\n</think>\n\nd<|im_end|>»")
     assert "assistant\n«b<|im_end|>»" in text
 
@@ -332,3 +337,242 @@ def test_a_file_without_any_example_left_is_an_error() -> None:
 def test_an_unknown_value_of_targets_is_refused() -> None:
     with pytest.raises(ValueError, match="targets must be one of completion, assistant, all, got 'last'"):
         encode_all(tokenizer_for(CHATML), [], "last", 20)
+
+
+def trained_turns(*weights: int) -> Conversation:
+    """Conversation of four messages; those with weight 0 are no targets."""
+    return chat("a", "b", "c", "d", untrained=frozenset(i for i, weight in enumerate(weights) if not weight))
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, MISTRAL, GEMMA, VICUNA])
+@pytest.mark.parametrize(
+    ("weights", "targets", "expected"),
+    [
+        ((1, 0, 1, 1), "assistant", "d"),
+        ((1, 1, 1, 0), "assistant", "b"),
+        ((1, 0, 1, 1), "completion", "d"),
+        ((1, 1, 1, 0), "completion", ""),
+        ((1, 0, 1, 0), "assistant", ""),
+        ((1, 1, 1, 1), "assistant", "bd"),
+    ],
+)
+def test_a_message_that_is_marked_as_no_target_is_none(
+    template: str, weights: tuple[int, ...], targets: str, expected: str
+) -> None:
+    """The tokens of a reply and its end are targets, or none of them is."""
+    text = marked(tokenizer_for(template), trained_turns(*weights), targets)
+    shown = [part.partition("»")[0].strip() for part in text.split("«")[1:]]
+    assert [part[0] for part in shown] == [*expected]
+    everything = marked(tokenizer_for(template), trained_turns(1, 1, 1, 1), targets)
+    assert text.replace("«", "").replace("»", "") == everything.replace("«", "").replace("»", "")
+
+
+def test_with_all_the_rest_is_a_target() -> None:
+    text = marked(tokenizer_for(CHATML), trained_turns(0, 1, 1, 0), "all")
+    assert text == (
+        "«<|im_start|>user\n»a<|im_end|>«\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n»d<|im_end|>"
+    )
+
+
+def test_the_replies_of_a_prompt_are_no_targets_of_assistant() -> None:
+    row = chat("a", "b", "c", "d", num_prompt=3)
+    assert marked(tokenizer_for(CHATML), row, "assistant").count("«") == 1
+    assert marked(tokenizer_for(CHATML), row, "assistant").endswith("«d<|im_end|>»")
+    assert marked(tokenizer_for(CHATML), row, "all").startswith("«<|im_start|>user")
+
+
+SHOWS_REASONING = CHATML.replace(
+    "+ m.content", "+ ('<think>' + m.FIELD + '</think>' if m.FIELD else '') + m.content"
+)
+SHOWS_LAST_REASONING = SHOWS_REASONING.replace("if m.FIELD", "if m.FIELD and loop.last")
+STRIPS_THINKING = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+FIELDS = {"reasoning_content": "why", "thinking": "why"}
+
+
+def reasoned(*replies: dict[str, Any]) -> Conversation:
+    asked = {"role": "user", "content": "a"}
+    messages = [
+        message for reply in replies for message in (asked, {"role": "assistant", "content": "b"} | reply)
+    ]
+    return Conversation(tuple(messages), None, "data.jsonl:7")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("targets", ["completion", "assistant", "all"])
+def test_reasoning_that_the_template_shows_is_trained(field: str, targets: str) -> None:
+    tokenizer = tokenizer_for(SHOWS_REASONING.replace("FIELD", field))
+    text = marked(tokenizer, reasoned(FIELDS, FIELDS), targets)
+    assert text.endswith("<think>why</think>b<|im_end|>»")
+
+
+@pytest.mark.parametrize(
+    ("template", "replies", "targets", "hidden"),
+    [
+        (CHATML, [FIELDS], "completion", 'the "reasoning_content" of message 2'),
+        (CHATML, [FIELDS, FIELDS], "completion", 'the "reasoning_content" of message 4'),
+        (CHATML, [FIELDS, {}], "assistant", 'the "reasoning_content" of message 2'),
+        (CHATML, [FIELDS, {}], "all", 'the "reasoning_content" of message 2'),
+        (SHOWS_LAST_REASONING, [FIELDS, FIELDS], "assistant", 'the "reasoning_content" of message 2'),
+        (STRIPS_THINKING, [{"content": "<think>why</think>b"}], "all", "the <think> text of message 2"),
+        (STRIPS_THINKING, [{"content": "why\n</think>b"}], "completion", "the <think> text of message 2"),
+        (STRIPS_THINKING, [{"content": "x</think>b"}, {}], "assistant", "the <think> text of message 2"),
+    ],
+)
+def test_reasoning_that_the_template_drops_is_refused_unless_it_is_left_to_it(
+    template: str, replies: list[dict[str, Any]], targets: str, hidden: str
+) -> None:
+    tokenizer, row = tokenizer_for(template.replace("FIELD", "thinking")), reasoned(*replies)
+    with pytest.raises(ValueError, match=rf"^data\.jsonl:7: the chat template must show {hidden}, and "):
+        encode_all(tokenizer, [row], targets, 500)
+    assert encode_all(tokenizer, [row], targets, 500, reasoning="template")
+
+
+@pytest.mark.parametrize(
+    ("template", "replies", "targets"),
+    [
+        (CHATML, [FIELDS, {}], "completion"),
+        (SHOWS_LAST_REASONING, [FIELDS, FIELDS], "completion"),
+        (STRIPS_THINKING, [{"content": "<think>\n\n</think>b"}], "completion"),
+        (CHATML, [{"content": "<think>why</think>b"}], "completion"),
+        (CHATML, [{"content": "what is <think>?"}], "completion"),
+    ],
+)
+def test_reasoning_of_replies_that_are_not_trained_is_left_to_the_template(
+    template: str, replies: list[dict[str, Any]], targets: str
+) -> None:
+    """As at generation: many templates drop the reasoning of earlier turns."""
+    assert encode(tokenizer_for(template.replace("FIELD", "thinking")), reasoned(*replies), targets)
+
+
+def test_reasoning_of_a_reply_marked_as_no_target_is_left_to_the_template() -> None:
+    row = replace(reasoned(FIELDS, {}), untrained=frozenset({1}))
+    assert encode(tokenizer_for(CHATML), row, "assistant") == encode(
+        tokenizer_for(CHATML), replace(reasoned({}, {}), untrained=frozenset({1})), "assistant"
+    )
+
+
+def test_an_unknown_choice_of_reasoning_is_refused() -> None:
+    with pytest.raises(ValueError, match="reasoning must be one of require, inline, template, got 'drop'"):
+        encode_all(tokenizer_for(CHATML), [chat("a", "b")], "all", 20, "drop")
+
+
+def test_a_template_that_needs_a_content_gets_an_empty_one_beside_tool_calls() -> None:
+    """It is never given null, which it might print as None."""
+    template = TOOLS.replace("{{ tools | tojson }}", "").replace("(m.content or '')", "m.content")
+    reply = {"role": "assistant", "tool_calls": [{"name": "now"}]}
+    row = Conversation(({"role": "user", "content": "a"}, reply), None, "data.jsonl:1")
+    assert marked(tokenizer_for(template), row, "completion").endswith("\n«call now<|im_end|>»")
+    with pytest.raises(
+        ValueError, match='the chat template must show the "tool_calls" of message 2, and does'
+    ):
+        encode(tokenizer_for(CHATML), row, "completion")
+
+
+ENCODES = "{{ c.function.arguments | tojson }}"
+PRINTS = "{{ '' + c.function.arguments }}"  # as DeepSeek's templates do: fails for an object
+
+
+@pytest.mark.parametrize("prints", [ENCODES, PRINTS])
+def test_arguments_are_encoded_once_by_every_template(prints: str) -> None:
+    template = TOOLS.replace("{{ tools | tojson }}", "").replace("{{ 'call ' + c.name }}", prints)
+    call = {"function": {"name": "now", "arguments": {"zone": "é", "n": [1]}}}
+    reply = {"role": "assistant", "tool_calls": [call]}
+    row = Conversation(({"role": "user", "content": "a"}, reply), None, "data.jsonl:1")
+    assert marked(tokenizer_for(template), row, "completion").endswith('«{"zone": "é", "n": [1]}<|im_end|>»')
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "targets", "expected"),
+    [
+        ("a: ", "b", "completion", "a: «b</s>»"),
+        ("a: ", "b", "assistant", "a: «b</s>»"),
+        ("a: ", "b", "all", "«a: b</s>»"),
+        ("", "b", "completion", "«b</s>»"),
+        ("a", "", "completion", "a«</s>»"),
+        ("é", "😀</s>", "completion", "é«😀</s>»"),
+    ],
+)
+def test_without_a_template_prompt_and_completion_are_joined(
+    prompt: str, completion: str, targets: str, expected: str
+) -> None:
+    """TRL: prompt + completion, and EOS where the completion does not end with it."""
+    tokenizer = ChatTokenizer(byte_level(), None, "</s>", "<s>")
+    row = chat(prompt, completion, is_plain=True)
+    assert marked(tokenizer, row, targets) == expected
+    question = encode_question(tokenizer, row)
+    assert encode(tokenizer, row, targets).tokens[: len(question)] == tuple(question)
+
+
+def test_without_a_template_bos_comes_first_where_the_tokenizer_adds_it() -> None:
+    base = byte_level()
+    base.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", base.token_to_id("<s>") or 0)]
+    )
+    tokenizer = ChatTokenizer(base, None, "</s>", "<s>")
+    assert marked(tokenizer, chat("a", "b", is_plain=True), "completion") == "<s>a«b</s>»"
+    assert marked(tokenizer, chat("a", "b", is_plain=True), "all") == "«<s>ab</s>»"
+    assert tokenizer.decode_with_special(encode_question(tokenizer, chat("a", "b", is_plain=True))) == "<s>a"
+
+
+def test_a_token_that_prompt_and_completion_share_is_a_target() -> None:
+    tokenizer = ChatTokenizer(sentence_piece(), None, "</s>", "<s>")
+    example = encode(tokenizer, chat("a ", "b", is_plain=True), "completion")
+    assert [tokenizer.tokenizer.id_to_token(t) for t in example.tokens] == ["▁a", "▁b", "</s>"]
+    assert example.is_target == (False, True, True)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("prompt", ["a", "a ", "a: b ", "ab\n", ""])
+@pytest.mark.parametrize("completion", ["b", " b", "b c d", "dab ", "\n"])
+def test_a_completion_starts_where_the_tokens_leave_those_of_the_prompt(
+    make: Any, prompt: str, completion: str
+) -> None:
+    """TRL's rule, by the tokenizer alone: the first target is the first token that differs."""
+    base = make()
+    whole, alone = (base.encode(text, add_special_tokens=False).ids for text in (prompt + completion, prompt))
+    shared = next((n for n, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
+    tokenizer = ChatTokenizer(make(), None, "</s>", "<s>")
+    example = encode(tokenizer, chat(prompt, completion, is_plain=True), "completion")
+    assert example.tokens == (*whole, tokenizer.eos_id)
+    assert example.is_target == (*(n >= shared for n in range(len(whole))), True)
+
+
+def test_with_a_template_prompt_and_completion_are_messages() -> None:
+    row = chat("a", "b", is_plain=True)
+    assert encode(tokenizer_for(CHATML), row, "all") == encode(tokenizer_for(CHATML), chat("a", "b"), "all")
+
+
+def test_without_a_template_messages_are_refused() -> None:
+    tokenizer = ChatTokenizer(byte_level(), None, "</s>", "<s>")
+    with pytest.raises(
+        ValueError, match=r"^data\.jsonl:1: the model must have a chat template to read messages"
+    ):
+        encode(tokenizer, chat("a", "b"), "completion")
+
+
+def test_rows_that_the_template_refuses_are_skipped_if_asked() -> None:
+    rows = [replace(chat(f"a{n}", "b"), where=f"data.jsonl:{n}") for n in range(200)]
+    bad = (0, 3, 4, 150, 199)
+    for n in bad:
+        rows[n] = replace(rows[n], messages=(rows[n].messages[1], *rows[n].messages))
+    encoded = encode_file(tokenizer_for(MISTRAL), rows, "completion", 100, skip_bad=True)
+    assert len(encoded.examples) == 195
+    assert [sentence.partition(": ")[0] for sentence in encoded.bad] == [f"data.jsonl:{n}" for n in bad]
+    (remark,) = encoded.remarks("training")
+    assert remark.startswith("5 of 200 training rows were skipped: data.jsonl:0: the chat template refuses")
+    with pytest.raises(ValueError, match=r"^data\.jsonl:0: the chat template refuses the messages"):
+        encode_file(tokenizer_for(MISTRAL), rows, "completion", 100)
+    with pytest.raises(
+        ValueError, match=r"^data\.jsonl: no example is left of 1; the first: data\.jsonl:3: "
+    ):
+        encode_file(tokenizer_for(MISTRAL), rows[3:4], "completion", 100, skip_bad=True)
+
+
+def test_an_example_left_out_for_its_weights_says_so() -> None:
+    rows = [chat("a", "b"), trained_turns(1, 0, 1, 0)]
+    (remark,) = encode_file(tokenizer_for(CHATML), rows, "assistant", 500).remarks("training")
+    reason = '("weight" or "train" marks replies of 1 as no targets): data.jsonl:1'
+    assert remark == f"1 of 2 training examples left out, without a target within 500 tokens {reason}"
+    with pytest.raises(ValueError, match=r'tokens \("weight" or "train" marks replies of 1 as no targets\)$'):
+        encode_file(tokenizer_for(CHATML), rows[1:], "assistant", 500)

@@ -1,15 +1,15 @@
-"""Data files: the four shapes of a line, and an error that names each bad line."""
+"""Rows of a file to conversations: mixed formats, bad rows, and what is said about the rest."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_impl.text.rows import MAX_LINE_BYTES, Conversation, is_text, read_conversations
+from mlx_impl.text.conversation import Conversation, is_text
+from mlx_impl.text.rows import Reading, read_conversations, read_data_file
 from tests.tiny_folder import conversation_line
 
 USER = {"role": "user", "content": "Hi?"}
@@ -18,10 +18,14 @@ TOOL = {"type": "function", "function": {"name": "now", "parameters": {}}}
 CALLS = [{"type": "function", "function": {"name": "now", "arguments": {}}}]
 
 
-def read(folder: Path, *rows: dict[str, Any]) -> list[Conversation]:
+def write(folder: Path, *rows: Any) -> Path:
     path = folder / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_conversations(path)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read(folder: Path, *rows: Any) -> list[Conversation]:
+    return read_conversations(write(folder, *rows))
 
 
 def test_a_prompt_and_its_completion_become_two_messages(tmp_path: Path) -> None:
@@ -35,85 +39,77 @@ def test_a_text_has_no_messages(tmp_path: Path) -> None:
     assert (conversation.text, conversation.messages) == ("Once.", ())
 
 
-def test_tools_and_calls_without_content_are_kept_as_they_are(tmp_path: Path) -> None:
-    """Some templates treat null content and absent content differently."""
+def test_tools_and_calls_are_kept_as_they_are_and_null_is_left_out(tmp_path: Path) -> None:
+    """As TRL does it: a template would print None, or fail on it."""
     system = {"role": "system", "content": "Be brief."}
     null = {"role": "assistant", "content": None, "tool_calls": CALLS}
     absent = {"role": "assistant", "tool_calls": CALLS}
     result = {"role": "tool", "content": "noon", "name": "now"}
     messages = [system, USER, null, result, absent, result, REPLY]
     (conversation,) = read(tmp_path, {"messages": messages, "tools": [TOOL]})
-    assert list(conversation.messages) == messages
+    assert list(conversation.messages) == [system, USER, absent, result, absent, result, REPLY]
     assert conversation.tools == (TOOL,)
 
 
-def test_each_line_may_have_a_shape_of_its_own(tmp_path: Path) -> None:
-    rows = read(tmp_path, {"text": "a"}, {"messages": [USER, REPLY], "tools": None}, {"text": "b"})
-    assert [row.text for row in rows] == ["a", None, "b"]
-    assert [row.where.rpartition(":")[2] for row in rows] == ["1", "2", "3"]
+def test_each_line_may_have_a_format_of_its_own(tmp_path: Path) -> None:
+    alpaca = {"instruction": "Hi?", "output": "Yes."}
+    rows = read(tmp_path, {"text": "a"}, {"messages": [USER, REPLY], "tools": None}, alpaca, {"text": "b"})
+    assert [row.text for row in rows] == ["a", None, None, "b"]
+    assert [row.where.rpartition(":")[2] for row in rows] == ["1", "2", "3", "4"]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "must be valid JSON"),
-        ("[1]", 'must be an object with one of "messages", "prompt" and "completion", "text"'),
-        ('{"prompt": "a"}', 'must be an object with one of "messages", "prompt" and "completion", "text"'),
-        ('{"text": "a", "messages": []}', "must be an object with"),
-        ('{"text": 3}', '"text" must be a text, got int'),
-        ('{"prompt": "a", "completion": null}', '"completion" must be a text, got NoneType'),
-        ('{"text": "a", "answer": "a"}', '"answer" must belong to a reply'),
-        ('{"messages": "a"}', "must be a list of objects"),
-        ('{"messages": [{"role": "user"}]}', 'the texts "role" and "content"'),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "must end with the reply"),
-        (json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}), "must be a list of obj"),
-        (json.dumps({"messages": [USER, {**REPLY, "tool_calls": "now"}]}), "must be a list of objects"),
-        (json.dumps({"messages": [USER, REPLY], "tools": ["now"]}), '"tools" must be a list of objects'),
-        (conversation_line("a", "b", answer=3), '"answer" must be a text with a letter or a digit, got 3'),
-        (conversation_line("a", "b", answer="!"), "got '!'"),
-        (conversation_line("a", "\ud800"), "texts must be valid Unicode, got half a surrogate pair"),
-        ('{"messages": ' + "1" * 5000 + "}", "must be valid JSON"),
-        ("[" * 100_000, "must be valid JSON"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text(conversation_line("a", "b") + "\n\n" + line + "\n")
-    with pytest.raises(ValueError, match=message) as caught:
-        read_conversations(path)
-    assert str(caught.value).startswith(f"{path}:3: ")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_line_of_100_megabytes_is_refused_without_reading_it(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    with open(path, "wb") as file:
-        file.write(conversation_line("a", "b").encode() + b'\n{"text": "')
-        file.truncate(100_000_000)
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=rf"train\.jsonl:2: a line must have at most {MAX_LINE_BYTES} bytes"):
-        read_conversations(path)
-    assert time.perf_counter() - start < 1
-
-
-def test_an_empty_or_missing_or_binary_file_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.jsonl: there is no such data file"):
-        read_conversations(path)
-    path.write_text("\n  \n")
-    with pytest.raises(ValueError, match="must hold at least one example, got an empty file"):
-        read_conversations(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="must be UTF-8"):
-        read_conversations(path)
+        read_conversations(tmp_path / "train.jsonl")
 
 
-def test_a_unicode_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
-    """JSON allows U+2028 in a string; only a newline ends a line of JSON Lines."""
-    path = tmp_path / "train.jsonl"
-    path.write_text('\ufeff{"text": "a\u2028b"}\r\n', encoding="utf-8", newline="")
-    (conversation,) = read_conversations(path)
-    assert conversation.text == "a\u2028b"
+def test_bad_rows_are_skipped_only_if_asked_and_are_named(tmp_path: Path) -> None:
+    good, ends_early = conversation_line("a", "b"), {"messages": [USER]}
+    path = write(tmp_path, "{", good, ends_early, {"text": "a"}, {"prompt": "a"})
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: must be valid JSON"):
+        read_conversations(path)
+    data = read_data_file([path], Reading(skip_bad=True))
+    assert [row.where for row in data.conversations] == [f"{path}:2", f"{path}:4"]
+    (remark,) = data.remarks("training")
+    assert remark.startswith(f"3 of 5 training rows were skipped: {path}:1: must be valid JSON")
+    assert f"; {path}:3: " in remark and f"; {path}:5: " in remark
+
+
+def test_of_many_bad_rows_the_first_are_named_and_all_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "a"}, *({"text": n} for n in range(8)))
+    (remark,) = read_data_file([path], Reading(skip_bad=True)).remarks("test")
+    assert remark.startswith("8 of 9 test rows were skipped: ")
+    assert f"{path}:6: " in remark and f"{path}:7: " not in remark and remark.endswith("; and 3 more")
+
+
+def test_a_file_of_bad_rows_alone_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": 1}, {"text": 2})
+    with pytest.raises(ValueError, match=r'no row can be read; the first: .*train\.jsonl:1: "text" must'):
+        read_data_file([path], Reading(skip_bad=True))
+
+
+def test_what_means_nothing_is_named_once(tmp_path: Path) -> None:
+    asked = {**USER, "time": "noon", "name": "Ann"}
+    rows: list[Any] = [{"messages": [asked, REPLY], "id": n, "score": None} for n in range(9)]
+    data = read_data_file([write(tmp_path, *rows, {"text": "a", "source": "b"})], Reading())
+    assert data.remarks("training") == [
+        "columns of the training data that are not used: id, source",
+        "keys in messages of the training data that only a chat template may use: time",
+    ]
+
+
+def test_shards_are_read_in_order(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("b", "a")]
+    for path in paths:
+        path.write_text(json.dumps({"text": path.name}))
+    assert [c.text for c in read_data_file(paths, Reading()).conversations] == ["b", "a"]
+
+
+def test_reasoning_may_be_written_into_the_reply(tmp_path: Path) -> None:
+    path = write(tmp_path, {"messages": [USER, {**REPLY, "reasoning": "Hm."}, USER, REPLY]})
+    (found,) = read_conversations(path, Reading(inline_reasoning=True))
+    assert found.messages[1] == {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
+    assert found.messages[3] == REPLY
 
 
 def test_half_a_surrogate_pair_is_not_a_text() -> None:

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from mlx_impl.files.checkpoint import load_model
+from mlx_impl.text.conversation import Conversation
 from mlx_impl.text.examples import encode
-from mlx_impl.text.rows import Conversation
 from mlx_impl.text.tokenizer import ChatTokenizer
 from tests.tiny_folder import TEMPLATE, write_folder
 

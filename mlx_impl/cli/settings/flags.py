@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import TrainConfig
+from ...text.columns import parse_columns
+from ...text.rows import Reading
+from ...text.shown import CHOICES
 from ...text.turns import TARGETS
 
 # mlx_impl/cli/settings/flags.py -> the repository's root. An installed wheel has no fixtures.
@@ -88,7 +91,20 @@ def add_data_flags(group: Any) -> None:
     add_folder(
         group,
         "--data",
-        "folder with train.jsonl, valid.jsonl and test.jsonl (default: the repository's geography data)",
+        "folder with train.jsonl, valid.jsonl and test.jsonl, or .json, .jsonl.gz, .parquet "
+        "(default: the repository's geography data)",
+    )
+    group.add_argument(
+        "--columns",
+        metavar="NAME=COLUMN,...",
+        help="what the data calls its columns, as prompt=question,completion=answer "
+        "(default: messages, conversations, prompt, completion, instruction, input, output, text, ...)",
+    )
+    add_switch(
+        group,
+        "--skip-bad",
+        False,
+        "leave out rows that cannot be read, and say how many and which (default: no)",
     )
     group.add_argument(
         "--targets",
@@ -102,6 +118,14 @@ def add_data_flags(group: Any) -> None:
         None,
         "another name for --targets completion; --no-mask-prompt is --targets all (default: yes)",
     )
+    group.add_argument(
+        "--reasoning",
+        choices=CHOICES,
+        default=CHOICES[0],
+        help="reasoning of a reply that is trained: require (an error where the chat template does not show "
+        "it), inline (write it into the reply, between <think> and </think>) or template (train only what "
+        "the template shows) (default: %(default)s)",
+    )
     add_number(group, "--max-seq-length", 2048, "truncate longer examples to N tokens")
     add_number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples per batch")
 
@@ -113,6 +137,12 @@ def targets_of(args: argparse.Namespace) -> str:
     if args.targets is None:
         return "all" if args.mask_prompt is False else "completion"
     return str(args.targets)
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """How the flags say that data files are read."""
+    columns = {} if args.columns is None else parse_columns(args.columns)
+    return Reading(columns, args.skip_bad, args.reasoning == "inline")
 
 
 def data_folder(path: Path | None) -> Path:

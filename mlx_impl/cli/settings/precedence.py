@@ -114,6 +114,10 @@ def as_flag_text(key: str, value: object) -> str:
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return ",".join(value)
         raise ValueError("a string or a list of strings")
+    if key == "columns":
+        if isinstance(value, dict) and all(isinstance(v, str) for pair in value.items() for v in pair):
+            return ",".join(f"{name}={column}" for name, column in value.items())
+        raise ValueError("a string or names with names")
     if key in ("rank_pattern", "alpha_pattern"):
         kind = int if key == "rank_pattern" else float
         try:

@@ -15,7 +15,8 @@ from ...generate import generate
 from ...model import CausalLM
 from ...run.memory_check import require_generation_memory
 from ...run.ranks import Ranks
-from ...text.rows import Conversation
+from ...text.conversation import Conversation
+from ...text.plain_text import encode_question
 from ...text.tokenizer import ChatTokenizer
 from ..screen.console import show_progress
 
@@ -91,7 +92,24 @@ def answer_each(
 
 
 def prompts_of(tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
-    return [tokenizer.encode_prompt(c.messages[:-1], c.tools) for c in conversations]
+    return [encode_question(tokenizer, c) for c in conversations]
+
+
+def askable(
+    tokenizer: ChatTokenizer, questions: dict[str, list[Conversation]]
+) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """The questions that the chat template does not refuse, and one remark on each of the others."""
+    kept: dict[str, list[Conversation]] = {}
+    remarks = []
+    for name, group in questions.items():
+        for conversation in group:
+            try:
+                encode_question(tokenizer, conversation)
+            except ValueError as error:
+                remarks.append(f"a question is not asked: {conversation.where}: {error}")
+            else:
+                kept.setdefault(name, []).append(conversation)
+    return kept, remarks
 
 
 def require_memory_for_questions(

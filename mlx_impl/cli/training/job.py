@@ -17,15 +17,17 @@ from ...run.memory_check import require_training_memory
 from ...run.ranks import Ranks
 from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
+from ...text.conversation import Conversation
 from ...text.examples import encode_file
-from ...text.rows import Conversation, read_conversations
+from ...text.rows import Reading
+from ...text.splits import read_optional_split, read_split
 from . import manifest
-from .answers import require_memory_for_questions
+from .answers import askable, require_memory_for_questions
 from .on_ranks import ReadOnlyFolder
 from .run_folder import RunFolder, library_versions
 
 # The names under which the report lists the questions of a file.
-QUESTION_FILES = {"trained": "train.jsonl", "unseen": "test.jsonl", "control": "control.jsonl"}
+QUESTION_FILES = {"trained": "train", "unseen": "test", "control": "control"}
 Questions = dict[str, list[Conversation]]  # by the names of QUESTION_FILES
 
 
@@ -37,6 +39,8 @@ class Job:
     dequantize: bool
     dtype: str
     data: Path
+    reading: Reading  # how data files are read
+    reasoning: str  # require, inline or template
     folder: Path  # for adapter, metrics and report
     resume: bool  # resume the run in that folder
     init_adapter: Path | None
@@ -86,21 +90,24 @@ def prepare(job: Job) -> PreparedJob:
     folder = (RunFolder if is_writer else ReadOnlyFolder)(job.folder)
     if not job.resume:
         require_separate_inputs(job)
-    train, valid, questions = read_data(job)
+    train, valid, questions, remarks = read_data(job)
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
     train_config(job, [job.max_seq_length] * len(train))  # raises for wrong numbers before a model is loaded
     loaded = load_model(job.model, job.dequantize, job.dtype)
+    how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
     encoded, valid_encoded = (
-        encode_file(loaded.tokenizer, conversations, job.targets, job.max_seq_length)
-        for conversations in (train, valid)
+        encode_file(loaded.tokenizer, conversations, *how) for conversations in (train, valid)
     )
+    if job.reading.skip_bad:
+        questions, refused = askable(loaded.tokenizer, questions)
+        remarks += refused
     examples = encoded.examples
     valid_examples = evenly_spaced(valid_encoded.examples, job.eval_examples)
     trainer = make_trainer(job, loaded, examples, valid_examples, questions)
     if job.resume:
         load_training_state(folder, trainer, examples)
-    remarks = encoded.remarks("training") + valid_encoded.remarks("validation")
+    remarks += encoded.remarks("training") + valid_encoded.remarks("validation")
     remarks += require_training_memory(
         trainer, examples, evenly_spaced(examples, job.eval_examples), valid_examples
     )
@@ -165,17 +172,16 @@ def evenly_spaced(examples: list[Example], most: int) -> list[Example]:
     return [examples[i * len(examples) // most] for i in range(most)]
 
 
-def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], Questions]:
-    """The training conversations, the validation conversations, and the questions with expected answers."""
-
-    def optional(name: str) -> list[Conversation]:
-        path = job.data / name
-        return read_conversations(path) if path.exists() else []
-
-    train = read_conversations(job.data / "train.jsonl")
-    files = {name: optional(file) for name, file in QUESTION_FILES.items()}
-    questions = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in files.items()}
-    return train, optional("valid.jsonl"), {name: group for name, group in questions.items() if group}
+def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], Questions, list[str]]:
+    """Training and validation conversations, questions with expected answers, remarks on the files."""
+    files = {"train": read_split(job.data, "train", job.reading)}
+    files |= {name: read_optional_split(job.data, name, job.reading) for name in ("valid", "test", "control")}
+    groups = {name: files[file].conversations for name, file in QUESTION_FILES.items()}
+    questions = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in groups.items()}
+    kinds = {"train": "training", "valid": "validation"}
+    remarks = [remark for name, file in files.items() for remark in file.remarks(kinds.get(name, name))]
+    asked = {name: group for name, group in questions.items() if group}
+    return files["train"].conversations, files["valid"].conversations, asked, remarks
 
 
 def train_config(job: Job, lengths: list[int]) -> TrainConfig:

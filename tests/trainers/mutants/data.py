@@ -168,7 +168,7 @@ def last_reply(tokenizer: Any, whole: Any, turns: Any, all_tokens: bool) -> Exam
     return mark_targets(tokenizer, whole, turns[-1:], all_tokens)
 
 
-def keep_the_end(tokenizer: Any, conversations: Any, targets: str, max_tokens: int) -> Encoded:
+def keep_the_end(tokenizer: Any, conversations: Any, targets: str, max_tokens: int, *_: Any) -> Encoded:
     examples = encode_each(tokenizer, conversations, targets)
     cut = [Example(e.tokens[-max_tokens:], e.is_target[-max_tokens:]) for e in examples]
     return Encoded(cut, max_tokens, 0, ())
