@@ -10,11 +10,23 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..model import CausalLM
 from . import ops
+from .packed import packed_of
 
 CHUNK_LOGITS = 2**25  # logits in memory at once: 128 MiB in float32
 
 Head = Callable[[mx.array], mx.array]  # hidden states to logits
+
+
+def head_of(model: CausalLM, after: mx.array) -> Head:
+    """`model.head`; a packed weight is unpacked for it once `after` has been computed, for all its calls."""
+    module = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    packed = packed_of(module)
+    if packed is None:
+        return model.head
+    weight_VD = packed.unpacked_OI(mx.stop_gradient(after))
+    return lambda x_ND: x_ND @ weight_VD.T
 
 
 def head_nats(
