@@ -103,8 +103,8 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
     more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
-    full = (itemsize * number for number in unpacked_numbers(model, plain))
-    return Sizes(model.config, weights, trained, itemsize, more, *full, keeps_scores, plain)
+    unpacked, head = (itemsize * number for number in unpacked_numbers(model, plain))
+    return Sizes(model.config, weights, trained, itemsize, more, unpacked, head, keeps_scores, plain)
 
 
 def unpacked_numbers(model: CausalLM, plain: bool) -> tuple[int, int]:
