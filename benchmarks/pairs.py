@@ -123,6 +123,20 @@ def linears_of_one_input() -> tuple[Step, Step]:
     return of_factors(lambda x: project(x, *layers)), of_factors(lambda x: [layer(x) for layer in layers])
 
 
+def quantized_linear() -> tuple[Step, Step]:
+    """A linear of SmolLM2 in 4 bits on 64 rows, with the gradient of its input; on the CPU of any machine."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlx_impl.fast.projection import project
+    from mlx_impl.lora import LoRALinear
+
+    mx.set_default_device(mx.cpu)
+    linear = nn.QuantizedLinear(576, 1536, bias=False, group_size=32, bits=4)
+    layer, x_ND = LoRALinear(linear, 8, 2.0, 0.0), mx.random.normal((64, 576))
+    return gradients(lambda x_ND: project(x_ND, layer)[0], x_ND), gradients(layer, x_ND)
+
+
 def head_and_loss_in_one() -> tuple[Step, Step]:
     """The loss of 64 targets over SmolLM2's vocabulary, and its gradient by the hidden state."""
     import mlx.core as mx
@@ -199,6 +213,9 @@ PAIRS = {
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="no logits for prompts and padding"),
     "gated": Pair(gate_and_up, at_most=1.0, why="takes the exponential once for value and gradient"),
     "projection": Pair(linears_of_one_input, at_most=1.0, why="one product for all A; addmm adds the update"),
+    "quantized": Pair(
+        quantized_linear, at_most=0.25, why="unpacks the weight first, and multiplies with a BLAS"
+    ),
     "head-nats": Pair(head_and_loss_in_one, at_most=1.0, why="loss and gradient from the same exponentials"),
 }
 

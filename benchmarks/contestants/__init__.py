@@ -40,6 +40,7 @@ CONTESTANTS = {
     "ours": Entry("mlx_impl", "ours", ("mlx",)),
     "ours-compiled": Entry("mlx_impl, compiled", "ours", ("mlx",), {"compiled": True}),
     "ours-eager": Entry("mlx_impl, eager", "ours", ("mlx",), {"compiled": False}),
+    "ours-4-bits": Entry("mlx_impl, 4 bits", "ours", ("mlx",), {"bits": 4}),
     "mlx-lm": Entry("mlx-lm", "mlx_lm", ("mlx_lm",)),
     "peft": Entry("PEFT, PyTorch", "peft", ("peft", "transformers"), memory="torch"),
     "peft-compiled": Entry(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
@@ -12,14 +13,23 @@ from mlx_impl.model import CausalLM
 from mlx_impl.run.ranks import Ranks
 from mlx_impl.run.trainer import LoRATrainer
 
+GROUP_SIZE = 32  # of quantized weights
+
 
 class Ours:
     def __init__(
-        self, inputs: Inputs, case: Case, compiled: bool | None = None, ranks: Ranks | None = None
+        self,
+        inputs: Inputs,
+        case: Case,
+        compiled: bool | None = None,
+        bits: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         model = CausalLM(inputs.config)
         model.load_weights([(name, mx.array(array)) for name, array in inputs.weights.items()])
         model.set_dtype(getattr(mx, case.dtype))
+        if bits:
+            nn.quantize(model, GROUP_SIZE, bits)
         mx.eval(model.parameters())
         trainer = LoRATrainer(model, case.lora, case.training, compiled, ranks=ranks)
         self.records = trainer.fit_windows(cycle(inputs.windows))

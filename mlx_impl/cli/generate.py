@@ -43,6 +43,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
+    from ..fast.packed_modules import unpacking_first
     from ..files.adapters import load_with_adapter
     from ..files.precision import to_dtype
     from ..generate import generate
@@ -66,10 +67,11 @@ def run(args: argparse.Namespace) -> None:
         console.print(remark)
     mx.random.seed(args.seed)
     answer = generate(loaded.model, prompt_tokens, args.max_tokens, tokenizer.stop_ids, sampling)
-    if not args.json:
-        print_stream(stream_text(answer, tokenizer.decode))
-        return
-    tokens = list(answer)
+    with unpacking_first(loaded.model):
+        if not args.json:
+            print_stream(stream_text(answer, tokenizer.decode))
+            return
+        tokens = list(answer)
     reason = "length" if len(tokens) == args.max_tokens else "stop"
     result = {"prompt": prompt, "prompt_tokens": prompt_tokens, "tokens": tokens}
     print(json.dumps({**result, "text": tokenizer.decode(tokens), "finish_reason": reason}))

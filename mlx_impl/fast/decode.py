@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..generate import KeyValueCache, next_tokens
 from ..model import CausalLM, in_evaluation
+from .packed_modules import unpacking_first
 
 MAX_ROWS = 64  # prompts decoded together
 
@@ -32,7 +33,7 @@ def generate_all(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    with in_evaluation(model):
+    with in_evaluation(model), unpacking_first(model):
         prefix = read_prefix(model, prompts) if prompts else []
         starts = range(0, len(by_length), MAX_ROWS)
         for start in watched(starts, len(starts)):

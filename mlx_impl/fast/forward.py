@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..data import Batch
 from ..model import Attention, Block, CausalLM, Decoder, attention_mask, position_ids
 from ..train import Arrays, Loss, Nats
-from .head import head_nats
+from .head import head_nats, head_of
 from .kept_positions import kept_positions, target_positions
 from .layout import Layout
 from .projection import project, project_gated
@@ -36,7 +36,7 @@ def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
     """The sum of nats over the targets, and their number, as `train.batch_loss`."""
     inputs_BT, positions_N, targets_N, mask_N, segment_BT, kept = arrays
     x_ND = hidden_at_targets(model.model, inputs_BT, positions_N, segment_BT, kept)
-    return head_nats(model.head, model.config.vocab_size, x_ND, targets_N, mask_N)
+    return head_nats(head_of(model, after=x_ND), model.config.vocab_size, x_ND, targets_N, mask_N)
 
 
 def flatten_grads(grads: Any) -> Vectors:

@@ -9,12 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from ..model import CausalLM
 from . import ops
+from .packed import packed_of
 
 CHUNK_LOGITS = 2**25  # logits in memory at once: 128 MiB in float32
 
 Head = Callable[[mx.array], mx.array]  # hidden states to logits
+
+
+def head_module(model: CausalLM) -> nn.Module:
+    """The module that holds the head's weight."""
+    return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+
+
+def head_of(model: CausalLM, after: mx.array) -> Head:
+    """`model.head`; a packed weight is unpacked for it once `after` has been computed, for all its calls."""
+    packed = packed_of(head_module(model))
+    if packed is None:
+        return model.head
+    weight_VD = packed.unpacked_OI(mx.stop_gradient(after))
+    return lambda x_ND: x_ND @ weight_VD.T
 
 
 def head_nats(

@@ -6,16 +6,17 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     kept         = L blocks;  checkpointed: L hidden states and one block
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
-    work         = max(2 scores + mask + one block without its scores, 4 logits)
-    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F), 4 logits)
+    work         = max(2 scores + mask + one block without its scores, 4 logits + a packed head in full)
+    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F), 4 logits + head)
     rest         = U (4 D + 3 H K + 2 G K) itemsize
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
 L is the number of blocks; the other letters are those of the shape names. `logits` are those of one chunk of
 the loss; on the plain path those of every position. `more` is what linears keep that `projection.py` does not
 compute: inputs after dropout, DoRA's directions. The state is the factors and moments of now and of the two
-updates before, which `guard.py` keeps; an update makes new ones. A step also holds gradients, and the weights
-that DoRA unpacks. Some constants are measured.
+updates before, which `guard.py` keeps; an update makes new ones. A step also holds gradients, and quantized
+weights in full: on a CPU one at a time, on a GPU or the plain path those of DoRA. Some constants are
+measured.
 tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
 MLX queues ahead.
 """
@@ -23,6 +24,7 @@ MLX queues ahead.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 from mlx.utils import tree_flatten
 
@@ -32,8 +34,9 @@ from ..lora import DoRALinear, lora_layers
 from ..model import CausalLM
 from ..targets import shape_OI
 from . import ops
-from .head import CHUNK_LOGITS
+from .head import CHUNK_LOGITS, head_module
 from .kept_positions import kept_positions
+from .packed import packed_of, unpacks_first
 from .projection import low_rank_of
 
 STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
@@ -52,7 +55,8 @@ class Sizes:
     trained: int  # numbers
     itemsize: int  # of a hidden state
     more: int  # numbers a position of a block that only unfused linears keep
-    unpacked: int  # bytes of weights that DoRA keeps beside the stored ones
+    unpacked: int  # bytes of quantized linears in full, beside the stored ones
+    head: int  # bytes of a quantized head in full
     keeps_scores: bool  # attention on a CPU
     plain: bool = False  # the pattern alone, without unpadding and chunked cross-entropy
 
@@ -88,20 +92,29 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     layers = lora_layers(model).values()
     arrays = [array for _, array in tree_flatten(model.parameters())]
     itemsize = model.model.norm.weight.itemsize
-    more, unpacked = 0, 0
+    more = 0
     for layer in layers:
         num_out, num_in = shape_OI(layer.linear)
         more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
         more += num_out if low_rank_of(layer) is None else 0
-        if isinstance(layer, DoRALinear):
-            more += num_out
-            unpacked += num_out * num_in * itemsize if "scales" in layer.linear else 0
+        more += num_out if isinstance(layer, DoRALinear) else 0
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
     num_blocks = model.config.num_hidden_layers
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
     more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
-    return Sizes(model.config, weights, trained, itemsize, more, unpacked, keeps_scores, plain)
+    unpacked, head = (itemsize * number for number in unpacked_numbers(model, plain))
+    return Sizes(model.config, weights, trained, itemsize, more, unpacked, head, keeps_scores, plain)
+
+
+def unpacked_numbers(model: CausalLM, plain: bool) -> tuple[int, int]:
+    """How many numbers of quantized weights are in full at once: of adapted linears, and of the head."""
+    quantized = [layer for layer in lora_layers(model).values() if "scales" in layer.linear]
+    if plain or not unpacks_first():
+        return sum(prod(shape_OI(layer.linear)) for layer in quantized if isinstance(layer, DoRALinear)), 0
+    is_packed = packed_of(head_module(model)) is not None
+    largest = max((prod(shape_OI(layer.linear)) for layer in quantized), default=0)
+    return largest, model.config.vocab_size * model.config.hidden_size * is_packed
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -139,7 +152,8 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     copies, logits = (1, PLAIN_EVALUATED_LOGITS) if sizes.plain else (3, None)
     attention = copies * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
     of_block = rest + max(attention + 2 * a_unit * c.intermediate_size, 5 * a_unit * c.intermediate_size)
-    return sizes.weights + state_bytes(sizes) + max(of_block, head_bytes(sizes, shape, logits))
+    of_head = head_bytes(sizes, shape, logits) + sizes.head
+    return sizes.weights + state_bytes(sizes) + max(of_block, of_head)
 
 
 def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
@@ -175,7 +189,7 @@ def work_bytes(sizes: Sizes, shape: Shape) -> int:
     of_block = (
         2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block_bytes(sizes, shape) - scores
     )
-    return max(of_block, head_bytes(sizes, shape))
+    return max(of_block, head_bytes(sizes, shape) + sizes.head)
 
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:

@@ -22,13 +22,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..lora import LoRALinear
-from . import cpu_ops, ops
+from . import cpu_ops, ops, packed
+from .packed import Packed, full_OI, packed_of
 
 
 class LowRank(NamedTuple):
     """y = x W^T + bias + scale * (x A) B."""
 
-    weight_OI: mx.array
+    weight_OI: mx.array | Packed
     bias_O: mx.array | None
     a_IR: mx.array
     b_RO: mx.array
@@ -51,23 +52,24 @@ def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
 def plain_call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
     """linear(x), with A in memory as A^T; `cast_factors` says why."""
     if not isinstance(linear, LoRALinear):
-        return linear(x_BTI)
+        return packed.call(linear, x_BTI)
     a_IR = linear.lora_a
     linear.lora_a = mx.contiguous(a_IR.T).T
     try:
-        return linear(x_BTI)
+        return packed.call(linear, x_BTI)
     finally:
         linear.lora_a = a_IR
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
-    """Its parts, if it is plain LoRA; None for DoRA, a quantized base, active dropout, or no adapter."""
-    if type(linear) is not LoRALinear or type(linear.linear) is not nn.Linear:
-        return None
-    if linear.training and linear.dropout.p > 0:
+    """Its parts, if it is plain LoRA; None for DoRA, active dropout, no adapter, a GPU's quantized base."""
+    if type(linear) is not LoRALinear or (linear.training and linear.dropout.p > 0):
         return None
     base = linear.linear
-    return LowRank(base.weight, base.get("bias"), linear.lora_a, linear.lora_b, linear.scale)
+    weight_OI = base.weight if type(base) is nn.Linear else packed_of(base)
+    if weight_OI is None:
+        return None
+    return LowRank(weight_OI, base.get("bias"), linear.lora_a, linear.lora_b, linear.scale)
 
 
 def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
@@ -122,7 +124,10 @@ class Group:
         a_RI, bs_RO = cast_factors(factors, x_NI.dtype)
         h_RN = times_scale(a_RI @ x_NI.T, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
-        ys_NO = [with_base(low_NO, x_NI, part) for low_NO, part in zip(lows_NO, self.parts, strict=True)]
+        ys_NO: list[mx.array] = []
+        for low_NO, part in zip(lows_NO, self.parts, strict=True):
+            weight_OI = full_OI(part.weight_OI, after=ys_NO[-1] if ys_NO else x_NI)  # one at a time
+            ys_NO.append(with_base(low_NO, x_NI, weight_OI, part.bias_O))
         return [*ys_NO, h_RN, a_RI, *bs_RO]
 
     def backward(
@@ -139,7 +144,7 @@ class Group:
         (dh_RN,) = mx.depends([dh_RN], gradients)
         dx_NI = dh_RN.T @ a_RI
         for dy_NO, part in zip(dys_NO, self.parts, strict=True):
-            dx_NI = mx.addmm(dx_NI, dy_NO, part.weight_OI)
+            dx_NI = mx.addmm(dx_NI, dy_NO, full_OI(part.weight_OI, after=dx_NI))
         return [dx_NI, *gradients]
 
 
@@ -162,7 +167,7 @@ def times_scale(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
     return mx.array(scale_R1, h_RN.dtype) * h_RN
 
 
-def with_base(low_NO: mx.array, x_NI: mx.array, part: LowRank) -> mx.array:
+def with_base(low_NO: mx.array, x_NI: mx.array, weight_OI: mx.array, bias_O: mx.array | None) -> mx.array:
     """x W^T + bias + the low-rank update."""
-    y_NO = mx.addmm(low_NO, x_NI, part.weight_OI.T)
-    return y_NO if part.bias_O is None else y_NO + part.bias_O
+    y_NO = mx.addmm(low_NO, x_NI, weight_OI.T)
+    return y_NO if bias_O is None else y_NO + bias_O

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LEAST, MOST = 0.8, 1.6
 NARROW = replace(SPEC, hidden_size=32, intermediate_size=64, num_attention_heads=4, head_dim=8)
 WIDE = replace(NARROW, hidden_size=64, intermediate_size=256, head_dim=16, num_hidden_layers=4)
+# Most of whose memory is weights.
+HEAVY = replace(NARROW, hidden_size=512, intermediate_size=1024, head_dim=128, num_hidden_layers=6)
+TIED = replace(HEAVY, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,14 @@ class Case:
     tokens: int
     rows: int
     lora: dict[str, Any]
+    bits: int
     training: dict[str, Any]
 
 
-def case(config: ModelConfig, tokens: int, rows: int = 1, dora: bool = False, **training: Any) -> Case:
-    return Case(config, tokens, rows, {"use_dora": dora}, training)
+def case(
+    config: ModelConfig, tokens: int, rows: int = 1, dora: bool = False, bits: int = 0, **training: Any
+) -> Case:
+    return Case(config, tokens, rows, {"use_dora": dora}, bits, training)
 
 
 CASES = {
@@ -55,6 +62,8 @@ CASES = {
     "many rows": case(WIDE, 64, 8, batch_size=8),
     "packed": case(WIDE, 100, 12, batching="packed", max_seq_length=512, batch_size=2),
     "DoRA": case(WIDE, 256, 2, dora=True),
+    "4 bits": case(TIED, 16, 2, bits=4),
+    "4 bits, a large head": case(replace(HEAVY, vocab_size=8192), 32, bits=4),
 }
 
 
@@ -75,6 +84,8 @@ def test_the_need_is_near_what_mlx_counts(name: str, plain: bool) -> None:
     examples = [Example(tuple(map(int, row)), (True,) * len(row)) for row in tokens]
     training = TrainConfig(iters=2, **{"batch_size": case.rows, **case.training})
     model = CausalLM(case.config)
+    if case.bits:
+        nn.quantize(model, 32, case.bits)
     mx.eval(model.parameters())
     trainer = LoRATrainer(model, LoRAConfig(rank=4, **case.lora), training, False, plain)
     sizes, checkpointed = sizes_of(model, plain), training.grad_checkpoint
@@ -97,7 +108,7 @@ def test_the_need_is_near_what_mlx_counts(name: str, plain: bool) -> None:
     assert all(LEAST < share < MOST for share in shares.values()), shares
 
 
-SIZES = Sizes(SPEC, weights=1000, trained=10, itemsize=4, more=0, unpacked=0, keeps_scores=True)
+SIZES = Sizes(SPEC, weights=1000, trained=10, itemsize=4, more=0, unpacked=0, head=0, keeps_scores=True)
 
 
 def test_a_cpu_keeps_the_attention_weights_of_every_block_a_gpu_none() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_impl.fast import packed
 from mlx_impl.fast.projection import LowRank, low_rank_of, project, project_gated
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.targets import AnyLinear
@@ -101,9 +102,11 @@ def given(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.array(random_array(name, shape, 1.0)).astype(mx.bfloat16).astype(dtype)
 
 
-def results(group: Group, compute: Compute, dtype: mx.Dtype, compiled: bool = False) -> dict[str, mx.array]:
+def results(
+    group: Group, compute: Compute, dtype: mx.Dtype, compiled: bool = False, width: int = I
+) -> dict[str, mx.array]:
     """Every y, and the gradients of <y, c> for random c: of x, and of every factor by name."""
-    own, x_BTI = group.trainable_parameters(), given("x", (B, T, I), dtype)
+    own, x_BTI = group.trainable_parameters(), given("x", (B, T, width), dtype)
 
     def weighed(factors: Any, x_BTI: mx.array) -> tuple[mx.array, list[mx.array]]:
         group.update(factors)
@@ -243,13 +246,16 @@ def quantized_in_the_middle() -> Group:
 PLAIN_CALLS = {
     "dora": dora_in_the_middle,
     "dropout": dropout_in_the_middle,
-    "quantized": quantized_in_the_middle,
+    "quantized, on a GPU": quantized_in_the_middle,
 }
 
 
 @pytest.mark.parametrize("name", PLAIN_CALLS)
-def test_dora_dropout_and_quantized_weights_are_computed_by_the_plain_call(name: str) -> None:
+def test_dora_dropout_and_a_gpus_quantized_weights_are_computed_by_the_plain_call(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit, between two others; the gradient of their common input is the sum of all three."""
+    monkeypatch.setattr(packed, "unpacks_first", lambda: False)
     group = PLAIN_CALLS[name]()
     assert [low_rank_of(linear) is None for linear in group.linears] == [False, True, False]
     mx.random.seed(1)

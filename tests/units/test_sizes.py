@@ -57,6 +57,7 @@ OF_OTHERS = (
 ELSEWHERE = {
     "cli.screen.console.LOG_SECONDS": "test_eval_examples.py",
     "fast.memory_model.UPDATE": "test_memory_model.py",
+    "fast.packed_modules.MIN_ROWS": "test_packed.py",
     "files.formats.hf_folder.MAX_SHARD_BYTES": "test_fusing.py",
     "machine.memory_limits.UNUSED_BYTES": "test_memory_limits.py",
     "run.memory_check.MAX_ROWS_CHECKED": "test_memory_check.py",

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_impl import batching, lora, model, optim, targets, train
 from mlx_impl import ops as plain_ops
 from mlx_impl.data import num_inputs, training_windows
-from mlx_impl.fast import decode, forward, kept_positions, vectors
+from mlx_impl.fast import decode, forward, kept_positions, packed, projection, vectors
 from mlx_impl.files import quantized
 from mlx_impl.files.formats import peft
 from mlx_impl.run import guard, sampling
@@ -200,6 +200,19 @@ def quantized_base_detached(self: Any, x_BTI: mx.array, real: Any = lora.LoRALin
     return mx.stop_gradient(self.linear(x_BTI)) + self.scale * self.update_BTO(x_BTI)
 
 
+def packed_base_detached(
+    self: Any, x_NI: mx.array, dys: Any, outputs: Any, real: Any = projection.Group.backward
+) -> Any:
+    none = {
+        j: part._replace(weight_OI=mx.zeros((dys[j].shape[1], x_NI.shape[1])))
+        for j, part in enumerate(self.parts)
+        if isinstance(part.weight_OI, packed.Packed)
+    }
+    return real(
+        projection.Group([none.get(j, part) for j, part in enumerate(self.parts)]), x_NI, dys, outputs
+    )
+
+
 def padded_with_zeros(x_NV: mx.array) -> mx.array:
     V = x_NV.shape[-1]
     if V <= 512:
@@ -306,7 +319,10 @@ UPDATES = (
         "quantized-base-detached",
         15,
         "A quantized base passes no gradient to its input, so lower layers learn through adapters alone.",
-        {"mlx_impl.lora.LoRALinear.__call__": quantized_base_detached},
+        {
+            "mlx_impl.lora.LoRALinear.__call__": quantized_base_detached,
+            "mlx_impl.fast.projection.Group.backward": packed_base_detached,
+        },
     ),
     Mutant(
         "magnitude-not-decayed",
