@@ -1,7 +1,8 @@
 """What several ranks gain: `mlx.launch -n 2 --backend nccl -- python -m benchmarks.ranks`, on one GPU each.
 
 An update has one micro-batch for each rank. Ours, in order and in any order, is timed in turn with one rank
-that computes the whole update while the others wait, and with mlx-lm where it is installed.
+that computes the whole update while the others wait, with ranks that send nothing (what the host costs that
+they share), and with mlx-lm where it is installed.
 
     efficiency = t(one rank) / (ranks * t(all ranks)), of the same update
 """
@@ -57,16 +58,17 @@ def contestants(ranks: Ranks, case: Case) -> Steps:
     assert case.model is not None
     whole = replace(case, micro_batches=ranks.size)
     inputs = Inputs(case.model, random_windows(whole, case.model), random_weights(case.model))
+    own = replace(inputs, windows=[[window[ranks.rank]] for window in inputs.windows])
     any_order = Ranks(ranks.group, in_order=False)
     steps: Steps = {
         "one rank": Ours(inputs, whole).step if ranks.rank == 0 else lambda: None,
+        "each rank for itself": Ours(own, case).step,
         "in order": Ours(inputs, whole, ranks=ranks).step,
         "in any order": Ours(inputs, whole, ranks=any_order).step,
     }
     if importlib.util.find_spec("mlx_lm"):
         from .contestants.mlx_lm import MlxLm
 
-        own = replace(inputs, windows=[[window[ranks.rank]] for window in inputs.windows])
         steps["mlx-lm"] = MlxLm(own, case).step
     for megabytes in (10, 100):
         for order, group in (("order", ranks), ("any order", any_order)):
