@@ -43,6 +43,8 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
         report = make_report(prepared, before, after, records)
         prepared.folder.write_json("report.json", report)
         prepared.folder.finish()
+        if job.ranks:
+            job.ranks.largest(0)  # no rank reports success before rank 0 has written the report
     saved = f"report.json saved in {printable(str(job.folder))}"
     try:
         print_answers(before.answers, after.answers, console)
