@@ -59,6 +59,7 @@ OPTIONAL = {
     "save": 12,  # (folder): writes the whole training state, after `train`
     "load": 12,  # (folder): restores that state in a new trainer; the next `train` continues the run
     "validation_losses": 12,  # () -> those of the whole run so far, by the number of updates done
+    "set_factors": 12,  # (factors): puts these in; the next `train` or `fit` continues the same run from them
     "require_same_run": 12,  # (folder, examples, training): refuses to resume the saved run with others
     "dropout_is_on": 14,  # () -> whether the model drops inputs now
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none

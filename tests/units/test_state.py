@@ -168,7 +168,9 @@ def test_a_run_goes_back_to_no_factors_that_were_replaced(plain: bool) -> None:
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
 def test_a_run_that_was_only_interrupted_still_goes_back_to_a_good_update(plain: bool) -> None:
     """The first update makes huge factors, which the second call of `fit` notices."""
-    run = LoRATrainer(trainer().model, LORA, replace(TRAINING, learning_rate=1e25, warmup_steps=0), plain=plain)
+    run = LoRATrainer(
+        trainer().model, LORA, replace(TRAINING, learning_rate=1e25, warmup_steps=0), plain=plain
+    )
     before = adapter(run)
     updates = run.fit(EXAMPLES)
     next(updates)

@@ -22,6 +22,7 @@ from tests.trainers.mutants import (
     gradient,
     held_out,
     held_out_again,
+    held_out_fourth,
     layer,
     loss,
     ops,
@@ -53,6 +54,7 @@ GROUPS = (
     fit,
     held_out,
     held_out_again,
+    held_out_fourth,
 )
 QUICK = 2  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
