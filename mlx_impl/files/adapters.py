@@ -41,12 +41,27 @@ def save_adapter(
     """Write tensors and configuration, each file atomically; the folder is created if needed.
 
     `form` is "peft" or "mlx-lm". Raises ValueError if the folder holds an adapter in the other format, since
-    both formats keep their configuration in a file of the same name.
+    both formats keep their configuration in a file of the same name; and for a configuration that is not that
+    of the model's adapter, with which the factors would be another one.
     """
     require_no_other_format(folder, form)
     adapter = to_adapter_file(model, config, base_name)
+    if not is_same_adapter(config, model.lora):
+        raise ValueError(f"the configuration must be that of the model's adapter, {model.lora}, got {config}")
     folder.mkdir(parents=True, exist_ok=True)
     FORMATS[form].write(folder, to_mlx_lm(adapter) if form == "mlx-lm" else adapter)
+
+
+def is_same_adapter(one: LoRAConfig, other: LoRAConfig) -> bool:
+    """Equal, with their patterns in the same order: the first that matches decides."""
+    are_in_order = all(
+        list(ours) == list(theirs)
+        for ours, theirs in (
+            (one.rank_pattern, other.rank_pattern),
+            (one.alpha_pattern, other.alpha_pattern),
+        )
+    )
+    return one == other and are_in_order
 
 
 def require_no_other_format(folder: Path, form: str) -> None:

@@ -55,6 +55,16 @@ class FiniteGuard:
         self.now = snapshot(model, optimizer)
         self.good = (updates_done, self.now)
 
+    def begin(self) -> None:
+        """Take in factors that were put into the model since: those that they replaced are discarded.
+
+        A run that was only interrupted still goes back to the state that is known to be good.
+        """
+        held = snapshot(self.model, self.optimizer)
+        if not have_same_factors(held, self.now):
+            self.now = held
+            self.good = (self.updates_done, held)
+
     def check(self, window: Window, record: StepRecord) -> None:
         """After each update: roll back and raise NotFinite unless all of it is finite."""
         loss_is_finite = math.isfinite(record.loss_nats)
@@ -84,6 +94,11 @@ class FiniteGuard:
             f"or from scratch with a lower learning rate",
             self.updates_done,
         )
+
+
+def have_same_factors(one: Snapshot, other: Snapshot) -> bool:
+    names = [name for name in one if name.startswith("factors.")]
+    return all(mx.array_equal(one[name], other[name], equal_nan=True).item() for name in names)
 
 
 def are_finite(state: Snapshot) -> bool:

@@ -144,7 +144,8 @@ def require_same(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> No
     given = json.loads(json.dumps(given))  # as what was saved
     for name in (*saved, *(name for name in given if name not in saved)):
         was, now = saved.get(name), given.get(name)
-        if was != now:
+        is_in_order = not isinstance(now, dict) or list(now) == list(was or ())
+        if was != now or not is_in_order:  # of patterns the first that matches decides
             is_digest = isinstance(was, str) and len(was) == 64
             values = "" if is_digest else f": it was {one_line(was)}, got {one_line(now)}"
             raise ValueError(f"{path}: {name} must be as in the run to resume{values}")

@@ -20,6 +20,7 @@ from ..data import Batch, Example, Window, evaluation_batches, require_tokens, t
 from ..fast.forward import FAST
 from ..fast.pace import paced
 from ..fast.vectors import VectorOptimizer, make_contiguous
+from ..files.adapters import is_same_adapter
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
@@ -62,7 +63,7 @@ class LoRATrainer:
         mx.random.seed(training.seed)
         if not lora_layers(model):
             add_lora(model, lora)
-        if model.lora != lora:
+        if not is_same_adapter(model.lora, lora):
             raise ValueError(f"the model's adapter must have the given configuration, and has {model.lora}")
         lora_parameters(model)  # raises if anything else is trainable
         self.model, self.lora, self.training = model, lora, training
@@ -96,6 +97,8 @@ class LoRATrainer:
         Raises ValueError, before the update, for a window without a target.
         """
         self.require_adapter()
+        self.optimizer.init(self.model.trainable_parameters())  # what the model holds now
+        self.guard.begin()
         windows = with_targets(windows)
         if not self.plain:
             windows = paced(windows, self.model, self.training.grad_checkpoint)

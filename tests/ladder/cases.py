@@ -199,8 +199,16 @@ def common_beginnings(vocab_size: int) -> dict[str, Batch]:
         "the first two rows": make_batch([same[0], same[1], others[2]], prompts),
         "all rows but the first": make_batch([others[0], same[1], same[2]], prompts),
         "all rows, one of which is no longer": make_batch([same[0], prompt[:-1], same[2]], (11, 5, 10)),
+        "all rows but for their first token": with_other_tokens(same, 0),
+        "all rows but for one token in the middle of it": with_other_tokens(same, 4),
         "one text with other targets": one_text_with_other_targets(vocab_size),
     }
+
+
+def with_other_tokens(rows: Sequence[Sequence[int]], place: int) -> Batch:
+    """Rows that are unlike at this place, and go on alike; their replies are targets."""
+    changed = [[*row[:place], number, *row[place + 1 :]] for number, row in enumerate(rows, 1)]
+    return make_batch(changed, (11, 12, 10))
 
 
 def one_text_with_other_targets(vocab_size: int) -> Batch:

@@ -62,6 +62,7 @@ OPTIONAL = {
     "validation_losses": 12,  # () -> those of the whole run so far, by the number of updates done
     "require_same_run": 12,  # (folder, examples, training): refuses to resume another run than the saved one
     "each_update": 12,  # (iterator of windows, training) -> iterator of losses: each update when asked for
+    "set_factors": 12,  # (factors): puts these in; the next `train` or `fit` continues the same run from them
     "dropout_is_on": 14,  # () -> whether the model drops inputs now
     "initial_factors": 14,  # (seed): those that the trainer makes for itself when it is given none
     "peak_bytes": 15,  # (windows, training) -> the most memory that `train` holds, beyond that held before

@@ -73,41 +73,44 @@ def require_refused(judge: Judge, folder: Path, what: str, case: Case, training:
     judge.claim(is_refused(again), f"a run with another {what} must be refused, and goes on")
 
 
-@pytest.fixture
-def saved(case: Case, candidate: Any, tmp_path: Path) -> Path:
+def saved_run(case: Case, candidate: Any, folder: Path) -> Path:
     """The state after one update, which the same model and settings may resume."""
     trainer = case.build(candidate)
     trainer.fit(to_fit(), fitting("plain"), 1, ())
-    trainer.save(tmp_path)
-    case.build(candidate).require_same_run(tmp_path, to_fit(), fitting("plain"))
-    return tmp_path
+    trainer.save(folder)
+    case.build(candidate).require_same_run(folder, to_fit(), fitting("plain"))
+    return folder
 
 
 @needs_state
-def test_a_run_is_resumed_on_its_own_weights_only(case: Case, judge: Judge, saved: Path) -> None:
+def test_a_run_is_resumed_on_its_own_weights_only(case: Case, judge: Judge, tmp_path: Path) -> None:
     """Not with one number of the base moved by its last bit, nor with two layers swapped."""
+    saved = saved_run(case, judge.candidate, tmp_path)
     for what, other in other_bases(case):
         require_refused(judge, saved, what, other, fitting("plain"))
 
 
 @needs_state
-def test_a_run_is_resumed_in_its_own_architecture_only(case: Case, judge: Judge, saved: Path) -> None:
+def test_a_run_is_resumed_in_its_own_architecture_only(case: Case, judge: Judge, tmp_path: Path) -> None:
     """The weights are the same, and what is computed with them is not."""
+    saved = saved_run(case, judge.candidate, tmp_path)
     for what, fields in MODELS.items():
         other = replace(case, spec=replace(case.spec, **fields))
         require_refused(judge, saved, what, other, fitting("plain"))
 
 
 @needs_state
-def test_a_run_is_resumed_with_its_own_adapter_only(case: Case, judge: Judge, saved: Path) -> None:
+def test_a_run_is_resumed_with_its_own_adapter_only(case: Case, judge: Judge, tmp_path: Path) -> None:
     """The factors have the same shapes, and another scale or dropout."""
+    saved = saved_run(case, judge.candidate, tmp_path)
     for what, fields in LORAS.items():
         other = replace(case, lora=replace(case.lora, **fields))
         require_refused(judge, saved, what, other, fitting("plain"))
 
 
 @needs_state
-def test_a_run_is_resumed_with_its_own_training_only(case: Case, judge: Judge, saved: Path) -> None:
+def test_a_run_is_resumed_with_its_own_training_only(case: Case, judge: Judge, tmp_path: Path) -> None:
     """What decides the rates, the updates or the batches that are still to come."""
+    saved = saved_run(case, judge.candidate, tmp_path)
     for what, fields in TRAININGS.items():
         require_refused(judge, saved, what, case, replace(fitting("plain"), **fields))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_impl.config import TrainConfig
+from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Batch
 from tests.derived import UNIT_ROUNDOFF, Divergence, require, some_of, within
 from tests.ladder.bfloat16 import bfloat16_case, expected, rounded, with_other_digits
@@ -63,9 +63,9 @@ def fail(report: str) -> None:
     raise Divergence(report)
 
 
-def memory_case(**fields: Any) -> Case:
+def memory_case(lora: LoRAConfig | None = None, **fields: Any) -> Case:
     """A model whose activations need far more memory than its adapter."""
-    spec, lora = replace(DEEP, **fields), replace(LORA, rank=1)
+    spec, lora = replace(DEEP, **fields), lora or replace(LORA, rank=1)
     weights = make_weights(spec)
     return Case("memory", spec, lora, weights, make_factors(spec, lora, weights))
 
@@ -95,10 +95,10 @@ def peak_bytes(candidate: Any, case: Case, window: list[Batch], **training: Any)
     return min(trainer.peak_bytes([window], one_update) for _ in range(2))
 
 
-def states_a_layer(candidate: Any, **training: Any) -> float:
+def states_a_layer(candidate: Any, lora: LoRAConfig | None = None, **training: Any) -> float:
     """The bytes that each further layer holds at the peak, in hidden states of float32."""
     few, many = (
-        peak_bytes(candidate, memory_case(num_hidden_layers=number), micro_batches(1, ROWS), **training)
+        peak_bytes(candidate, memory_case(lora, num_hidden_layers=number), micro_batches(1, ROWS), **training)
         for number in (FEW, FEW + MORE)
     )
     return (many - few) / MORE / STATE
@@ -108,6 +108,16 @@ def states_a_layer(candidate: Any, **training: Any) -> float:
 def test_a_checkpointed_block_holds_its_input_and_no_activations(candidate: Any, judge: Judge) -> None:
     """One hidden state, or a few; to recompute every other block would leave half of what a block needs."""
     held = states_a_layer(candidate, grad_checkpoint=True)
+    at_most("hidden states a checkpointed layer", held, NEEDED / 4, "what a block needs / 4")
+
+
+@pytest.mark.needs("peak_bytes")
+def test_a_checkpointed_block_without_an_adapter_holds_its_input_and_no_activations(
+    candidate: Any, judge: Judge
+) -> None:
+    """It has a gradient to pass on where a block below has an adapter."""
+    lora = replace(LORA, rank=1, target_modules=r"model\.layers\.0\..*")
+    held = states_a_layer(candidate, lora, grad_checkpoint=True)
     at_most("hidden states a checkpointed layer", held, NEEDED / 4, "what a block needs / 4")
 
 
@@ -173,11 +183,19 @@ def test_in_bfloat16_every_hidden_state_is_bfloat16(candidate: Any, judge: Judge
 
 
 @pytest.mark.needs("in_bfloat16", "peak_bytes")
-def test_in_bfloat16_activations_need_half_the_memory(candidate: Any, judge: Judge) -> None:
-    """Three quarters at most, because a few of them may be float32 rightly."""
-    in_float32 = states_a_layer(candidate)
+@pytest.mark.parametrize(
+    "patterns",
+    [{}, {"alpha_pattern": {"q_proj": 3.0, "up_proj": 5.0}}, {"rank_pattern": {"k_proj": 2, "gate_proj": 2}}],
+    ids=["one scale", "alphas", "ranks"],
+)
+def test_in_bfloat16_activations_need_half_the_memory(
+    candidate: Any, judge: Judge, patterns: dict[str, Any]
+) -> None:
+    """Three quarters at most, because a few of them may be float32 rightly; also with scales of their own."""
+    lora = replace(LORA, rank=1, **patterns)
+    in_float32 = states_a_layer(candidate, lora)
     with candidate.in_bfloat16():
-        held = states_a_layer(candidate)
+        held = states_a_layer(candidate, lora)
     at_most("hidden states a layer", held, 0.75 * in_float32, "3/4 of float32's")
 
 
@@ -201,6 +219,19 @@ def test_in_bfloat16_loss_and_gradients_are_the_references(candidate: Any, judge
     judge.report(
         lambda: require(judge.title, [within(n, ours[n], ref64[n], noise[n], 1, source) for n in ref64])
     )
+
+
+@pytest.mark.needs("in_bfloat16", "initial_factors")
+def test_in_bfloat16_dora_begins_with_the_lengths_in_float32(candidate: Any, judge: Judge) -> None:
+    """Of the rows as the base has them; a sum of squares in bfloat16 would lose all digits but two."""
+    case = bfloat16_case("dora")
+    with candidate.in_bfloat16():
+        trainer = case.build(candidate)
+    factors, base = trainer.initial_factors(0), trainer.base()
+    names = [name for name in case.factors if name.endswith("magnitude")]
+    rows = {name: base[name.replace("magnitude", "weight")].astype(np.float64) for name in names}
+    lengths = {name: np.linalg.norm(weight_OI, axis=1) for name, weight_OI in rows.items()}
+    judge.hold([judge.rounded(n, factors[n], lengths[n], rows[n].shape[1]) for n in names])
 
 
 @pytest.mark.needs("in_bfloat16", "loss_of_logits")

@@ -97,6 +97,18 @@ def test_a_merged_weight_is_not_rounded_to_4_bits_again(candidate: Any, judge: J
 
 
 @pytest.mark.needs("initial_factors")
+def test_dora_begins_with_the_lengths_of_the_dequantized_rows(candidate: Any, judge: Judge) -> None:
+    """Scale times level plus offset, as the base computes; so the first loss is the base model's."""
+    _, trainer = built(candidate, "dora")
+    factors, base = trainer.initial_factors(0), trainer.base()
+    names = [name for name in factors if name.endswith("magnitude")]
+    judge.claim(bool(names), "an adapter of DoRA must have magnitudes, and has none")
+    rows = {name: base[name.replace("magnitude", "weight")].astype(np.float64) for name in names}
+    lengths = {name: np.linalg.norm(weight_OI, axis=1) for name, weight_OI in rows.items()}
+    judge.hold([judge.rounded(n, factors[n], lengths[n], rows[n].shape[1]) for n in names])
+
+
+@pytest.mark.needs("initial_factors")
 def test_a_begins_within_1_over_sqrt_i_of_the_inputs_and_not_of_the_packed_words(
     candidate: Any, judge: Judge
 ) -> None:

@@ -7,6 +7,7 @@ rounding.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,3 +80,20 @@ def test_after_unmerging_training_goes_on(case: Case, candidate: Any, judge: Jud
     for trainer in (merged, other):
         trainer.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.01))
     judge.same_bits({**merged.factors(), **merged.base()}, {**other.factors(), **other.base()})
+
+
+@pytest.mark.needs("merge", "unmerge")
+@every_variant
+def test_a_second_merge_is_that_of_the_factors_at_that_time(case: Case, candidate: Any, judge: Judge) -> None:
+    """Merged, unmerged and trained on, the model gets the new update, and unmerging restores every byte."""
+    trainer = case.build(candidate)
+    trainer.merge()
+    trainer.unmerge()
+    trainer.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.05))
+    now = replace(case, factors=trainer.factors())
+    trainer.merge()
+    ours, expected = trainer.base(), merged_weights(now, candidate.dialect)
+    judge.require_names(ours, expected)
+    judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
+    trainer.unmerge()
+    judge.same_bits({**trainer.base(), **trainer.factors()}, {**case.weights, **now.factors})

@@ -216,6 +216,26 @@ def test_a_loaded_adapter_trains_on_as_one_that_was_given(
     judge.same_bits(trainers[1].base(), case.weights)
 
 
+@loads
+@pytest.mark.canonical("scale")
+def test_an_adapter_loaded_into_a_model_in_evaluation_drops_nothing(
+    candidate: Any, judge: Judge, tmp_path: Path
+) -> None:
+    """The model had a loss computed before; trained, it then drops what an adapter that was given drops."""
+    case = adapted("lora")
+    given, trainer = case.build(candidate), case.bare().build(candidate)
+    trainer.loss(case.batch)
+    trainer.load_adapter(written(case, tmp_path))
+    for _ in range(2):
+        judge.same_bits(evaluated(trainer, case), evaluated(given, case))
+        losses = [np.array(either.train([[case.batch]], TRAINING)) for either in (trainer, given)]
+        judge.same_bits({"losses": losses[0]}, {"losses": losses[1]})
+
+
+def evaluated(trainer: Any, case: Case) -> Arrays:
+    return {"nats": np.array(trainer.loss(case.batch)[0]), **logits(trainer, case)}
+
+
 @saves
 @loads
 @each_adapter

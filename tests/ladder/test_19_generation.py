@@ -151,3 +151,23 @@ def test_sampled_tokens_have_the_distribution_asked_for(
         bool((abs(ours - expected) <= bound).all()),
         f"the shares of the tokens are {ours}, expected {expected} within {bound.max():.3f}",
     )
+
+
+@pytest.mark.needs("sample", "in_bfloat16")
+def test_the_nucleus_of_many_tokens_in_bfloat16_is_summed_in_float32(
+    case: Case, candidate: Any, judge: Judge
+) -> None:
+    """4096 small probabilities, a quarter of which together are half: a sum in bfloat16 stops growing early.
+
+    The logits are exact in bfloat16, and no token near the edge of the nucleus is drawn or expected.
+    """
+    likely, number = 1024, 4096
+    logits_V = np.zeros(number, dtype=np.float32)
+    logits_V[::4] = 1.25  # these are 0.54 of the whole, more than top_p
+    with candidate.in_bfloat16():
+        trainer = case.build(candidate)
+    tokens = np.array(trainer.sample(logits_V, 1.0, 0.5, NUM_SAMPLED))
+    others = int((tokens % 4 > 0).sum())
+    judge.claim(
+        others == 0, f"{others} of {NUM_SAMPLED} tokens are none of the {likely} likelier, expected none"
+    )

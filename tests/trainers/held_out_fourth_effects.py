@@ -30,7 +30,7 @@ from mlx_impl.model import CausalLM
 from mlx_impl.run.guard import NotFinite
 from mlx_impl.run.sampling import Sampling
 from mlx_impl.text.tokenizer import ChatTokenizer
-from tests.trainers.mutants.held_out_fourth import MUTANTS
+from tests.trainers.mutants.held_out_fourth import MUTANTS, OF_TWO_TRAINERS
 
 Numbers = list[float]
 LEAST = 0.002  # relative difference that counts: rounding is a thousand times smaller
@@ -262,7 +262,7 @@ def short(numbers: Numbers) -> str:
 
 def main() -> int:
     unchanged = 0
-    for mutant in MUTANTS:
+    for mutant in (*MUTANTS, *OF_TWO_TRAINERS):
         effect = EFFECTS[mutant.name]
         sound, again = effect(), effect()
         with mutant.planted():

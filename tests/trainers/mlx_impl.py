@@ -50,6 +50,8 @@ from tests.ring import outputs, start
 from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks
 
+NOT_OF_THE_BASE = ("lora_a", "lora_b", "magnitude", "keep_BTI")  # the factors, and the given dropout masks
+
 # Stands for the data set in a saved state where the ladder hands over batches.
 DATA = [Example((1, 2), (False, True))]
 
@@ -106,6 +108,8 @@ class MlxTrainer:
         self.saved: Path | None = None  # a run to resume
         self.ranks: Ranks | None = None  # where this process is one of several
         self.first_update = 0  # how many updates a new run pretends to have done
+        self.base_type = self.base_dtype or self.dtype  # of the logits too
+        self.goes_on = False  # whether the next call continues the present run
 
     @classmethod
     @contextmanager
@@ -289,7 +293,9 @@ class MlxTrainer:
         return losses, validations
 
     def begin(self, training: TrainConfig, compiled: bool | None = False) -> LoRATrainer:
-        """A trainer for a new run, or for the loaded one."""
+        """A trainer for a new run, or for the loaded one; that of the present run where this goes on."""
+        if self.goes_on and self.trainer is not None:
+            return self.trainer
         self.trainer = LoRATrainer(self.model, self.model.lora, training, compiled, self.plain, self.ranks)
         if self.masks is not None:
             self.trainer.loss = self.path
@@ -344,8 +350,9 @@ class MlxTrainer:
     def initial_factors(self, seed: int) -> Arrays:
         """Of a run that begins anew: `LoRATrainer` puts the adapter into a model that has none."""
         fresh = CausalLM(self.model.config)
-        fresh.load_weights([(name, mx.array(value)) for name, value in self.base().items()])
         self.quantize(fresh)
+        stored = [(name.replace(".linear.", "."), x) for name, x in tree_flatten(self.model.parameters())]
+        fresh.load_weights([(name, x) for name, x in stored if not name.endswith(NOT_OF_THE_BASE)])
         LoRATrainer(fresh, self.model.lora, TrainConfig(iters=1, seed=seed), plain=self.plain)
         return {name: np.array(value) for name, value in lora_parameters(fresh).items()}
 
@@ -353,7 +360,7 @@ class MlxTrainer:
         return {name: np.array(value) for name, value in lora_parameters(self.model).items()}
 
     def base(self) -> Arrays:
-        others = ("lora_a", "lora_b", "magnitude", "keep_BTI", ".scales", ".biases")
+        others = (*NOT_OF_THE_BASE, ".scales", ".biases")
         arrays = dict(tree_flatten(self.model.parameters()))
         arrays |= {
             f"{name}.weight": dense_weight_OI(module)
@@ -376,6 +383,12 @@ class MlxTrainer:
     def validation_losses(self) -> dict[int, float]:
         assert self.trainer is not None, "nothing was trained"
         return dict(self.trainer.validation)
+
+    def set_factors(self, factors: Arrays) -> None:
+        """As a program does it between two calls of `fit`; optimizer and guard are not told."""
+        given = [(name, self.array(value)) for name, value in factors.items()]
+        self.model.update(tree_unflatten(given))
+        self.goes_on = True
 
     def require_same_run(self, folder: Path, examples: Examples, training: TrainConfig) -> None:
         again = LoRATrainer(self.model, self.model.lora, training, plain=self.plain)
@@ -405,7 +418,7 @@ class MlxTrainer:
 
     def sample(self, logits_V: np.ndarray, temperature: float, top_p: float, number: int) -> list[int]:
         choose = Sampling(temperature, top_p)
-        return choose(mx.broadcast_to(mx.array(logits_V), (number, len(logits_V)))).tolist()
+        return choose(mx.broadcast_to(mx.array(logits_V, self.base_type), (number, len(logits_V)))).tolist()
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         return list(generate(self.model, prompt, num_tokens, stop_ids=()))

@@ -272,14 +272,20 @@ class ReferenceTrainer:
         return {n: p.detach().numpy().copy() for n, p in fresh.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path) -> None:
+        torch.save(self.state(), folder / "state.pt")
+
+    def state(self) -> dict:
         assert self.run is not None, "nothing was trained"
-        state = {
+        return {
             "factors": {n: torch.tensor(v) for n, v in self.factors().items()},
             "optimizer": self.run.optimizer.state_dict(),
             "schedule": self.run.schedule.state_dict(),
             "random": torch.get_rng_state(),
         }
-        torch.save(state, folder / "state.pt")
+
+    def set_factors(self, factors: Arrays) -> None:
+        self.saved = self.state()
+        load_arrays(self.model, {**self.numpy(), **factors})
 
     def load(self, folder: Path) -> None:
         self.saved = torch.load(folder / "state.pt", weights_only=True)

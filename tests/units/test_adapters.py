@@ -92,6 +92,24 @@ def test_the_files_have_pefts_names_and_shapes(base: Path, tmp_path: Path) -> No
     assert {key: record[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        LoRAConfig(rank=2, alpha=4.0, alpha_pattern={"q_proj": 3.0, r"0\.self_attn\.q_proj": 5.0}),
+        LoRAConfig(rank=2, alpha=8.0, alpha_pattern={r"0\.self_attn\.q_proj": 5.0, "q_proj": 3.0}),
+    ],
+    ids=["order of the patterns", "alpha"],
+)
+def test_a_configuration_that_is_not_the_models_is_refused(
+    base: Path, tmp_path: Path, other: LoRAConfig
+) -> None:
+    """Its file would say another scale than that which the factors were trained with."""
+    config = LoRAConfig(rank=2, alpha=4.0, alpha_pattern={r"0\.self_attn\.q_proj": 5.0, "q_proj": 3.0})
+    with pytest.raises(ValueError, match="configuration must be that of the model's adapter, LoRAConfig"):
+        save_adapter(adapted(base, config), other, tmp_path / "adapter", "tiny")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_saving_leaves_no_temporary_file(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -36,7 +36,7 @@ NAMES = sorted({(shown.strip("`"), target) for shown, target in LINKS if shown.s
 STEPS = re.findall(r"^### (\d+\. .*?)\n(.*?)(?=^##)", TEXT, re.MULTILINE | re.DOTALL)
 FOLDERS = PROSE[PROSE.index("## The folders") : PROSE.index("## Your own model and data")]
 COMMANDS = command_parsers(make_parser())
-OF_OTHER_PROGRAMS = {"--no-deps", "--backend"}
+OF_OTHER_PROGRAMS = {"--no-deps", "--backend", "--hostfile"}
 
 
 class Block(NamedTuple):

@@ -110,6 +110,7 @@ NO_SIZE = {
     "files.formats.gguf_file.MAX_ARRAY": REFUSED,
     "files.formats.gguf_file.MAX_QUOTE": MESSAGE,
     "files.formats.gguf_file.STRING": NUMBER,
+    "run.ranks.JOIN_TIMEOUT": TIME,
     "run.ranks.TIMEOUT": TIME,
     "run.watchdog.EXIT_LOST": NUMBER,
     "run.watchdog.PATIENCE": TIME,

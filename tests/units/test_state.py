@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example
@@ -126,6 +127,59 @@ def test_a_change_of_model_or_configuration_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(**changed).resume(saved, EXAMPLES)
+
+
+ORDERED = {r"0\.self_attn\.q_proj": 4.0, "q_proj": 8.0}  # the first pattern that matches decides
+
+
+@pytest.mark.parametrize("name", ["alpha_pattern", "rank_pattern"])
+def test_patterns_in_another_order_are_another_adapter(tmp_path: Path, name: str) -> None:
+    """For a saved run, and for a model that has an adapter already."""
+    numbers = ORDERED if name == "alpha_pattern" else {pattern: int(n) for pattern, n in ORDERED.items()}
+    orders: list[dict[str, Any]] = [{name: numbers}, {name: dict(reversed(numbers.items()))}]
+    lora, turned = (replace(LORA, **order) for order in orders)
+    stopped = trainer(lora)
+    stopped.save(tmp_path / "state", EXAMPLES)
+    trainer(lora).resume(tmp_path / "state", EXAMPLES)
+    with pytest.raises(ValueError, match=f"{name} must be as in the run to resume: it was"):
+        # A turned rank_pattern gives other shapes, and is refused before these are looked at.
+        trainer(turned).resume(tmp_path / "state", EXAMPLES)
+    with pytest.raises(ValueError, match="must have the given configuration, and has LoRAConfig"):
+        LoRATrainer(stopped.model, turned, TRAINING)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_a_run_goes_back_to_no_factors_that_were_replaced(plain: bool) -> None:
+    """Others are put into the model, and the next update is not finite."""
+    run = LoRATrainer(trainer().model, LORA, replace(TRAINING, learning_rate=0.5), plain=plain)
+    updates = run.fit(EXAMPLES)
+    for _ in range(3):
+        next(updates)
+    updates.close()  # type: ignore[attr-defined]
+    put = tree_map(mx.zeros_like, run.model.trainable_parameters())
+    put["model"]["layers"][0]["self_attn"]["q_proj"]["lora_a"] += np.inf
+    expected = {name: np.array(array) for name, array in tree_flatten(put)}
+    run.model.update(put)
+    with pytest.raises(NotFinite, match="back at step 3"):
+        list(run.fit(EXAMPLES))
+    for name, array in adapter(run).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_a_run_that_was_only_interrupted_still_goes_back_to_a_good_update(plain: bool) -> None:
+    """The first update makes huge factors, which the second call of `fit` notices."""
+    run = LoRATrainer(
+        trainer().model, LORA, replace(TRAINING, learning_rate=1e25, warmup_steps=0), plain=plain
+    )
+    before = adapter(run)
+    updates = run.fit(EXAMPLES)
+    next(updates)
+    updates.close()  # type: ignore[attr-defined]
+    with pytest.raises(NotFinite, match="back at step 0"):
+        list(run.fit(EXAMPLES))
+    for name, array in adapter(run).items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 def test_a_change_of_the_data_is_refused(saved: Path) -> None:

@@ -192,7 +192,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "outputs-in-the-order-of-computing",
-        4,
+        2,
         "Adapted linears are computed first, and the results are returned in that order: where queries and "
         "values have an adapter and keys have none, keys and values change places.",
         {"mlx_impl.fast.forward.project": adapted_ones_first},
@@ -238,16 +238,6 @@ MUTANTS: tuple[Mutant, ...] = (
         {"mlx_impl.run.trainer.LoRATrainer.evaluate": remembered_for_the_step},
     ),
     Mutant(
-        "moments-of-a-saved-unturned",
-        12,
-        "The fast path keeps A's moments transposed, and saves and loads their numbers in that order under "
-        "A's shape: the plain path resumes with moments of other elements.",
-        {
-            "mlx_impl.fast.vectors.as_tree": saved_unturned,
-            "mlx_impl.fast.vectors.of_tree": loaded_unturned,
-        },
-    ),
-    Mutant(
         "factors-loaded-between-two-fits-are-lost",
         12,
         "The optimizer's vectors are joined once: who puts an earlier adapter back into the model and "
@@ -256,26 +246,26 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "packed-rows-without-rope-scaling",
-        13,
+        5,
         "Packed rows have position ids, and the code for these takes RoPE's base and forgets its scaling.",
         {"mlx_impl.fast.layout.Layout.rope": rope_of_the_base_alone},
     ),
     Mutant(
         "dora-length-without-the-offsets",
-        13,
+        15,
         "DoRA begins with the lengths of scale * q, and forgets that a quantized base adds an offset.",
         {"mlx_impl.lora.DoRALinear.__init__": length_without_offsets},
     ),
     Mutant(
         "compiled-evaluation-keeps-the-factors",
-        13,
+        12,
         "In a compiled run the validation is compiled too, without the model as an input: its loss stays "
         "that of the first adapter.",
         {"mlx_impl.run.trainer.LoRATrainer.evaluate_batches": evaluated_by_a_compiled_function},
     ),
     Mutant(
         "mode-set-where-it-changes",
-        14,
+        17,
         "A model that is in evaluation already is left as it is, so an adapter that was added since still "
         "drops inputs.",
         {"mlx_impl.model.CausalLM.train": mode_where_it_changes},
@@ -321,5 +311,19 @@ MUTANTS: tuple[Mutant, ...] = (
         "A bfloat16 model's nucleus is summed in bfloat16, where small probabilities add nothing: it never "
         "reaches top_p and holds nearly all tokens.",
         {"mlx_impl.run.sampling.Sampling.__call__": sampled_in_the_models_type},
+    ),
+)
+
+# No rung can meet this one, because it takes two trainers; `tests/units/test_fast_trains_as_plain.py` does.
+OF_TWO_TRAINERS: tuple[Mutant, ...] = (
+    Mutant(
+        "moments-of-a-saved-unturned",
+        12,
+        "The fast path keeps A's moments transposed, and saves and loads their numbers in that order under "
+        "A's shape: the plain path resumes with moments of other elements.",
+        {
+            "mlx_impl.fast.vectors.as_tree": saved_unturned,
+            "mlx_impl.fast.vectors.of_tree": loaded_unturned,
+        },
     ),
 )
