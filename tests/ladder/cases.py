@@ -205,7 +205,7 @@ def common_beginnings(vocab_size: int) -> dict[str, Batch]:
 
 
 def with_other_tokens(rows: Sequence[Sequence[int]], place: int) -> Batch:
-    """Rows that are unlike at this place, say by their language, and go on alike; their replies are targets."""
+    """Rows that are unlike at this place and go on alike; their replies are targets."""
     changed = [[*row[:place], number, *row[place + 1 :]] for number, row in enumerate(rows, 1)]
     return make_batch(changed, (11, 12, 10))
 

@@ -66,7 +66,7 @@ def refused(trainer: Any, before: list[list[Batch]], bad: Batch, training: Train
 def test_a_run_refused_after_some_updates_leaves_the_factors_of_one_of_them(
     case: Case, candidate: Any, judge: Judge, training: TrainConfig
 ) -> None:
-    """The fourth batch holds NaN: what came before is there to the bit, and not only that of the beginning."""
+    """The fourth batch holds NaN: what was learned before is there, to the bit."""
     ruined, bad = with_ruined_token(case, np.nan)
     trainer = ruined.build(candidate)
     if not refused(trainer, windows(case)[:DONE], bad, training):
@@ -121,7 +121,7 @@ def others_of_the_same_lengths() -> Examples:
 @puts_factors
 @pytest.mark.needs("fit")
 def test_a_validation_is_of_its_examples_and_of_the_factors_that_are_there(case: Case, judge: Judge) -> None:
-    """After one update: of one set, of another, of the first again with other factors; and an update later."""
+    """After one update: of two sets, of the first again with other factors; and an update later."""
     training = fitting("plain")
 
     def act(trainer: Any) -> Arrays:

@@ -98,7 +98,7 @@ def test_a_merged_weight_is_not_rounded_to_4_bits_again(candidate: Any, judge: J
 
 @pytest.mark.needs("initial_factors")
 def test_dora_begins_with_the_lengths_of_the_dequantized_rows(candidate: Any, judge: Judge) -> None:
-    """Scale times level plus offset, as the base is computed with; then the first loss is the base model's."""
+    """Scale times level plus offset, as the base is computed with."""
     _, trainer = built(candidate, "dora")
     factors, base = trainer.initial_factors(0), trainer.base()
     names = [name for name in factors if name.endswith("magnitude")]

@@ -357,7 +357,7 @@ class MlxTrainer:
         return dict(self.trainer.validation)
 
     def set_factors(self, factors: Arrays) -> None:
-        """As a program does it between two calls of `fit`; in the optimizer and the guard nothing is touched."""
+        """As a program does it between two calls of `fit`: into the model, and nowhere else."""
         given = [(name, self.array(value)) for name, value in factors.items()]
         self.model.update(tree_unflatten(given))
         self.goes_on = True

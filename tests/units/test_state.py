@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -136,7 +136,8 @@ ORDERED = {r"0\.self_attn\.q_proj": 4.0, "q_proj": 8.0}  # the first pattern tha
 def test_patterns_in_another_order_are_another_adapter(tmp_path: Path, name: str) -> None:
     """For a saved run, and for a model that has an adapter already."""
     numbers = ORDERED if name == "alpha_pattern" else {pattern: int(n) for pattern, n in ORDERED.items()}
-    lora, turned = (replace(LORA, **{name: dict(p)}) for p in (numbers.items(), [*numbers.items()][::-1]))
+    patterns: list[Any] = [dict(numbers.items()), dict([*numbers.items()][::-1])]
+    lora, turned = (replace(LORA, **{name: ordered}) for ordered in patterns)
     stopped = trainer(lora)
     stopped.save(tmp_path / "state", EXAMPLES)
     trainer(lora).resume(tmp_path / "state", EXAMPLES)
