@@ -33,12 +33,13 @@ TestRunOfActs.settings = settings(stateful_step_count=15)
 
 @contextmanager
 def evaluation_leaves_dropout_off() -> Iterator[None]:
-    """It calls `model.eval()` and never `model.train()` again, so later updates have no dropout."""
+    """It turns each adapter's dropout off and never on again, so later updates have none."""
     evaluate = trainer.__dict__["evaluate"]
 
     def left(model: Any, *others: Any) -> Any:
         result = evaluate(model, *others)
-        model.eval()
+        for layer in lora_layers(model).values():
+            layer.eval()
         return result
 
     with patch.object(trainer, "evaluate", left):
