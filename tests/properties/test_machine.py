@@ -32,21 +32,6 @@ TestRunOfActs.settings = settings(stateful_step_count=15)
 
 
 @contextmanager
-def evaluation_leaves_dropout_off() -> Iterator[None]:
-    """It turns each adapter's dropout off and never on again, so later updates have none."""
-    evaluate = trainer.__dict__["evaluate"]
-
-    def left(model: Any, *others: Any) -> Any:
-        result = evaluate(model, *others)
-        for layer in lora_layers(model).values():
-            layer.eval()
-        return result
-
-    with patch.object(trainer, "evaluate", left):
-        yield
-
-
-@contextmanager
 def evaluation_keeps_dropout_on() -> Iterator[None]:
     """It forgets `model.eval()`."""
     evaluate = trainer.__dict__["evaluate"]
@@ -102,7 +87,6 @@ def unmerging_leaves_the_base_merged() -> Iterator[None]:
 
 
 PLANTED: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "evaluation leaves dropout off": evaluation_leaves_dropout_off,
     "evaluation keeps dropout on": evaluation_keeps_dropout_on,
     "loading forgets the optimizer's step": lambda: loading_forgets(".step"),
     "loading forgets the second moments": lambda: loading_forgets(".v"),
