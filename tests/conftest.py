@@ -22,6 +22,7 @@ TOGETHER = {
     "tests/ladder/": "ladder",
     "tests/trainers/test_adapters.py": "ladder",
     "tests/trainers/test_mutants.py": "mutants",
+    "tests/units/test_train_on_ranks.py": "ranks",
 }
 BLAS = pytest.StashKey[str]()
 HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged

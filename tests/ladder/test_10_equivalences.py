@@ -116,7 +116,7 @@ def windows_of_two_shapes(case: Case) -> list[list[Batch]]:
 COMPILED = [
     pytest.param("untied", ADAMW, id="adamw"),
     pytest.param("untied", replace(ACCUMULATED, max_grad_norm=2.0**-4), id="accumulated sgd"),
-    pytest.param("dora", replace(ADAMW, grad_checkpoint=True), id="recomputed dora with dropout"),
+    pytest.param("dora", replace(SGD, grad_checkpoint=True), id="recomputed dora with dropout"),
 ]
 
 
@@ -126,7 +126,9 @@ def test_compiled_updates_equal_eager_ones(case: Case, judge: Judge, training: T
     """Over three updates, so that the second and third depend on the state that the first left.
 
     Three runs: AdamW alone; accumulation over batches of two shapes with clipping; and DoRA with
-    checkpointing and dropout, where the same seed must give the same dropout masks.
+    checkpointing and dropout, where the same seed must give the same dropout masks. That one takes SGD: where
+    a gradient happens to be almost zero, AdamW turns its rounding noise into a whole step, and the reference
+    cannot say where, because the trainer draws the masks.
     """
     act = each_way("train_compiled")
     tried = case.with_dropout(0.25) if training.grad_checkpoint else case

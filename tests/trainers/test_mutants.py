@@ -1,6 +1,6 @@
 """The ladder examined: every mutant fails it, at the right rung, and the sound trainer does not.
 
-Each time two mutants of each rung are planted, and tried on the claims of their own rung. With
+Each time one mutant of each rung is planted, and tried on the claims of that rung. With
 HYPOTHESIS_PROFILE=nightly all are planted, and tried on every rung from the lowest.
 """
 

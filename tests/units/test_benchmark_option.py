@@ -17,7 +17,11 @@ def pytest_says(*arguments: str) -> str:
 
 
 def test_with_the_option_only_benchmarks_are_collected() -> None:
-    tests = [line for line in pytest_says("--benchmark", "--collect-only").splitlines() if "::" in line]
+    tests = [
+        line
+        for line in pytest_says("--benchmark", "--collect-only", "benchmarks", OTHER).splitlines()
+        if "::" in line
+    ]
     assert tests and all(test.startswith("benchmarks/") for test in tests)
 
 

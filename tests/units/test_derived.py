@@ -38,9 +38,8 @@ def noise(case_name: str) -> dict[str, float]:
     return noise_of((results(case_name, seed) for seed in range(NUM_DRAWS)), results(case_name))
 
 
-@pytest.mark.parametrize(
-    "machine", mostly_at_night(MACHINES, 1), ids=lambda machine: "-".join(machine.values())
-)
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: "-".join(machine.values()))
+@pytest.mark.nightly
 def test_the_noise_does_not_depend_on_the_dispatch_of_pytorch_or_mkl(machine: dict[str, str]) -> None:
     code = (
         "import json, torch; torch.set_num_threads(1); from tests.units.test_derived import noise; "

@@ -19,6 +19,7 @@ from mlx_impl.files.adapters import save_adapter
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.lora import add_lora
 from tests.kills import kills, run_killed
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_folder
 
 # Every fifth moment is tried; the nightly run sets 1 and tries all.
@@ -110,7 +111,7 @@ def write_user_files(work: Path) -> Contents:
     return contents(work)
 
 
-@pytest.mark.parametrize("has_junk", [False, True], ids=["new", "with .DS_Store"])
+@pytest.mark.parametrize("has_junk", mostly_at_night([False, True], 1), ids=["new", "with .DS_Store"])
 @pytest.mark.parametrize("command", ["fuse", "convert"])
 def test_a_kill_at_any_moment_loses_nothing_and_the_next_command_cleans_up(
     tmp_path: Path, inputs: tuple[Path, Path], command: str, has_junk: bool

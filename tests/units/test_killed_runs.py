@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.killed_runs import SCENARIOS, Bench, killed
-from tests.nightly import IS_NIGHTLY
+from tests.nightly import IS_NIGHTLY, mostly_at_night
 
 NUM_MOMENTS = 6 if IS_NIGHTLY else 2  # per scenario, spread over all its moments
 
@@ -18,7 +18,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", mostly_at_night(reversed(SCENARIOS), 1))
 def test_a_killed_run_loses_nothing(name: str, bench: Bench, tmp_path: Path) -> None:
     """The old run is unchanged, or the new run resumes bit-exactly."""
     whole = killed(bench, name, tmp_path / "run", at=10**6, when="before")

@@ -173,6 +173,7 @@ def test_a_layer_keeps_no_more_than_is_listed(compiled: bool) -> None:
 
 
 @eager_and_compiled
+@pytest.mark.nightly
 def test_a_gate_without_its_own_gradient_keeps_more(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: automatic differentiation also keeps silu(gate) and its product with up."""
     derived = lambda gate, up, linear: projection.project(silu(gate) * up, linear)[0]  # noqa: E731
@@ -181,6 +182,7 @@ def test_a_gate_without_its_own_gradient_keeps_more(compiled: bool, monkeypatch:
 
 
 @eager_and_compiled
+@pytest.mark.nightly
 def test_a_linear_that_keeps_its_input_keeps_more(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: the gate's product is not computed again, so F numbers a token are kept."""
     kept = lambda gate, up, linear: projection.project(ops.gated(gate, up), linear)[0]  # noqa: E731

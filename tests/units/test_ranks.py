@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tests import ring
+from tests.nightly import mostly_at_night
 from tests.ring import outputs
 from tests.units.sum_program import sums_of
 
@@ -32,14 +33,14 @@ def run_alone(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("num_ranks", "SLICE"), [(2, 100), (4, 2**20)])
+@pytest.mark.parametrize(("num_ranks", "SLICE"), mostly_at_night([(2, 100), (4, 2**20)], 1))
 def test_ranks_train_as_one_rank_does_to_the_bit(tmp_path: Path, num_ranks: int, SLICE: int) -> None:
     """With DoRA, LoRA+, dropout, clipping, uneven targets, a short window and idle ranks."""
     expected = run_alone()
     assert outputs(start(tmp_path, num_ranks, "--slice", str(SLICE))) == [(0, expected, "")] * num_ranks
 
 
-@pytest.mark.parametrize(("num_ranks", "num_parts"), [(2, 5), (3, 2)])
+@pytest.mark.parametrize(("num_ranks", "num_parts"), mostly_at_night([(2, 5), (3, 2)], 1))
 def test_sums_in_any_order_are_within_their_bound(tmp_path: Path, num_ranks: int, num_parts: int) -> None:
     """(M - 1) u sum |g_m| for M numbers of unit roundoff u; with more ranks than micro-batches too."""
     done = outputs(ring.start(tmp_path, num_ranks, "tests.units.sum_program", str(num_parts)))
@@ -62,7 +63,7 @@ def test_a_run_of_two_ranks_resumes_with_three_to_the_bit(tmp_path: Path) -> Non
     assert rest == [(0, expected, "")] * 3
 
 
-@pytest.mark.parametrize("what", ["model", "data", "seed"])
+@pytest.mark.parametrize("what", mostly_at_night(["data", "model", "seed"], 1))
 def test_ranks_that_differ_are_refused_by_name(tmp_path: Path, what: str) -> None:
     named = {"model": "the model's weights", "data": "the training data", "seed": "seed"}[what]
     for code, _, error in outputs(start(tmp_path, 2, "--differ", what)):
@@ -84,6 +85,7 @@ def test_where_a_rank_dies_the_others_end_within_ten_seconds(tmp_path: Path) -> 
         assert "another rank has ended" in error
 
 
+@pytest.mark.nightly
 def test_a_rank_that_hangs_ends_the_others_at_the_time_out(tmp_path: Path) -> None:
     """Rank 1 sleeps for a minute; the others wait for 3 seconds."""
     ranks = start(tmp_path, 2, "--hang", "--timeout", "3")
@@ -93,6 +95,7 @@ def test_a_rank_that_hangs_ends_the_others_at_the_time_out(tmp_path: Path) -> No
     assert (code, error) == (1, "error: rank 0: no answer from another rank within 3 s\n")
 
 
+@pytest.mark.nightly
 def test_a_rank_that_waits_in_vain_obeys_sigterm(tmp_path: Path) -> None:
     """The launcher sends SIGTERM and never SIGKILL: nobody is orphaned."""
     ranks = start(tmp_path, 2, "--hang")

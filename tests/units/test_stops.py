@@ -19,6 +19,7 @@ from mlx_impl.__main__ import main
 from mlx_impl.cli.shell_command import shell_command
 from mlx_impl.cli.training import finetune
 from mlx_impl.cli.training.run_folder import RunFolder
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_data, write_folder
 
 RESUME = f"resume with: {shell_command()} "
@@ -51,7 +52,9 @@ def assert_saved(run: Path) -> None:
     assert json.loads(metadata["progress"])["step"] == len(steps)
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
+@pytest.mark.parametrize(
+    "number", mostly_at_night(SIGNALS, 1), ids=lambda number: signal.Signals(number).name
+)
 def test_a_signal_saves_the_run_and_prints_the_resume_command(
     inputs: list[str], tmp_path: Path, number: int
 ) -> None:
@@ -87,6 +90,7 @@ def test_closing_the_terminal_loses_no_step(inputs: list[str], tmp_path: Path) -
     assert_saved(run)
 
 
+@pytest.mark.nightly
 def test_closing_the_output_pipe_loses_no_step(inputs: list[str], tmp_path: Path) -> None:
     """`train | head`: the resume command is on standard error."""
     run = tmp_path / "run"
@@ -102,6 +106,7 @@ def test_closing_the_output_pipe_loses_no_step(inputs: list[str], tmp_path: Path
     assert error == f"{RESUME}train --resume {run} --blas off\n"
 
 
+@pytest.mark.nightly
 def test_nohup_is_respected(inputs: list[str], tmp_path: Path) -> None:
     """A SIGHUP that is ignored when the program starts stays ignored."""
     run = tmp_path / "run"

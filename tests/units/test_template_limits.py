@@ -98,7 +98,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.parametrize("source", mostly_at_night(HOSTILE.values(), 5), ids=HOSTILE)
+@pytest.mark.parametrize("source", mostly_at_night(HOSTILE.values(), 3), ids=HOSTILE)
 def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "MAX_CPU_SECONDS", 1)  # to save time
     before, started = workers(), time.monotonic()
@@ -114,12 +114,15 @@ def test_a_hostile_template_ends_in_one_sentence(source: str, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("source", "rule"),
-    [
-        (HOSTILE["lists sorted in a loop"], "must render in 3 seconds of CPU time, and takes longer$"),
-        (HOSTILE["powers while it is read"], "must render in 3 seconds of CPU time, and takes longer$"),
-        (HOSTILE["many texts kept"], "must keep within 1 GiB of memory, and takes more$"),
-        (HOSTILE["a long answer"], "refuses the messages: it makes a text longer than 10[0-9]{5}$"),
-    ],
+    mostly_at_night(
+        [
+            (HOSTILE["a long answer"], "refuses the messages: it makes a text longer than 10[0-9]{5}$"),
+            (HOSTILE["many texts kept"], "must keep within 1 GiB of memory, and takes more$"),
+            (HOSTILE["lists sorted in a loop"], "must render in 3 seconds of CPU time, and takes longer$"),
+            (HOSTILE["powers while it is read"], "must render in 3 seconds of CPU time, and takes longer$"),
+        ],
+        3,
+    ),
 )
 def test_the_error_states_the_limit(source: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rf"^the chat template {rule}"):
@@ -153,7 +156,7 @@ def test_the_conversation_that_exceeds_a_limit_is_named() -> None:
         encode_all(tokenizer, rows, "assistant", 100)
 
 
-@pytest.mark.parametrize("length", [1, 100_000, 9_000_000])
+@pytest.mark.parametrize("length", mostly_at_night([1, 100_000, 9_000_000], 2))
 @pytest.mark.parametrize("num_rows", mostly_at_night([1, 7], 1))
 def test_messages_and_answers_of_any_length_pass(length: int, num_rows: int) -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
@@ -282,7 +285,9 @@ print(*[child.pid for child in psutil.Process().children()], flush=True)
 """
 
 
-@pytest.mark.parametrize("act", ["", "template.render(messages, False)", "sys.stdin.read()"])
+@pytest.mark.parametrize(
+    "act", mostly_at_night(["template.render(messages, False)", "", "sys.stdin.read()"], 1)
+)
 @pytest.mark.parametrize("number", mostly_at_night([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 1))
 def test_no_worker_outlives_a_program_that_is_killed(act: str, number: signal.Signals) -> None:
     """Even in the middle of an endless rendering."""

@@ -14,6 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from mlx_impl.cli.screen.console import printable
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_data, write_folder
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*([a-zA-Z])")
@@ -55,7 +56,7 @@ def train(common: list[str], folder: Path, *flags: str) -> list[str]:
     return ["train", *common, "--adapter-path", str(folder), "--rank", "2", "--iters", "12", *flags]
 
 
-@pytest.mark.parametrize("command", ["inspect", "train"])
+@pytest.mark.parametrize("command", mostly_at_night(["inspect", "train"], 1))
 def test_a_closed_output_pipe_ends_the_command_silently_with_141(
     common: list[str], tmp_path: Path, command: str
 ) -> None:
@@ -84,11 +85,13 @@ def test_a_terminal_gets_a_progress_bar_and_colours(common: list[str], tmp_path:
     assert max(cell_len(line) for line in lines if not line.startswith(unwrapped)) <= 80
 
 
+@pytest.mark.nightly
 def test_no_color_removes_colours_and_keeps_the_bar(common: list[str], tmp_path: Path) -> None:
     written = on_a_terminal(train(common, tmp_path / "run"), NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", written) and "K" in movements(written)
 
 
+@pytest.mark.nightly
 def test_a_dumb_terminal_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
     written = on_a_terminal(train(common, tmp_path / "run"), TERM="dumb")
     assert movements(written) == set() and "step 10/12" in written
@@ -101,7 +104,7 @@ def test_a_file_gets_plain_lines(common: list[str], tmp_path: Path) -> None:
     assert "step 10/12" in done.stdout and done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("command", mostly_at_night(["evaluate", "generate", "train"], 2))
 def test_json_prints_one_object_and_nothing_else(common: list[str], tmp_path: Path, command: str) -> None:
     model = [*common[:2], *common[4:]]
     arguments = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from tests.nightly import mostly_at_night
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 pytestmark = [
@@ -52,7 +53,7 @@ def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("blas", ["auto", "off"])
+@pytest.mark.parametrize("blas", mostly_at_night(["auto", "off"], 1))
 def test_train_with_half_the_memory_ends_in_one_sentence(
     blas: str, model: Path, long_data: Path, tmp_path: Path
 ) -> None:
@@ -75,7 +76,7 @@ def test_evaluate_and_generate_check_memory_too(model: Path, long_data: Path) ->
         assert error.startswith("error: the longest ") and "RLIMIT_AS" in error
 
 
-@pytest.mark.parametrize("mebibytes", [150, 250, 350])
+@pytest.mark.parametrize("mebibytes", mostly_at_night([250, 150, 350], 1))
 def test_too_little_memory_for_the_program_itself_is_one_sentence(
     mebibytes: int, model: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_too_little_memory_for_the_program_itself_is_one_sentence(
     assert "RLIMIT_AS" in error
 
 
+@pytest.mark.nightly
 def test_a_run_under_a_sufficient_limit_succeeds(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     arguments = ("train", "--model", model, "--data", data, "--iters", 1, "--adapter-path", tmp_path / "run")

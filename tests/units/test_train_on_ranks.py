@@ -16,8 +16,8 @@ from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_data, write_folder
 
 # Six examples, one a micro-batch: windows of three, so that with two or four ranks some are idle.
-FLAGS = ["--rank", "2", "--iters", "120", "--batch-size", "1", "--grad-accumulation-steps", "3",
-         "--blas", "off", "--save-every", "50", "--steps-per-eval", "60", "--dropout", "0.1",
+FLAGS = ["--rank", "2", "--iters", "40", "--batch-size", "1", "--grad-accumulation-steps", "3",
+         "--blas", "off", "--save-every", "15", "--steps-per-eval", "20", "--dropout", "0.1",
          "--use-dora"]  # fmt: skip
 
 

@@ -389,6 +389,7 @@ def guarded_before_loading(self: Any, path: Any, examples: Any, real: Any = LoRA
     before = guard.snapshot(self.model, self.optimizer)
     real(self, path, examples)
     self.guard.now, self.guard.good = before, (self.step, before)
+    self.guard.begin = lambda: None
 
 
 def resumed_without_history(self: Any, path: Any, examples: Any, real: Any = LoRATrainer.resume) -> None:
@@ -514,7 +515,7 @@ RUNS = (
     Mutant(
         "rollback-to-before-the-resume",
         12,
-        "The guard takes its first snapshot before the state is loaded, so a rollback loses the resumed run.",
+        "The guard takes its only snapshot before the state is loaded, so a rollback loses the resumed run.",
         {"mlx_impl.run.trainer.LoRATrainer.resume": guarded_before_loading},
     ),
     Mutant(

@@ -38,8 +38,8 @@ gradients_of_group = Group.backward
 evaluate_examples, evaluate_batches = LoRATrainer.evaluate, LoRATrainer.evaluate_batches
 
 
-def cut_with_an_end(tokenizer: Any, conversations: Any, targets: str, max_tokens: int) -> Any:
-    encoded = encode_file(tokenizer, conversations, targets, max_tokens)
+def cut_with_an_end(tokenizer: Any, conversations: Any, targets: str, max_tokens: int, *given: Any) -> Any:
+    encoded = encode_file(tokenizer, conversations, targets, max_tokens, *given)
     ended = [
         Example((*e.tokens[:-1], tokenizer.eos_id), (*e.is_target[:-1], True))
         if len(e.tokens) == max_tokens
@@ -209,6 +209,7 @@ MUTANTS: tuple[Mutant, ...] = (
         6,
         "A block without an adapter runs as under no_grad, so adapters in the blocks below learn nothing.",
         {"mlx_impl.fast.forward.block": constant_without_adapter},
+        cases=("regex",),
     ),
     Mutant(
         "group-by-the-beginning-of-a-name",
