@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import pytest
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
@@ -43,11 +43,12 @@ TEMPLATES = {
 
 def write_tokenizer(folder: Path, name: str) -> Path:
     """`tokenizer.json` and `tokenizer_config.json`, as Hugging Face has them."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'lora-ladder[chat]'")
     template, end = TEMPLATES[name]
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *LETTERS.values()])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": None, "eos_token": end, "chat_template": template}

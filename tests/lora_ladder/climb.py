@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Container
-from pathlib import Path
+from collections.abc import Container, Sequence
 
 import pytest
 
+from tests.lora_ladder.here import FOLDER, IS_INSTALLED
 from tests.lora_ladder.plugin import Ladder, rung_of
+from tests.lora_ladder.settings import ARGUMENTS, own_settings
 
-FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if rung_of(path) is not None)
+FILES = sorted(path for path in FOLDER.glob("test_*.py") if rung_of(path) is not None)
 RUNGS = sorted({rung for path in FILES if (rung := rung_of(path))})  # rung 0 judges the platform
 LEFT_OUT = ("cacheprovider", "faulthandler", "logging")  # an outer pytest run has loaded them already
 
@@ -47,12 +48,27 @@ def climb(
 
     Raises RuntimeError with pytest's output if no test ran.
     """
+    files = [str(path) for path in FILES if rung_of(path) in rungs]
+    return run(trainer, [*options, *files], cases, by_itself=IS_INSTALLED)
+
+
+def run(
+    trainer: str,
+    options: Sequence[str],
+    cases: Container[str] | None = None,
+    by_itself: bool = True,
+    plugins: Sequence[object] = (),
+) -> Ladder:
+    """Run pytest silently; by itself, under the ladder's own settings. Raises as `climb` does."""
     recorder, output = Recorder(cases), io.StringIO()
-    arguments = ["--trainer", trainer, "--tb=no", *options]
+    arguments = ["--trainer", trainer, "--tb=no", *(ARGUMENTS if by_itself else ()), *options]
     arguments += [argument for name in LEFT_OUT for argument in ("-p", f"no:{name}")]
-    arguments += [str(path) for path in FILES if rung_of(path) in rungs]
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        pytest.main(arguments, plugins=[recorder])
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        own_settings() if by_itself else contextlib.nullcontext(),
+    ):
+        pytest.main(arguments, plugins=[recorder, *plugins])
     if recorder.ladder is None or not recorder.ladder.outcomes:
         raise RuntimeError(output.getvalue())
     return recorder.ladder

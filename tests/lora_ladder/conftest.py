@@ -10,9 +10,11 @@ import pytest
 
 from tests.lora_ladder.cases import SPEC as SPEC
 from tests.lora_ladder.cases import Case, Draw, named_case
+from tests.lora_ladder.here import ALIASES, DEFAULT_TRAINER, FOLDER
 from tests.lora_ladder.judge import Judge
-from tests.lora_ladder.loading import ALIASES, load_trainer
-from tests.lora_ladder.plugin import DEFAULT_TRAINER, MARKERS, Ladder
+from tests.lora_ladder.loading import load_trainer
+from tests.lora_ladder.patched import PutsBack
+from tests.lora_ladder.plugin import MARKERS, Ladder
 from tests.lora_ladder.summary import header_lines, summary_lines
 
 LADDER = pytest.StashKey[Ladder]()
@@ -25,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--trainer",
         metavar="MODULE:CLASS",
-        help=f"or {' or '.join(ALIASES)}; default: $LADDER_TRAINER, or mlx_impl",
+        help=f"or {' or '.join(ALIASES)}; default: $LADDER_TRAINER, or {next(iter(ALIASES))}",
     )
     group.addoption(
         "--draw",
@@ -44,8 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     name = ALIASES.get(name, name)
     draw = config.getoption("--draw", 0)
     ladder = Ladder(name, load_trainer(name), config.getoption("--keep-going", False), draw)
+    if config.rootpath == FOLDER:
+        ladder.command = "lora-ladder"
     config.stash[LADDER] = ladder
     config.pluginmanager.register(ladder, "ladder")
+    if name not in ALIASES.values() and not getattr(ladder.candidate, "keeps_patches", False):
+        config.pluginmanager.register(PutsBack())
     settings = ExitStack()
     settings.enter_context(Draw.set_to(draw))
     config.add_cleanup(settings.close)

@@ -76,6 +76,17 @@ class Judge:
         __tracebackhide__ = True
         self.report(lambda: require_same_bits(self.title, arrays(ours), arrays(expected)))
 
+    def same_computation(
+        self, ours: Mapping[str, Any], expected: Mapping[str, Any], longest_sum: int
+    ) -> None:
+        """Two ways to compute the same: to the bit, or within one rounding if the dialect says so."""
+        __tracebackhide__ = True
+        if self.candidate.dialect.equal == "to the bit":
+            return self.same_bits(ours, expected)
+        one, other = arrays(ours), arrays(expected)
+        self.require_names(one, other)
+        return self.hold([self.rounded(n, one[n], other[n], longest_sum) for n in other])
+
     def exactly(self, case: Case, act: Act) -> None:
         """In float64 throughout, every tensor is within 1e-12 of the reference."""
         __tracebackhide__ = True

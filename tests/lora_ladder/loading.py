@@ -8,31 +8,25 @@ from typing import Any
 
 import pytest
 
-from tests.lora_ladder.plugin import DEFAULT_TRAINER
+from tests.lora_ladder.here import ALIASES
 from tests.lora_ladder.protocol import REQUIRED, Dialect
 
-ALIASES = {
-    "mlx_impl": DEFAULT_TRAINER,
-    "plain": "tests.trainers.mlx_impl:PlainTrainer",
-    "reference": "tests.trainers.reference:ReferenceTrainer",
-}
 
-
-def load_trainer(name: str) -> Any:
+def load_trainer(name: str, option: str = "--trainer") -> Any:
     """The class that `module:Class` names. Raises UsageError if it cannot be judged."""
     module_name, _, class_name = name.partition(":")
     is_path = bool(re.search(r"[/\\]|\.py:", name))
     if is_path or not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         hint = ", with a module as import has it, not a path" if is_path else ""
         known = " or ".join(ALIASES)
-        raise pytest.UsageError(f"--trainer must be module:Class{hint}, or {known}, got {name!r}")
+        raise pytest.UsageError(f"{option} must be module:Class{hint}, or {known}, got {name!r}")
     try:
         trainer = getattr(importlib.import_module(module_name), class_name)
     except (Exception, SystemExit) as error:
-        raise pytest.UsageError(f"--trainer {name}: {sentence_of(error)}") from None
+        raise pytest.UsageError(f"{option} {name}: {sentence_of(error)}") from None
     wrong = what_is_wrong_with(trainer)
     if wrong:
-        raise pytest.UsageError(f"--trainer {name}: {wrong}")
+        raise pytest.UsageError(f"{option} {name}: {wrong}")
     return trainer
 
 

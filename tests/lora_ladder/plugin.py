@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.lora_ladder.here import DEFAULT_TRAINER, FOLDER
+from tests.lora_ladder.outcome import Claim, Failure, claim_of, place_of, reason_of
 from tests.lora_ladder.protocol import OPTIONAL
 
-DEFAULT_TRAINER = "tests.trainers.mlx_impl:MlxTrainer"
 NOT_CLAIMED = "not claimed: "
 MARKERS = (
     "alone: judged even when a lower rung failed",
@@ -25,13 +26,6 @@ MARKERS = (
     "canonical(*fields): not claimed if the dialect departs from the default in one of these fields",
     "slow: takes seconds; deselect with -m 'not slow'",
 )
-
-
-@dataclass
-class Failure:
-    rung: int
-    test: str
-    report: str
 
 
 @dataclass(eq=False)  # hashable, because pytest keeps its plugins in sets
@@ -47,7 +41,9 @@ class Ladder:
     shares: dict[int, tuple[float, str]] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     titles: dict[int, str] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
     exit_status: int = 0
+    command: str = "pytest"  # or "lora-ladder", where it runs by itself
 
     @property
     def not_claimed(self) -> list[str]:
@@ -66,7 +62,9 @@ class Ladder:
     def replay(self, nodeid: str) -> str:
         trainer = "" if self.trainer == DEFAULT_TRAINER else f" --trainer {self.trainer}"
         draw = f" --draw {self.draw}" if self.draw else ""
-        return f"pytest {nodeid!r}{trainer}{draw}"
+        if self.command == "pytest":
+            return f"pytest {nodeid!r}{trainer}{draw}"
+        return f"{self.command} {self.trainer} {nodeid!r}{draw}"
 
     def record_share(self, nodeid: str, share: float, tensor: str) -> None:
         rung = rung_of(Path(nodeid.partition("::")[0]))
@@ -137,9 +135,11 @@ class Ladder:
         else:
             kind = report.outcome
         self.outcomes[rung][kind] += 1
+        self.claims.append(claim_of(rung, item, kind, call, report))
         if kind == "failed" and call.excinfo is not None:
             # A strict xfail that passes has no exception, and blocks nothing.
-            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo)))
+            place = place_of(call.excinfo, self.candidate)
+            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo), place))
 
 
 def is_claimed(candidate: Any, name: str) -> bool:
@@ -147,13 +147,7 @@ def is_claimed(candidate: Any, name: str) -> bool:
     return getattr(candidate, name, None) is not None
 
 
-def reason_of(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    """The message of an assertion; type and message of any other exception."""
-    text = str(excinfo.value)
-    return text if isinstance(excinfo.value, AssertionError) else f"{excinfo.typename}: {text}"
-
-
 def rung_of(path: Path) -> int | None:
     """The number in the name of a test file in this folder; None for other files."""
     match = re.fullmatch(r"test_(\d\d)_\w+\.py", path.name)
-    return int(match[1]) if match and path.parent.name == Path(__file__).parent.name else None
+    return int(match[1]) if match and path.parent.name == FOLDER.name else None

@@ -37,7 +37,13 @@ def version_of(package: str) -> str:
 def summary_lines(ladder: Ladder) -> Iterator[str]:
     for rung in sorted(ladder.outcomes):
         yield rung_line(ladder, rung)
+    yield from closing_lines(ladder)
+
+
+def closing_lines(ladder: Ladder) -> Iterator[str]:
+    """What follows the rungs: how the trainer was judged, and the first divergence."""
     yield from larger_shares(ladder)
+    yield from made_by(ladder)
     if ladder.candidate.dialect.departures():
         yield f"judged as declared: {departures(ladder)}"
     if ladder.not_claimed:
@@ -66,6 +72,14 @@ def larger_shares(ladder: Ladder) -> Iterator[str]:
             yield f"warning: rung {rung} uses {share:.0%} of a tolerance ({tensor}), expected {expected:.0%}"
 
 
+def made_by(ladder: Ladder) -> Iterator[str]:
+    """By whom optimizer and schedule came, if the class says so: a fault there may not be the trainer's."""
+    for part in ("optimizer", "schedule"):
+        source = getattr(ladder.candidate, f"{part}_from", None)
+        if source:
+            yield f"{part} from: {source}"
+
+
 def divergence_lines(ladder: Ladder) -> Iterator[str]:
     first = ladder.first_divergence
     if first is None:
@@ -73,6 +87,8 @@ def divergence_lines(ladder: Ladder) -> Iterator[str]:
         return
     yield f"first divergence: rung {first.rung}, {ladder.titles[first.rung]}: {first.test.partition('::')[2]}"
     yield from (f"  {line}" for line in first.report.splitlines())
+    if first.place:
+        yield f"  raised at {first.place}"
     if "replay: " not in first.report:
         yield f"  replay: {ladder.replay(first.test)}"
     others = sorted({f.rung for f in ladder.failures if f.rung > first.rung})

@@ -56,8 +56,9 @@ def test_unmerging_restores_every_byte(case: Case, candidate: Any, judge: Judge)
     trainer.merge()
     trainer.unmerge()
     restored = {**trainer.base(), **trainer.factors()}
-    judge.same_bits(restored, {**case.weights, **case.factors})
-    judge.same_bits({"logits": trainer.logits(case.batch.inputs_BT)}, {"logits": before})
+    judge.same_computation(restored, {**case.weights, **case.factors}, case.lora.rank + 1)
+    after = trainer.logits(case.batch.inputs_BT)
+    judge.same_computation({"logits": after}, {"logits": before}, case.longest_sum)
 
 
 @pytest.mark.needs("merge")
@@ -79,7 +80,8 @@ def test_after_unmerging_training_goes_on(case: Case, candidate: Any, judge: Jud
     merged.unmerge()
     for trainer in (merged, other):
         trainer.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.01))
-    judge.same_bits({**merged.factors(), **merged.base()}, {**other.factors(), **other.base()})
+    ours, expected = ({**trainer.factors(), **trainer.base()} for trainer in (merged, other))
+    judge.same_computation(ours, expected, case.longest_sum)
 
 
 @pytest.mark.needs("merge", "unmerge")
@@ -96,4 +98,5 @@ def test_a_second_merge_is_that_of_the_factors_at_that_time(case: Case, candidat
     judge.require_names(ours, expected)
     judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
     trainer.unmerge()
-    judge.same_bits({**trainer.base(), **trainer.factors()}, {**case.weights, **now.factors})
+    restored = {**trainer.base(), **trainer.factors()}
+    judge.same_computation(restored, {**case.weights, **now.factors}, case.lora.rank + 1)

@@ -11,7 +11,8 @@ import pytest
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch
 from tests.lora_ladder.climb import RUNGS, climb
-from tests.lora_ladder.plugin import DEFAULT_TRAINER, Ladder
+from tests.lora_ladder.here import DEFAULT_TRAINER
+from tests.lora_ladder.plugin import Ladder
 from tests.lora_ladder.protocol import OPTIONAL, Dialect
 from tests.lora_ladder.summary import departures, summary_lines
 from tests.trainers.minimal import MinimalTrainer

@@ -23,7 +23,7 @@ import pytest
 
 from mlx_impl.train import Loss
 from tests.lora_ladder.climb import case_of
-from tests.lora_ladder.loading import ALIASES
+from tests.lora_ladder.here import ALIASES
 from tests.lora_ladder.plugin import rung_of
 from tests.trainers.mutants import MUTANTS, RUNGS, planted
 from tests.trainers.mutants.mutant import Mutant
