@@ -93,8 +93,13 @@ def climbed(trainer: str, wanted: list[str]) -> Ladder | None:
     if ladder.exit_status == pytest.ExitCode.INTERRUPTED:
         print("interrupted", file=screen)
         return None
-    print(*closing_lines(ladder), *header_lines(ladder)[2:], sep="\n", file=screen)
+    print(*error_lines(ladder), *closing_lines(ladder), *header_lines(ladder)[2:], sep="\n", file=screen)
     return ladder
+
+
+def error_lines(ladder: Ladder) -> list[str]:
+    number = sum(claim.outcome == "error" for claim in ladder.claims)
+    return [f"of the failed claims, errors: {number}"] if number else []
 
 
 def sentence_of(output: str) -> str:

@@ -236,3 +236,9 @@ def test_help_says_what_can_climb_and_what_each_option_asks(capsys: pytest.Captu
         f"{name} {rung} {' '.join(words.split())}" in said for name, (rung, words) in CAPABILITIES.items()
     )
     assert all(f"{name}=" in said for name in vars(Dialect())) and all(name in said for name in REQUIRED)
+
+
+def test_the_screen_tells_errors_from_wrong_results(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are failed claims in the lines of the rungs."""
+    assert main([f"{HERE}:CountsPadding", *CLAIMS]) == 1
+    assert "of the failed claims, errors: 1\n" in capsys.readouterr().out
