@@ -14,7 +14,7 @@ import pytest
 
 from tests.lora_ladder.climb import FILES, run
 from tests.lora_ladder.help_text import epilog
-from tests.lora_ladder.here import FOLDER
+from tests.lora_ladder.here import ALIASES, FOLDER
 from tests.lora_ladder.loading import load_trainer
 from tests.lora_ladder.output import OutputError, require_writable, write
 from tests.lora_ladder.page import MARK, page
@@ -69,10 +69,11 @@ def judge(options: argparse.Namespace) -> int:
     claims = [claim_of(name) for name in options.claims] or [str(path) for path in files(options.rungs)]
     require_writable(options.json, JSON_MARK)
     require_writable(options.html, MARK)
-    load_trainer(options.trainer, "the trainer")
+    trainer = ALIASES.get(options.trainer, options.trainer)
+    load_trainer(trainer, "the trainer")
     wanted = [*claims, "--draw", str(options.draw)]
     wanted += ["--keep-going"] * options.keep_going + ["-m", "not slow"] * options.quick
-    ladder = climbed(options.trainer, wanted)
+    ladder = climbed(trainer, wanted)
     if ladder is None:
         return INTERRUPTED
     record = record_of(ladder)

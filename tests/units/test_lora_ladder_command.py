@@ -55,6 +55,11 @@ class ClaimsNothing(Small):
     loss = logits = gradients = train = factors = is_not_there  # type: ignore[assignment]
 
 
+class ForgetsAName(Small):
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        return self.weights["lm_head.weight"]  # type: ignore[attr-defined]
+
+
 def climbed(trainer: type, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     file = folder / "climb.json"
     status = main([f"{HERE}:{trainer.__name__}", *CLAIMS, "--json", str(file), *options])
@@ -242,3 +247,16 @@ def test_the_screen_tells_errors_from_wrong_results(capsys: pytest.CaptureFixtur
     """Both are failed claims in the lines of the rungs."""
     assert main([f"{HERE}:CountsPadding", *CLAIMS]) == 1
     assert "of the failed claims, errors: 1\n" in capsys.readouterr().out
+
+
+def test_an_error_is_reported_with_its_place_in_the_adapter(tmp_path: Path) -> None:
+    """File, line and function, since no traceback is shown."""
+    first = climbed(ForgetsAName, tmp_path)[1]["first_divergence"]
+    assert first["outcome"] == "error"
+    assert re.fullmatch(r"tests/units/test_lora_ladder_command.py:\d+, in loss", first["raised_at"])
+    assert f"  raised at {first['raised_at']}" in first["report"]
+
+
+def test_the_reference_climbs_by_its_short_name() -> None:
+    """A first try without an adapter."""
+    assert main(["reference", CLAIMS[0]]) == 0
