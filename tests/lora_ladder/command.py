@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
 
 def judge(options: argparse.Namespace) -> int:
     """Raises UsageError or OutputError before anything is judged."""
+    if options.draw < 0:
+        raise pytest.UsageError(f"--draw must be at least 0, got {options.draw}")
     claims = [claim_of(name) for name in options.claims] or [str(path) for path in files(options.rungs)]
     require_writable(options.json, JSON_MARK)
     require_writable(options.html, MARK)

@@ -24,7 +24,7 @@ def require_writable(path: Path | None, mark: str) -> None:
 def write(path: Path, text: str) -> None:
     """Raises OutputError."""
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror}") from None
 

@@ -43,7 +43,7 @@ class CountsPadding(Small):
     def loss(self, batch: Batch) -> tuple[float, int]:
         nats, num_targets = super().loss(batch)
         if not batch.mask_BT[1].any():
-            raise KeyError("<script>alert(1)</script> & more")
+            raise KeyError("<script>alert(1)</script> & more \udce9")
         return nats, num_targets + 1
 
 
@@ -96,6 +96,11 @@ def test_a_trainer_that_cannot_be_judged_is_refused_in_one_sentence(
 def test_rungs_that_are_not_there_are_refused(rungs: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"{HERE}:Sound", "--rungs", rungs]) == 2
     assert "--rungs must be N or N-M" in capsys.readouterr().err
+
+
+def test_a_draw_below_0_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"{HERE}:Sound", "--draw", "-1"]) == 2
+    assert capsys.readouterr().err == "lora-ladder: --draw must be at least 0, got -1\n"
 
 
 def test_a_claim_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
