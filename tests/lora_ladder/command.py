@@ -22,7 +22,7 @@ from tests.lora_ladder.plugin import Ladder, rung_of
 from tests.lora_ladder.progress import Progress
 from tests.lora_ladder.record import record_of, verdict_of
 from tests.lora_ladder.skeleton import write_skeleton
-from tests.lora_ladder.summary import closing_lines, header_lines
+from tests.lora_ladder.summary import header_lines
 
 EXIT = {"no divergence": 0, "first divergence": 1, "nothing was judged": 3}
 UNUSABLE, INTERRUPTED = 2, 130
@@ -79,6 +79,7 @@ def judge(options: argparse.Namespace) -> int:
     if ladder is None:
         return INTERRUPTED
     record = record_of(ladder)
+    print(*error_lines(ladder), *record["summary"], *header_lines(ladder)[2:], sep="\n")
     if options.json:
         write(options.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
     if options.html:
@@ -96,7 +97,8 @@ def climbed(trainer: str, wanted: list[str]) -> Ladder | None:
     if ladder.exit_status == pytest.ExitCode.INTERRUPTED:
         print("interrupted", file=screen)
         return None
-    print(*error_lines(ladder), *closing_lines(ladder), *header_lines(ladder)[2:], sep="\n", file=screen)
+    if ladder.exit_status == pytest.ExitCode.INTERNAL_ERROR:
+        raise pytest.UsageError("the climb broke off, because pytest had an internal error")
     return ladder
 
 

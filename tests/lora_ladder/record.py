@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.lora_ladder.outcome import Claim, Failure
 from tests.lora_ladder.plugin import Ladder
-from tests.lora_ladder.summary import PACKAGES, closing_lines, divergence_lines, version_of
+from tests.lora_ladder.summary import HEADLINE, PACKAGES, closing_lines, version_of
 
 SCHEMA = 1
 NOT_SAID = "not said"
@@ -20,7 +20,7 @@ NOT_SAID = "not said"
 
 def record_of(ladder: Ladder) -> dict[str, Any]:
     """Plain dicts, lists, texts and finite numbers."""
-    candidate = ladder.candidate
+    candidate, summary = ladder.candidate, list(closing_lines(ladder))
     return {
         "schema": SCHEMA,
         "trainer": ladder.trainer,
@@ -34,9 +34,9 @@ def record_of(ladder: Ladder) -> dict[str, Any]:
         "seconds": round(sum(claim.seconds for claim in ladder.claims), 1),
         "counts": dict(Counter(claim.outcome for claim in ladder.claims)),
         "rungs": [of_rung(ladder, rung) for rung in sorted(ladder.outcomes)],
-        "first_divergence": of_failure(ladder, ladder.first_divergence),
+        "first_divergence": of_failure(ladder, ladder.first_divergence, summary),
         "not_claimed": ladder.not_claimed,
-        "summary": list(closing_lines(ladder)),
+        "summary": summary,
         "claims": [of_claim(claim) for claim in ladder.claims],
     }
 
@@ -61,15 +61,17 @@ def of_rung(ladder: Ladder, rung: int) -> dict[str, Any]:
     }
 
 
-def of_failure(ladder: Ladder, first: Failure | None) -> dict[str, Any] | None:
+def of_failure(ladder: Ladder, first: Failure | None, summary: list[str]) -> dict[str, Any] | None:
+    """`report` is the end of the summary, which is made once, because that may take seconds."""
     if first is None:
         return None
+    start = next(n for n, line in enumerate(summary) if line.startswith(HEADLINE))
     return {
         "rung": first.rung,
         "title": ladder.titles[first.rung],
         "claim": name_of(first.test),
         "outcome": next(c.outcome for c in ladder.claims if c.test == first.test),
-        "report": list(divergence_lines(ladder)),
+        "report": summary[start:],
         "raised_at": first.place,
         "replay": ladder.replay(first.test),
     }

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from tests.lora_ladder.plugin import Ladder
 
 PACKAGES = ("mlx", "torch", "numpy")
+HEADLINE = "first divergence: "  # begins the report of a failure
 KINDS = ("passed", "failed", "known failures", "not claimed", "skipped")
 
 
@@ -85,7 +86,7 @@ def divergence_lines(ladder: Ladder) -> Iterator[str]:
     if first is None:
         yield "nothing was judged" if ladder.nothing_was_judged else "no divergence"
         return
-    yield f"first divergence: rung {first.rung}, {ladder.titles[first.rung]}: {first.test.partition('::')[2]}"
+    yield f"{HEADLINE}rung {first.rung}, {ladder.titles[first.rung]}: {first.test.partition('::')[2]}"
     yield from (f"  {line}" for line in first.report.splitlines())
     if first.place:
         yield f"  raised at {first.place}"
