@@ -1,7 +1,8 @@
 """Fast paths beside their plain twins: a registry. A new fast path gets a line here.
 
 A pair is two steps with the same result. The fast one may take at most a committed share of the plain one's
-time. Both are timed in one process. That their results agree is tested elsewhere (tests/units, tests/ladder).
+time. Both are timed in one process. That their results agree is tested elsewhere (tests/units,
+tests/lora_ladder).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tests.nightly import IS_NIGHTLY
 # A rung is blocked by a failure below it, and climbs share the reference's results: those of a group run in
 # one process.
 TOGETHER = {
-    "tests/ladder/": "ladder",
+    "tests/lora_ladder/": "ladder",
     "tests/trainers/test_adapters.py": "ladder",
     "tests/trainers/test_mutants.py": "mutants",
     "tests/units/test_train_on_ranks.py": "ranks",

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ladder.climb import FILES
+from tests.lora_ladder.climb import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 ATEN = (None, "default", "avx2")  # ATEN_CPU_CAPABILITY

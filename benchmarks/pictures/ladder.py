@@ -1,4 +1,4 @@
-"""ladder.svg: the rungs of tests/ladder as a stair, with the bugs planted at each."""
+"""ladder.svg: the rungs of tests/lora_ladder as a stair, with the bugs planted at each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .svg import Picture
 
-TESTS = Path(__file__).resolve().parents[2] / "tests" / "ladder"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "lora_ladder"
 CATCHES = {  # rung -> bugs that it catches
     "platform": "a primitive that is only called float64; TF32",
     "op": "a wrong RoPE, attention mask, norm or kernel gradient",

@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.protocol import Arrays
 
 
 class Reports:

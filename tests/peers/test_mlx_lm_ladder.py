@@ -60,7 +60,7 @@ def climb(trainer: str, folder: Path, *options: str) -> Climb:
         sys.executable,
         "-m",
         "pytest",
-        "tests/ladder",
+        "tests/lora_ladder",
         "--trainer",
         f"tests.trainers.mlx_lm:{trainer}",
     ]

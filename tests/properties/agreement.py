@@ -29,7 +29,7 @@ from tests.derived import (
     require,
     require_same_names,
 )
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.protocol import Arrays
 from tests.properties.strategies import Drawn
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.reference import ReferenceTrainer

@@ -30,7 +30,7 @@ from mlx_impl.run.merging import Merged
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import StepRecord
 from tests.derived import UNIT_ROUNDOFF, noise_of, require, require_same_bits
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.protocol import Arrays
 from tests.properties.agreement import UNIT_ROUNDOFF_64, in_double, verdicts
 from tests.properties.strategies import SEEDS, Drawn, cases, train_configs
 from tests.properties.twin import Twin, TwinState

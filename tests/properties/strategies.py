@@ -17,8 +17,8 @@ from mlx_impl.config import BLOCK_LINEARS, LoRAConfig, ModelConfig, RopeScaling,
 from mlx_impl.data import Batch
 from reference.lora import add_lora
 from reference.model import CausalLM
-from tests.ladder.cases import Case, make_batch
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import Case, make_batch
+from tests.lora_ladder.protocol import Arrays
 
 VOCABULARIES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)  # primes, to differ from other sizes
 DYADIC_RATES = tuple(

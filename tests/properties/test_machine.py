@@ -22,7 +22,7 @@ from mlx_impl.generate import generate
 from mlx_impl.lora import lora_layers
 from mlx_impl.run import merging, trainer
 from tests.derived import Divergence
-from tests.ladder.cases import named_case
+from tests.lora_ladder.cases import named_case
 from tests.properties.run_of_acts import RunOfActs
 from tests.properties.strategies import HUNT
 from tests.trainers.mlx_impl import MlxTrainer

@@ -24,7 +24,7 @@ from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.model import CausalLM
 from mlx_impl.targets import AnyLinear, linears_of_last_blocks
 from tests.derived import NUM_DRAWS, UNIT_ROUNDOFF, Divergence, noise_of, require_same_bits
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.protocol import Arrays
 from tests.properties.agreement import require_agreement, require_exact_agreement, verdicts
 from tests.properties.strategies import HUNT, Drawn, cases, train_configs, windows
 from tests.trainers.mlx_impl import MlxTrainer

@@ -18,8 +18,8 @@ from mlx_impl.config import TrainConfig
 from mlx_impl.data import Batch
 from reference.lora import merge
 from reference.model import load_arrays
-from tests.ladder.cases import UP_OR_DOWN
-from tests.ladder.protocol import Arrays, Dialect
+from tests.lora_ladder.cases import UP_OR_DOWN
+from tests.lora_ladder.protocol import Arrays, Dialect
 from tests.properties.strategies import Drawn
 from tests.trainers.reference import ReferenceTrainer, Run
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_impl.lora import Dropout, lora_layers
 from mlx_impl.model import CausalLM
 from mlx_impl.train import PLAIN, Arrays, Loss, Nats
-from tests.ladder.protocol import Arrays as Named
+from tests.lora_ladder.protocol import Arrays as Named
 
 AFTER_ATTENTION = ("o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -11,7 +11,7 @@ from mlx_impl.lora import FACTORS, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.train import batch_loss, to_arrays, train
-from tests.ladder.protocol import Dialect
+from tests.lora_ladder.protocol import Dialect
 
 
 class MinimalTrainer:

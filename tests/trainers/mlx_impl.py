@@ -45,7 +45,7 @@ from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.text.examples import encode_all
 from mlx_impl.text.rows import read_conversations
 from mlx_impl.train import Loss, StepRecord, apply_mean
-from tests.ladder.protocol import Arrays, Dialect, Examples
+from tests.lora_ladder.protocol import Arrays, Dialect, Examples
 from tests.ring import outputs, start
 from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks

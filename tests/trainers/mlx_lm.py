@@ -24,7 +24,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from tests.ladder.protocol import Arrays, Dialect
+from tests.lora_ladder.protocol import Arrays, Dialect
 from tests.peers.mlx_lm_terms import (
     Reports,
     feed,

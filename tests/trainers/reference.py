@@ -24,8 +24,8 @@ from reference.model import CausalLM, load_arrays
 from reference.optim import make_optimizer, share_of_peak
 from reference.targets import of_pattern
 from reference.train import add_up, apply_mean, batch_loss, evaluate
-from tests.ladder import mlx_lm_files
-from tests.ladder.peft_files import (
+from tests.lora_ladder import mlx_lm_files
+from tests.lora_ladder.peft_files import (
     TENSORS,
     config_of,
     linears_of,
@@ -35,7 +35,7 @@ from tests.ladder.peft_files import (
     record_of,
     write_adapter,
 )
-from tests.ladder.protocol import Arrays, Dialect, Examples
+from tests.lora_ladder.protocol import Arrays, Dialect, Examples
 
 LONG_AGO = 1e9  # after so many updates Adam's bias correction is 1
 

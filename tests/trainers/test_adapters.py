@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.ladder.climb import RUNGS, climb
+from tests.lora_ladder.climb import RUNGS, climb
 from tests.nightly import IS_NIGHTLY
 from tests.trainers.minimal import MinimalTrainer
 
-README = (Path(__file__).parents[1] / "ladder" / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[1] / "lora_ladder" / "README.md").read_text(encoding="utf-8")
 LINES = 30  # of code that the smallest adapter may have at most
 STEP = (2, *range(4, 12))  # from a layer to the equivalences of whole updates
 
@@ -30,7 +30,7 @@ def test_the_reference_climbs_its_own_ladder(name: str) -> None:
 
 
 def test_the_plain_pattern_climbs() -> None:
-    """`--trainer plain`, on the rungs of a step's own code; a run of tests/ladder judges what ships.
+    """`--trainer plain`, on the rungs of a step's own code; a run of tests/lora_ladder judges what ships.
 
     With the nightly profile, on every rung and case.
     """

@@ -13,7 +13,7 @@ from mlx_impl.data import Example
 from mlx_impl.generate import generate
 from mlx_impl.lora import lora_layers
 from mlx_impl.model import CausalLM
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 EXAMPLES = [Example((5, 9, 2, 7, 11, 3), (False, False, True, True, True, True))]
 PROMPT, NUM_TOKENS = [5, 9, 2], 6

@@ -11,7 +11,7 @@ import pytest
 from mlx_impl.generate import KeyValueCache
 from mlx_impl.model import CausalLM, attention_mask, position_ids
 from tests.derived import compare
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 SEGMENT_BT = mx.array([[0, 0, 0, 1, 1, -1, -1], [5, 2, 2, 2, 2, 2, 2]])
 WINDOW = 3

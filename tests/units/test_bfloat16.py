@@ -32,8 +32,8 @@ from mlx_impl.run.merging import merge
 from mlx_impl.run.sampling import Sampling
 from mlx_impl.train import PLAIN, Loss, train
 from tests.derived import Divergence, require, require_same_names, within_bfloat16
-from tests.ladder.cases import ARCHITECTURES, BIASED_DORA, SPEC, Case, copies, named_case, random_rows
-from tests.ladder.protocol import Arrays, Dialect
+from tests.lora_ladder.cases import ARCHITECTURES, BIASED_DORA, SPEC, Case, copies, named_case, random_rows
+from tests.lora_ladder.protocol import Arrays, Dialect
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.trainers.reference import oracle
 

@@ -13,8 +13,8 @@ import pytest
 
 from mlx_impl.fast import cpu_ops
 from tests.derived import UNIT_ROUNDOFF, require, within_bfloat16, within_exact
-from tests.ladder.cases import random_array
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import random_array
+from tests.lora_ladder.protocol import Arrays
 from tests.trainers import exact_ops
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.derived import FACTOR, NUM_DRAWS, noise_of
-from tests.ladder.cases import Draw, cached_for_each_draw, named_case
-from tests.ladder.protocol import Arrays, Dialect
-from tests.ladder.test_09_trajectory import RUNS, trained
+from tests.lora_ladder.cases import Draw, cached_for_each_draw, named_case
+from tests.lora_ladder.protocol import Arrays, Dialect
+from tests.lora_ladder.test_09_trajectory import RUNS, trained
 from tests.nightly import mostly_at_night
 from tests.trainers.reference import oracle
 

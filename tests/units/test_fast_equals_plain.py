@@ -31,7 +31,7 @@ from tests.derived import (
     within_bfloat16,
     within_exact,
 )
-from tests.ladder.cases import (
+from tests.lora_ladder.cases import (
     ARCHITECTURES,
     BIASED_DORA,
     SPEC,
@@ -44,7 +44,7 @@ from tests.ladder.cases import (
     one_prompt_batch,
     random_rows,
 )
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.protocol import Arrays
 from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer
 from tests.units.test_bfloat16 import bfloat16_case, in_bfloat16
 

@@ -16,8 +16,8 @@ import pytest
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Window
 from tests.derived import require_same_bits
-from tests.ladder.cases import Case, named_case
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import Case, named_case
+from tests.lora_ladder.protocol import Arrays
 from tests.properties.run_of_acts import float64_in_safetensors
 from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer
 from tests.units.test_fast_equals_plain import (

@@ -20,8 +20,8 @@ from mlx_impl.files.quantized import Quantization, dequantize, quantize_modules
 from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
 from tests.derived import compare, require, require_same_names, within, within_bfloat16, within_exact
-from tests.ladder.cases import SPEC, random_array
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import SPEC, random_array
+from tests.lora_ladder.protocol import Arrays
 from tests.trainers.exact_ops import in_place_of_production
 from tests.units.peak import peak_bytes
 

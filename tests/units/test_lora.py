@@ -15,7 +15,7 @@ from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run.guard import NotFinite, snapshot
 from mlx_impl.run.trainer import LoRATrainer
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 TOKENS = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 WIDE = replace(SPEC, hidden_size=512)  # enough numbers to see a law

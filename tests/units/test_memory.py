@@ -32,8 +32,8 @@ from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.ops import silu
 from mlx_impl.train import Arrays
-from tests.ladder.cases import SPEC as NARROW
-from tests.ladder.cases import random_rows
+from tests.lora_ladder.cases import SPEC as NARROW
+from tests.lora_ladder.cases import random_rows
 from tests.nightly import mostly_at_night
 from tests.units.peak import peak_bytes
 

@@ -22,7 +22,7 @@ from mlx_impl.fast.memory_model import (
 )
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
-from tests.ladder.cases import SPEC, random_rows
+from tests.lora_ladder.cases import SPEC, random_rows
 from tests.nightly import mostly_at_night
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

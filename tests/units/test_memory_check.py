@@ -14,7 +14,7 @@ from mlx_impl.machine.memory_limits import Limit, TooLittleMemory
 from mlx_impl.model import CausalLM
 from mlx_impl.run import memory_check
 from mlx_impl.run.memory_check import Workload, check_limits, check_workload, require_generation_memory
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 SIZES = Sizes(SPEC, weights=1000, trained=10, itemsize=4, more=0, unpacked=0, head=0, keeps_scores=True)
 LENGTHS = (600, 30, 200, 40, 1100, 10, 90)

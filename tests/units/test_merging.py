@@ -12,7 +12,7 @@ from mlx_impl.lora import add_lora, lora_layers, lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run.merging import merge, unmerge
 from mlx_impl.run.state import digest_of_base
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 
 def adapted(lora: LoRAConfig, dtype: mx.Dtype = mx.float32) -> CausalLM:

@@ -15,7 +15,7 @@ from mlx_impl.fast import ops, pace
 from mlx_impl.fast.pace import paced, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 BEFORE = 10**12  # bytes: no limit for a model as small as this
 SHORT, LONG = ([make_batch([Example((1,) * n, (True,) * n)] * 2)] for n in (9, 33))

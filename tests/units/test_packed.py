@@ -29,7 +29,7 @@ from mlx_impl.generate import generate
 from mlx_impl.lora import DoRALinear, LoRALinear, add_lora, lora_layers
 from mlx_impl.model import CausalLM
 from tests.derived import compare, within_bfloat16
-from tests.ladder.cases import SPEC, random_array, random_rows
+from tests.lora_ladder.cases import SPEC, random_array, random_rows
 from tests.nightly import mostly_at_night
 from tests.units.peak import peak_bytes
 from tests.units.test_head_nats import HEADS, model_of

@@ -20,8 +20,8 @@ from mlx_impl.fast.projection import LowRank, low_rank_of, project, project_gate
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.targets import AnyLinear
 from tests.derived import Verdict, compare, require, require_same_names, within_bfloat16, within_exact
-from tests.ladder.cases import random_array
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import random_array
+from tests.lora_ladder.protocol import Arrays
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

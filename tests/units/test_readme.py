@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     *("README.md", "mlx_impl/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md"),
     *("benchmarks/README.md", "benchmarks/NOTES.md"),
-    *(f"tests/{folder}/README.md" for folder in ("ladder", "trainers", "peers", "traps")),
+    *(f"tests/{folder}/README.md" for folder in ("lora_ladder", "trainers", "peers", "traps")),
 ]
 TRAPS = ROOT / "tests" / "traps"
 CLAIMS_TABLE = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
@@ -137,8 +137,8 @@ def test_the_readmes_right_answers_are_those_of_the_picture() -> None:
 
 
 def test_the_report_in_the_readme_is_a_part_of_the_ladders() -> None:
-    """Line by line; tests/ladder/test_report.py holds the whole report to what the ladder says."""
-    whole = (ROOT / "tests/ladder/README.md").read_text(encoding="utf-8").splitlines()
+    """Line by line; tests/lora_ladder/test_report.py holds the whole report to what the ladder says."""
+    whole = (ROOT / "tests/lora_ladder/README.md").read_text(encoding="utf-8").splitlines()
     (report,) = re.findall(r"```\n( +2 layer.*?)```", README, re.DOTALL)
     assert [line for line in report.splitlines() if line not in ("   ...", *whole)] == []
 

@@ -23,8 +23,8 @@ from mlx_impl.fast.vectors import VectorOptimizer, as_factors, as_vectors
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.train import train
-from tests.ladder.cases import SPEC, make_batch, random_array, random_rows
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import SPEC, make_batch, random_array, random_rows
+from tests.lora_ladder.protocol import Arrays
 from tests.nightly import mostly_at_night
 
 # A width of heads that cuDNN takes.

@@ -25,9 +25,16 @@ from mlx_impl.fast.decode import generate_all
 from mlx_impl.generate import generate
 from mlx_impl.text.template import json_batches
 from tests.derived import compare, require
-from tests.ladder import numpy_ops
-from tests.ladder.cases import PROMPT_COUNTS, TOKEN_COUNTS, Case, named_case, one_prompt_batch, random_rows
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder import numpy_ops
+from tests.lora_ladder.cases import (
+    PROMPT_COUNTS,
+    TOKEN_COUNTS,
+    Case,
+    named_case,
+    one_prompt_batch,
+    random_rows,
+)
+from tests.lora_ladder.protocol import Arrays
 from tests.trainers.mlx_impl import MlxTrainer
 from tests.units.test_fast_equals_plain import Trainer, answers, build, require_exact
 

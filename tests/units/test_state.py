@@ -20,7 +20,7 @@ from mlx_impl.run.guard import NotFinite
 from mlx_impl.run.merging import merge, unmerge
 from mlx_impl.run.state import digest_of_base
 from mlx_impl.run.trainer import LoRATrainer
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 EXAMPLES = [Example(tuple(range(n, 2 * n)), (False,) + (True,) * (n - 1)) for n in range(3, 12)]
 LORA = LoRAConfig(rank=2, dropout=0.3)

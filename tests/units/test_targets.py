@@ -9,7 +9,7 @@ import pytest
 from mlx_impl.config import LoRAConfig
 from mlx_impl.model import CausalLM
 from mlx_impl.targets import select_targets
-from tests.ladder.cases import SPEC
+from tests.lora_ladder.cases import SPEC
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -40,8 +40,8 @@ from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.train import PLAIN, Loss
 from tests.derived import Divergence, require, within_exact
-from tests.ladder.cases import SPEC, random_array
-from tests.ladder.protocol import Arrays
+from tests.lora_ladder.cases import SPEC, random_array
+from tests.lora_ladder.protocol import Arrays
 from tests.nightly import mostly_at_night
 from tests.trainers.exact_ops import in_place_of_production
 

@@ -15,7 +15,7 @@ from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.run.guard import restore, snapshot
 from mlx_impl.run.state import load_arrays, state_arrays
 from mlx_impl.run.trainer import LoRATrainer
-from tests.ladder.cases import SPEC, VARIANTS
+from tests.lora_ladder.cases import SPEC, VARIANTS
 from tests.units.test_lora import EXAMPLES
 
 DORA = LoRAConfig(rank=2, use_dora=True)

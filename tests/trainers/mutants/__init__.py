@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tests.ladder.climb import RUNGS as RUNGS
+from tests.lora_ladder.climb import RUNGS as RUNGS
 from tests.nightly import is_nightly
 from tests.trainers.mutants import (
     between,

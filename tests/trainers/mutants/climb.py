@@ -22,13 +22,13 @@ from unittest.mock import patch
 import pytest
 
 from mlx_impl.train import Loss
-from tests.ladder.climb import case_of
-from tests.ladder.loading import ALIASES
-from tests.ladder.plugin import rung_of
+from tests.lora_ladder.climb import case_of
+from tests.lora_ladder.here import ALIASES
+from tests.lora_ladder.plugin import rung_of
 from tests.trainers.mutants import MUTANTS, RUNGS, planted
 from tests.trainers.mutants.mutant import Mutant
 
-LADDER = Path(__file__).parents[2] / "ladder"
+LADDER = Path(__file__).parents[2] / "lora_ladder"
 QUIET = ("-q", "-x", "--no-header", "--no-summary", "--capture=no")
 # Pytest plugins that the outer run has loaded already; two of them collect garbage after each run.
 LEFT_OUT = (
