@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 
+from tests.lora_ladder.culprit import culprit_lines
 from tests.lora_ladder.plugin import Ladder
 
 PACKAGES = ("mlx", "torch", "numpy")
@@ -92,6 +93,7 @@ def divergence_lines(ladder: Ladder) -> Iterator[str]:
         yield f"  raised at {first.place}"
     if "replay: " not in first.report:
         yield f"  replay: {ladder.replay(first.test)}"
+    yield from culprit_lines(ladder)
     others = sorted({f.rung for f in ladder.failures if f.rung > first.rung})
     if others:
         yield f"  judged alone, also out: {', '.join(f'rung {n}, {ladder.titles[n]}' for n in others)}"
