@@ -24,6 +24,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("model")
     flags.add_model_flags(model)
     flags.add_dtype_flag(model)
+    flags.add_template_flags(model)
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("evaluation")
     add_folder(group, "--adapter-path", "evaluate with this adapter (default: none)")
@@ -41,10 +42,11 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
     to_dtype(args.dtype)
+    template = flags.template_of(args)
     data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
     console = make_console(stderr=True)
     with show_status("reading the model", console):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
     how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
     encoded = encode_file(loaded.tokenizer, data.conversations, *how)
     examples = encoded.examples

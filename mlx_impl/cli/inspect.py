@@ -29,7 +29,9 @@ Span = tuple[str, bool]  # a text, and whether it is a target
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    flags.add_model_flag(command.add_argument_group("model"))
+    model = command.add_argument_group("model")
+    flags.add_model_flag(model)
+    flags.add_template_flags(model)
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("inspection")
     add_number(group, "--num-examples", 3, "how many training examples to print")
@@ -46,9 +48,10 @@ def run(args: argparse.Namespace) -> None:
     for flag, least in (("batch_size", 1), ("max_seq_length", 1), ("num_examples", 0)):
         require_at_least(least, flag, getattr(args, flag))
     folder, reading = flags.data_folder(args.data), flags.reading_of(args)
+    template = flags.template_of(args)
     files = {"train": read_split(folder, "train", reading)}
     files |= {name: read_optional_split(folder, name, reading) for name in FILES[1:]}
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template)
     how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
     encoded = {
         name: encode_file(tokenizer, file.conversations, *how)

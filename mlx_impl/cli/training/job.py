@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ...text.conversation import Conversation
 from ...text.examples import encode_file
 from ...text.rows import Reading
 from ...text.splits import read_optional_split, read_split
+from ...text.template_choice import TemplateChoice, digest_of
 from . import manifest
 from .answers import askable, require_memory_for_questions
 from .on_ranks import ReadOnlyFolder
@@ -41,6 +42,7 @@ class Job:
     data: Path
     reading: Reading  # how data files are read
     reasoning: str  # require, inline or template
+    template: TemplateChoice  # of the chat template
     folder: Path  # for adapter, metrics and report
     resume: bool  # resume the run in that folder
     init_adapter: Path | None
@@ -94,7 +96,9 @@ def prepare(job: Job) -> PreparedJob:
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
     train_config(job, [job.max_seq_length] * len(train))  # raises for wrong numbers before a model is loaded
-    loaded = load_model(job.model, job.dequantize, job.dtype)
+    template = replace(job.template, adapter=job.init_adapter)
+    loaded = load_model(job.model, job.dequantize, job.dtype, template)
+    folder.chat_template = loaded.tokenizer.replacement
     how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
     encoded, valid_encoded = (
         encode_file(loaded.tokenizer, conversations, *how) for conversations in (train, valid)
@@ -142,6 +146,8 @@ def make_trainer(
         "steps_per_eval": job.steps_per_eval,
         "patience": job.patience,
     }
+    if loaded.tokenizer.replacement is not None:
+        trainer.resume_identity["the chat template"] = digest_of(loaded.tokenizer.replacement)
     return trainer
 
 
