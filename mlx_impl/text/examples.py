@@ -6,6 +6,7 @@ characters belong to a reply, or if it ends the reply's turn. The twin in refere
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -162,9 +163,8 @@ def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], al
     is_target = [all_tokens] * len(tokens)
     for turn in turns:
         end = turn_end(turn, tokens, starts, tokenizer.stop_ids)
-        for t in range(end):
-            if ends[t] > turn.start or starts[t] >= turn.start:
-                is_target[t] = turn.is_trained
+        first = min(bisect_right(ends, turn.start), bisect_left(starts, turn.start))
+        is_target[first:end] = [turn.is_trained] * (end - first)
     is_ended = end > 0 and tokens[end - 1] in tokenizer.stop_ids
     eos = [] if is_ended else [tokenizer.eos_id]
     return Example((*tokens[:end], *eos), (*is_target[:end], *(turn.is_trained for _ in eos)))
@@ -172,7 +172,8 @@ def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], al
 
 def turn_end(turn: Turn, tokens: Sequence[int], starts: Sequence[int], stop_ids: frozenset[int]) -> int:
     """The position after the turn's first stop token, or after its last word if it has no stop token."""
-    for t, (token, start) in enumerate(zip(tokens, starts, strict=True)):
-        if token in stop_ids and turn.end <= start < turn.next_start:
+    last = bisect_left(starts, turn.end)
+    for t in range(last, bisect_left(starts, turn.next_start)):
+        if tokens[t] in stop_ids:
             return t + 1
-    return sum(start < turn.end for start in starts)
+    return last

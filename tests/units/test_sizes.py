@@ -63,6 +63,7 @@ ELSEWHERE = {
     "run.memory_check.MAX_ROWS_CHECKED": "test_memory_check.py",
     "run.ranks.SLICE": "test_ranks.py",
     "text.data_files.MAX_LINE_BYTES": "test_data_files.py",
+    "text.turn_probe.MIN_TOGETHER": "test_turn_probe.py",
     "text.template_process.MAX_BYTES": "test_template_limits.py",
     "text.template_process.MAX_CPU_SECONDS": "test_template_limits.py",
     "text.template_process.MAX_SILENT_SECONDS": "test_template_limits.py",
