@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .settings import flags
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate_examples(
-    model: CausalLM, examples: list[Example], batch_size: int, console: Console
+    model: CausalLM, examples: Sequence[Example], batch_size: int, console: Console
 ) -> dict[str, Any]:
     """The object that --json prints; ValueError for a loss that is not finite."""
     from ..data import evaluation_batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def histogram(lengths: list[int]) -> list[dict[str, int]]:
     ]
 
 
-def padding_fraction(examples: list[Example], batching: str, args: argparse.Namespace) -> float:
+def padding_fraction(examples: Sequence[Example], batching: str, args: argparse.Namespace) -> float:
     """The fraction of an epoch's inputs that is padding, in the batches that `train` would make."""
     from ..batching import updates_an_epoch
     from ..data import num_inputs, training_windows

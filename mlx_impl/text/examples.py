@@ -7,13 +7,14 @@ characters belong to a reply, or if it ends the reply's turn. The twin in refere
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from ..config import require_choice
 from ..data import Example
 from .conversation import Conversation
+from .example_store import ExampleStore
 from .plain_text import encode_as_text, is_read_as_text
 from .rows import MAX_LISTED, bad_rows_remark
 from .shown import CHOICES
@@ -22,12 +23,14 @@ from .template import Rendered
 from .tokenizer import ChatTokenizer
 from .turns import TARGETS, Turn
 
+Progress = Callable[[Sequence[Conversation]], Iterable[Conversation]]
+
 
 @dataclass(frozen=True)
 class Encoded:
     """The examples of a file, and what the maximum length cut off or left out."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     max_tokens: int
     num_cut: int  # examples that were longer than max_tokens
     left_out: tuple[str, ...]  # "file:line" of each example without a target in its first max_tokens tokens
@@ -65,7 +68,7 @@ def encode_all(
     Raises ValueError where none is left, for a `targets` that is not one of TARGETS, and for a reply whose
     reasoning the chat template does not show, unless `reasoning` is "template".
     """
-    return encode_file(tokenizer, conversations, targets, max_tokens, reasoning).examples
+    return [*encode_file(tokenizer, conversations, targets, max_tokens, reasoning).examples]
 
 
 def encode_file(
@@ -75,12 +78,16 @@ def encode_file(
     max_tokens: int,
     reasoning: str = "require",
     skip_bad: bool = False,
+    progress: Progress = iter,
 ) -> Encoded:
-    """As `encode_all`, with a record of what was cut, left out and, if bad ones are skipped, of those."""
-    examples: list[Example] = []
+    """As `encode_all`, with a record of what was cut, left out and, if bad ones are skipped, of those.
+
+    `progress` yields the same conversations, and may show how many are done.
+    """
+    examples = ExampleStore()
     left_out, bad, num_cut, num_marked = [], [], 0, 0
     with closing(encode_or_error(tokenizer, conversations, targets, reasoning)) as results:
-        for conversation, whole in zip(conversations, results, strict=True):
+        for conversation, whole in zip(progress(conversations), results, strict=True):
             if isinstance(whole, ValueError):
                 if not skip_bad:
                     raise whole

@@ -82,7 +82,7 @@ def drawn(seed: int, num_pairs: int) -> list[dict[str, Any]]:
         messages = [*messages, {"role": "user", "content": draw.choice(TEXTS)}]
         if seed % 3 == 2 and draw.random() < 0.6:
             calls = [{"name": draw.choice("xy")}]
-            call = {"role": "assistant", "content": draw.choice(TEXTS), "tool_calls": calls}
+            call: dict[str, Any] = {"role": "assistant", "content": draw.choice(TEXTS), "tool_calls": calls}
             messages += [call, {"role": "tool", "content": draw.choice(("noon", "a", "OK"))}]
         messages.append({"role": "assistant", "content": draw.choice(TEXTS)})
     return messages

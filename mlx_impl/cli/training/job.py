@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ class PreparedJob:
     loaded: LoadedModel
     folder: RunFolder
     trainer: LoRATrainer
-    train: list[Example]
-    valid: list[Example]  # only those that are evaluated
+    train: Sequence[Example]
+    valid: Sequence[Example]  # only those that are evaluated
     num_valid: int  # of all validation examples
     questions: Questions
     remarks: list[str]  # on truncated and skipped examples and on short memory
@@ -130,7 +131,7 @@ def require_same_on_all_ranks(prepared: PreparedJob) -> None:
 
 
 def make_trainer(
-    job: Job, loaded: LoadedModel, train: list[Example], valid: list[Example], questions: Questions
+    job: Job, loaded: LoadedModel, train: Sequence[Example], valid: Sequence[Example], questions: Questions
 ) -> LoRATrainer:
     """The trainer at step 0, with the initial adapter where there is one."""
     training = train_config(job, [num_inputs(example) for example in train])
@@ -163,7 +164,7 @@ def require_separate_inputs(job: Job) -> None:
     require_no_overlap(job.folder, given)
 
 
-def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
+def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: Sequence[Example]) -> None:
     """Load the last saved state; keep step 0 where the run was stopped before its first save."""
     started = manifest.read(folder.path)
     require_same(folder.path, started.identity, trainer.identity(examples))
@@ -171,7 +172,7 @@ def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: list[
         trainer.resume(folder.state, examples)
 
 
-def evenly_spaced(examples: list[Example], most: int) -> list[Example]:
+def evenly_spaced(examples: Sequence[Example], most: int) -> Sequence[Example]:
     """At most `most` of the examples, evenly spaced; all of them for -1."""
     if most == -1 or len(examples) <= most:
         return examples

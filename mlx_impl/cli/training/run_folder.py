@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -88,7 +89,7 @@ class RunFolder:
         with atomic_write(self.path / "config.yaml") as part:
             part.write_text(text, encoding="utf-8")
 
-    def save(self, trainer: LoRATrainer, examples: list[Example], base_name: str) -> None:
+    def save(self, trainer: LoRATrainer, examples: Sequence[Example], base_name: str) -> None:
         """Write the training state and the adapter; NotFinite, before any write, if they are not finite."""
         self.register(self.state.name, *self.adapter_files())
         trainer.save(self.state, examples)

@@ -121,7 +121,7 @@ def complete(record: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     transformers 5 writes RoPE's base and scaling in `rope_parameters` alone, where mlx-lm 0.32 does not look
     for Llama and Qwen2; and mlx-lm's defaults are not always transformers'.
     """
-    values = {
+    values: dict[str, Any] = {
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,
