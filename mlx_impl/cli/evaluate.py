@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..run.memory_check import require_evaluation_memory
     from ..text.examples import encode_file
     from ..text.splits import read_split
-    from .screen.console import make_console, show_status
+    from .screen.console import make_console, progress_of, show_status
 
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     with show_status("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
     how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
-    encoded = encode_file(loaded.tokenizer, data.conversations, *how)
+    encoded = encode_file(
+        loaded.tokenizer, data.conversations, *how, progress=progress_of("encoding", console)
+    )
     examples = encoded.examples
     remarks = data.remarks("test") + encoded.remarks("test")
     remarks += require_evaluation_memory(loaded.model, examples, args.batch_size)

@@ -85,6 +85,7 @@ NO_SIZE = {
     "cli.inspect.MAX_BINS": SCREEN,
     "cli.screen.curve.MIN_SMOOTHED_STEPS": SCREEN,
     "cli.screen.curve.NUM_WINDOWS": SCREEN,
+    "cli.screen.examples.NUM_BEFORE": SCREEN,
     "cli.screen.report.EXAMPLES_SHOWN": SCREEN,
     "cli.screen.report.STEPS_PER_LINE": SCREEN,
     "cli.settings.config_file.MAX_TOML_BYTES": REFUSED,
