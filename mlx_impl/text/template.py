@@ -50,7 +50,7 @@ class ChatTemplate:
         tools: Tools = None,
     ) -> str:
         """The text that the model reads; ValueError if the template fails or exceeds a limit."""
-        shown = without_nulls([*messages])  # as transformers does it
+        shown = plain_messages(messages)
         request = {"messages": shown, "add_generation_prompt": add_generation_prompt, "tools": tools}
         return unwrap(self.process.ask(to_json(request) + b"\n")[0])
 
@@ -103,6 +103,14 @@ def to_json(value: Any) -> bytes:
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the messages must be values that JSON can hold: {error}") from None
+
+
+def plain_messages(messages: Sequence[Message]) -> Any:
+    """The messages without null values: None reaches no template."""
+    try:
+        return without_nulls([*messages])
+    except RecursionError as error:
         raise ValueError(f"the messages must be values that JSON can hold: {error}") from None
 
 
