@@ -10,13 +10,15 @@ every epoch.
 Every epoch takes each example once, in its own order. Nothing is dropped: the last batch may be smaller, and
 the last update of an epoch may have fewer micro-batches.
 Differs from reference/batching.py: packing finds the best fit by a sorted list; `window_rows` is given the
-rows, which are the same in every epoch; `updates_an_epoch` is a function, because `--epochs` needs it.
+rows, which are the same in every epoch; `updates_an_epoch` is a function, because `--epochs` needs it; the
+batches of an epoch are kept for its other updates.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,12 +65,35 @@ def window_rows(
     """The rows of each micro-batch of update `step`, counted from 0."""
     size = config.batch_size * config.grad_accumulation_steps
     epoch, index = divmod(step, -(-len(rows) // size))
-    random = np.random.default_rng([config.data_seed, epoch])
-    batches = chunks(random.permutation(len(rows)).tolist(), config.batch_size)
-    if config.batching == "grouped":
-        batches = group_by_length(batches, lengths, random)
+    batches = LAST_EPOCH.batches(epoch, rows, lengths, config)
     first = index * config.grad_accumulation_steps
     return [[rows[i] for i in batch] for batch in batches[first : first + config.grad_accumulation_steps]]
+
+
+class Epoch:
+    """The batches of an epoch, made for its first update and kept for the others."""
+
+    def __init__(self) -> None:
+        self.of: tuple[Any, ...] = ()  # what they were made of
+        self.made: list[list[int]] = []
+
+    def batches(
+        self, epoch: int, rows: Sequence[Row], lengths: Sequence[int], config: TrainConfig
+    ) -> list[list[int]]:
+        """Numbers of rows; made again for another epoch, configuration, list of rows or of lengths."""
+        how = epoch, config.data_seed, config.batch_size, config.batching
+        if not self.of or self.of[0] is not rows or self.of[1] is not lengths or self.of[2] != how:
+            self.of, self.made = (rows, lengths, how), epoch_batches(epoch, len(rows), lengths, config)
+        return self.made
+
+
+LAST_EPOCH = Epoch()
+
+
+def epoch_batches(epoch: int, num_rows: int, lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    random = np.random.default_rng([config.data_seed, epoch])
+    batches = chunks(random.permutation(num_rows).tolist(), config.batch_size)
+    return group_by_length(batches, lengths, random) if config.batching == "grouped" else batches
 
 
 def chunks(numbers: Sequence[int], size: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .settings import flags
@@ -24,6 +25,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("model")
     flags.add_model_flags(model)
     flags.add_dtype_flag(model)
+    flags.add_template_flags(model)
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("evaluation")
     add_folder(group, "--adapter-path", "evaluate with this adapter (default: none)")
@@ -36,17 +38,20 @@ def run(args: argparse.Namespace) -> None:
     from ..run.memory_check import require_evaluation_memory
     from ..text.examples import encode_file
     from ..text.splits import read_split
-    from .screen.console import make_console, show_status
+    from .screen.console import make_console, progress_of, show_status
 
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
     to_dtype(args.dtype)
+    template = flags.template_of(args)
     data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
     console = make_console(stderr=True)
     with show_status("reading the model", console):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
     how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
-    encoded = encode_file(loaded.tokenizer, data.conversations, *how)
+    encoded = encode_file(
+        loaded.tokenizer, data.conversations, *how, progress=progress_of("encoding", console)
+    )
     examples = encoded.examples
     remarks = data.remarks("test") + encoded.remarks("test")
     remarks += require_evaluation_memory(loaded.model, examples, args.batch_size)
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate_examples(
-    model: CausalLM, examples: list[Example], batch_size: int, console: Console
+    model: CausalLM, examples: Sequence[Example], batch_size: int, console: Console
 ) -> dict[str, Any]:
     """The object that --json prints; ValueError for a loss that is not finite."""
     from ..data import evaluation_batches

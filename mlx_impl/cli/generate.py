@@ -23,6 +23,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("model")
     flags.add_model_flags(model)
     flags.add_dtype_flag(model)
+    flags.add_template_flags(model)
     group = command.add_argument_group("generation")
     add_folder(group, "--adapter-path", "answer with this adapter (default: none)")
     group.add_argument(
@@ -55,12 +56,13 @@ def run(args: argparse.Namespace) -> None:
     require_at_least(1, "max_tokens", args.max_tokens)
     require_seed("seed", args.seed)
     to_dtype(args.dtype)
+    template = flags.template_of(args)
     sampling = Sampling(args.temperature, args.top_p)
     prompt = read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt
     messages(args.system, prompt)  # raises for what is no text, before the model is read
     console = make_console(stderr=True)
     with show_status("reading the model", console):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
     tokenizer = loaded.tokenizer
     prompt_tokens = encode_prompt(tokenizer, args.system, prompt)
     for remark in require_generation_memory(loaded.model, [prompt_tokens], args.max_tokens):

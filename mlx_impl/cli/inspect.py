@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from ..data import Example
     from ..text.examples import Encoded
     from ..text.rows import DataFile
-    from ..text.tokenizer import ChatTokenizer
 
 HELP = "show which tokens are trained on (reads no weights)"
 FILES = ("train", "valid", "test")
 MAX_BINS, MAX_BAR = 10, 40  # of the histogram of lengths: rows, and characters of the longest bar
-OPEN, CLOSE = "[[", "]]"  # around targets where there is no colour
-
-Span = tuple[str, bool]  # a text, and whether it is a target
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-    flags.add_model_flag(command.add_argument_group("model"))
+    model = command.add_argument_group("model")
+    flags.add_model_flag(model)
+    flags.add_template_flags(model)
     flags.add_data_flags(command.add_argument_group("data"))
     group = command.add_argument_group("inspection")
-    add_number(group, "--num-examples", 3, "how many training examples to print")
+    add_number(group, "--num-examples", 3, "how many training examples to print, and how many dropped rows")
+    add_number(
+        group, "--num-tokens", 40, "how many tokens of each to print, from a little before its first target"
+    )
     add_json_flag(group)
 
 
@@ -41,26 +42,35 @@ def run(args: argparse.Namespace) -> None:
     from ..text.data_folder import require_files
     from ..text.examples import encode_file
     from ..text.splits import read_optional_split, read_split
-    from .screen.console import make_console
+    from .screen.console import make_console, progress_of
+    from .screen.examples import first_dropped, first_examples, spans_of
 
-    for flag, least in (("batch_size", 1), ("max_seq_length", 1), ("num_examples", 0)):
+    for flag, least in (("batch_size", 1), ("max_seq_length", 1), ("num_examples", 0), ("num_tokens", 0)):
         require_at_least(least, flag, getattr(args, flag))
     folder, reading = flags.data_folder(args.data), flags.reading_of(args)
+    template = flags.template_of(args)
     files = {"train": read_split(folder, "train", reading)}
     files |= {name: read_optional_split(folder, name, reading) for name in FILES[1:]}
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, template)
     how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
+    progress = progress_of("encoding", make_console(stderr=True))
     encoded = {
-        name: encode_file(tokenizer, file.conversations, *how)
+        name: encode_file(tokenizer, file.conversations, *how, progress=progress)
         for name, file in files.items()
         if file.conversations
     }
     train = encoded["train"].examples
+    rows, count, marking = files["train"].conversations, args.num_examples, (how[0], args.reasoning)
     result = {
         "files": {name: file_statistics(files[name], file) for name, file in encoded.items()},
         "lengths": histogram([len(example.tokens) for example in train]),
         "padding": {batching: padding_fraction(train, batching, args) for batching in BATCHINGS},
-        "examples": [spans_of(tokenizer, example) for example in train[: args.num_examples]],
+        "examples": [spans_of(tokenizer, example) for example in train[:count]],
+        "shown": first_examples(tokenizer, rows, encoded["train"], marking, count, args.num_tokens),
+        "dropped": {
+            name: first_dropped(tokenizer, files[name].conversations, file, files[name].bad, marking, count)
+            for name, file in encoded.items()
+        },
     }
     if args.json:
         print(json.dumps(result))
@@ -95,7 +105,7 @@ def histogram(lengths: list[int]) -> list[dict[str, int]]:
     ]
 
 
-def padding_fraction(examples: list[Example], batching: str, args: argparse.Namespace) -> float:
+def padding_fraction(examples: Sequence[Example], batching: str, args: argparse.Namespace) -> float:
     """The fraction of an epoch's inputs that is padding, in the batches that `train` would make."""
     from ..batching import updates_an_epoch
     from ..data import num_inputs, training_windows
@@ -108,17 +118,14 @@ def padding_fraction(examples: list[Example], batching: str, args: argparse.Name
     return 1 - sum(tokens for _, tokens in batches) / sum(size for size, _ in batches)
 
 
-def spans_of(tokenizer: ChatTokenizer, example: Example) -> list[Span]:
-    """The example's text, split where targets begin and end. The first token is never a target."""
-    marks = zip(example.tokens, (False, *example.is_target[1:]), strict=True)
-    runs = groupby(marks, key=lambda mark: mark[1])
-    return [
-        (tokenizer.decode_with_special([token for token, _ in run]), is_target) for is_target, run in runs
-    ]
-
-
 def print_inspection(result: dict[str, Any], path: Path, console: Console) -> None:
-    print_examples(result["examples"], path, console)
+    from .screen.console import printable
+    from .screen.examples import print_examples
+
+    print_examples(result["examples"], result.get("shown", []), str(path), console)
+    for name, sentences in result.get("dropped", {}).items():
+        for sentence in sentences:
+            console.print(f"{name}, dropped: {printable(sentence)}")
     for name, file in result["files"].items():
         fraction = file["num_targets"] / file["num_tokens"]
         console.print(
@@ -128,23 +135,6 @@ def print_inspection(result: dict[str, Any], path: Path, console: Console) -> No
     print_histogram(result["lengths"], console)
     fractions = ", ".join(f"{batching} {padding:.1%}" for batching, padding in result["padding"].items())
     console.print(f"padding in the training batches, by --batching: {fractions}")
-
-
-def print_examples(examples: list[list[Span]], path: Path, console: Console) -> None:
-    from rich.text import Text
-
-    from .screen.console import printable
-
-    is_coloured = console.color_system is not None and not console.no_color
-    legend = "targets are green" if is_coloured else f"targets are between {OPEN} and {CLOSE}"
-    if examples:
-        console.print(f"{path}, the first examples; {legend}")
-    for spans in examples:
-        text = Text()
-        for span, is_target in spans:
-            marked = f"{OPEN}{span}{CLOSE}" if is_target and not is_coloured else span
-            text.append(printable(marked), "green" if is_target else "dim")
-        console.print(text, end="\n\n")
 
 
 def print_histogram(rows: list[dict[str, int]], console: Console) -> None:

@@ -37,6 +37,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("model")
     flags.add_model_flags(model)
     flags.add_dtype_flag(model)
+    flags.add_template_flags(model)
     flags.add_data_flags(command.add_argument_group("data"))
     add_lora_flags(command.add_argument_group("adapter"))
     add_training_flags(command.add_argument_group("training"))
@@ -105,6 +106,7 @@ def job_of(args: argparse.Namespace, path: Path, ranks: Ranks | None = None) -> 
         "training": training,
         "targets": targets,
         "reading": flags.reading_of(args),
+        "template": flags.template_of(args),
         "compiled": args.compile,
         "ranks": ranks,
         "settings": resolved_settings(args, lora, **saved),

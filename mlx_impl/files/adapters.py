@@ -6,19 +6,23 @@ does not notice a missing tensor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
 from ..config import LoRAConfig
-from ..disk.files import one_line
+from ..disk.files import atomic_write, one_line
 from ..disk.folders import atomic_folder
 from ..disk.output_folder import require_no_overlap
 from ..lora import add_lora, lora_layers, lora_parameters
 from ..model import CausalLM
-from ..targets import AnyLinear, select_targets
-from .checkpoint import LoadedModel, load_model, require_shapes
+from ..targets import AnyLinear, linears_of_last_blocks, select_targets
+from ..text.template_choice import FILE as TEMPLATE_FILE
+from ..text.template_choice import TemplateChoice, template_of_adapter
+from .checkpoint import OWN, LoadedModel, load_model, require_shapes
 from .formats import mlx_lm, peft
 from .formats.adapter_conversion import to_mlx_lm, to_peft
 from .formats.factors import CONFIG, AdapterFile, split_block
@@ -31,17 +35,25 @@ def adapter_format(folder: Path) -> str:
     found = [name for name, form in FORMATS.items() if (folder / form.FILE).exists()]
     if len(found) != 1:
         files = f"PEFT's {peft.FILE} or mlx-lm's {mlx_lm.FILE}"
+        if not found and (folder / "adapter_model.bin").exists():
+            raise ValueError(f"{folder}: must hold {files}; save its pickle adapter_model.bin anew with PEFT")
         raise ValueError(f"{folder}: must hold {files}, and holds {'both' if found else 'neither'}")
     return found[0]
 
 
 def save_adapter(
-    model: CausalLM, config: LoRAConfig, folder: Path, base_name: str, form: str = "peft"
+    model: CausalLM,
+    config: LoRAConfig,
+    folder: Path,
+    base_name: str,
+    form: str = "peft",
+    chat_template: str | None = None,
 ) -> None:
     """Write tensors and configuration, each file atomically; the folder is created if needed.
 
-    `form` is "peft" or "mlx-lm". Raises ValueError if the folder holds an adapter in the other format, since
-    both formats keep their configuration in a file of the same name; and for a configuration that is not that
+    `form` is "peft" or "mlx-lm". A chat template that is not the model's own is written beside them. Raises
+    ValueError if the folder holds an adapter in the other format, since both formats keep their configuration
+    in a file of the same name; and for a configuration that is not that
     of the model's adapter, with which the factors would be another one.
     """
     require_no_other_format(folder, form)
@@ -50,6 +62,9 @@ def save_adapter(
         raise ValueError(f"the configuration must be that of the model's adapter, {model.lora}, got {config}")
     folder.mkdir(parents=True, exist_ok=True)
     FORMATS[form].write(folder, to_mlx_lm(adapter) if form == "mlx-lm" else adapter)
+    if chat_template is not None:
+        with atomic_write(folder / TEMPLATE_FILE) as path:
+            path.write_bytes(chat_template.encode())
 
 
 def is_same_adapter(one: LoRAConfig, other: LoRAConfig) -> bool:
@@ -91,14 +106,30 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
     """
     form = FORMATS[adapter_format(folder)]
     adapter = form.read(folder)
-    require_same_model(model, adapter, folder)
+    made_for = base_of(adapter.record)
     try:
-        if form is mlx_lm:
-            require_selected(model, adapter)
-            adapter = to_peft(adapter)
-        config = peft.to_config(adapter.record, len(model.model.layers))
+        require_same_model(model, adapter, folder)
+        try:
+            if form is mlx_lm:
+                require_selected(model, adapter)
+                adapter = to_peft(adapter)
+            config = peft.to_config(adapter.record, [*linears_of_last_blocks(model, -1)])
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from None
+        require_fit(model, adapter, config, form, folder)
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
+        raise ValueError(f"{error}{made_for}") from None
+    add_lora(model, config)
+    ours = [(name, mx.contiguous(array).astype(mx.float32)) for name, array in adapter.tensors.items()]
+    model.load_weights(ours, strict=False)
+    mx.eval(model.parameters())
+    return config
+
+
+def require_fit(
+    model: CausalLM, adapter: AdapterFile, config: LoRAConfig, form: ModuleType, folder: Path
+) -> None:
+    """ValueError unless the factors are those of this configuration in this model."""
     expected: dict[str, tuple[int, ...]] = {}
     try:
         targets = select_targets(model, config)
@@ -110,11 +141,12 @@ def load_adapter(model: CausalLM, folder: Path) -> LoRAConfig:
         if config.use_dora:
             expected[f"{target.name}.magnitude"] = (target.num_out,)
     require_adapter_shapes(adapter, expected, form, folder)
-    add_lora(model, config)
-    ours = [(name, mx.contiguous(array).astype(mx.float32)) for name, array in adapter.tensors.items()]
-    model.load_weights(ours, strict=False)
-    mx.eval(model.parameters())
-    return config
+
+
+def base_of(record: dict[str, Any]) -> str:
+    """The end of a sentence that names the base model for which the adapter was made, if its record does."""
+    base = record.get("base_model_name_or_path") or record.get("model")
+    return f"; the adapter was made for {one_line(base)}" if isinstance(base, str) and base else ""
 
 
 def require_selected(model: CausalLM, adapter: AdapterFile) -> None:
@@ -167,18 +199,25 @@ def convert_adapter(folder: Path, target: Path, to: str) -> str:
     except ValueError as error:
         has_path = str(error).startswith(str(folder))  # the folder's, or a file's in it
         raise ValueError(str(error) if has_path else f"{folder}: {error}") from None
+    template = template_of_adapter(folder)
     with atomic_folder(target) as part:
         for name in (FORMATS[to].FILE, CONFIG):
             part.file(name)
         FORMATS[to].write(part.path, converted)
+        if template is not None:
+            part.file(TEMPLATE_FILE).write_bytes(template.encode())
     return source
 
 
 def load_with_adapter(
-    model: str | Path | None, adapter: Path | None, dequantize: bool = False, dtype: str = "float32"
+    model: str | Path | None,
+    adapter: Path | None,
+    dequantize: bool = False,
+    dtype: str = "float32",
+    template: TemplateChoice = OWN,
 ) -> LoadedModel:
-    """`load_model`, then `load_adapter` if there is an adapter."""
-    loaded = load_model(model, dequantize, dtype)
+    """`load_model`, then `load_adapter` if there is an adapter, whose chat template is used if it has one."""
+    loaded = load_model(model, dequantize, dtype, replace(template, adapter=adapter))
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     return loaded

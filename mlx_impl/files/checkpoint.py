@@ -20,6 +20,7 @@ from ..disk.files import require_file
 from ..lora import dense_weight_OI
 from ..machine.memory_limits import require_bytes
 from ..model import CausalLM
+from ..text.template_choice import TemplateChoice
 from ..text.tokenizer import ChatTokenizer
 from . import quantized
 from .formats.gguf import read_gguf, read_metadata
@@ -37,6 +38,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 DEQUANTIZING_EIGHTHS = 11  # peak memory of dequantizing, in eighths of its result: measured
+OWN = TemplateChoice()  # the model's own chat template
 MAX_WEIGHTS_PER_WORD = 16  # in a uint32 word, at 2 bits, the fewest that MLX has
 
 
@@ -48,7 +50,12 @@ class LoadedModel:
     path: Path  # the folder, or the GGUF file
 
 
-def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = "float32") -> LoadedModel:
+def load_model(
+    model: str | Path | None,
+    dequantize: bool = False,
+    dtype: str = "float32",
+    template: TemplateChoice = OWN,
+) -> LoadedModel:
     """The model at a path or of a name on the hub; SmolLM2-135M-Instruct for None.
 
     Weights become float32 or bfloat16. MLX-quantized weights stay quantized unless `dequantize` is set, with
@@ -62,7 +69,7 @@ def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = 
             name: cast_finite(f"{path}: the tensor {name}", mx.array(arrays.pop(name)), kind)
             for name in list(arrays)
         }
-        tokenizer = tokenizer_from_gguf(metadata, path)
+        tokenizer = tokenizer_from_gguf(metadata, path, template)
         quantizations: dict[str, Quantization] = {}
     else:
         config = read_config(path)
@@ -70,7 +77,7 @@ def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = 
         weights = read_folder(path, kind)
         quantized_names = {n.removesuffix(".scales") for n in weights if n.endswith(".scales")}
         quantizations = read_quantizations(path, quantized_names)
-        tokenizer = tokenizer_from_folder(path)
+        tokenizer = tokenizer_from_folder(path, template)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: token ids must be below the model's vocabulary size {config.vocab_size}, "
@@ -86,10 +93,12 @@ def load_model(model: str | Path | None, dequantize: bool = False, dtype: str = 
     return LoadedModel(str(model) if is_from_hub else path.name, built, tokenizer, path)
 
 
-def load_tokenizer(model: str | Path | None) -> ChatTokenizer:
+def load_tokenizer(model: str | Path | None, template: TemplateChoice = OWN) -> ChatTokenizer:
     """The tokenizer that `load_model` would load, without reading any weights."""
     path = locate(model, TEXT_FILES)
-    return tokenizer_from_gguf(read_metadata(path), path) if path.is_file() else tokenizer_from_folder(path)
+    if path.is_file():
+        return tokenizer_from_gguf(read_metadata(path), path, template)
+    return tokenizer_from_folder(path, template)
 
 
 def locate(model: str | Path | None, files: tuple[str, ...]) -> Path:

@@ -22,12 +22,14 @@ from ..disk.folders import TemporaryFolder, atomic_folder
 from ..disk.output_folder import require_new_folder, require_no_overlap
 from ..lora import FACTORS, dense_weight_OI, lora_layers
 from ..model import CausalLM
+from ..text.template_choice import FILE as TEMPLATE_FILE
+from ..text.template_choice import template_of_adapter
 from .adapters import load_adapter
 from .checkpoint import LoadedModel, without_stored_head
 from .formats.gguf_file import read_container
 from .formats.gguf_vocabulary import read_vocabulary
 from .formats.hf_config import read_config
-from .formats.hf_folder import copy_side_files, to_json, write_json, write_tokenizer, write_weights
+from .formats.hf_folder import complete, copy_side_files, to_json, write_json, write_tokenizer, write_weights
 from .formats.safetensors import load, shards, tensor_dtypes
 from .precision import dtype_of
 from .quantized import Plain, Quantized
@@ -88,9 +90,11 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     fusion.survival.is_quantized = has_quantized and not dequantize
     with atomic_folder(folder) as part:
         if loaded.path.is_dir():
-            write_description(loaded.path, part, dequantize)
+            write_description(loaded, part, dequantize)
         else:
             write_gguf_description(loaded, part)
+        if (template := template_of_adapter(adapter)) is not None:
+            part.file(TEMPLATE_FILE).write_bytes(template.encode())
         write_weights(part, fusion.tensors(), "mlx" if fusion.survival.is_quantized else "pt")
         fusion.survival.require_finite_sums()
         if read_config(part.path) != loaded.model.config:
@@ -98,14 +102,17 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
     return fusion.survival
 
 
-def write_description(source: Path, folder: TemporaryFolder, dequantize: bool) -> None:
-    """Copy the base's configuration, without its quantization if it is dequantized, and its tokenizer."""
-    copy_side_files(source, folder)
+def write_description(loaded: LoadedModel, folder: TemporaryFolder, dequantize: bool) -> None:
+    """Write the base's configuration, without its quantization if it is dequantized, and its tokenizer."""
+    copy_side_files(loaded.path, folder)
     written = folder.file("config.json")
-    shutil.copyfile(source / "config.json", written)
-    config = read_json_object(source / "config.json")
-    if dequantize and any(config.pop(key, None) for key in QUANTIZATION_KEYS):
-        write_json(written, {k: v for k, v in config.items() if k not in QUANTIZATION_KEYS})
+    shutil.copyfile(loaded.path / "config.json", written)
+    stored = read_json_object(written)
+    config = complete(stored, loaded.model.config)
+    if dequantize and any(config.get(key) for key in QUANTIZATION_KEYS):
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if config != stored:
+        write_json(written, config)
 
 
 def write_gguf_description(loaded: LoadedModel, folder: TemporaryFolder) -> None:

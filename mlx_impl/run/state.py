@@ -71,8 +71,16 @@ def identify(
 
 
 def digest_of_examples(examples: Sequence[Example]) -> str:
-    rows = [[list(map(int, example.tokens)), list(map(bool, example.is_target))] for example in examples]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    """sha256 of the examples as JSON. Of a sequence with a memo, which never changes, it is computed once."""
+    memo: dict[str, str] = getattr(examples, "memo", {})
+    if "digest" not in memo:
+        digest = hashlib.sha256(b"[")
+        for number, example in enumerate(examples):
+            row = [list(map(int, example.tokens)), list(map(bool, example.is_target))]
+            digest.update((", " if number else "").encode() + json.dumps(row).encode())
+        digest.update(b"]")
+        memo["digest"] = digest.hexdigest()
+    return memo["digest"]
 
 
 def digest_of_base(model: CausalLM) -> str:

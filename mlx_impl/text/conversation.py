@@ -8,7 +8,7 @@ from typing import Any
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and "tool_calls" and other keys that templates read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One row of a data file: messages for the chat template, or a plain text."""
 

@@ -6,13 +6,15 @@ characters belong to a reply, or if it ends the reply's turn. The twin in refere
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from ..config import require_choice
 from ..data import Example
 from .conversation import Conversation
+from .example_store import ExampleStore
 from .plain_text import encode_as_text, is_read_as_text
 from .rows import MAX_LISTED, bad_rows_remark
 from .shown import CHOICES
@@ -21,12 +23,14 @@ from .template import Rendered
 from .tokenizer import ChatTokenizer
 from .turns import TARGETS, Turn
 
+Progress = Callable[[Sequence[Conversation]], Iterable[Conversation]]
+
 
 @dataclass(frozen=True)
 class Encoded:
     """The examples of a file, and what the maximum length cut off or left out."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     max_tokens: int
     num_cut: int  # examples that were longer than max_tokens
     left_out: tuple[str, ...]  # "file:line" of each example without a target in its first max_tokens tokens
@@ -64,7 +68,7 @@ def encode_all(
     Raises ValueError where none is left, for a `targets` that is not one of TARGETS, and for a reply whose
     reasoning the chat template does not show, unless `reasoning` is "template".
     """
-    return encode_file(tokenizer, conversations, targets, max_tokens, reasoning).examples
+    return [*encode_file(tokenizer, conversations, targets, max_tokens, reasoning).examples]
 
 
 def encode_file(
@@ -74,12 +78,16 @@ def encode_file(
     max_tokens: int,
     reasoning: str = "require",
     skip_bad: bool = False,
+    progress: Progress = iter,
 ) -> Encoded:
-    """As `encode_all`, with a record of what was cut, left out and, if bad ones are skipped, of those."""
-    examples: list[Example] = []
+    """As `encode_all`, with a record of what was cut, left out and, if bad ones are skipped, of those.
+
+    `progress` yields the same conversations, and may show how many are done.
+    """
+    examples = ExampleStore()
     left_out, bad, num_cut, num_marked = [], [], 0, 0
     with closing(encode_or_error(tokenizer, conversations, targets, reasoning)) as results:
-        for conversation, whole in zip(conversations, results, strict=True):
+        for conversation, whole in zip(progress(conversations), results, strict=True):
             if isinstance(whole, ValueError):
                 if not skip_bad:
                     raise whole
@@ -162,9 +170,8 @@ def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], al
     is_target = [all_tokens] * len(tokens)
     for turn in turns:
         end = turn_end(turn, tokens, starts, tokenizer.stop_ids)
-        for t in range(end):
-            if ends[t] > turn.start or starts[t] >= turn.start:
-                is_target[t] = turn.is_trained
+        first = min(bisect_right(ends, turn.start), bisect_left(starts, turn.start))
+        is_target[first:end] = [turn.is_trained] * (end - first)
     is_ended = end > 0 and tokens[end - 1] in tokenizer.stop_ids
     eos = [] if is_ended else [tokenizer.eos_id]
     return Example((*tokens[:end], *eos), (*is_target[:end], *(turn.is_trained for _ in eos)))
@@ -172,7 +179,8 @@ def mark_targets(tokenizer: ChatTokenizer, whole: str, turns: Sequence[Turn], al
 
 def turn_end(turn: Turn, tokens: Sequence[int], starts: Sequence[int], stop_ids: frozenset[int]) -> int:
     """The position after the turn's first stop token, or after its last word if it has no stop token."""
-    for t, (token, start) in enumerate(zip(tokens, starts, strict=True)):
-        if token in stop_ids and turn.end <= start < turn.next_start:
+    last = bisect_left(starts, turn.end)
+    for t in range(last, bisect_left(starts, turn.next_start)):
+        if tokens[t] in stop_ids:
             return t + 1
-    return sum(start < turn.end for start in starts)
+    return last

@@ -6,6 +6,7 @@ and `weight`.
 
 from __future__ import annotations
 
+from sys import intern
 from typing import Any
 
 from ..disk.files import one_line
@@ -62,7 +63,7 @@ def read_message(raw: Any) -> Message:
     """One message; ValueError, as the rest of a sentence, for what cannot be read."""
     if not isinstance(raw, dict):
         raise ValueError(f"must be an object, got {type(raw).__name__}")
-    message = dict(raw)
+    message = {intern(key): value for key, value in raw.items()}  # JSON makes a new key for each row
     if "from" in message and "role" not in message:
         message = from_sharegpt(message)
     for key, advice in REFUSED.items():
@@ -75,6 +76,7 @@ def read_message(raw: Any) -> Message:
         message["content"] = joined_text(message["content"])
     if "tool_calls" in message:
         message["tool_calls"] = [read_call(call) for call in list_of("tool_calls", message["tool_calls"])]
+    message["role"] = intern(message["role"])
     is_reply = message["role"] == "assistant"
     if "content" not in message and not (is_reply and message.get("tool_calls")):
         raise ValueError('must have a text as "content", and has none')

@@ -10,6 +10,7 @@ from typing import Any
 
 from .conversation import Message
 from .reasoning import REASONING
+from .shown_at_once import Changed, are_calls_shown, free_marks, shows_all
 from .turns import free_marker
 
 Render = Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
@@ -28,11 +29,11 @@ def require_tools_shown(
     without: dict[str, tuple[Sequence[Message], Sequence[Any] | None]] = {}
     if tools:
         without['"tools"'] = messages, None
-    for i, message in enumerate(messages):
-        if message.get("tool_calls"):
-            no_calls = {key: value for key, value in message.items() if key != "tool_calls"}
-            others = [*messages[:i], no_calls, *messages[i + 1 :]]
-            without[f'the "tool_calls" of message {i + 1}'] = others, tools
+    callers = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    for i in [] if are_calls_shown(render, whole, messages, tools, callers) else callers:
+        no_calls = {key: value for key, value in messages[i].items() if key != "tool_calls"}
+        others = [*messages[:i], no_calls, *messages[i + 1 :]]
+        without[f'the "tool_calls" of message {i + 1}'] = others, tools
     for name, (other_messages, other_tools) in without.items():
         try:
             other = render(other_messages, False, other_tools)
@@ -40,6 +41,24 @@ def require_tools_shown(
             continue
         if other == whole:
             raise ValueError(f"the chat template must show {name}, and does not")
+
+
+def is_all_reasoning_shown(
+    render: Render,
+    whole: str,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    numbers: Sequence[int],
+) -> bool:
+    """Whether two renderings show the reasoning of all these messages: in fields, and in the texts."""
+    marks = dict(zip(numbers, free_marks(whole), strict=False))
+    if len(marks) < len(numbers) or len(numbers) < 2:
+        return False
+    variants: list[Changed] = [{}, {}]
+    for i, mark in marks.items():
+        for changed, (_, other, _) in zip(variants, with_reasoning_replaced(messages[i], mark), strict=False):
+            changed[i] = mark, other
+    return all(shows_all(render, messages, tools, changed) for changed in variants if changed)
 
 
 def has_reasoning(message: Message) -> bool:
@@ -54,7 +73,7 @@ def require_reasoning_shown(
     numbers: Sequence[int],
 ) -> None:
     """ValueError if the text does not depend on the reasoning of one of the messages with these numbers."""
-    for i in numbers:
+    for i in [] if is_all_reasoning_shown(render, whole, messages, tools, numbers) else numbers:
         marker = free_marker(whole)
         for name, other, advice in with_reasoning_replaced(messages[i], marker):
             try:

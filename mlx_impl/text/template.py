@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .conversation import Message
+from .messages import without_nulls
 from .template_process import acquire_process, release_process
 from .turns import Turn
 
@@ -49,7 +50,8 @@ class ChatTemplate:
         tools: Tools = None,
     ) -> str:
         """The text that the model reads; ValueError if the template fails or exceeds a limit."""
-        request = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
+        shown = plain_messages(messages)
+        request = {"messages": shown, "add_generation_prompt": add_generation_prompt, "tools": tools}
         return unwrap(self.process.ask(to_json(request) + b"\n")[0])
 
     def render_with_turns(self, rows: Iterable[Row]) -> Generator[Rendered | ValueError]:
@@ -101,6 +103,14 @@ def to_json(value: Any) -> bytes:
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the messages must be values that JSON can hold: {error}") from None
+
+
+def plain_messages(messages: Sequence[Message]) -> Any:
+    """The messages without null values: None reaches no template."""
+    try:
+        return without_nulls([*messages])
+    except RecursionError as error:
         raise ValueError(f"the messages must be values that JSON can hold: {error}") from None
 
 

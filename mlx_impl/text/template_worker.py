@@ -31,7 +31,7 @@ from ..disk.files import one_line
 from .conversation import Message, is_text
 from .shown import require_reasoning_shown, require_tools_shown
 from .tool_calls import with_empty_content, with_text_arguments
-from .turns import find_turns
+from .turn_probe import find_all_turns
 
 # A rendering may have MIN_LENGTH_LIMIT characters, plus LENGTH_PER_BYTE for each byte of its request.
 MIN_LENGTH_LIMIT, LENGTH_PER_BYTE = 2**20, 16
@@ -121,7 +121,7 @@ class Templates:
         whole = self.render(messages, False, tools)
         require_tools_shown(self.render, whole, messages, tools)
         require_reasoning_shown(self.render, whole, messages, tools, with_reasoning)
-        turns = find_turns(partial(self.render, tools=tools), whole, messages, chosen)
+        turns = find_all_turns(partial(self.render, tools=tools), whole, messages, chosen)
         return [whole, [astuple(turn) for turn in turns]]
 
 

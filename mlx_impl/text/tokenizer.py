@@ -39,6 +39,7 @@ class ChatTokenizer:
         self.bos_id: int | None = tokenizer.token_to_id(bos_token)
         self.special_tokens = {"eos_token": eos_token, "bos_token": bos_token}
         self.template = None if template is None else ChatTemplate(template, self.special_tokens)
+        self.replacement: str | None = None  # a chat template in place of the model's own
         self.stop_ids = frozenset({eos_id, *eos_ids, *self.end_of_turn_ids()})
 
     @property

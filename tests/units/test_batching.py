@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
-from mlx_impl.batching import pack_rows, rows_of, window_rows
+from mlx_impl.batching import epoch_batches, pack_rows, rows_of, window_rows
 from mlx_impl.config import TrainConfig
 
 LENGTHS = np.random.default_rng(3).integers(1, 40, 61).tolist()
@@ -35,3 +36,27 @@ def test_packed_rows_hold_at_most_the_maximum_and_few_are_needed() -> None:
     assert max(sums) <= 50
     assert len(rows) <= 1.22 * -(-sum(LENGTHS) // 50) + 1  # best-fit decreasing: 11/9 of the optimum, + 1
     assert pack_rows([60, 3], 50, seed=0) == [(0,), (1,)]  # one too long is alone
+
+
+@pytest.mark.parametrize("batching", ["plain", "grouped", "packed"])
+def test_an_epochs_order_is_made_once_and_not_for_every_update(
+    monkeypatch: pytest.MonkeyPatch, batching: str
+) -> None:
+    """The updates of two lists of examples, asked for in turn, are still each list's own."""
+    training = config(batching)
+    rows, others = rows_of(LENGTHS, training), rows_of(LENGTHS[::-1], training)
+    made: list[int] = []
+
+    def counted(epoch: int, *given: Any) -> list[list[int]]:
+        made.append(epoch)
+        return epoch_batches(epoch, *given)
+
+    monkeypatch.setattr("mlx_impl.batching.epoch_batches", counted)
+    num_steps = 2 * -(-len(rows) // 3)
+    once = [window_rows(step, rows, LENGTHS, training) for step in range(num_steps)]
+    assert made == [0, 1]
+    in_turn = []
+    for step in range(num_steps):
+        window_rows(step, others, LENGTHS[::-1], training)
+        in_turn.append(window_rows(step, rows, LENGTHS, training))
+    assert in_turn == once

@@ -327,3 +327,19 @@ def test_for_an_update_lost_in_half_precision_the_advice_is_not_to_dequantize(
     warning = capsys.readouterr().err
     assert "to have it whole, keep the adapter beside the model" in warning
     assert "--dequantize" not in warning
+
+
+def test_a_fused_folder_says_the_rope_where_every_program_looks(tmp_path: Path) -> None:
+    """transformers 5 writes `rope_parameters` alone; others read `rope_theta` and `rope_scaling`."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"original_max_position_embeddings": 40}
+    base = write_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    left_out = ("rope_theta", "rope_scaling", "head_dim", "tie_word_embeddings")
+    config = {key: value for key, value in config.items() if key not in left_out}
+    config["rope_parameters"] = {**llama3, "rope_theta": 500.0}
+    (base / "config.json").write_text(json.dumps(config))
+    fuse(load_model(base), write_adapter(base, tmp_path / "adapter"), tmp_path / "fused", dequantize=False)
+    written = json.loads((tmp_path / "fused" / "config.json").read_text())
+    more = {"rope_theta": 500.0, "rope_scaling": llama3, "head_dim": 8, "tie_word_embeddings": False}
+    assert written == config | more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,39 @@ def test_the_statistics_match_a_count_by_hand(
     assert result["examples"] == [
         [["<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n", False], ["c<|im_end|>", True]]
     ]
+
+
+def test_the_first_examples_are_shown_with_their_place_their_tokens_and_what_was_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bytes; the last reply of the second begins at token 26 and is cut after two."""
+    data = write_lines(tmp_path / "data", conversation_line("x" * 90, "y"), conversation_line("ab", "cdefg"))
+    model = write_folder(tmp_path / "model")
+    command = ["inspect", "--model", str(model), "--data", str(data), "--max-seq-length", str(PROMPT + 4)]
+    assert main([*command, "--num-tokens", "6"]) == 0
+    shown = capsys.readouterr().out
+    assert f"train.jsonl:2: cut to {PROMPT + 4} of {PROMPT + 8} tokens, 2 of them targets\n" in shown
+    assert re.search(rf"tokens {PROMPT - 1} to {PROMPT + 4}: \d+ 'a' \d+ 'n' \d+ 't' \d+ '\\n' \[\[", shown)
+    assert re.search(r"\[\[\d+ 'c' \d+ 'd'\]\]\n", shown)
+    why = f"its first target is token {PROMPT + 91} of {PROMPT + 92}, beyond the maximum of {PROMPT + 4}"
+    assert f"train.jsonl:1: {why}\n" in shown
+    assert main([*command, "--num-tokens", "0", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [shown["where"] for shown in result["shown"]] == [f"{data / 'train.jsonl'}:2"]
+    assert result["dropped"] == {"train": [f"{data / 'train.jsonl'}:1: {why}"]}
+
+
+def test_each_dropped_row_has_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = {"role": "assistant", "content": "b", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "a"}, silent]}, {"nothing": 1}]
+    lines = [json.dumps(row) for row in rows]
+    data = write_lines(tmp_path / "data", *lines, conversation_line("ab", "c"))
+    model = write_folder(tmp_path / "model")
+    assert main(["inspect", "--model", str(model), "--data", str(data), "--skip-bad"]) == 0
+    shown = capsys.readouterr().out
+    assert f"train, dropped: {data / 'train.jsonl'}:2: a row must have" in shown
+    assert re.search(r"train, dropped: .*train\.jsonl:1: none of its \d+ tokens is a target\n", shown)
+    assert "train.jsonl:3: " in shown
 
 
 def test_targets_are_coloured_on_a_terminal() -> None:

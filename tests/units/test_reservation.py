@@ -25,7 +25,7 @@ from mlx_impl.cli.training.manifest import FILES
 from mlx_impl.cli.training.run_folder import RunFolder
 from mlx_impl.disk.files import PROCESS_TOKEN
 from tests.nightly import mostly_at_night
-from tests.tiny_folder import write_data, write_folder
+from tests.tiny_folder import TEMPLATE, write_data, write_folder
 
 TINY_RUN = ["--rank", "2", "--iters", "2", "--batch-size", "4", "--num-questions", "0", "--blas", "off"]
 NAMES = (*FILES, "manifest.json", ".mlx_impl.lock", "adapter_model.part.safetensors", "best/photo.jpg")
@@ -33,8 +33,11 @@ NAMES = (*FILES, "manifest.json", ".mlx_impl.lock", "adapter_model.part.safetens
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model, data = (tmp_path_factory.mktemp(name) for name in ("model", "data"))
-    return ["--model", str(write_folder(model)), "--data", str(write_data(data))]
+    """With a chat template of the user's own, so that a run has every file that a run may have."""
+    model, data, own = (tmp_path_factory.mktemp(name) for name in ("model", "data", "own"))
+    (own / "own.jinja").write_text(f"{{# mine #}}{TEMPLATE}")
+    given = ["--model", str(write_folder(model)), "--data", str(write_data(data))]
+    return [*given, "--chat-template", str(own / "own.jinja")]
 
 
 @pytest.fixture(scope="module")

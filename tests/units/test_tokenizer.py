@@ -60,8 +60,11 @@ def test_a_template_that_fails_is_an_error(tmp_path: Path, template: str, messag
     [
         ({"eos_token": None}, "the end-of-turn token '' must be in the vocabulary"),
         ({"eos_token": "</s>"}, "the end-of-turn token '</s>' must be in the vocabulary"),
-        ({"chat_template": 3}, '"chat_template" must be a text, or a list'),
-        ({"chat_template": [{"name": "default"}]}, '"chat_template" must be a text, or a list'),
+        ({"chat_template": 3}, '"chat_template" must be a text, texts by name, or a list'),
+        (
+            {"chat_template": [{"name": "default"}]},
+            '"chat_template" must be a text, texts by name, or a list',
+        ),
         ({"eos_token": {"content": 3}}, "a special token must be a text"),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -41,6 +41,11 @@ def show_progress(items: Iterable[Item], num_items: int, text: str, console: Con
     if console.is_interactive:
         return track(items, text, num_items, console=console, transient=True)
     return log_progress(items, num_items, text, console)
+
+
+def progress_of(text: str, console: Console) -> Callable[[Sequence[Item]], Iterable[Item]]:
+    """`show_progress` of any sequence."""
+    return lambda items: show_progress(items, len(items), text, console)
 
 
 def log_progress(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterator[Item]:

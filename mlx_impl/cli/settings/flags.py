@@ -10,6 +10,7 @@ from ...config import TrainConfig
 from ...text.columns import parse_columns
 from ...text.rows import Reading
 from ...text.shown import CHOICES
+from ...text.template_choice import TemplateChoice, parse_arguments
 from ...text.turns import TARGETS
 
 # mlx_impl/cli/settings/flags.py -> the repository's root. An installed wheel has no fixtures.
@@ -61,6 +62,26 @@ def add_model_flag(group: Any) -> None:
         help="a Hugging Face model folder, a .gguf file or a model's name on the Hugging Face hub "
         "(default: SmolLM2-135M-Instruct)",
     )
+
+
+def add_template_flags(group: Any) -> None:
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="a file, or one of the model's templates by its name (default: the one with which the adapter "
+        "was trained, else the model's own)",
+    )
+    group.add_argument(
+        "--template-args",
+        metavar="JSON",
+        help="arguments of the chat template, as '{\"enable_thinking\": false}' (default: none)",
+    )
+
+
+def template_of(args: argparse.Namespace) -> TemplateChoice:
+    """The choice of --chat-template and --template-args."""
+    given = args.template_args
+    return TemplateChoice(args.chat_template, {} if given is None else parse_arguments(given))
 
 
 def add_model_flags(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import reprlib
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -114,6 +115,10 @@ def as_flag_text(key: str, value: object) -> str:
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return ",".join(value)
         raise ValueError("a string or a list of strings")
+    if key == "template_args":
+        if isinstance(value, dict):
+            return json.dumps(value)
+        raise ValueError("a JSON object")
     if key == "columns":
         if isinstance(value, dict) and all(isinstance(v, str) for pair in value.items() for v in pair):
             return ",".join(f"{name}={column}" for name, column in value.items())

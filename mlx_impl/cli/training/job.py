@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ...text.conversation import Conversation
 from ...text.examples import encode_file
 from ...text.rows import Reading
 from ...text.splits import read_optional_split, read_split
+from ...text.template_choice import TemplateChoice, digest_of
 from . import manifest
 from .answers import askable, require_memory_for_questions
 from .on_ranks import ReadOnlyFolder
@@ -41,6 +43,7 @@ class Job:
     data: Path
     reading: Reading  # how data files are read
     reasoning: str  # require, inline or template
+    template: TemplateChoice  # of the chat template
     folder: Path  # for adapter, metrics and report
     resume: bool  # resume the run in that folder
     init_adapter: Path | None
@@ -71,8 +74,8 @@ class PreparedJob:
     loaded: LoadedModel
     folder: RunFolder
     trainer: LoRATrainer
-    train: list[Example]
-    valid: list[Example]  # only those that are evaluated
+    train: Sequence[Example]
+    valid: Sequence[Example]  # only those that are evaluated
     num_valid: int  # of all validation examples
     questions: Questions
     remarks: list[str]  # on truncated and skipped examples and on short memory
@@ -94,7 +97,9 @@ def prepare(job: Job) -> PreparedJob:
     if job.patience and not valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
     train_config(job, [job.max_seq_length] * len(train))  # raises for wrong numbers before a model is loaded
-    loaded = load_model(job.model, job.dequantize, job.dtype)
+    template = replace(job.template, adapter=job.init_adapter)
+    loaded = load_model(job.model, job.dequantize, job.dtype, template)
+    folder.chat_template = loaded.tokenizer.replacement
     how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
     encoded, valid_encoded = (
         encode_file(loaded.tokenizer, conversations, *how) for conversations in (train, valid)
@@ -126,7 +131,7 @@ def require_same_on_all_ranks(prepared: PreparedJob) -> None:
 
 
 def make_trainer(
-    job: Job, loaded: LoadedModel, train: list[Example], valid: list[Example], questions: Questions
+    job: Job, loaded: LoadedModel, train: Sequence[Example], valid: Sequence[Example], questions: Questions
 ) -> LoRATrainer:
     """The trainer at step 0, with the initial adapter where there is one."""
     training = train_config(job, [num_inputs(example) for example in train])
@@ -142,6 +147,8 @@ def make_trainer(
         "steps_per_eval": job.steps_per_eval,
         "patience": job.patience,
     }
+    if loaded.tokenizer.replacement is not None:
+        trainer.resume_identity["the chat template"] = digest_of(loaded.tokenizer.replacement)
     return trainer
 
 
@@ -157,7 +164,7 @@ def require_separate_inputs(job: Job) -> None:
     require_no_overlap(job.folder, given)
 
 
-def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: list[Example]) -> None:
+def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: Sequence[Example]) -> None:
     """Load the last saved state; keep step 0 where the run was stopped before its first save."""
     started = manifest.read(folder.path)
     require_same(folder.path, started.identity, trainer.identity(examples))
@@ -165,7 +172,7 @@ def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: list[
         trainer.resume(folder.state, examples)
 
 
-def evenly_spaced(examples: list[Example], most: int) -> list[Example]:
+def evenly_spaced(examples: Sequence[Example], most: int) -> Sequence[Example]:
     """At most `most` of the examples, evenly spaced; all of them for -1."""
     if most == -1 or len(examples) <= most:
         return examples

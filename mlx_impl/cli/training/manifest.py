@@ -23,6 +23,7 @@ FILES = (  # all files of a run except its manifest
     *("config.yaml", "report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png"),
     *("adapter_config.json", "adapter_model.safetensors"),
     *("best/adapter_config.json", "best/adapter_model.safetensors"),
+    *("chat_template.jinja", "best/chat_template.jinja"),
 )
 Digests = dict[str, str]  # sha256 by the name of a file in FILES
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,7 +28,7 @@ class ReadOnlyFolder(RunFolder):
     def require_metrics(self, *_: Any) -> None: ...
     def finish(self) -> None: ...
 
-    def save(self, trainer: LoRATrainer, examples: list[Example], base_name: str) -> None:
+    def save(self, trainer: LoRATrainer, examples: Sequence[Example], base_name: str) -> None:
         trainer.save(self.state, examples)  # computes its part of the check, and waits until rank 0 has saved
 
     def open_metrics(self, kept: list[StepRecord]) -> TextIO:

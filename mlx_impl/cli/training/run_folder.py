@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...disk.files import atomic_write, one_line, read_json_object, read_text
 from ...files.adapters import save_adapter
 from ...machine.blas import load_optimized_blas
 from ...run.trainer import LoRATrainer
+from ...text.template_choice import FILE as TEMPLATE_FILE
 from ...train import StepRecord
 from ..screen.curve import save_loss_curve
 from ..settings.config_file import to_yaml
@@ -33,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = path / "training_state.safetensors"
+        self.chat_template: str | None = None  # saved with the adapter; None: the model's own
 
     def start(self, settings: dict[str, Any], identity: dict[str, Any], before: Evaluation) -> None:
         """Write the manifest first: it replaces that of the previous run, if there is one."""
@@ -86,19 +89,26 @@ class RunFolder:
         with atomic_write(self.path / "config.yaml") as part:
             part.write_text(text, encoding="utf-8")
 
-    def save(self, trainer: LoRATrainer, examples: list[Example], base_name: str) -> None:
+    def save(self, trainer: LoRATrainer, examples: Sequence[Example], base_name: str) -> None:
         """Write the training state and the adapter; NotFinite, before any write, if they are not finite."""
-        self.register(self.state.name, *ADAPTER_FILES)
+        self.register(self.state.name, *self.adapter_files())
         trainer.save(self.state, examples)
-        save_adapter(trainer.model, trainer.lora, self.path, base_name)
+        self.save_adapter(trainer, self.path, base_name)
 
     def save_best(self, trainer: LoRATrainer, base_name: str) -> None:
         folder = self.path / "best"
-        self.register(*(f"best/{name}" for name in ADAPTER_FILES))
+        self.register(*(f"best/{name}" for name in self.adapter_files()))
         if folder.is_symlink():
             raise ValueError(f"{folder}: must be a folder of the run, but is a link")
         folder.mkdir(exist_ok=True)
-        save_adapter(trainer.model, trainer.lora, folder, base_name)
+        self.save_adapter(trainer, folder, base_name)
+
+    def adapter_files(self) -> tuple[str, ...]:
+        return ADAPTER_FILES if self.chat_template is None else (*ADAPTER_FILES, TEMPLATE_FILE)
+
+    def save_adapter(self, trainer: LoRATrainer, folder: Path, base_name: str) -> None:
+        template = self.chat_template
+        save_adapter(trainer.model, trainer.lora, folder, base_name, chat_template=template)
 
     def open_metrics(self, kept: list[StepRecord]) -> TextIO:
         """Write the lines of these records, and return the metrics file open for appending."""
@@ -163,5 +173,7 @@ def library_versions() -> dict[str, str]:
 
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with absolute paths, so that a run can be resumed and repeated from any folder."""
-    paths = {key: Path(settings[key]) for key in ("model", "data", "init_adapter") if key in settings}
-    return settings | {key: str(path.absolute()) for key, path in paths.items() if path.exists()}
+    keys = ("model", "data", "init_adapter", "chat_template")
+    paths = {key: Path(settings[key]) for key in keys if key in settings}
+    is_there = {**dict.fromkeys(keys, Path.exists), "chat_template": Path.is_file}  # else a template's name
+    return settings | {key: str(path.absolute()) for key, path in paths.items() if is_there[key](path)}

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ...config import LoRAConfig
 from ...targets import is_target, rank_and_scale
-from . import peft
+from . import peft, peft_keys
 from .factors import AdapterFile, Tensors, by_linear, is_identical, split_block
 from .scale_folding import alpha_for, fold_scale, unfold_scale
 
@@ -114,12 +114,14 @@ def largest_rank(linears: dict[str, Tensors]) -> int:
 def mlx_lm_keys(record: dict[str, Any], linears: dict[str, Tensors]) -> list[str]:
     """Paths within a block if the adapter is the same in every block; else full names.
 
-    Without the model, later blocks are unknown; a list of layers or an expression may leave them out.
+    Without the model, later blocks are unknown; a list of layers, an expression or an exclusion may leave
+    them out.
     """
     paths = common_paths(linears)
     has_names = not isinstance(record["target_modules"], str)
     has_names = has_names and not any("layers." in target for target in record["target_modules"])
-    if paths and has_names and record.get("layers_to_transform") is None and first_block(linears) == 0:
+    is_everywhere = record.get("layers_to_transform") is None and not record.get("exclude_modules")
+    if paths and has_names and is_everywhere and first_block(linears) == 0:
         return paths
     return sorted(linears)
 
@@ -144,7 +146,7 @@ def first_block(linears: dict[str, Tensors]) -> int:
 def unfold(adapter: AdapterFile) -> AdapterFile:
     """The inverse of `fold`, by the original's record; wrong if the tensors have changed since."""
     record, scale = adapter.original or {}, adapter.record["lora_parameters"]["scale"]
-    peft.require_supported(record)
+    peft_keys.require_supported(record)
     config = peft.to_config(record, None)
     tensors: Tensors = {}
     for linear, factors in by_linear(adapter.tensors).items():

@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ...disk.files import one_line
+from ...text.template_choice import TemplateChoice, replacement
 from ...text.tokenizer import ChatTokenizer
 from .gguf_file import quote
 from .gguf_vocabulary import (
@@ -30,16 +31,20 @@ REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # punctuation, end
 LLAMA3_RULE = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}"
 QWEN2_RULE = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}"
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # llama.cpp's names of one rule
+TEMPLATE = "tokenizer.chat_template"  # and with a further name, after a point, other templates
+OWN = TemplateChoice()
 SPACE = "\u2581"  # SentencePiece's sign for a space
 
 
-def tokenizer_from_gguf(metadata: dict[str, Any], path: Path) -> ChatTokenizer:
+def tokenizer_from_gguf(metadata: dict[str, Any], path: Path, choice: TemplateChoice = OWN) -> ChatTokenizer:
     """The tokenizer; ValueError if there is none, or if its splitting rule is unknown."""
+    own = read_templates(metadata)
+    templates = choice.choose(own)
     try:
         vocabulary = read_vocabulary(metadata)
-        return ChatTokenizer(
+        chat = ChatTokenizer(
             build_tokenizer(metadata, vocabulary),
-            template=metadata.get("tokenizer.chat_template"),
+            template=templates or None,
             eos_token=vocabulary.eos or "",
             bos_token=vocabulary.bos or "",
         )
@@ -47,6 +52,15 @@ def tokenizer_from_gguf(metadata: dict[str, Any], path: Path) -> ChatTokenizer:
         raise ValueError(f"{path}: the key {error} is missing") from None
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path}: its tokenizer cannot be used: {one_line(error)}") from None
+    chat.replacement = replacement(own, templates)
+    return chat
+
+
+def read_templates(metadata: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name."""
+    named = {"default": metadata[TEMPLATE]} if TEMPLATE in metadata else {}
+    more = [key for key in metadata if key.startswith(f"{TEMPLATE}.")]
+    return named | {key.removeprefix(f"{TEMPLATE}."): metadata[key] for key in more}
 
 
 def build_tokenizer(metadata: dict[str, Any], vocabulary: Vocabulary) -> Tokenizer:

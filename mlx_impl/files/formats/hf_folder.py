@@ -115,6 +115,23 @@ def family_of(config: ModelConfig) -> str:
     return "llama" if config.sliding_window is None else "mistral"
 
 
+def complete(record: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` with the keys that it leaves to a default, or keeps where not every program looks.
+
+    transformers 5 writes RoPE's base and scaling in `rope_parameters` alone, where mlx-lm 0.32 does not look
+    for Llama and Qwen2; and mlx-lm's defaults are not always transformers'.
+    """
+    values: dict[str, Any] = {
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    if config.rope_scaling is not None:
+        values["rope_scaling"] = rope_record(config)
+    return record | {key: value for key, value in values.items() if record.get(key) is None}
+
+
 def rope_record(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     assert scaling is not None

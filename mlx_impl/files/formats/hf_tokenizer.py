@@ -1,8 +1,9 @@
 """Read the tokenizer of a Hugging Face folder: `tokenizer.json`, special tokens, chat template.
 
 Source: the files that transformers writes: `tokenizer_config.json` with `eos_token`, `bos_token` and
-`chat_template` (a text, or a list of {"name", "template"}), or the template in `chat_template.jinja` and
-more in `additional_chat_templates/`; `generation_config.json` with more tokens that end an answer.
+`chat_template` (a text, a list of {"name", "template"} or texts by name), or the template in
+`chat_template.jinja` and more in `additional_chat_templates/`; `generation_config.json` with more tokens that
+end an answer.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...disk.files import MAX_JSON_BYTES, one_line, read_json_object, read_text, require_file
+from ...text.template_choice import TemplateChoice, replacement
 from ...text.tokenizer import ChatTokenizer
 
+OWN = TemplateChoice()  # the model's own template
 
-def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
+
+def tokenizer_from_folder(folder: Path, choice: TemplateChoice = OWN) -> ChatTokenizer:
     """The tokenizer, with a chat template if there is one; ValueError names a file that is wrong."""
     require_file(folder / "tokenizer.json", MAX_JSON_BYTES)
     try:
@@ -27,12 +31,15 @@ def tokenizer_from_folder(folder: Path) -> ChatTokenizer:
         ) from None
     path = folder / "tokenizer_config.json"
     config = read_json_object(path)
-    templates, eos_ids = read_templates(folder, config), read_eos_ids(folder)
+    own, eos_ids = read_templates(folder, config), read_eos_ids(folder)
+    templates = choice.choose(own)
     try:
         eos, bos = (token_text(config.get(name)) for name in ("eos_token", "bos_token"))
-        return ChatTokenizer(tokenizer, templates or None, eos, bos, eos_ids)
+        chat = ChatTokenizer(tokenizer, templates or None, eos, bos, eos_ids)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    chat.replacement = replacement(own, templates)
+    return chat
 
 
 def token_text(value: Any) -> str:
@@ -47,14 +54,16 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Chat templates by name; separate files take precedence over the configuration."""
     found = config.get("chat_template")
     named = [{"name": "default", "template": found}] if isinstance(found, str) else found or []
+    if isinstance(named, dict):
+        named = [{"name": name, "template": text} for name, text in named.items()]
     try:
         templates = {str(entry["name"]): entry["template"] for entry in named}
         if not all(isinstance(text, str) for text in templates.values()):
             raise TypeError
     except (TypeError, KeyError, IndexError):
         raise ValueError(
-            f'{folder / "tokenizer_config.json"}: "chat_template" must be a text, or a list of objects with '
-            f'the texts "name" and "template"'
+            f'{folder / "tokenizer_config.json"}: "chat_template" must be a text, texts by name, or a list '
+            f'of objects with the texts "name" and "template"'
         ) from None
     files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").exists():

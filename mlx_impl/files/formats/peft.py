@@ -10,13 +10,16 @@ header, but would warn about an unknown key in its own record.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...config import LoRAConfig
 from ...disk.files import read_json_object
 from .factors import CONFIG, AdapterFile, read_tensors, write_files
-from .hf_keys import is_off
+from .peft_keys import MERGE, require_supported
+from .peft_targets import in_this_model, matching_patterns, read_targets
 
 FILE = "adapter_model.safetensors"
 ORIGINAL_KEY = "mlx_lm_adapter_config"  # in the header
@@ -27,14 +30,13 @@ SUFFIXES = {
     "magnitude": ".lora_magnitude_vector",
 }
 
-# Keys that are read below or do not change the model; any other must be off.
-KNOWN_KEYS = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern"),
-    *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("qalora_group_size", "megatron_core"),  # set even where they are not used
-}
-INITIALIZATIONS = (None, True, False, "gaussian")  # the others change the base model's weights
+# Older versions, and programs that save a state themselves, keep the adapter's name: .lora_A.default.weight.
+KEY = re.compile(
+    r"base_model\.model\.(?P<linear>.+)\.(?P<factor>lora_[AB]|lora_magnitude_vector)"
+    r"(?:\.(?!weight$)(?P<adapter>[^.]+))?(?P<weight>\.weight)?"
+)
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of PyTorch's modules
+IGNORED = ".lora_velora_"  # of the gradient's computation
 
 
 def file_name(name: str) -> str:
@@ -44,10 +46,15 @@ def file_name(name: str) -> str:
 
 
 def our_name(name: str, path: Path) -> str:
-    for factor, suffix in SUFFIXES.items():
-        if name.startswith(PREFIX) and name.endswith(suffix):
-            return f"{name.removeprefix(PREFIX).removesuffix(suffix)}.{factor}"
-    raise ValueError(f"{path}: the tensor {name} is not part of a LoRA adapter of linears")
+    """The inverse, also with the adapter's name in it; ValueError for what is no factor of a linear."""
+    plain = name
+    for wrapper in WRAPPERS:
+        plain = plain.replace(wrapper, "")
+    match = KEY.fullmatch(plain)
+    factors = {suffix.split(".")[1]: factor for factor, suffix in SUFFIXES.items()}
+    if match is None or (match["factor"] != "lora_magnitude_vector" and not match["weight"]):
+        raise ValueError(f"{path}: the tensor {name} is not part of a LoRA adapter of linears: {MERGE}")
+    return f"{match['linear']}.{factors[match['factor']]}"
 
 
 def write(folder: Path, adapter: AdapterFile) -> None:
@@ -64,7 +71,13 @@ def read(folder: Path) -> AdapterFile:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     tensors, metadata = read_tensors(folder / FILE)
-    named = {our_name(name, folder / FILE): array.T for name, array in tensors.items()}
+    named: dict[str, Any] = {}
+    for name, array in tensors.items():
+        if IGNORED not in name:
+            ours = our_name(name, folder / FILE)
+            if ours in named:
+                raise ValueError(f"{folder / FILE}: must hold one adapter, and has several tensors {ours}")
+            named[ours] = array.T
     return AdapterFile(record, named, read_original(metadata))
 
 
@@ -99,50 +112,25 @@ def to_record(config: LoRAConfig, layers: list[int] | None, base_name: str | Non
     }
 
 
-def require_supported(record: dict[str, Any]) -> None:
-    if record.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type must be LORA, got {record.get('peft_type')!r}")
-    for key in sorted(record.keys() - KNOWN_KEYS):
-        is_harmless = key == "init_lora_weights" and record[key] in INITIALIZATIONS
-        if not is_harmless and not is_off(record[key]):
-            raise ValueError(f"{key} is not supported and must be off, got {record[key]!r}")
-
-
-def to_config(record: dict[str, Any], num_blocks: int | None) -> LoRAConfig:
-    """The configuration for a model of `num_blocks` blocks; for None, without a model, for all blocks."""
-    layers = record.get("layers_to_transform")
+def to_config(record: dict[str, Any], linears: Sequence[str] | None) -> LoRAConfig:
+    """The configuration for a model with these linears; for None, without a model, for all blocks."""
+    targets, num_layers = (read_targets(record), -1) if linears is None else in_this_model(record, linears)
+    patterns = {key: read_pattern(record, key) for key in ("rank_pattern", "alpha_pattern")}
+    if linears is not None:
+        patterns = {key: matching_patterns(value, linears) for key, value in patterns.items()}
     try:
         return LoRAConfig(
             rank=record["r"],
             alpha=record["lora_alpha"],
             dropout=record.get("lora_dropout", 0.0),
-            target_modules=read_targets(record.get("target_modules")),
-            num_layers=-1 if num_blocks is None else read_layers(layers, num_blocks),
+            target_modules=targets,
+            num_layers=num_layers,
             use_rslora=record.get("use_rslora") or False,
             use_dora=record.get("use_dora") or False,
-            rank_pattern=read_pattern(record, "rank_pattern"),
-            alpha_pattern=read_pattern(record, "alpha_pattern"),
+            **patterns,
         )
     except KeyError as error:
         raise ValueError(f"the key {error} is missing") from None
-
-
-def read_targets(value: Any) -> tuple[str, ...] | str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
-        raise ValueError(f"target_modules must be a list of names or a regular expression, got {value!r}")
-    return tuple(value)
-
-
-def read_layers(value: Any, num_blocks: int) -> int:
-    """How many of the last layers the list names; -1, which is all, for None."""
-    if value is None:
-        return -1
-    for num_layers in range(1, num_blocks + 1):
-        if value == list(range(num_blocks - num_layers, num_blocks)):
-            return num_layers
-    raise ValueError(f"layers_to_transform must be the last of {num_blocks} layers, got {value!r}")
 
 
 def read_pattern(record: dict[str, Any], key: str) -> dict[str, Any]:
