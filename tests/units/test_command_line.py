@@ -296,7 +296,7 @@ def test_a_bad_line_of_data_is_named_by_file_and_number(
 def test_without_the_geography_data_the_error_asks_for_a_folder(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in an installed wheel, which ships no fixtures."""
+    """As in a copy of the package's folder alone; the wheel has the data (test_installed.py)."""
     monkeypatch.setattr(flags, "GEOGRAPHY", tmp_path / "absent")
     assert main(["evaluate", "--model", model, "--blas", "off"]) == 2
     assert "give --data DIR" in capsys.readouterr().err
