@@ -43,10 +43,11 @@ def run(args: argparse.Namespace) -> None:
     to_dtype(args.dtype)
     data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
     console = make_console(stderr=True)
-    with show_status("reading the model", console):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
     how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
-    encoded = encode_file(loaded.tokenizer, data.conversations, *how)
+    with show_status("reading the model", console) as status:
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype)
+        status.update(f"encoding {len(data.conversations):,} examples")
+        encoded = encode_file(loaded.tokenizer, data.conversations, *how)
     examples = encoded.examples
     remarks = data.remarks("test") + encoded.remarks("test")
     remarks += require_evaluation_memory(loaded.model, examples, args.batch_size)

@@ -12,7 +12,8 @@ from typing import Any
 from .. import __version__
 from . import convert, evaluate, fuse, generate, inspect, train
 from .settings.config_file import read_config
-from .settings.precedence import closest_match, merge_settings
+from .settings.flag_hints import hint
+from .settings.precedence import merge_settings
 from .shell_command import program
 
 COMMANDS: dict[str, ModuleType] = {
@@ -66,9 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args, unknown = parser.parse_known_args(arguments)
     command = command_parsers(parser)[args.command]
     if unknown:
-        match = closest_match(unknown[0].partition("=")[0], command._option_string_actions)
-        hint = f"; the closest flag is {match}" if match else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        instead = hint(unknown[0].partition("=")[0], command._option_string_actions, "flag")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{instead}")
     if getattr(args, "config", None) is None and getattr(args, "resume", None) is None:
         return args
     for action in command._actions:

@@ -49,6 +49,7 @@ def test_train_writes_adapter_metrics_curve_and_report(run_folder: Path) -> None
         "loss.png",
         "manifest.json",
         "metrics.jsonl",
+        "report.html",
         "report.json",
         "training_state.safetensors",
     ]
@@ -233,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_last_good_state(
     """The error names the step and the examples; the saved adapter can be evaluated and trained further."""
     common, run = ["--model", model, "--data", str(data), "--blas", "off"], tmp_path / "run"
     train = ["train", *common, "--adapter-path", str(run), "--rank", "2", "--iters", "3"]
-    assert main([*train, "--learning-rate", "1e30"]) == 2
+    assert main([*train, "--steps-per-eval", "3", "--learning-rate", "1e30"]) == 2
     error, resume_hint = capsys.readouterr().err.splitlines()
     assert re.search(
         r"error: the loss is not finite at step 2, on the examples \d, \d; .* back at step 0", error

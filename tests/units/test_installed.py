@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 import mlx_impl
@@ -31,7 +31,7 @@ def test_version_names_the_package_and_mlx(capsys: pytest.CaptureFixture[str]) -
         main(["--version"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert f"mlx-lora {mlx_impl.__version__}" in shown and f"mlx {mx.__version__}" in shown
+    assert f"mlx-lora {mlx_impl.__version__}" in shown and f"mlx {version('mlx')}" in shown
 
 
 def test_help_and_hints_name_the_command_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:

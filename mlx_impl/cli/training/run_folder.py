@@ -151,9 +151,12 @@ class RunFolder:
         save_loss_curve(records, trainer.validation, self.path / "loss.png")
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(record, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
         self.register(name)
         with atomic_write(self.path / name) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
 
 
 def library_versions() -> dict[str, str]:
@@ -163,5 +166,6 @@ def library_versions() -> dict[str, str]:
 
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with absolute paths, so that a run can be resumed and repeated from any folder."""
-    paths = {key: Path(settings[key]) for key in ("model", "data", "init_adapter") if key in settings}
+    keys = ("model", "data", "init_adapter", "test")
+    paths = {key: Path(settings[key]) for key in keys if isinstance(settings.get(key), str)}
     return settings | {key: str(path.absolute()) for key, path in paths.items() if path.exists()}
