@@ -49,4 +49,5 @@ def answer_row(row: Mapping[str, Any], titles: Sequence[str]) -> Html:
 def cell(title: str, content: str, verdict: str = "") -> Html:
     """On a phone the title stands above the content, because the rows become blocks."""
     badge = element("b", verdict, class_=f"badge {verdict}") if verdict else ""
-    return element("td", badge, element("span", content), data_title=title, dir="auto")
+    end = " \u2026" if verdict == "cut" else ""
+    return element("td", badge, element("span", content, end), data_title=title, dir="auto")

@@ -17,7 +17,7 @@ h1 { font-size: 1.5rem; margin: 0 }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 h1, p, td, th, dd, pre { overflow-wrap: anywhere }
 .muted { color: var(--muted); margin: .25rem 0 1rem }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .5rem; margin: 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem; margin: 0 }
 .cards div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .5rem .75rem }
 dt { color: var(--muted); font-size: .85rem }

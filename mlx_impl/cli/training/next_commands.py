@@ -21,8 +21,11 @@ def next_commands(prepared: PreparedJob) -> dict[str, str]:
     with_adapter = "--adapter-path", adapter
     commands = {
         "ask it": ["generate", *use, *with_adapter, "--prompt", question(prepared), *blas],
+        "chat with it": ["generate", *use, *with_adapter, "--chat", *blas],
         "write it as a model": ["fuse", *model, *with_adapter, "--save-path", fused, *blas],
     }
+    if prepared.loaded.tokenizer.template is None:
+        del commands["chat with it"]
     return {
         **{what: shell_command(*words) for what, words in commands.items()},
         "repeat the run": repeat_command(prepared),
