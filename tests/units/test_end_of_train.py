@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlx_impl import read_conversations
 from mlx_impl.__main__ import main
+from mlx_impl.cli.parser import parse_arguments
 from mlx_impl.cli.shell_command import shell_command
-from mlx_impl.cli.training.answers import Answer
+from mlx_impl.cli.training.answers import Answer, reply_text
+from mlx_impl.cli.training.job import steps_per_eval
+from mlx_impl.cli.training.samples import choose_samples, longest_reply
+from mlx_impl.files.checkpoint import load_tokenizer
 from tests.tiny_folder import conversation_line, write_data, write_folder
 
 TINY = ["--rank", "2", "--iters", "2", "--blas", "off"]
@@ -47,45 +54,54 @@ TEXTS = [json.dumps({"text": f"some words of text number {n}, and more of them"}
 PAIRS = [json.dumps({"prompt": f"question {n}", "completion": f"reply {n}"}) for n in range(8)]
 
 
-@pytest.mark.parametrize("rows", [PLAIN, TEXTS, PAIRS], ids=["messages", "texts", "pairs"])
-def test_data_without_answers_has_samples_before_and_after(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[str]
-) -> None:
-    report = train(model, write(tmp_path / "data", rows))
+@pytest.fixture(scope="module")
+def ended(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A finished run whose rows name no answers: its folder, its report and what it printed."""
+    root, printed = tmp_path_factory.mktemp("ended"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report = train(model, write(root / "my data", PLAIN), "--adapter-path", str(root / "my run"))
+    return root / "my run", report, printed.getvalue()
+
+
+def test_data_without_answers_has_samples_before_and_after(ended: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, shown = ended
     samples = report["answers"]["sample"]
-    assert len(samples) == 3 and all(row["question"] and row["reply"] for row in samples)
+    assert [row["question"] for row in samples] == ["question 0", "question 2", "question 5"]
+    assert [row["reply"] for row in samples] == ["reply 0", "reply 2", "reply 5"]
     assert all({"before", "after"} <= row.keys() and row["expected"] is None for row in samples)
     assert {row["verdict_after"] for row in samples} <= {"", "cut"}
     assert "sample_before" not in report
-    shown = capsys.readouterr().out
     assert "sample: question" in shown and "right" not in shown
 
 
-def test_samples_are_held_out_where_there_are_held_out_rows(model: str, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", PLAIN)
-    (data / "valid.jsonl").write_text(conversation_line("held out", "yes"))
-    assert [row["question"] for row in train(model, data)["answers"]["sample"]] == ["held out"]
-    (data / "valid.jsonl").unlink()
-    assert train(model, data)["answers"]["sample"][0]["question"] == "question 0"
+def samples_of(model: str, rows: list[str], tmp_path: Path, max_tokens: int = 100) -> list[tuple[str, str]]:
+    """The questions, and the data's replies."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    chosen = choose_samples(load_tokenizer(model), read_conversations(tmp_path / "rows.jsonl"), max_tokens)
+    return [(sample.question, reply_text(sample)) for sample in chosen]
+
+
+def test_every_kind_of_row_can_be_a_sample(model: str, tmp_path: Path) -> None:
+    """A text is cut in the middle, between two words."""
+    assert samples_of(model, PAIRS, tmp_path)[0] == ("question 0", "reply 0")
+    assert samples_of(model, TEXTS, tmp_path)[0] == ("some words of text", " number 0, and more of them")
 
 
 def test_a_row_that_cannot_be_asked_is_no_sample(model: str, tmp_path: Path) -> None:
-    """Of a text of one word and of prompts that are too long nothing is asked."""
-    rows = [json.dumps({"text": "word"}), conversation_line("x" * 300, "y")]
-    report = train(model, write(tmp_path / "data", rows), "--max-seq-length", "100", "--targets", "all")
-    assert report["answers"] == {}
+    """A text of one word, and a prompt that is too long."""
+    rows = [json.dumps({"text": "word"}), conversation_line("x" * 300, "y"), conversation_line("x", "z")]
+    assert samples_of(model, rows, tmp_path) == [("x", "z")]
 
 
 def test_the_report_has_loss_and_perplexity_on_held_out_rows(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ended: tuple[Path, dict[str, Any], str],
 ) -> None:
-    report = train(model, write(tmp_path / "data", PLAIN))
+    _, report, shown = ended
     for when in ("first", "last", "best"):
         assert report[f"valid_perplexity_{when}"] == pytest.approx(math.exp(report[f"valid_loss_{when}"]))
     steps, losses = zip(*report["validation"], strict=True)
     assert report["valid_loss_best"] == min(losses)
     assert report["valid_best_step"] == steps[losses.index(min(losses))]
-    shown = capsys.readouterr().out
     first, last = (f"{report[f'valid_loss_{when}']:.3f}" for when in ("first", "last"))
     assert f"held-out:  loss {first} -> {last}, perplexity" in shown
     assert f"(best: step {report['valid_best_step']})" in shown
@@ -94,25 +110,28 @@ def test_the_report_has_loss_and_perplexity_on_held_out_rows(
 def test_without_held_out_rows_it_says_so(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And the samples are rows of the training data."""
     report = train(model, write(tmp_path / "data", PLAIN, "train"))
     assert report["valid_perplexity_last"] is None and report["validation"] == []
+    assert report["answers"]["sample"][0]["question"] == "question 0"
     assert "held-out:  none: with valid.jsonl" in capsys.readouterr().out
 
 
 def test_the_next_commands_run_as_they_are_printed(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ended: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where names have spaces."""
-    train(model, write(tmp_path / "my data", PLAIN), "--adapter-path", str(tmp_path / "my run"))
-    lines = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
-    commands = [line.strip() for line in lines if not line.startswith("  #")]
-    words = [shlex.split(command.removeprefix(shell_command()))[0] for command in commands]
-    assert words == ["generate", "generate", "fuse", "train"]
+    """Also where names have spaces. The repeated run ends with the same loss."""
+    run, report, shown = ended
+    lines = shown.partition("\nnext:\n")[2].splitlines()
+    commands = [
+        shlex.split(line.strip().removeprefix(shell_command())) for line in lines if "  #" not in line
+    ]
+    assert [words[0] for words in commands] == ["generate", "generate", "fuse", "train"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))  # of the chat
-    for command in commands:
-        assert main(shlex.split(command.removeprefix(shell_command()))) == 0, command
-    again = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("my run", "my run-2")]
-    assert again[0]["loss_last"] == again[1]["loss_last"]
+    for words in commands:
+        assert main(words) == 0, words
+    again = json.loads((run.with_name("my run-2") / "report.json").read_text())
+    assert again["loss_last"] == report["loss_last"]
 
 
 def test_an_answer_that_was_cut_is_cut_and_not_wrong() -> None:
@@ -122,24 +141,30 @@ def test_an_answer_that_was_cut_is_cut_and_not_wrong() -> None:
     assert Answer("?", None, "no").verdict == ""
 
 
-@pytest.mark.parametrize(("flags", "expected"), [([], 61), (["--max-answer-tokens", "7"], 7)])
+LONG = [conversation_line("a", "yes", answer="yes"), conversation_line("b", "x" * 60)]
+
+
 def test_an_answer_has_as_many_tokens_as_the_longest_reply_of_the_file(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: int
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """60 letters, a token each, and the end of the turn; the row of that reply names no answer."""
-    rows = [conversation_line("a", "yes", answer="yes"), conversation_line("b", "x" * 60)]
-    report = train(model, write(tmp_path / "data", rows), *flags)
-    assert report["max_answer_tokens"] == expected
+    report = train(model, write(tmp_path / "data", LONG))
+    assert report["max_answer_tokens"] == 61
     assert [row["verdict_before"] for row in report["answers"]["trained"]] == ["cut"]
-    assert f"cut:       1 of 1 answers at {expected} tokens" in capsys.readouterr().out
+    assert "cut:       1 of 1 answers at 61 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("iters", "steps"), [(30, range(0, 31, 3)), (3, range(4)), (11, [*range(0, 11, 2), 11])]
-)
-def test_a_run_has_about_ten_validations(model: str, tmp_path: Path, iters: int, steps: Any) -> None:
-    report = train(model, write(tmp_path / "data", PLAIN[:2]), "--iters", str(iters), "--num-questions", "0")
-    assert [step for step, _ in report["validation"]] == [*steps]
+@pytest.mark.parametrize("text", ["x" * 60, "y", ""])
+def test_the_longest_reply_is_counted_in_tokens_with_its_end(model: str, tmp_path: Path, text: str) -> None:
+    write(tmp_path / "data", [conversation_line("a", ""), conversation_line("b", text)])
+    rows = read_conversations(tmp_path / "data" / "train.jsonl")
+    assert longest_reply(load_tokenizer(model), rows, "require") == len(text) + 1
+
+
+@pytest.mark.parametrize(("iters", "steps"), [(30, 3), (3, 1), (11, 2), (1000, 100), (36, 4)])
+def test_a_run_has_about_ten_validations(iters: int, steps: int) -> None:
+    job: Any = SimpleNamespace(steps_per_eval=None)
+    assert steps_per_eval(job, iters) == steps
 
 
 def test_the_test_file_is_evaluated_at_the_end(
@@ -147,7 +172,10 @@ def test_the_test_file_is_evaluated_at_the_end(
 ) -> None:
     """All of its rows, as `evaluate` does; without a name it is the data's own."""
     data, run = write_data(tmp_path / "data"), str(tmp_path / "run")
-    report = train(model, data, "--test", "--adapter-path", run, "--eval-examples", "1")
+    flags = ["--adapter-path", run, "--eval-examples", "1", "--iters", "11", "--max-answer-tokens", "7"]
+    report = train(model, data, "--test", *flags)
+    assert [step for step, _ in report["validation"]] == [*range(0, 11, 2), 11]
+    assert report["max_answer_tokens"] == 7
     capsys.readouterr()
     evaluated = ["evaluate", "--model", model, "--data", str(data), "--adapter-path", run]
     assert main([*evaluated, "--json", "--blas", "off"]) == 0
@@ -158,11 +186,10 @@ def test_the_test_file_is_evaluated_at_the_end(
     assert train(model, data, "--test", str(tmp_path / "mine.jsonl"))["test_examples"] == 1
 
 
-def test_a_settings_file_may_ask_for_the_test(model: str, tmp_path: Path) -> None:
-    data, config = write_data(tmp_path / "data"), tmp_path / "config.yaml"
-    for value, count in (("true", 6), ("false", None), (str(data / "test.jsonl"), 6)):
-        config.write_text(f"test: {value}\n")
-        assert train(model, data, "--config", str(config)).get("test_examples") == count
+@pytest.mark.parametrize(("value", "given"), [("true", True), ("false", None), ("a.jsonl", Path("a.jsonl"))])
+def test_a_settings_file_may_ask_for_the_test(tmp_path: Path, value: str, given: object) -> None:
+    (tmp_path / "config.yaml").write_text(f"test: {value}\n")
+    assert parse_arguments(["train", "--config", str(tmp_path / "config.yaml")]).test == given
 
 
 def test_a_missing_test_file_ends_in_one_sentence(

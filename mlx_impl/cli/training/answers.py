@@ -6,7 +6,6 @@ import json
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from rich.console import Console
 
@@ -79,19 +78,19 @@ def ask(
     `plain`: one after the other. `ranks` share out what is decoded together, and all get all answers.
     `watch` shows the progress, on the console by default.
     """
-    progress = partial(watch or watch_on(console), text="asking")
+    progress = watch or watch_on(console)
     prompts = prompts_of(tokenizer, conversations)
     limits = max_tokens, tokenizer.stop_ids
     own = slice(ranks.rank, None, ranks.size) if ranks else slice(None)
     if plain:
         rows = range(len(prompts))[own]
-        replies = answer_each(model, prompts, *limits, progress(rows, len(rows)))
+        replies = answer_each(model, prompts, *limits, progress(rows, len(rows), "asking"))
     elif len(prompts) <= MAX_ROWS:  # all together, so the progress is that of their tokens
-        steps = lambda lengths: progress(lengths, len(lengths))  # noqa: E731
+        steps = lambda lengths: progress(lengths, len(lengths), "tokens of the answers")  # noqa: E731
         replies = generate_all(model, prompts, *limits, lambda groups, _: groups[own], steps)
     else:
         replies = generate_all(
-            model, prompts, *limits, lambda groups, _: progress(groups[own], len(groups[own]))
+            model, prompts, *limits, lambda groups, _: progress(groups[own], len(groups[own]), "asking")
         )
     if ranks:  # a reply is empty on all ranks but one
         replies = [max(of_each, key=len) for of_each in zip(*ranks.gather_objects(replies), strict=True)]
