@@ -9,6 +9,18 @@ N positions in one list, such as a flattened (B, T) or its targets. In `fast/` a
 unpadding keeps, C those of N in one chunk, X the queries that share a key/value head, T H / G. A 1 is an axis
 of length 1. `logits_BTV` has three axes; a new shape is a new name.
 
+For programs, beside the pattern; help() of each says more:
+
+    load_optimized_blas()                       a fast BLAS on a Linux CPU; before anything imports MLX
+    load_model(name or path)                    a LoadedModel: model, tokenizer, name
+    read_conversations(file)                    the rows of a data file
+    encode_all(tokenizer, conversations, ...)   the rows as Examples, tokens with their targets
+    LoRAConfig, TrainConfig, ModelConfig        the settings
+    LoRATrainer(model, lora, training)          .fit(examples) yields a StepRecord for every update
+    answer(loaded, prompt)                      the model's answer as text
+    save_adapter, load_adapter                  PEFT's files or mlx-lm's
+    merge, unmerge                              the adapter into the weights (a Merged), and out again
+
 The names below load on first use, so that importing the package does not import MLX: an optimized BLAS must
 be loaded before it (see `machine/blas.py`), and `reference/` reads `config.py` without it.
 """
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
     from .files.adapters import load_adapter, save_adapter
     from .files.checkpoint import LoadedModel, load_model
     from .machine.blas import load_optimized_blas
+    from .run.answering import answer
     from .run.merging import Merged, merge, unmerge
     from .run.trainer import LoRATrainer
     from .text.examples import encode_all
@@ -41,6 +54,7 @@ HOMES = {
     "Merged": "run.merging",
     "StepRecord": "train",
     "TrainConfig": "config",
+    "answer": "run.answering",
     "encode_all": "text.examples",
     "load_adapter": "files.adapters",
     "load_model": "files.checkpoint",
@@ -60,6 +74,7 @@ __all__ = [
     "ModelConfig",
     "StepRecord",
     "TrainConfig",
+    "answer",
     "encode_all",
     "load_adapter",
     "load_model",
@@ -75,3 +90,7 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,4 +1,4 @@
-"""`python -m mlx_impl COMMAND`: runs one of the commands in `cli/`.
+"""`mlx-lora COMMAND`, or `python -m mlx_impl COMMAND`: runs one of the commands in `cli/`.
 
 Exit codes: 0 on success; 2 for a wrong input, after one sentence on standard error; 1 where another rank has
 ended; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP; 141, silently, where the reader of standard output

@@ -30,7 +30,7 @@ FLAGS = ["--rank", "2", "--iters", "3", "--batch-size", "4", "--save-every", "1"
          "--dropout", "0.1", "--num-questions", "1", "--blas", "off"]  # fmt: skip
 # Measured values, which differ between equal runs.
 MEASURED_PER_STEP = {"seconds", "peak_bytes"}
-MEASURED_PER_RUN = {"step_seconds_median", "training_seconds", "peak_bytes"}
+MEASURED_PER_RUN = {"step_seconds_median", "training_seconds", "peak_bytes", "run"}
 USER_FILES = ("notes.txt", "best/photo.jpg")  # in the folder of the run
 
 
@@ -94,6 +94,8 @@ def contents(path: Path) -> Any:
         return [{key: value for key, value in row.items() if key not in MEASURED_PER_STEP} for row in rows]
     if path.name == "report.json":
         return {k: v for k, v in json.loads(path.read_text()).items() if k not in MEASURED_PER_RUN}
+    if path.name == "report.html":  # report.json as a page
+        return path.read_text().count("<section>")
     return path.read_bytes()
 
 

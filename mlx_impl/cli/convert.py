@@ -20,8 +20,10 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..files.adapters import convert_adapter
+    from .screen.console import make_console, show_status
 
-    source = convert_adapter(args.adapter_path, args.save_path, args.to)
+    with show_status("converting the adapter", make_console(stderr=True)):
+        source = convert_adapter(args.adapter_path, args.save_path, args.to)
     result = {"from": source, "to": args.to, "save_path": str(args.save_path)}
     sentence = f"{args.adapter_path}, converted from {source} to {args.to}, is saved in {args.save_path}"
     print(json.dumps(result) if args.json else sentence)

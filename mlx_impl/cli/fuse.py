@@ -32,13 +32,16 @@ def run(args: argparse.Namespace) -> None:
     from ..disk.output_folder import require_new_folder, require_no_overlap
     from ..files.checkpoint import load_model
     from ..files.fusing import LARGE_ERROR, fuse
+    from .screen.console import make_console, show_status
 
     inputs = {"model": args.model, "adapter": args.adapter_path}
     # fuse() checks this too, but only after minutes of reading the model.
     require_no_overlap(args.save_path, {what: Path(path) for what, path in inputs.items() if path})
     require_new_folder(args.save_path)
-    loaded = load_model(args.model)
-    survival = fuse(loaded, args.adapter_path, args.save_path, args.dequantize)
+    with show_status("reading the model", make_console(stderr=True)) as status:
+        loaded = load_model(args.model)
+        status.update(f"fusing {loaded.name} and writing it")
+        survival = fuse(loaded, args.adapter_path, args.save_path, args.dequantize)
     result = {
         "save_path": str(args.save_path),
         "survived": survival.survived,

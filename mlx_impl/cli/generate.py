@@ -1,4 +1,4 @@
-"""`generate`: the model's answer to a prompt, printed token by token."""
+"""`generate`: the model's answers to one prompt, to those of a file, or in a chat, printed token by token."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config import require_seed
+from .prompts_file import Prompt, read_prompts
 from .settings import flags
 from .settings.flags import add_folder, add_json_flag, add_number, require_at_least
 
 if TYPE_CHECKING:
-    from ..text.tokenizer import ChatTokenizer
+    from rich.console import Console
 
-HELP = "answer a prompt"
+    from ..text.tokenizer import ChatTokenizer
+    from .answerer import Answerer
+
+HELP = "answer a prompt, the prompts of a file, or chat"
 FROM_STANDARD_INPUT = "-"
 
 
@@ -26,8 +31,18 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     flags.add_template_flags(model)
     group = command.add_argument_group("generation")
     add_folder(group, "--adapter-path", "answer with this adapter (default: none)")
-    group.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="the user's message; - reads it from standard input"
+    asked = group.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "--prompt", metavar="TEXT", help="the user's message; - reads it from standard input (default: none)"
+    )
+    asked.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="answer each line of a text file, or of .jsonl each text, prompt or messages (default: none)",
+    )
+    asked.add_argument(
+        "--chat", action="store_true", help="a conversation with history; /reset and /quit (default: no)"
     )
     group.add_argument(
         "--system",
@@ -44,13 +59,10 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import mlx.core as mx
 
-    from ..fast.packed_modules import unpacking_first
     from ..files.adapters import load_with_adapter
     from ..files.precision import to_dtype
-    from ..generate import generate
-    from ..run.memory_check import require_generation_memory
     from ..run.sampling import Sampling
-    from ..text.streaming import stream_text
+    from .answerer import Answerer
     from .screen.console import make_console, show_status
 
     require_at_least(1, "max_tokens", args.max_tokens)
@@ -58,25 +70,30 @@ def run(args: argparse.Namespace) -> None:
     to_dtype(args.dtype)
     template = flags.template_of(args)
     sampling = Sampling(args.temperature, args.top_p)
-    prompt = read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt
-    messages(args.system, prompt)  # raises for what is no text, before the model is read
+    if args.chat and args.json:
+        raise ValueError("--chat prints a conversation, and --json one object: give only one of them")
+    prompts = prompts_of(args)
+    for prompt in prompts:
+        messages(args.system, prompt)  # raises for what is no text, before the model is read
     console = make_console(stderr=True)
     with show_status("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
-    tokenizer = loaded.tokenizer
-    prompt_tokens = encode_prompt(tokenizer, args.system, prompt)
-    for remark in require_generation_memory(loaded.model, [prompt_tokens], args.max_tokens):
-        console.print(remark)
+    answerer = Answerer(loaded, args.max_tokens, sampling, console)
     mx.random.seed(args.seed)
-    answer = generate(loaded.model, prompt_tokens, args.max_tokens, tokenizer.stop_ids, sampling)
-    with unpacking_first(loaded.model):
-        if not args.json:
-            print_stream(stream_text(answer, tokenizer.decode))
-            return
-        tokens = list(answer)
-    reason = "length" if len(tokens) == args.max_tokens else "stop"
-    result = {"prompt": prompt, "prompt_tokens": prompt_tokens, "tokens": tokens}
-    print(json.dumps({**result, "text": tokenizer.decode(tokens), "finish_reason": reason}))
+    if args.chat:
+        chat_with(answerer, args.system, console)
+    elif args.json:
+        print(json.dumps(result_of(answerer, args, prompts, console)))
+    else:
+        answer_each(answerer, args.system, prompts)
+
+
+def prompts_of(args: argparse.Namespace) -> list[Prompt]:
+    if args.chat:
+        return [""]  # of which only --system is checked
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    return [read_prompt() if args.prompt == FROM_STANDARD_INPUT else args.prompt]
 
 
 def read_prompt() -> str:
@@ -90,21 +107,73 @@ def read_prompt() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def encode_prompt(tokenizer: ChatTokenizer, system: str | None, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: ChatTokenizer, system: str | None, prompt: Prompt) -> list[int]:
     """The prompt through the chat template; as it is for a model without one, which goes on with it."""
-    if tokenizer.template is None and system is None:
+    if tokenizer.template is None and system is None and isinstance(prompt, str):
         return tokenizer.encode_start(prompt)
     return tokenizer.encode_prompt(messages(system, prompt))
 
 
-def messages(system: str | None, prompt: str) -> list[dict[str, str]]:
+def messages(system: str | None, prompt: Prompt) -> list[dict[str, Any]]:
     from ..text.conversation import is_text
 
-    texts = {"system": system, "user": prompt}
-    for role, flag in (("system", "--system"), ("user", "--prompt")):
-        if texts[role] is not None and not is_text(texts[role]):
+    for text, flag in ((system, "--system"), (prompt, "--prompt")):
+        if text is not None and not isinstance(text, list) and not is_text(text):
             raise ValueError(f"{flag} must be UTF-8 text")
-    return [{"role": role, "content": text} for role, text in texts.items() if text is not None]
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, *(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])]
+
+
+def answer_each(answerer: Answerer, system: str | None, prompts: list[Prompt]) -> None:
+    """Print the answers as they come; several of them below their prompts."""
+    for number, prompt in enumerate(prompts):
+        tokens = encode_prompt(answerer.tokenizer, system, prompt)
+        if len(prompts) > 1:
+            shown = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
+            print(f"\n> {shown}" if number else f"> {shown}")
+        print_stream(answerer.stream(tokens))
+        answerer.tell_if_cut()
+
+
+def chat_with(answerer: Answerer, system: str | None, console: Console) -> None:
+    from .chat import chat, is_ctrl_c
+    from .signals import StoppedBySignal
+
+    answerer.tokenizer.require_template()
+
+    def reply_to(history: list[dict[str, Any]]) -> str:
+        parts: list[str] = []
+        stream = answerer.stream(answerer.tokenizer.encode_prompt(history))
+        try:
+            print_stream(kept(stream, parts))
+        except StoppedBySignal as stop:
+            if not is_ctrl_c(stop):
+                raise
+        else:
+            answerer.tell_if_cut()
+        return "".join(parts)
+
+    chat(system, reply_to, console)
+
+
+def kept(stream: Iterable[str], parts: list[str]) -> Iterable[str]:
+    """The same parts, each added to the list too."""
+    for part in stream:
+        parts.append(part)
+        yield part
+
+
+def result_of(
+    answerer: Answerer, args: argparse.Namespace, prompts: list[Prompt], console: Console
+) -> dict[str, Any]:
+    """What --json prints: the answer to --prompt, or {"answers": [...]} for --prompts."""
+    from .screen.console import show_progress
+
+    results = []
+    for prompt in show_progress(prompts, len(prompts), "answering", console):
+        tokens = encode_prompt(answerer.tokenizer, args.system, prompt)
+        results.append({"prompt": prompt, "prompt_tokens": tokens, **answerer.whole(tokens)})
+    return results[0] if args.prompts is None else {"answers": results}
 
 
 def print_stream(parts: Iterable[str]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .. import __version__
 from . import convert, evaluate, fuse, generate, inspect, train
 from .settings.config_file import read_config
-from .settings.precedence import closest_match, merge_settings
+from .settings.flag_hints import hint
+from .settings.precedence import merge_settings
+from .shell_command import program
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -24,11 +28,12 @@ COMMANDS: dict[str, ModuleType] = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_impl",
+        prog=program(),
         description="LoRA fine-tuning in pure MLX, checked against PyTorch.",
-        epilog="Each command has its own help: python -m mlx_impl COMMAND --help",
+        epilog=f"Each command has its own help: {program()} COMMAND --help",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
         help_text = module.HELP
@@ -36,6 +41,16 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, description=description, allow_abbrev=False)
         module.add_flags(command)
     return parser
+
+
+class ShowVersion(argparse.Action):
+    """Print the versions of this package, MLX and Python, and exit. They are looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"mlx-lora {__version__}, mlx {version('mlx')}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def command_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -52,9 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args, unknown = parser.parse_known_args(arguments)
     command = command_parsers(parser)[args.command]
     if unknown:
-        match = closest_match(unknown[0].partition("=")[0], command._option_string_actions)
-        hint = f"; the closest flag is {match}" if match else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        instead = hint(unknown[0].partition("=")[0], command._option_string_actions, "flag")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{instead}")
     if getattr(args, "config", None) is None and getattr(args, "resume", None) is None:
         return args
     for action in command._actions:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
 
+SCRIPT, MODULE = "mlx-lora", "python -m mlx_impl"  # two names of one program
+
+
+def program() -> str:
+    """The name by which the user called the program."""
+    return SCRIPT if os.path.basename(sys.argv[0]) == SCRIPT else MODULE
+
 
 def shell_command(*words: object) -> str:
-    """`python -m mlx_impl WORDS`, quoted for a shell, with the Python that runs now."""
+    """`mlx-lora WORDS` or `python -m mlx_impl WORDS`, quoted for a shell, as the user called it."""
+    return shlex.join([*program_words(), *map(str, words)])
+
+
+def program_words() -> list[str]:
+    if program() == SCRIPT:
+        path = os.path.abspath(sys.argv[0])
+        return [SCRIPT if shutil.which(SCRIPT) == path else path]
     found = shutil.which("python")
-    python = "python" if found == sys.executable else sys.executable
-    return shlex.join([python, "-m", "mlx_impl", *map(str, words)])
+    return ["python" if found == sys.executable else sys.executable, "-m", "mlx_impl"]
 
 
 def path_argument(path: object) -> str:

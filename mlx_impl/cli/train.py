@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from .training.job import Job
 
 HELP = "fine-tune a model with LoRA and show what it learned"
-AT_LEAST_ONE = ("batch_size", "grad_accumulation_steps", "max_seq_length", "steps_per_eval", "save_every")
+AT_LEAST_ONE = ("batch_size", "grad_accumulation_steps", "max_seq_length", "save_every")
+AT_LEAST_ONE_IF_GIVEN = ("steps_per_eval", "max_answer_tokens")
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
+        "-c",
         "--config",
         type=Path,
         metavar="FILE",
@@ -65,7 +67,10 @@ def run(args: argparse.Namespace) -> None:
 def require_numbers(args: argparse.Namespace) -> None:
     for flag in AT_LEAST_ONE:
         require_at_least(1, flag, getattr(args, flag))
-    for flag in ("patience", "num_questions"):
+    for flag in AT_LEAST_ONE_IF_GIVEN:
+        if getattr(args, flag) is not None:
+            require_at_least(1, flag, getattr(args, flag))
+    for flag in ("patience", "num_questions", "sample_every"):
         require_at_least(0, flag, getattr(args, flag) or 0)
     if args.eval_examples != -1 and args.eval_examples < 1:
         raise ValueError(f"--eval-examples must be at least 1, or -1 for all, got {args.eval_examples}")
@@ -93,6 +98,7 @@ def run_path(flag: str, path: Path) -> Path:
 def job_of(args: argparse.Namespace, path: Path, ranks: Ranks | None = None) -> Job:
     """The job that the flags describe. A field that is not computed here is the flag of the same name."""
     from .training.job import Job
+    from .training.trackers import tracker_names
 
     training = train_settings(args)
     lora, targets = lora_config(args), flags.targets_of(args)
@@ -108,6 +114,7 @@ def job_of(args: argparse.Namespace, path: Path, ranks: Ranks | None = None) -> 
         "reading": flags.reading_of(args),
         "template": flags.template_of(args),
         "compiled": args.compile,
+        "report_to": tracker_names(args.report_to),
         "ranks": ranks,
         "settings": resolved_settings(args, lora, **saved),
     }

@@ -26,10 +26,12 @@ def generate_all(
     max_tokens: int,
     stop_ids: Collection[int],
     watched: Callable[[range, int], Iterable[int]] = lambda groups, count: groups,
+    watched_steps: Callable[[range], Iterable[int]] = lambda lengths: lengths,
 ) -> list[list[int]]:
     """The greedy answer to every prompt, in the order of the prompts.
 
-    `watched(groups, how many)` passes on the groups of prompts that are decoded together, to show progress.
+    `watched(groups, how many)` passes on the groups of prompts that are decoded together, to show progress;
+    `watched_steps(lengths)` the lengths of text that a group grows to, a token each.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -39,7 +41,8 @@ def generate_all(
         for start in watched(starts, len(starts)):
             rows = by_length[start : start + MAX_ROWS]
             caches = [repeated(cache, len(rows)) for cache in prefix]
-            replies = decode_batch(model, caches, [prompts[row] for row in rows], max_tokens, stop_ids)
+            together = [prompts[row] for row in rows]
+            replies = decode_batch(model, caches, together, max_tokens, stop_ids, watched_steps)
             for row, reply in zip(rows, replies, strict=True):
                 answers[row] = reply
     return answers
@@ -72,6 +75,7 @@ def decode_batch(
     prompts: Prompts,
     max_tokens: int,
     stop_ids: Collection[int],
+    watched_steps: Callable[[range], Iterable[int]] = lambda lengths: lengths,
 ) -> list[list[int]]:
     """The greedy answers; the caches hold what has been read of every prompt."""
     texts = [list(prompt) for prompt in prompts]
@@ -79,7 +83,7 @@ def decode_batch(
     shortest = min(map(len, prompts))
     replies: list[list[int]] = [[] for _ in prompts]
     tokens_BT = mx.array([text[caches[0].num_tokens : shortest] for text in texts])
-    for length in range(shortest, max(limits)):
+    for length in watched_steps(range(shortest, max(limits))):
         for text, token in zip(texts, next_tokens(model, tokens_BT, caches).tolist(), strict=True):
             if len(text) == length:  # its prompt has been read, so this token is its answer's
                 text.append(token)

@@ -133,19 +133,26 @@ class LoRATrainer:
 
     def validate(self, examples: Sequence[Example]) -> float:
         """Evaluate, and remember the result for this step; raises NotFinite as `fit` does."""
-        loss_nats = self.confirm(examples)
+        return self.add_validation(self.evaluate(examples))
+
+    def add_validation(self, loss_nats: float) -> float:
+        """Remember a loss from `evaluate_batches` for this step; raises NotFinite as `fit` does."""
+        self.confirm_loss(loss_nats)
         self.validation.append((self.step, loss_nats))
         return loss_nats
 
     def confirm(self, examples: Sequence[Example]) -> float:
         """The loss, which shows whether the last update left a good adapter; raises NotFinite if not."""
         loss_nats = self.evaluate(examples)
+        self.confirm_loss(loss_nats)
+        return loss_nats
+
+    def confirm_loss(self, loss_nats: float) -> None:
         try:
             self.guard.confirm(loss_nats)
         except NotFinite:
             self.drop_undone_validations()
             raise
-        return loss_nats
 
     def drop_undone_validations(self) -> None:
         self.validation = [(step, loss_nats) for step, loss_nats in self.validation if step <= self.step]

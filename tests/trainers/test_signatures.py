@@ -18,7 +18,8 @@ import pytest
 
 from tests.lora_ladder.culprit import RUNGS, WIDTH, Culprit, culprit_lines, find, sentences
 from tests.lora_ladder.known_bugs import SIGNATURES
-from tests.lora_ladder.plugin import Failure, Ladder
+from tests.lora_ladder.outcome import Failure
+from tests.lora_ladder.plugin import Ladder
 from tests.nightly import IS_NIGHTLY, mostly_at_night
 from tests.trainers.minimal import MinimalTrainer
 from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer

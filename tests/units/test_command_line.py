@@ -49,6 +49,7 @@ def test_train_writes_adapter_metrics_curve_and_report(run_folder: Path) -> None
         "loss.png",
         "manifest.json",
         "metrics.jsonl",
+        "report.html",
         "report.json",
         "training_state.safetensors",
     ]
@@ -233,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_last_good_state(
     """The error names the step and the examples; the saved adapter can be evaluated and trained further."""
     common, run = ["--model", model, "--data", str(data), "--blas", "off"], tmp_path / "run"
     train = ["train", *common, "--adapter-path", str(run), "--rank", "2", "--iters", "3"]
-    assert main([*train, "--learning-rate", "1e30"]) == 2
+    assert main([*train, "--steps-per-eval", "3", "--learning-rate", "1e30"]) == 2
     error, resume_hint = capsys.readouterr().err.splitlines()
     assert re.search(
         r"error: the loss is not finite at step 2, on the examples \d, \d; .* back at step 0", error
@@ -296,7 +297,7 @@ def test_a_bad_line_of_data_is_named_by_file_and_number(
 def test_without_the_geography_data_the_error_asks_for_a_folder(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in an installed wheel, which ships no fixtures."""
+    """As in a copy of the package's folder alone; the wheel has the data (test_installed.py)."""
     monkeypatch.setattr(flags, "GEOGRAPHY", tmp_path / "absent")
     assert main(["evaluate", "--model", model, "--blas", "off"]) == 2
     assert "give --data DIR" in capsys.readouterr().err

@@ -91,8 +91,8 @@ BILLION_LAUGHS = "data:\n- &a0 [x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 1", "unknown key 'lerning_rate', the closest is learning_rate"),
-        ("iter: 1", "unknown key 'iter', the closest is iters"),
+        ("lerning_rate: 1", "unknown key 'lerning_rate'; the closest key is learning_rate"),
+        ("iter: 1", "unknown key 'iter'; the closest key is iters"),
         ("zzz: 1", "unknown key 'zzz'; keys are the flags without the leading dashes"),
         ("config: a.yaml", "unknown key 'config'"),
         ("help: true", "unknown key 'help'"),

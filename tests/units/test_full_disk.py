@@ -66,6 +66,7 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {  # (folder of the file, f
     ),
     "metrics.jsonl": lambda folder, _: RunFolder(folder).open_metrics([RECORD]),
     "report.json": lambda folder, _: RunFolder(folder).write_json("report.json", {"iters": 3}),
+    "report.html": lambda folder, _: RunFolder(folder).write_text("report.html", "<!doctype html>"),
     "before.json": lambda folder, _: RunFolder(folder).save_before(Evaluation(1.0, {})),
     "config.yaml": lambda folder, _: RunFolder(folder).save_config({"iters": 3}),
     "loss.png": lambda folder, _: save_loss_curve([RECORD], [], folder / "loss.png"),

@@ -36,7 +36,7 @@ NAMES = sorted({(shown.strip("`"), target) for shown, target in LINKS if shown.s
 STEPS = re.findall(r"^### (\d+\. .*?)\n(.*?)(?=^##)", TEXT, re.MULTILINE | re.DOTALL)
 FOLDERS = PROSE[PROSE.index("## The folders") : PROSE.index("## Your own model and data")]
 COMMANDS = command_parsers(make_parser())
-OF_OTHER_PROGRAMS = {"--no-deps", "--backend", "--hostfile"}
+OF_OTHER_PROGRAMS = {"--no-deps", "--backend", "--hostfile", "--logdir"}
 
 
 class Block(NamedTuple):
@@ -76,7 +76,8 @@ def test_the_code_runs_as_it_stands_and_prints_what_is_shown() -> None:
             exec(compile("\n" * block.line + block.code, str(DOCUMENT), "exec"), namespace)
         if block is not blocks[-1]:
             assert printed.getvalue() == block.output, f"printed by the block at line {block.line + 1}"
-    assert len(printed.getvalue().splitlines()) == 3  # the last one prints a loss for each of three updates
+    losses, answer = printed.getvalue().splitlines()[:3], printed.getvalue().split("\n", 3)[3]
+    assert [line.split()[0] for line in losses] == ["1", "2", "3"] and answer  # of the last block
 
 
 def test_the_steps_are_those_of_training() -> None:
@@ -152,7 +153,8 @@ def test_every_command_shown_can_be_parsed(command: str) -> None:
 
 def test_every_flag_shown_is_one() -> None:
     shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - OF_OTHER_PROGRAMS
-    known = {flag for command in COMMANDS.values() for flag in command._option_string_actions}
+    parsers = (make_parser(), *COMMANDS.values())
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
     assert shown - known == {"--help"} - known
 
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from rich.status import Status
 from rich.text import Text
 
 LOG_SECONDS = 30.0
 Item = TypeVar("Item")
+
+
+class Watch(Protocol):
+    """`show_progress` on a console that is given already."""
+
+    def __call__(self, items: Iterable[Item], num_items: int, text: str) -> Iterable[Item]: ...
 
 
 class PipedConsole(Console):
@@ -31,9 +38,16 @@ def make_console(stderr: bool, quiet: bool = False) -> Console:
     return PipedConsole(stderr=stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
 
 
-def show_status(text: str, console: Console) -> AbstractContextManager[object]:
-    """Within the block a terminal shows the text with a spinner; anything else shows nothing."""
+def show_status(text: str, console: Console) -> Status:
+    """Within the block a terminal shows the text with a spinner; anything else shows nothing.
+
+    `update` of the result replaces the text.
+    """
     return console.status(text)
+
+
+def watch_on(console: Console) -> Watch:
+    return partial(show_progress, console=console)
 
 
 def show_progress(items: Iterable[Item], num_items: int, text: str, console: Console) -> Iterable[Item]:

@@ -13,8 +13,10 @@ from ...text.shown import CHOICES
 from ...text.template_choice import TemplateChoice, parse_arguments
 from ...text.turns import TARGETS
 
-# mlx_impl/cli/settings/flags.py -> the repository's root. An installed wheel has no fixtures.
-GEOGRAPHY = Path(__file__).resolve().parents[3] / "fixtures" / "geography"
+# The default data: in an installed package beside its modules, in a clone in fixtures/.
+PACKAGE = Path(__file__).resolve().parents[2]
+INSTALLED, IN_CLONE = PACKAGE / "geography", PACKAGE.parent / "fixtures" / "geography"
+GEOGRAPHY = INSTALLED if INSTALLED.is_dir() else IN_CLONE
 TRAIN_DEFAULTS = TrainConfig(iters=1)
 
 
@@ -113,7 +115,7 @@ def add_data_flags(group: Any) -> None:
         group,
         "--data",
         "folder with train.jsonl, valid.jsonl and test.jsonl, or .json, .jsonl.gz, .parquet "
-        "(default: the repository's geography data)",
+        "(default: forty capitals to learn, which come with the package)",
     )
     group.add_argument(
         "--columns",
@@ -168,7 +170,7 @@ def reading_of(args: argparse.Namespace) -> Reading:
 
 def data_folder(path: Path | None) -> Path:
     if path is None and not GEOGRAPHY.is_dir():
-        raise ValueError("this installation has no geography data: give --data DIR")
+        raise ValueError("this installation has no default data: give --data DIR")
     path = GEOGRAPHY if path is None else path
     if not path.is_dir():
         raise ValueError(f"--data must be a folder, got {path}")

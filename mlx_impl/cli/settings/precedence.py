@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import reprlib
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...config import LoRAConfig
+from .flag_hints import hint
 from .lora_flags import LORA_FLAGS
 
 NOT_IN_FILES = ("help", "config")
@@ -19,14 +18,12 @@ NOT_IN_FILES = ("help", "config")
 EXCLUSIVE = (("adapter_path", "resume"), ("targets", "mask_prompt"))
 BOOLEANS = {True: True, False: False, "yes": True, "no": False, "on": True, "off": False}
 # Left out of config.yaml: the run may be repeated in another folder, with another library.
-NOT_SAVED = ("command", "config", "adapter_path", "overwrite", "resume", "blas", "json", "distributed")
+NOT_SAVED = (
+    *("command", "config", "adapter_path", "overwrite", "resume", "blas", "json", "distributed"),
+    "train",  # always
+)
 SHORT_REPR = reprlib.Repr()
 SHORT_REPR.maxlevel = 2  # a few lines of YAML can hold nested lists of millions of items
-
-
-def closest_match(word: str, words: Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(word, list(words), 1)
-    return found[0] if found else None
 
 
 def merge_settings(
@@ -60,9 +57,8 @@ def typed_settings(command: argparse.ArgumentParser, raw: dict[Any, Any], path: 
     for raw_key, value in raw.items():
         key = raw_key.replace("-", "_") if isinstance(raw_key, str) else raw_key
         if key not in actions:
-            match = closest_match(str(key), actions)
-            hint = f", the closest is {match}" if match else "; keys are the flags without the leading dashes"
-            raise ValueError(f"{path}: unknown key {SHORT_REPR.repr(raw_key)}{hint}")
+            instead = hint(str(key), actions, "key") or "; keys are the flags without the leading dashes"
+            raise ValueError(f"{path}: unknown key {SHORT_REPR.repr(raw_key)}{instead}")
         if key in settings:
             raise ValueError(f"{path}: the key {key} is repeated")
         settings[key] = typed_value(actions[key], value, path)
@@ -90,6 +86,8 @@ def converted(action: argparse.Action, value: object) -> Any:
         if isinstance(value, (bool, str)) and value in BOOLEANS:
             return BOOLEANS[value]
         raise ValueError("true or false")
+    if action.nargs == "?" and isinstance(value, bool):  # a flag that may stand alone
+        return action.const if value else None
     if action.type in (int, float):
         return as_number(action.type, value)
     text = as_flag_text(action.dest, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 from ...config import BATCHINGS
@@ -109,7 +111,13 @@ def add_run_flags(group: Any) -> None:
         "machine or GPU (default: no)",
     )
     add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
-    add_number(group, "--steps-per-eval", 25, "compute the validation loss every N updates")
+    add_number(
+        group,
+        "--steps-per-eval",
+        None,
+        "compute the validation loss every N updates",
+        "about ten times a run",
+    )
     add_number(
         group, "--patience", 0, "early stopping: stop after N validations without a better loss; 0: never"
     )
@@ -119,5 +127,46 @@ def add_run_flags(group: Any) -> None:
         200,
         "compute the losses before, after and in validation over at most N examples, evenly spaced; -1: all",
     )
-    add_number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
+    group.add_argument(
+        "--test",
+        nargs="?",
+        const=True,
+        type=file_path,
+        metavar="FILE",
+        help="at the end compute the loss over all rows of FILE; without FILE, of the data's test file "
+        "(default: none)",
+    )
+    add_question_flags(group)
+    group.add_argument(
+        "--report-to",
+        metavar="tensorboard|wandb",
+        help="send the figures of every step there, or to both with a comma (default: none)",
+    )
+    group.add_argument(
+        "--project-name", metavar="NAME", help="the project in Weights & Biases (default: mlx-lora)"
+    )
+    group.add_argument(
+        "--train",
+        action="store_true",
+        default=True,
+        help="as in commands for mlx_lm.lora: this command always trains (default: yes)",
+    )
     add_json_flag(group)
+
+
+def file_path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file, got an empty text")
+    return Path(text)
+
+
+def add_question_flags(group: Any) -> None:
+    add_number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
+    add_number(
+        group,
+        "--max-answer-tokens",
+        None,
+        "longest answer to a question, in tokens; one that is longer counts as cut",
+        "what the longest reply of the data needs",
+    )
+    add_number(group, "--sample-every", 0, "show answers to a few held-out rows every N updates; 0: never")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from rich.console import Console
 
@@ -18,21 +18,34 @@ from ...run.ranks import Ranks
 from ...text.conversation import Conversation
 from ...text.plain_text import encode_question
 from ...text.tokenizer import ChatTokenizer
-from ..screen.console import show_progress
+from ..screen.console import Watch, watch_on
 
-MAX_TOKENS = 24  # of an answer
+MIN_TOKENS = 24  # of an answer, where the replies of the data are shorter
 
 
 @dataclass(frozen=True)
 class Answer:
     question: str
-    expected: str
+    expected: str | None  # words that a right answer holds; None: it is not judged
     text: str
+    is_cut: bool = False  # the model had not ended it after the most tokens
+    reply: str = ""  # the data's own reply, beside an answer that is not judged
+
+    @property
+    def is_judged(self) -> bool:
+        return self.expected is not None
 
     @property
     def is_right(self) -> bool:
         """Whether the expected words occur in the answer, as whole words and in their order."""
-        return f" {normalized(self.expected)} " in f" {normalized(self.text)} "
+        return self.is_judged and f" {normalized(self.expected or '')} " in f" {normalized(self.text)} "
+
+    @property
+    def verdict(self) -> str:
+        """right, cut or wrong; of an answer that is not judged, cut or nothing."""
+        if self.is_right or self.is_cut:
+            return "right" if self.is_right else "cut"
+        return "wrong" if self.is_judged else ""
 
 
 @dataclass(frozen=True)
@@ -57,28 +70,47 @@ def ask(
     console: Console,
     plain: bool = False,
     ranks: Ranks | None = None,
+    max_tokens: int = MIN_TOKENS,
+    watch: Watch | None = None,
 ) -> list[Answer]:
-    """The model's answers to the conversations that have an expected answer.
+    """The model's answers, each of at most `max_tokens` tokens, in place of the conversations' last replies.
 
     `plain`: one after the other. `ranks` share out what is decoded together, and all get all answers.
+    `watch` shows the progress, on the console by default.
     """
-    questions = [c for c in conversations if c.answer is not None]
-    progress = partial(show_progress, text="asking", console=console)
-    prompts = prompts_of(tokenizer, questions)
-    limits = MAX_TOKENS, tokenizer.stop_ids
+    progress = watch or watch_on(console)
+    prompts = prompts_of(tokenizer, conversations)
+    limits = max_tokens, tokenizer.stop_ids
     own = slice(ranks.rank, None, ranks.size) if ranks else slice(None)
     if plain:
-        replies = answer_each(model, prompts, *limits, progress(range(len(prompts))[own], len(prompts)))
+        rows = range(len(prompts))[own]
+        replies = answer_each(model, prompts, *limits, progress(rows, len(rows), "asking"))
+    elif len(prompts) <= MAX_ROWS:  # all together, so the progress is that of their tokens
+        steps = lambda lengths: progress(lengths, len(lengths), "tokens of the answers")  # noqa: E731
+        replies = generate_all(model, prompts, *limits, lambda groups, _: groups[own], steps)
     else:
         replies = generate_all(
-            model, prompts, *limits, lambda groups, count: progress(groups[own], len(groups[own]))
+            model, prompts, *limits, lambda groups, _: progress(groups[own], len(groups[own]), "asking")
         )
     if ranks:  # a reply is empty on all ranks but one
         replies = [max(of_each, key=len) for of_each in zip(*ranks.gather_objects(replies), strict=True)]
     return [
-        Answer(c.question, c.answer or "", tokenizer.decode(reply).strip())
-        for c, reply in zip(questions, replies, strict=True)
+        Answer(
+            c.question,
+            c.answer,
+            tokenizer.decode(reply).strip(),
+            is_cut=len(reply) == max_tokens,
+            reply="" if c.answer is not None else reply_text(c),
+        )
+        for c, reply in zip(conversations, replies, strict=True)
     ]
+
+
+def reply_text(conversation: Conversation) -> str:
+    """The last reply of the data; a call of tools as JSON."""
+    message = conversation.messages[-1]
+    calls = message.get("tool_calls")
+    return message.get("content") or (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def answer_each(
@@ -113,12 +145,16 @@ def askable(
 
 
 def require_memory_for_questions(
-    loaded: LoadedModel, conversations: Sequence[Conversation], plain: bool
+    loaded: LoadedModel, conversations: Sequence[Conversation], plain: bool, max_tokens: int
 ) -> list[str]:
     """Remarks where free memory is short; ValueError where a memory limit would be exceeded."""
     prompts = prompts_of(loaded.tokenizer, conversations)
-    return require_generation_memory(loaded.model, prompts, MAX_TOKENS, 1 if plain else MAX_ROWS)
+    return require_generation_memory(loaded.model, prompts, max_tokens, 1 if plain else MAX_ROWS)
 
 
 def fraction_right(answers: Sequence[Answer]) -> float:
     return sum(answer.is_right for answer in answers) / len(answers)
+
+
+def are_judged(answers: Sequence[Answer]) -> bool:
+    return any(answer.is_judged for answer in answers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -11,17 +10,22 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from ...data import evaluation_batches
 from ...run.guard import NotFinite
 from ...train import StepRecord
-from ..screen.console import printable, show_progress, show_status
-from ..screen.report import print_answers, show_training
-from ..screen.summary import make_report, print_summary
+from ..screen.console import Watch, printable, show_status, watch_on
+from ..screen.page import report_page
+from ..screen.report import print_answers, show_training, training_progress, watch_between_steps
+from ..screen.result import print_next, print_result
+from ..screen.summary import print_summary
 from ..signals import StopRequest, defer_signals
-from .answers import Evaluation, ask
-from .job import Job, PreparedJob, evenly_spaced, prepare, require_same_on_all_ranks
+from .answers import Evaluation
+from .evaluation import evaluate_model, show_samples, test_result, watched_batches
+from .job import Job, PreparedJob, prepare, require_same_on_all_ranks
+from .next_commands import next_commands
 from .on_ranks import agree_to_stop
 from .resume_hint import resume_hint
+from .run_report import make_report
+from .trackers import Track, open_trackers, values_of
 
 
 def finetune(job: Job, console: Console) -> dict[str, Any]:
@@ -31,8 +35,8 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     NotFinite after saving the last good state; StoppedBySignal after saving everything. A note on the
     exception is the command to continue with.
     """
-    with show_status("reading model and data", console):
-        prepared = prepare(job)
+    with show_status("reading the data", console) as status:
+        prepared = prepare(job, status.update)
         require_same_on_all_ranks(prepared)
     print_summary(prepared, console)
     before, records = start_or_resume(prepared, console)
@@ -40,18 +44,21 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
         with defer_signals() as stop_request:
             fit_and_save(prepared, records, console, stop_request)
         after = evaluate_model(prepared, console, "after")
-        report = make_report(prepared, before, after, records)
+        report = make_report(prepared, before, after, records, test_result(prepared, console))
         prepared.folder.write_json("report.json", report)
+        prepared.folder.write_text("report.html", report_page(report, records))
         prepared.folder.finish()
         if job.ranks:
             job.ranks.largest(0)  # no rank reports success before rank 0 has written the report
-    saved = f"report.json saved in {printable(str(job.folder))}"
+    saved = f"report.json and report.html saved in {printable(str(job.folder))}"
     try:
         print_answers(before.answers, after.answers, console)
+        print_result(report, console)
     except KeyboardInterrupt as stop:
         stop.add_note(saved)
         raise
     console.print(saved)
+    print_next(next_commands(prepared), console)
     return report
 
 
@@ -101,56 +108,34 @@ def save(prepared: PreparedJob, records: list[StepRecord], console: Console) -> 
     console.print(f"step {trainer.step}: adapter, training state and loss.png saved in {path}")
 
 
-def evaluate_model(prepared: PreparedJob, console: Console, when: str) -> Evaluation:
-    """The loss over training examples, and the answers to all questions."""
-    loss_nats = training_set_loss(prepared, console, when)
-    questions = [c for group in prepared.questions.values() for c in group]
-    if questions:
-        console.print(f"asking {len(questions)} questions")
-    loaded, plain = prepared.loaded, prepared.job.plain
-    answers = iter(ask(loaded.model, loaded.tokenizer, questions, console, plain, prepared.job.ranks))
-    by_group = {name: [next(answers) for _ in group] for name, group in prepared.questions.items()}
-    return Evaluation(loss_nats, by_group)
-
-
-def training_set_loss(prepared: PreparedJob, console: Console, when: str) -> float:
-    """Nats per target token over at most --eval-examples training examples; ValueError unless finite."""
-    examples = evenly_spaced(prepared.train, prepared.job.eval_examples)
-    size = prepared.trainer.training.batch_size
-    num_batches = -(-len(examples) // size)
-    batches = show_progress(evaluation_batches(examples, size), num_batches, "evaluating", console)
-    loss_nats = prepared.trainer.evaluate_batches(batches)
-    if not math.isfinite(loss_nats):
-        raise ValueError(
-            f"the loss over the training set {when} training must be a finite number, got {loss_nats}"
-        )
-    is_whole = len(examples) == len(prepared.train)
-    of = "the training set" if is_whole else f"{len(examples)} of {len(prepared.train)} training examples"
-    console.print(f"loss over {of} {when} training: {loss_nats:.4f} nats per target token")
-    return loss_nats
-
-
 def fit(
     prepared: PreparedJob, records: list[StepRecord], console: Console, stop_request: StopRequest
 ) -> None:
     """Train to the last step, a request to stop or early stopping; append to the records."""
     job, trainer, folder = prepared.job, prepared.trainer, prepared.folder
-    validate_if_due(prepared, console)  # at step 0, or where the run was stopped before it could
-    if should_stop_early(prepared, console):
-        return
-    with folder.open_metrics(records) as metrics:
-        steps = record_steps(trainer.fit(prepared.train), records, metrics)
-        for record in show_training(steps, trainer.step, trainer.training.iters, console):
-            if agree_to_stop(trainer.ranks, stop_request):
-                break
-            validate_if_due(prepared, console)
-            if record.step % job.save_every == 0:
-                os.fsync(metrics.fileno())
-                folder.save(trainer, prepared.train, prepared.base_name)
-            if should_stop_early(prepared, console):
-                break
-        os.fsync(metrics.fileno())
-        folder.require_metrics(metrics)
+    names = job.report_to if job.ranks is None or job.ranks.rank == 0 else []
+    with open_trackers(names, folder.path, job.settings, job.project_name, trainer.step) as track:
+        # at step 0, or where the run was stopped before it could
+        validate_if_due(prepared, console, watch_on(console), track)
+        if should_stop_early(prepared, console):
+            return
+        with folder.open_metrics(records) as metrics, training_progress(console) as progress:
+            steps = record_steps(trainer.fit(prepared.train), records, metrics)
+            watch = watch_between_steps(progress)
+            for record in show_training(steps, trainer.step, trainer.training.iters, progress):
+                track(record.step, values_of(record))
+                if agree_to_stop(trainer.ranks, stop_request):
+                    break
+                validate_if_due(prepared, console, watch, track)
+                if job.sample_every and record.step % job.sample_every == 0:
+                    show_samples(prepared, console, watch)
+                if record.step % job.save_every == 0:
+                    os.fsync(metrics.fileno())
+                    folder.save(trainer, prepared.train, prepared.base_name)
+                if should_stop_early(prepared, console):
+                    break
+            os.fsync(metrics.fileno())
+            folder.require_metrics(metrics)
 
 
 def record_steps(
@@ -164,14 +149,16 @@ def record_steps(
         yield record
 
 
-def validate_if_due(prepared: PreparedJob, console: Console) -> None:
+def validate_if_due(prepared: PreparedJob, console: Console, watch: Watch, track: Track) -> None:
     """Compute the validation loss every --steps-per-eval steps and at the end; save the best adapter."""
     trainer = prepared.trainer
-    is_due = trainer.step % prepared.job.steps_per_eval == 0 or trainer.step == trainer.training.iters
+    is_due = trainer.step % prepared.steps_per_eval == 0 or trainer.step == trainer.training.iters
     is_done = any(step == trainer.step for step, _ in trainer.validation)
     if prepared.valid and is_due and not is_done:
-        loss_nats = trainer.validate(prepared.valid)
+        batches = watched_batches(prepared.valid, trainer, "validating", watch)
+        loss_nats = trainer.add_validation(trainer.evaluate_batches(batches))
         console.print(f"validation loss at step {trainer.step}: {loss_nats:.4f}")
+        track(trainer.step, {"valid/loss": loss_nats})
         if trainer.validations_since_best() == 0:
             prepared.folder.save_best(trainer, prepared.base_name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ from ...run.trainer import LoRATrainer
 from ...text.conversation import Conversation
 from ...text.examples import encode_file
 from ...text.rows import Reading
-from ...text.splits import read_optional_split, read_split
 from ...text.template_choice import TemplateChoice, digest_of
 from . import manifest
-from .answers import askable, require_memory_for_questions
+from .answers import require_memory_for_questions
+from .job_data import Limits, Questions, questions_of, read_data
 from .on_ranks import ReadOnlyFolder
 from .run_folder import RunFolder, library_versions
 
-# The names under which the report lists the questions of a file.
-QUESTION_FILES = {"trained": "train", "unseen": "test", "control": "control"}
-Questions = dict[str, list[Conversation]]  # by the names of QUESTION_FILES
+NUM_VALIDATIONS = 10  # about so many a run, where --steps-per-eval does not say how many
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,15 @@ class Job:
     epochs: int
     targets: str  # completion, assistant or all
     max_seq_length: int
-    steps_per_eval: int
+    steps_per_eval: int | None  # None: about NUM_VALIDATIONS times a run
     save_every: int
     patience: int  # validations without a new best before early stopping; 0: never stop early
     num_questions: int | None
+    max_answer_tokens: int | None  # None: follows from the longest reply of the data
+    sample_every: int  # answer the samples every so many steps; 0: never
+    test: bool | Path | None  # evaluate at the end on the data's test file (True), on this one, or on none
+    report_to: list[str]  # tensorboard, wandb or both
+    project_name: str | None  # of wandb
     eval_examples: int  # at most this many training and validation examples are evaluated; -1: all
     compiled: bool | None
     plain: bool  # train without the fast path
@@ -77,8 +80,16 @@ class PreparedJob:
     train: Sequence[Example]
     valid: Sequence[Example]  # only those that are evaluated
     num_valid: int  # of all validation examples
-    questions: Questions
+    questions: Questions  # asked before and after; where no row names an answer, the samples
+    samples: list[Conversation]  # a few held-out rows
+    test: Sequence[Example]  # of --test
+    max_answer_tokens: int
     remarks: list[str]  # on truncated and skipped examples and on short memory
+
+    @property
+    def steps_per_eval(self) -> int:
+        """Updates between validations."""
+        return steps_per_eval(self.job, self.trainer.training.iters)
 
     @property
     def base_name(self) -> str:
@@ -86,40 +97,58 @@ class PreparedJob:
         return str(self.job.model or self.loaded.name)
 
 
-def prepare(job: Job) -> PreparedJob:
-    """Read and check everything, cheap checks first; ValueError for a wrong input."""
+def prepare(job: Job, tell: Callable[[str], object] = lambda text: None) -> PreparedJob:
+    """Read and check everything, cheap checks first; ValueError for a wrong input.
+
+    `tell` is told what is being done, before each part that can take seconds.
+    """
     to_dtype(job.dtype)
     is_writer = job.ranks is None or job.ranks.rank == 0
     folder = (RunFolder if is_writer else ReadOnlyFolder)(job.folder)
     if not job.resume:
         require_separate_inputs(job)
-    train, valid, questions, remarks = read_data(job)
-    if job.patience and not valid:
+    tell("reading the data")
+    data = read_data(job.data, job.reading, job.test)
+    if job.patience and not data.valid:
         raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
-    train_config(job, [job.max_seq_length] * len(train))  # raises for wrong numbers before a model is loaded
+    train_config(job, [job.max_seq_length] * len(data.train))  # wrong numbers: before a model is loaded
+    tell("reading the model")
     template = replace(job.template, adapter=job.init_adapter)
     loaded = load_model(job.model, job.dequantize, job.dtype, template)
     folder.chat_template = loaded.tokenizer.replacement
-    how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
-    encoded, valid_encoded = (
-        encode_file(loaded.tokenizer, conversations, *how) for conversations in (train, valid)
-    )
-    if job.reading.skip_bad:
-        questions, refused = askable(loaded.tokenizer, questions)
-        remarks += refused
-    examples = encoded.examples
-    valid_examples = evenly_spaced(valid_encoded.examples, job.eval_examples)
-    trainer = make_trainer(job, loaded, examples, valid_examples, questions)
+    encoded = {}
+    for kind, rows in (("training", data.train), ("validation", data.valid), ("test", data.test)):
+        tell(f"encoding {len(rows):,} {kind} examples")
+        how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
+        encoded[kind] = encode_file(loaded.tokenizer, rows, *how)
+    tell("checking questions and memory")
+    limits = Limits(job.num_questions, job.max_answer_tokens, job.max_seq_length)
+    asked = questions_of(loaded, data, job.reading, job.reasoning, limits)
+    examples = encoded["training"].examples
+    evaluated = evenly_spaced(encoded["validation"].examples, job.eval_examples)
+    trainer = make_trainer(job, loaded, examples, evaluated, asked.questions)
     if job.resume:
         load_training_state(folder, trainer, examples)
-    remarks += encoded.remarks("training") + valid_encoded.remarks("validation")
-    remarks += require_training_memory(
-        trainer, examples, evenly_spaced(examples, job.eval_examples), valid_examples
+    remarks = data.remarks + asked.remarks
+    remarks += [remark for kind, file in encoded.items() for remark in file.remarks(kind)]
+    all_evaluated = evenly_spaced(examples, job.eval_examples), evaluated, encoded["test"].examples
+    remarks += require_training_memory(trainer, examples, *all_evaluated)
+    rows = [*asked.samples, *(c for group in asked.questions.values() for c in group)]
+    remarks += require_memory_for_questions(loaded, rows, job.plain, asked.max_tokens)
+    return PreparedJob(
+        job,
+        loaded,
+        folder,
+        trainer,
+        examples,
+        evaluated,
+        len(encoded["validation"].examples),
+        asked.questions,
+        asked.samples,
+        encoded["test"].examples,
+        asked.max_tokens,
+        remarks,
     )
-    asked = [c for group in questions.values() for c in group]
-    remarks += require_memory_for_questions(loaded, asked, job.plain)
-    num_valid = len(valid_encoded.examples)
-    return PreparedJob(job, loaded, folder, trainer, examples, valid_examples, num_valid, questions, remarks)
 
 
 def require_same_on_all_ranks(prepared: PreparedJob) -> None:
@@ -144,12 +173,16 @@ def make_trainer(
         "eval_examples": job.eval_examples,
         "the validation data": digest_of_examples(valid),
         "the questions": {name: [c.question for c in group] for name, group in questions.items()},
-        "steps_per_eval": job.steps_per_eval,
+        "steps_per_eval": steps_per_eval(job, training.iters),
         "patience": job.patience,
     }
     if loaded.tokenizer.replacement is not None:
         trainer.resume_identity["the chat template"] = digest_of(loaded.tokenizer.replacement)
     return trainer
+
+
+def steps_per_eval(job: Job, iters: int) -> int:
+    return job.steps_per_eval or max(1, -(-iters // NUM_VALIDATIONS))
 
 
 def require_separate_inputs(job: Job) -> None:
@@ -177,18 +210,6 @@ def evenly_spaced(examples: Sequence[Example], most: int) -> Sequence[Example]:
     if most == -1 or len(examples) <= most:
         return examples
     return [examples[i * len(examples) // most] for i in range(most)]
-
-
-def read_data(job: Job) -> tuple[list[Conversation], list[Conversation], Questions, list[str]]:
-    """Training and validation conversations, questions with expected answers, remarks on the files."""
-    files = {"train": read_split(job.data, "train", job.reading)}
-    files |= {name: read_optional_split(job.data, name, job.reading) for name in ("valid", "test", "control")}
-    groups = {name: files[file].conversations for name, file in QUESTION_FILES.items()}
-    questions = {n: [c for c in cs if c.answer is not None][: job.num_questions] for n, cs in groups.items()}
-    kinds = {"train": "training", "valid": "validation"}
-    remarks = [remark for name, file in files.items() for remark in file.remarks(kinds.get(name, name))]
-    asked = {name: group for name, group in questions.items() if group}
-    return files["train"].conversations, files["valid"].conversations, asked, remarks
 
 
 def train_config(job: Job, lengths: list[int]) -> TrainConfig:

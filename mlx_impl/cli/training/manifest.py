@@ -20,7 +20,8 @@ from ...disk.files import atomic_write, is_regular, read_json_object
 NAME = "manifest.json"
 FORMAT = "mlx-lora-run-1"
 FILES = (  # all files of a run except its manifest
-    *("config.yaml", "report.json", "metrics.jsonl", "before.json", "training_state.safetensors", "loss.png"),
+    *("config.yaml", "report.json", "report.html", "metrics.jsonl", "before.json", "loss.png"),
+    "training_state.safetensors",
     *("adapter_config.json", "adapter_model.safetensors"),
     *("best/adapter_config.json", "best/adapter_model.safetensors"),
     *("chat_template.jinja", "best/chat_template.jinja"),

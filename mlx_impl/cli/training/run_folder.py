@@ -161,9 +161,12 @@ class RunFolder:
         save_loss_curve(records, trainer.validation, self.path / "loss.png")
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(record, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
         self.register(name)
         with atomic_write(self.path / name) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
 
 
 def library_versions() -> dict[str, str]:
@@ -173,7 +176,7 @@ def library_versions() -> dict[str, str]:
 
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with absolute paths, so that a run can be resumed and repeated from any folder."""
-    keys = ("model", "data", "init_adapter", "chat_template")
-    paths = {key: Path(settings[key]) for key in keys if key in settings}
+    keys = ("model", "data", "init_adapter", "test", "chat_template")
+    paths = {key: Path(settings[key]) for key in keys if isinstance(settings.get(key), str)}
     is_there = {**dict.fromkeys(keys, Path.exists), "chat_template": Path.is_file}  # else a template's name
     return settings | {key: str(path.absolute()) for key, path in paths.items() if is_there[key](path)}
