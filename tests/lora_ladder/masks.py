@@ -7,8 +7,15 @@ moves A by
     -lr dA,    dA_IR = x~^T G,    G_NR = scale dy B^T
 
 where x~_NI = x * keep / (1 - p) is what dropout leaves of the inputs at the update's N positions. With N <= R
-this has one solution for x~, and x~ / x is 0 or 1 / (1 - p). What cannot be read is left out: elements of x
-near 0, and positions at which G is near 0 (the query of a row's first token, which can attend to one key).
+this has one solution, x~^T = dA G^+ with the pseudo-inverse G^+, and x~ / x is 0 or 1 / (1 - p).
+
+What cannot be read is left out. Positions at which G is 0 up to rounding are (the query of a row's first
+token, which can attend to one key). For the others, an error dG of G and the rounding of A change x~^T by
+
+    (|x|^T |dG| / (1 - p) + |rounding of A| / lr) |G^+|
+
+and an element of x~ is read where this is below READING |x|. dG is the difference between the reference in
+float32 and in float64, the root mean square of each position's row, times the FACTOR of every tolerance.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ import torch
 from mlx_impl.config import BLOCK_LINEARS, LoRAConfig, TrainConfig
 from mlx_impl.data import Batch
 from reference.lora import LoRALinear
+from tests.derived import FACTOR, UNIT_ROUNDOFF
 from tests.lora_ladder.cases import SPEC, Case, make_batch, make_factors, make_weights, random_rows
 from tests.lora_ladder.protocol import Arrays, Dialect
 from tests.trainers.reference import oracle
@@ -29,7 +37,7 @@ from tests.trainers.reference import oracle
 NUM_UPDATES, MICRO_BATCHES, ROWS, TOKENS = 5, 2, 2, 3
 POSITIONS = MICRO_BATCHES * ROWS * TOKENS  # of an update
 LORA = LoRAConfig(rank=16, alpha=20.0)  # of at least as many columns as an update has positions
-SMALL = 0.1  # of the root mean square; smaller inputs and gradients are not read
+READING = 2.0**-6  # relative; an element whose mask might be read with a larger error is not read
 TRAINING = TrainConfig(
     iters=NUM_UPDATES,
     learning_rate=2.0**-24,  # so that A stays near 0
@@ -76,21 +84,26 @@ def window() -> list[Batch]:
 def masks_drawn(candidate: Any, p: float, how: str = "train", training: TrainConfig = TRAINING) -> Masks:
     """Those of the first updates: the runs of one update, of two, ... differ by the last one's gradient."""
     case = case_with_zero_a(p)
-    known = inputs_and_pullbacks(case, candidate.dialect)
+    known, inexact = (
+        inputs_and_pullbacks(case, candidate.dialect, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    noise = {name: FACTOR * root_mean_square(inexact[name][1] - known[name][1]) / (1 - p) for name in known}
     before, updates = case.factors, []
     for num_updates in range(1, min(training.iters, NUM_UPDATES) + 1):
         trainer = case.build(candidate)
         getattr(trainer, how)([window()] * num_updates, training)
         after = trainer.factors()
-        updates.append(masks_of_update(before, after, known, training.learning_rate))
+        updates.append(masks_of_update(before, after, known, noise, training.learning_rate))
         before = after
     ratio, is_read = (np.stack(arrays) for arrays in zip(*updates, strict=True))
     return Masks(ratio, is_read)
 
 
-def inputs_and_pullbacks(case: Case, dialect: Dialect) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Of each adapted linear x_NI and G_NR, by the reference in float64 without dropout."""
-    trainer = case.with_dropout(0.0).build(oracle(dialect, torch.float64))
+def inputs_and_pullbacks(
+    case: Case, dialect: Dialect, dtype: torch.dtype
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each adapted linear x_NI and G_NR, by the reference without dropout."""
+    trainer = case.with_dropout(0.0).build(oracle(dialect, dtype))
     linears: dict[str, LoRALinear] = trainer.adapted()
     inputs: dict[str, list[np.ndarray]] = {name: [] for name in linears}
     grads: dict[str, list[np.ndarray]] = {name: [] for name in linears}
@@ -117,7 +130,11 @@ def inputs_and_pullbacks(case: Case, dialect: Dialect) -> dict[str, tuple[np.nda
 
 
 def masks_of_update(
-    before: Arrays, after: Arrays, known: dict[str, tuple[np.ndarray, np.ndarray]], learning_rate: float
+    before: Arrays,
+    after: Arrays,
+    known: dict[str, tuple[np.ndarray, np.ndarray]],
+    noise: Arrays,
+    learning_rate: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ratio x~ / x and whether it was read: (micro-batch, row, token, layer, linear, feature)."""
     shape = (POSITIONS, SPEC.num_hidden_layers, len(BLOCK_LINEARS), max_features())
@@ -125,18 +142,23 @@ def masks_of_update(
     for name, (x_NI, g_NR) in known.items():
         a_name, num_in = f"{name}.lora_a", x_NI.shape[1]
         grad_IR = (before[a_name].astype(np.float64) - after[a_name]) / learning_rate
-        kept_N = is_large(np.linalg.norm(g_NR, axis=1))
-        dropped_NI = np.zeros_like(x_NI)
-        dropped_NI[kept_N] = (grad_IR @ np.linalg.pinv(g_NR[kept_N])).T
+        kept_N = root_mean_square(g_NR)[:, 0] > noise[name][:, 0]
+        inverse_RN = np.linalg.pinv(g_NR[kept_N])
+        rounding_IR = UNIT_ROUNDOFF * (np.abs(before[a_name]) + np.abs(after[a_name])) / learning_rate
+        error_IN = (np.abs(x_NI).T @ noise[name] + rounding_IR) @ np.abs(inverse_RN)
+        dropped_NI, is_read_NI = np.zeros_like(x_NI), np.zeros(x_NI.shape, dtype=bool)
+        dropped_NI[kept_N] = (grad_IR @ inverse_RN).T
+        is_read_NI[kept_N] = READING * np.abs(x_NI[kept_N]) > error_IN.T
         here = (slice(None), int(name.split(".")[2]), BLOCK_LINEARS.index(name.rpartition(".")[2]))
-        is_read[(*here, slice(num_in))] = kept_N[:, None] & is_large(np.abs(x_NI))
+        is_read[(*here, slice(num_in))] = is_read_NI
         ratio[(*here, slice(num_in))] = dropped_NI / np.where(x_NI == 0, 1, x_NI)
     axes = (MICRO_BATCHES, ROWS, TOKENS, *shape[1:])
     return np.where(is_read, ratio, 0).reshape(axes), is_read.reshape(axes)
 
 
-def is_large(values: np.ndarray) -> np.ndarray:
-    return values > SMALL * np.sqrt(np.mean(np.square(values)))
+def root_mean_square(values_NR: np.ndarray) -> np.ndarray:
+    """Of each row; (N, 1)."""
+    return np.sqrt(np.mean(np.square(values_NR), axis=1, keepdims=True))
 
 
 def max_features() -> int:
