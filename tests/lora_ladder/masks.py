@@ -10,12 +10,14 @@ where x~_NI = x * keep / (1 - p) is what dropout leaves of the inputs at the upd
 this has one solution, x~^T = dA G^+ with the pseudo-inverse G^+, and x~ / x is 0 or 1 / (1 - p).
 
 What cannot be read is left out. Positions at which G is 0 up to rounding are (the query of a row's first
-token, which can attend to one key). For the others, an error dG of G and the rounding of A change x~^T by
+token, which can attend to one key). For the others, errors dG of G and dx of x and the rounding of A change
+x~^T by at most
 
-    (|x|^T |dG| / (1 - p) + |rounding of A| / lr) |G^+|
+    (|x|^T |dG| / (1 - p) + |rounding of A| / lr) |G^+| + |dx|^T / (1 - p)
 
-and an element of x~ is read where this is below READING |x|. dG is the difference between the reference in
-float32 and in float64, the root mean square of each position's row, times the FACTOR of every tolerance.
+and an element of x~ is read where this is below READING |x| / 4, because a sound trainer uses at most a
+quarter of a tolerance. dG and dx are the differences between the reference in float32 and in float64, the
+root mean square of each position's row, times the FACTOR of every tolerance. A is rounded once an update.
 """
 
 from __future__ import annotations
@@ -87,7 +89,10 @@ def masks_drawn(candidate: Any, p: float, how: str = "train", training: TrainCon
     known, inexact = (
         inputs_and_pullbacks(case, candidate.dialect, dtype) for dtype in (torch.float64, torch.float32)
     )
-    noise = {name: FACTOR * root_mean_square(inexact[name][1] - known[name][1]) / (1 - p) for name in known}
+    noise = {
+        name: tuple(FACTOR * root_mean_square(inexact[name][i] - known[name][i]) / (1 - p) for i in (0, 1))
+        for name in known
+    }
     before, updates = case.factors, []
     for num_updates in range(1, min(training.iters, NUM_UPDATES) + 1):
         trainer = case.build(candidate)
@@ -133,22 +138,26 @@ def masks_of_update(
     before: Arrays,
     after: Arrays,
     known: dict[str, tuple[np.ndarray, np.ndarray]],
-    noise: Arrays,
+    noise: dict[str, tuple[np.ndarray, ...]],
     learning_rate: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ratio x~ / x and whether it was read: (micro-batch, row, token, layer, linear, feature)."""
     shape = (POSITIONS, SPEC.num_hidden_layers, len(BLOCK_LINEARS), max_features())
     ratio, is_read = np.zeros(shape), np.zeros(shape, dtype=bool)
     for name, (x_NI, g_NR) in known.items():
+        noise_of_x, noise_of_g = noise[name]
         a_name, num_in = f"{name}.lora_a", x_NI.shape[1]
         grad_IR = (before[a_name].astype(np.float64) - after[a_name]) / learning_rate
-        kept_N = root_mean_square(g_NR)[:, 0] > noise[name][:, 0]
+        kept_N = (root_mean_square(g_NR) > noise_of_g)[:, 0]
         inverse_RN = np.linalg.pinv(g_NR[kept_N])
-        rounding_IR = UNIT_ROUNDOFF * (np.abs(before[a_name]) + np.abs(after[a_name])) / learning_rate
-        error_IN = (np.abs(x_NI).T @ noise[name] + rounding_IR) @ np.abs(inverse_RN)
+        rounding_IR = (
+            NUM_UPDATES * UNIT_ROUNDOFF * (np.abs(before[a_name]) + np.abs(after[a_name])) / learning_rate
+        )
+        error_IN = (np.abs(x_NI).T @ noise_of_g + rounding_IR) @ np.abs(inverse_RN)
         dropped_NI, is_read_NI = np.zeros_like(x_NI), np.zeros(x_NI.shape, dtype=bool)
         dropped_NI[kept_N] = (grad_IR @ inverse_RN).T
-        is_read_NI[kept_N] = READING * np.abs(x_NI[kept_N]) > error_IN.T
+        error_NI = error_IN.T + noise_of_x[kept_N]
+        is_read_NI[kept_N] = error_NI < READING / 4 * np.abs(x_NI[kept_N])
         here = (slice(None), int(name.split(".")[2]), BLOCK_LINEARS.index(name.rpartition(".")[2]))
         is_read[(*here, slice(num_in))] = is_read_NI
         ratio[(*here, slice(num_in))] = dropped_NI / np.where(x_NI == 0, 1, x_NI)
