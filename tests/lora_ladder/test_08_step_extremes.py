@@ -55,19 +55,6 @@ def test_late_updates_move_a_factor_that_was_zero_as_in_the_reference(
     judge(zero, act, longest_sum=NUM_UPDATES)
 
 
-@pytest.mark.needs("start_at")
-def test_a_late_update_of_a_run_equals_the_reference(case: Case, judge: Judge) -> None:
-    """The training loop counts on as well: its learning rates are those of the middle of the run."""
-    late = replace(LATE["adamw, linear"], iters=2_000_000)
-
-    def act(trainer: Any) -> Arrays:
-        trainer.start_at(1_000_000)
-        losses = trainer.train([[case.batch]] * 2, late)
-        return {"losses": np.array(losses), **trainer.factors()}
-
-    judge(case, act, 2 * case.longest_sum)
-
-
 @pytest.mark.needs("apply_gradients")
 @pytest.mark.alone
 @pytest.mark.parametrize("number", ENDS.values(), ids=ENDS)

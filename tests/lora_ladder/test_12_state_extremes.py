@@ -14,6 +14,7 @@ from tests.lora_ladder.cases import LORA, SPEC, Case, make_factors, make_weights
 from tests.lora_ladder.extremes import is_refused, with_ruined_token
 from tests.lora_ladder.judge import Judge
 from tests.lora_ladder.protocol import Arrays
+from tests.lora_ladder.test_08_step_extremes import LATE
 from tests.lora_ladder.test_12_state import windows
 
 STOP, ITERS = 2, 4
@@ -32,6 +33,19 @@ def late_run(case: Case, candidate: Any, done: int, folder: Path | None, kind: s
     second.load(folder)
     after = second.train(given[STOP:], training)
     return {"losses": np.array([*before, *after]), **second.factors()}
+
+
+@pytest.mark.needs("start_at")
+def test_a_late_update_of_a_run_equals_the_reference(case: Case, judge: Judge) -> None:
+    """The training loop counts on as well: its learning rates are those of the middle of the run."""
+    late = replace(LATE["adamw, linear"], iters=2_000_000)
+
+    def act(trainer: Any) -> Arrays:
+        trainer.start_at(1_000_000)
+        losses = trainer.train([[case.batch]] * 2, late)
+        return {"losses": np.array(losses), **trainer.factors()}
+
+    judge(case, act, 2 * case.longest_sum)
 
 
 @pytest.mark.needs("save", "load", "start_at")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from mlx_impl.config import TrainConfig
-from tests.derived import within
 from tests.lora_ladder.cases import (
     SPEC,
     VARIANTS,
@@ -23,7 +22,6 @@ from tests.lora_ladder.cases import (
     make_batch,
     make_factors,
     make_weights,
-    merged_weights,
     random_rows,
 )
 from tests.lora_ladder.chance import require_uniform
@@ -83,17 +81,6 @@ def test_updates_are_those_of_the_dequantized_base(candidate: Any, judge: Judge,
 def trained(trainer: Any, training: TrainConfig) -> Arrays:
     losses = trainer.train([[BATCH]] * training.iters, training)
     return {"losses": np.array(losses), **trainer.factors()}
-
-
-@pytest.mark.needs("merge")
-@each_variant
-def test_a_merged_weight_is_not_rounded_to_4_bits_again(candidate: Any, judge: Judge, variant: str) -> None:
-    """The dequantized weight and what the adapter adds, which is smaller than a step of 4 bits."""
-    case, trainer = built(candidate, variant)
-    trainer.merge()
-    ours, expected = trainer.base(), merged_weights(case, candidate.dialect)
-    judge.require_names(ours, expected)
-    judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
 
 
 @pytest.mark.needs("initial_factors")

@@ -18,6 +18,7 @@ from tests.lora_ladder.cases import Case, every_case, every_variant, merged_weig
 from tests.lora_ladder.extremes import ENDS, require_lost, with_number
 from tests.lora_ladder.judge import Judge
 from tests.lora_ladder.protocol import Arrays
+from tests.lora_ladder.test_15_options_quantized import built, each_variant
 
 
 def merged_logits(trainer: Any, case: Case) -> Arrays:
@@ -41,6 +42,17 @@ def test_merged_logits_are_those_of_the_adapter(case: Case, judge: Judge) -> Non
 def test_a_merged_weight_is_the_sum(case: Case, judge: Judge, candidate: Any) -> None:
     """W + scale (A B)^T; with DoRA, rows scaled to the magnitudes as lengths. No other weight changes."""
     trainer = case.build(candidate)
+    trainer.merge()
+    ours, expected = trainer.base(), merged_weights(case, candidate.dialect)
+    judge.require_names(ours, expected)
+    judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
+
+
+@pytest.mark.needs("merge", "in_4_bits")
+@each_variant
+def test_a_merged_weight_is_not_rounded_to_4_bits_again(candidate: Any, judge: Judge, variant: str) -> None:
+    """The dequantized weight and what the adapter adds, which is smaller than a step of 4 bits."""
+    case, trainer = built(candidate, variant)
     trainer.merge()
     ours, expected = trainer.base(), merged_weights(case, candidate.dialect)
     judge.require_names(ours, expected)

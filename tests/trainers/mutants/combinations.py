@@ -216,7 +216,7 @@ MUTANTS = [
     ),
     Mutant(
         "checkpointed-without-schedule",
-        13,
+        12,
         "With checkpointing, the learning rate is constant.",
         spoiled(checkpointed, configured(lr_schedule="constant", warmup_steps=0)),
     ),
@@ -234,7 +234,7 @@ MUTANTS = [
     ),
     Mutant(
         "recomputed-without-mask",
-        13,
+        12,
         "The recomputed block is not given the attention mask, so the sliding window is lost.",
         {"mlx_impl.model.recomputed": recomputed_by_position},
         trainer=PLAIN,
@@ -253,7 +253,7 @@ MUTANTS = [
     ),
     Mutant(
         "middle-micro-batch-lost",
-        13,
+        10,
         "Of three micro-batches the middle one is lost.",
         spoiled(always, kept(lambda parts: parts[::2] if len(parts) == 3 else parts)),
     ),
@@ -277,7 +277,7 @@ MUTANTS = [
     ),
     Mutant(
         "micro-batches-counted-after-a-stop",
-        13,
+        12,
         "A resumed run counts the micro-batches before the stop as updates, so its schedule is ahead.",
         spoiled(resumed, counted_in_micro_batches),
     ),

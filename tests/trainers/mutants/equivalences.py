@@ -135,7 +135,7 @@ MUTANTS = [
     ),
     Mutant(
         "last-window-dropped",
-        10,
+        8,
         "At the end of the data, an update with fewer micro-batches than the others is dropped.",
         training(full_windows),
         "transformers#14309",

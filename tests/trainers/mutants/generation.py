@@ -118,7 +118,7 @@ MUTANTS = [
     ),
     Mutant(
         "rope-table-too-short",
-        18,
+        4,
         "RoPE's table has only 5 frequencies, enough for a toy; a wider head has pairs that are not rotated.",
         {"mlx_impl.model.rope_frequencies": lambda config: first_five(rope_frequencies(config))},
     ),

@@ -200,7 +200,7 @@ MUTANTS = [
     ),
     Mutant(
         "mask-as-the-token-before",
-        14,
+        10,
         "Some elements of a mask are copies of the token before: a correlation of an eighth.",
         dropped_by(often_as_the_token_before),
     ),
@@ -254,7 +254,7 @@ MUTANTS = [
     ),
     Mutant(
         "mask-depends-on-the-rate",
-        14,
+        10,
         "The learning rate is part of the seed of the dropout masks.",
         training(seeded_by_the_rate),
     ),
@@ -266,7 +266,7 @@ MUTANTS = [
     ),
     Mutant(
         "dropout-of-another-linear",
-        14,
+        10,
         "The key and value projections are built with another linear's dropout.",
         {"mlx_impl.lora.LoRALinear.__init__": with_more_dropout_where_narrow},
     ),
