@@ -1,4 +1,4 @@
-"""Which examples share a row, a batch and an update: a pure function of the update's number.
+"""Which examples share a row, a batch and an update: it follows from the update's number and the data seed.
 
 plain (not the plain path, `--plain`): a batch is `batch_size` examples of the epoch's random order.
 grouped: examples of similar length share a batch, to save padding. Within every POOL batches of the random
@@ -9,16 +9,16 @@ every epoch.
 
 Every epoch takes each example once, in its own order. Nothing is dropped: the last batch may be smaller, and
 the last update of an epoch may have fewer micro-batches.
-Differs from reference/batching.py: packing finds the best fit by a sorted list; `window_rows` is given the
-rows, which are the same in every epoch; `updates_an_epoch` is a function, because `--epochs` needs it; the
-batches of an epoch are kept for its other updates.
+Differs from reference/batching.py: packing finds the best fit by a sorted list; `window_rows` goes on from an
+update to the next, so that rows are made once and an epoch's order once an epoch; `updates_an_epoch` is a
+function, because `--epochs` needs it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -59,38 +59,18 @@ def updates_an_epoch(lengths: Sequence[int], config: TrainConfig) -> int:
     return -(-len(rows_of(lengths, config)) // (config.batch_size * config.grad_accumulation_steps))
 
 
-def window_rows(
-    step: int, rows: Sequence[Row], lengths: Sequence[int], config: TrainConfig
-) -> list[list[Row]]:
-    """The rows of each micro-batch of update `step`, counted from 0."""
-    size = config.batch_size * config.grad_accumulation_steps
-    epoch, index = divmod(step, -(-len(rows) // size))
-    batches = LAST_EPOCH.batches(epoch, rows, lengths, config)
-    first = index * config.grad_accumulation_steps
-    return [[rows[i] for i in batch] for batch in batches[first : first + config.grad_accumulation_steps]]
-
-
-class Epoch:
-    """The batches of an epoch, made for its first update and kept for the others."""
-
-    def __init__(self) -> None:
-        self.of: tuple[Any, ...] = ()  # what they were made of
-        self.made: list[list[int]] = []
-
-    def batches(
-        self, epoch: int, rows: Sequence[Row], lengths: Sequence[int], config: TrainConfig
-    ) -> list[list[int]]:
-        """Numbers of rows; made again for another epoch, configuration, list of rows or of lengths."""
-        how = epoch, config.data_seed, config.batch_size, config.batching
-        if not self.of or self.of[0] is not rows or self.of[1] is not lengths or self.of[2] != how:
-            self.of, self.made = (rows, lengths, how), epoch_batches(epoch, len(rows), lengths, config)
-        return self.made
-
-
-LAST_EPOCH = Epoch()
+def window_rows(lengths: Sequence[int], config: TrainConfig, first_step: int) -> Iterator[list[list[Row]]]:
+    """The rows of each micro-batch, update by update from `first_step` on, counted from 0. It never ends."""
+    rows, size = rows_of(lengths, config), config.grad_accumulation_steps
+    epoch, skipped = divmod(first_step, -(-len(rows) // (config.batch_size * size)))
+    for number in count(epoch):
+        batches = epoch_batches(number, len(rows), lengths, config)
+        for first in range(size * skipped if number == epoch else 0, len(batches), size):
+            yield [[rows[i] for i in batch] for batch in batches[first : first + size]]
 
 
 def epoch_batches(epoch: int, num_rows: int, lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """The numbers of the rows in each batch of an epoch."""
     random = np.random.default_rng([config.data_seed, epoch])
     batches = chunks(random.permutation(num_rows).tolist(), config.batch_size)
     return group_by_length(batches, lengths, random) if config.batching == "grouped" else batches

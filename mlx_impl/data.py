@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from .batching import Row, rows_of, window_rows
+from .batching import Row, window_rows
 from .config import TrainConfig
 
 SMALLEST_BUCKET = 8
@@ -102,10 +103,10 @@ def training_windows(
     if not examples:
         raise ValueError("training needs at least one example, got none")
     lengths = [num_inputs(example) for example in examples]
-    rows = rows_of(lengths, config)
     make = make_packed_batch if config.batching == "packed" else make_plain_batch
-    for step in range(first_step, config.iters):
-        window = [make(examples, batch) for batch in window_rows(step, rows, lengths, config)]
+    num_updates = max(0, config.iters - first_step)
+    for batches in islice(window_rows(lengths, config, first_step), num_updates):
+        window = [make(examples, batch) for batch in batches]
         if not any(batch.mask_BT.any() for batch in window):
             numbers = ", ".join(str(i + 1) for batch in window for i in batch.numbers)
             raise ValueError(f"an update needs at least one target, and the examples {numbers} have none")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from ..batching import Row, rows_of, window_rows
@@ -192,5 +193,5 @@ def batches_to_check(workload: Workload, lengths: Sequence[int]) -> Iterator[lis
     if (training.iters - workload.first_step) * len(rows) > MAX_ROWS_CHECKED:
         yield sorted(rows, key=lambda row: sum(lengths[i] for i in row))[-training.batch_size :]
         return
-    for step in range(workload.first_step, training.iters):
-        yield from window_rows(step, rows, lengths, training)
+    windows = window_rows(lengths, training, workload.first_step)
+    yield from chain.from_iterable(islice(windows, max(0, training.iters - workload.first_step)))

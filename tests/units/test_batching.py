@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlx_impl.batching import epoch_batches, pack_rows, rows_of, window_rows
+from mlx_impl.batching import epoch_batches, pack_rows, updates_an_epoch, window_rows
 from mlx_impl.config import TrainConfig
 
 LENGTHS = np.random.default_rng(3).integers(1, 40, 61).tolist()
@@ -18,8 +19,7 @@ def config(batching: str, **more: Any) -> TrainConfig:
 
 
 def numbers_of(steps: range, training: TrainConfig) -> list[list[int]]:
-    rows = rows_of(LENGTHS, training)
-    windows = [window_rows(step, rows, LENGTHS, training) for step in steps]
+    windows = islice(window_rows(LENGTHS, training, steps.start), len(steps))
     return [[n for batch in window for row in batch for n in row] for window in windows]
 
 
@@ -42,21 +42,16 @@ def test_packed_rows_hold_at_most_the_maximum_and_few_are_needed() -> None:
 def test_an_epochs_order_is_made_once_and_not_for_every_update(
     monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:
-    """The updates of two lists of examples, asked for in turn, are still each list's own."""
-    training = config(batching)
-    rows, others = rows_of(LENGTHS, training), rows_of(LENGTHS[::-1], training)
-    made: list[int] = []
+    """From whatever update a run begins."""
+    training, made = config(batching), []
 
     def counted(epoch: int, *given: Any) -> list[list[int]]:
         made.append(epoch)
         return epoch_batches(epoch, *given)
 
     monkeypatch.setattr("mlx_impl.batching.epoch_batches", counted)
-    num_steps = 2 * -(-len(rows) // 3)
-    once = [window_rows(step, rows, LENGTHS, training) for step in range(num_steps)]
-    assert made == [0, 1]
-    in_turn = []
-    for step in range(num_steps):
-        window_rows(step, others, LENGTHS[::-1], training)
-        in_turn.append(window_rows(step, rows, LENGTHS, training))
-    assert in_turn == once
+    steps = updates_an_epoch(LENGTHS, training)
+    whole = numbers_of(range(3 * steps), training)
+    assert made == [0, 1, 2]
+    assert numbers_of(range(steps + 1, 3 * steps), training) == whole[steps + 1 :]
+    assert made == [0, 1, 2, 1, 2]

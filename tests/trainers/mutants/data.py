@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 from mlx_impl import batching
-from mlx_impl.batching import chunks, group_by_length, pack_rows, window_rows
+from mlx_impl.batching import chunks, group_by_length, pack_rows, rows_of
 from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
 from mlx_impl.fast.kept_positions import shared_prefix_length
 from mlx_impl.model import attention_mask, position_ids
@@ -21,7 +22,17 @@ Rows = list[list[tuple[int, ...]]]
 
 def windows(broken: Callable[..., Rows]) -> Patches:
     """Another choice of the rows of each micro-batch: (step, rows, lengths, config)."""
-    return {"mlx_impl.data.window_rows": broken}
+
+    def broken_windows(lengths: Any, config: Any, first_step: int) -> Iterator[Rows]:
+        rows = rows_of(lengths, config)
+        return (broken(step, rows, lengths, config) for step in count(first_step))
+
+    return {"mlx_impl.data.window_rows": broken_windows}
+
+
+def window_rows(step: int, _: Any, lengths: Any, config: Any) -> Rows:
+    """Those of one update."""
+    return next(batching.window_rows(lengths, config, step))
 
 
 def batches(change: Callable[[Batch, Sequence[Example]], Batch]) -> Patches:
