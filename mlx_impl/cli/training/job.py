@@ -19,12 +19,11 @@ from ...run.ranks import Ranks
 from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
 from ...text.conversation import Conversation
-from ...text.examples import encode_file
 from ...text.rows import Reading
 from ...text.template_choice import TemplateChoice, digest_of
 from . import manifest
 from .answers import require_memory_for_questions
-from .job_data import Limits, Questions, questions_of, read_data
+from .job_data import Asked, Limits, Questions, encode_data, questions_of, read_data
 from .on_ranks import ReadOnlyFolder
 from .run_folder import RunFolder, library_versions
 
@@ -116,11 +115,8 @@ def prepare(job: Job, tell: Callable[[str], object] = lambda text: None) -> Prep
     template = replace(job.template, adapter=job.init_adapter)
     loaded = load_model(job.model, job.dequantize, job.dtype, template)
     folder.chat_template = loaded.tokenizer.replacement
-    encoded = {}
-    for kind, rows in (("training", data.train), ("validation", data.valid), ("test", data.test)):
-        tell(f"encoding {len(rows):,} {kind} examples")
-        how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
-        encoded[kind] = encode_file(loaded.tokenizer, rows, *how)
+    how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
+    encoded = encode_data(loaded, data, how, tell)
     tell("checking questions and memory")
     limits = Limits(job.num_questions, job.max_answer_tokens, job.max_seq_length)
     asked = questions_of(loaded, data, job.reading, job.reasoning, limits)
@@ -131,10 +127,7 @@ def prepare(job: Job, tell: Callable[[str], object] = lambda text: None) -> Prep
         load_training_state(folder, trainer, examples)
     remarks = data.remarks + asked.remarks
     remarks += [remark for kind, file in encoded.items() for remark in file.remarks(kind)]
-    all_evaluated = evenly_spaced(examples, job.eval_examples), evaluated, encoded["test"].examples
-    remarks += require_training_memory(trainer, examples, *all_evaluated)
-    rows = [*asked.samples, *(c for group in asked.questions.values() for c in group)]
-    remarks += require_memory_for_questions(loaded, rows, job.plain, asked.max_tokens)
+    remarks += require_memory(job, trainer, loaded, asked, (examples, evaluated, encoded["test"].examples))
     return PreparedJob(
         job,
         loaded,
@@ -149,6 +142,23 @@ def prepare(job: Job, tell: Callable[[str], object] = lambda text: None) -> Prep
         asked.max_tokens,
         remarks,
     )
+
+
+def require_memory(
+    job: Job,
+    trainer: LoRATrainer,
+    loaded: LoadedModel,
+    asked: Asked,
+    examples: tuple[Sequence[Example], Sequence[Example], Sequence[Example]],
+) -> list[str]:
+    """Remarks on short memory; ValueError where training, evaluating or answering does not fit."""
+    train, valid, test = examples
+    evaluated = evenly_spaced(train, job.eval_examples), valid, test
+    rows = [*asked.samples, *(c for group in asked.questions.values() for c in group)]
+    return [
+        *require_training_memory(trainer, train, *evaluated),
+        *require_memory_for_questions(loaded, rows, job.plain, asked.max_tokens),
+    ]
 
 
 def require_same_on_all_ranks(prepared: PreparedJob) -> None:

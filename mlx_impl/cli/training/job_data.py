@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...files.checkpoint import LoadedModel
 from ...text.conversation import Conversation
+from ...text.examples import Encoded, encode_file
 from ...text.rows import DataFile, Reading, read_data_file
 from ...text.splits import read_optional_split, read_split
 from .answers import askable
@@ -66,6 +68,17 @@ def read_data(folder: Path, reading: Reading, test: bool | Path | None) -> JobDa
         return JobData(files, read_split(folder, "test", reading).conversations, remarks)
     tested = read_data_file([test], reading)
     return JobData(files, tested.conversations, remarks + tested.remarks(f"--test {test.name}"))
+
+
+def encode_data(
+    loaded: LoadedModel, data: JobData, how: tuple[str, int, str, bool], tell: Callable[[str], object]
+) -> dict[str, Encoded]:
+    """The examples of each file, by what they are for; `how` as `encode_file` takes it."""
+    encoded = {}
+    for kind, rows in (("training", data.train), ("validation", data.valid), ("test", data.test)):
+        tell(f"encoding {len(rows):,} {kind} examples")
+        encoded[kind] = encode_file(loaded.tokenizer, rows, *how)
+    return encoded
 
 
 def questions_of(

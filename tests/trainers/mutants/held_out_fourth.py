@@ -187,7 +187,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "An example that was cut gets an end token in its last place: the model learns to stop mid-sentence.",
         {
             "mlx_impl.text.examples.encode_file": cut_with_an_end,
-            "mlx_impl.cli.training.job.encode_file": cut_with_an_end,
+            "mlx_impl.cli.training.job_data.encode_file": cut_with_an_end,
         },
     ),
     Mutant(
