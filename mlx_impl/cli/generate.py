@@ -126,11 +126,13 @@ def messages(system: str | None, prompt: Prompt) -> list[dict[str, Any]]:
 
 def answer_each(answerer: Answerer, system: str | None, prompts: list[Prompt]) -> None:
     """Print the answers as they come; several of them below their prompts."""
+    from .screen.console import printable
+
     for number, prompt in enumerate(prompts):
         tokens = encode_prompt(answerer.tokenizer, system, prompt)
         if len(prompts) > 1:
             shown = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
-            print(f"\n> {shown}" if number else f"> {shown}")
+            print(f"\n> {printable(shown)}" if number else f"> {printable(shown)}")
         print_stream(answerer.stream(tokens))
         answerer.tell_if_cut()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,17 +66,35 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Raises ValueError for a wrong file. A wrong command line exits with code 2, as argparse does.
     """
     parser = make_parser()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    require_known_flags(words, command_parsers(parser))
     args, unknown = parser.parse_known_args(arguments)
     command = command_parsers(parser)[args.command]
     if unknown:
         instead = hint(unknown[0].partition("=")[0], command._option_string_actions, "flag")
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{instead}")
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{instead}")
     if getattr(args, "config", None) is None and getattr(args, "resume", None) is None:
         return args
     for action in command._actions:
         action.default = argparse.SUPPRESS
     given = vars(parser.parse_args(arguments))  # without defaults: only the flags on the command line
     return argparse.Namespace(**{**vars(args), **with_files(args, command, given)})
+
+
+def require_known_flags(words: Sequence[str], commands: dict[str, argparse.ArgumentParser]) -> None:
+    """Where a command has required flags: the hint for a mistyped one, before argparse calls it missing."""
+    command = commands.get(words[0]) if words else None
+    if command is None:
+        return
+    parts = [*command._actions, *command._mutually_exclusive_groups]
+    if not any(getattr(part, "required", False) for part in parts):
+        return
+    for word in takewhile("--".__ne__, words[1:]):
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in command._option_string_actions:
+            instead = hint(flag, command._option_string_actions, "flag")
+            if instead:
+                command.error(f"unrecognized arguments: {flag}{instead}")
 
 
 def with_files(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class TemplateChoice:
 def find_template(name: str, own: Sources) -> str:
     """The text of a file, or the model's template of that name."""
     path = Path(name)
-    if name and path.is_file():
+    if name and os.path.isfile(path):
         return read_template(path)
     if name in own:
         return own[name]
@@ -86,6 +87,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     flag = "--template-args"
     try:
         value = json.loads(text, parse_constant=refuse_constant)
+        json.dumps(value, allow_nan=False)  # raises for 1e999, which is read as infinity
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{flag} must be a JSON object: {one_line(error)}") from None
     if not isinstance(value, dict):

@@ -68,7 +68,11 @@ def judge(options: argparse.Namespace) -> int:
     """Raises UsageError or OutputError before anything is judged."""
     if options.draw < 0:
         raise pytest.UsageError(f"--draw must be at least 0, got {options.draw}")
+    if options.claims and options.rungs is not None:
+        raise pytest.UsageError("give claims or --rungs, not both: claims have their rung in their name")
     claims = [claim_of(name) for name in options.claims] or [str(path) for path in files(options.rungs)]
+    if options.json and options.html and options.json.absolute() == options.html.absolute():
+        raise pytest.UsageError(f"--json and --html must be two files, got {options.json} twice")
     require_writable(options.json, JSON_MARK)
     require_writable(options.html, MARK)
     trainer = ALIASES.get(options.trainer, options.trainer)
@@ -79,12 +83,19 @@ def judge(options: argparse.Namespace) -> int:
     if ladder is None:
         return INTERRUPTED
     record = record_of(ladder)
-    print(*error_lines(ladder), *record["summary"], *header_lines(ladder)[2:], sep="\n")
     if options.json:
         write(options.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
     if options.html:
         write(options.html, page(record))
+    print(*map(encodable, error_lines(ladder)), *map(encodable, record["summary"]), sep="\n")
+    print(*map(encodable, header_lines(ladder)[2:]), sep="\n")
     return EXIT[verdict_of(ladder)]
+
+
+def encodable(line: str) -> str:
+    """The line with escapes for what the terminal's encoding has not, such as half a surrogate pair."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def climbed(trainer: str, wanted: list[str]) -> Ladder | None:

@@ -22,6 +22,7 @@ import torch
 from tests.derived import NUM_DRAWS, noise_of, within
 from tests.lora_ladder import signatures_dropout
 from tests.lora_ladder.cases import Case, Draw
+from tests.lora_ladder.here import IS_INSTALLED
 from tests.lora_ladder.known_bugs import SIGNATURES
 from tests.lora_ladder.observations import FAMILIES, Family, Observation
 from tests.lora_ladder.plugin import Ladder, is_claimed
@@ -37,6 +38,7 @@ OF_LAYERS = (2, 6)  # rungs of signatures of an adapted layer
 WIDTH = 80  # of a line of the report
 
 # Keyed by hypothesis, observation, dialect and draw: they are the same for every trainer.
+IN_REPOSITORY = " in the repository of lora-ladder" if IS_INSTALLED else ""
 EXPECTED: dict[tuple[object, ...], Arrays] = {}
 NOISE: dict[tuple[object, ...], dict[str, float]] = {}
 
@@ -89,7 +91,7 @@ def dropout(candidate: Any) -> list[Signature]:
     """What the law of a trainer's own dropout masks tells."""
     try:
         return signatures_dropout.named(candidate)
-    except Exception:  # it has no dropout, say
+    except (Exception, SystemExit):  # it has no dropout, say
         return []
 
 
@@ -126,7 +128,7 @@ def answer_of(candidate: Any, observation: Observation) -> Arrays | None:
         return sound(candidate, observation.case, observation.act)
     except NotImplementedError:
         return None
-    except Exception:
+    except (Exception, SystemExit):
         return {}
 
 
@@ -195,7 +197,10 @@ def culprit_lines(ladder: Ladder) -> Iterator[str]:
     """The report's lines, of at most 80 columns: what fails, what passes, and the name of the bug."""
     try:
         culprit = culprit_of(ladder)
-    except Exception as error:  # of a trainer that gives no numbers, say: the report must not break
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # of a trainer that gives no numbers, say: the report must not break
         yield from wrapped(f"culprit: not looked for: {type(error).__name__}")
     else:
         yield from chain.from_iterable(map(wrapped, sentences(culprit) if culprit else ()))
@@ -213,7 +218,7 @@ def sentences(culprit: Culprit) -> Iterator[str]:
         if signature.dialect:
             yield f"  with {signature.dialect} this passes"
         if signature.link:
-            yield f"  see {signature.link}"
+            yield f"  see {signature.link}{IN_REPOSITORY}"
     if not culprit.named:
         yield f"culprit: not known; none of {culprit.tried} known bugs explains all of this"
 

@@ -122,9 +122,10 @@ def test_the_prompts_of_a_file_are_answered_one_by_one(
 def test_json_lines_hold_texts_prompts_or_messages(tmp_path: Path) -> None:
     """Of a row of training data the last reply is left out."""
     rows = ["one", {"prompt": "two", "completion": "x"}, {"messages": [user("three"), assistant("x")]}]
-    path = tmp_path / "p.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    assert read_prompts(path) == ["one", "two", [user("three")]]
+    rows += [{"messages": None, "prompt": "four \u2028 \x85 in a line"}]
+    path = tmp_path / "p.JSONL"
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read_prompts(path) == ["one", "two", [user("three")], rows[3]["prompt"]]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,8 @@ def test_json_lines_hold_texts_prompts_or_messages(tmp_path: Path) -> None:
         ("p.txt", "\n \n", "p.txt: must hold at least one prompt, got none"),
         ("p.jsonl", '"a"\n{"a"\n', "p.jsonl:2: must be JSON"),
         ("p.jsonl", '{"text": "a"}', 'p.jsonl:1: must be a text, or have "prompt" or "messages"'),
+        ("p.jsonl", '[{"content": "a"}]', 'p.jsonl:1: message 1 must have the texts "role" and "content"'),
+        ("p.jsonl", '[{"role": "user", "content": 5}]', "p.jsonl:1: message 1 "),
         ("p.jsonl", "[]", 'p.jsonl:1: must be a text, or have "prompt" or "messages"'),
     ],
 )

@@ -67,6 +67,23 @@ def test_the_hint_is_in_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["generate", "--promt", "hi"], "--prompt"),
+        (["fuse", "--adapter-path", "x", "--save-dir", "y"], "--save-path"),
+        (["convert", "--adapter-path", "x", "--to", "peft", "--out-dir", "y"], "--save-path"),
+    ],
+)
+def test_a_mistyped_flag_that_is_required_gets_its_hint(
+    words: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not only that the right one is missing."""
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"the closest flag is {flag}" in capsys.readouterr().err
+
+
 # Flags of mlx_lm.lora 0.32.2 with a value, and ours of the same name and meaning.
 OF_MLX_LM = [
     *("--model m", "--train", "--data d", "--mask-prompt", "--num-layers 4", "--batch-size 2", "--iters 3"),

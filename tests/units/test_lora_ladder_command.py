@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from tests.lora_ladder.command import main
 from tests.lora_ladder.protocol import REQUIRED, Batch, Dialect
 from tests.trainers.reference import ReferenceTrainer
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = __name__
 LOSS = "test_05_loss.py::test_"
 # A few claims of which the wrong trainer below passes one, fails two, raises in one, and does not claim one.
@@ -53,6 +57,16 @@ def is_not_there(*given: object) -> None:
 
 class ClaimsNothing(Small):
     loss = logits = gradients = train = factors = is_not_there  # type: ignore[assignment]
+
+
+class Exits(Small):
+    """Its loss ends the program, with the exit code of success; its text has half a surrogate pair."""
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        raise SystemExit(0)
+
+    def gradients(self, batch: Batch) -> Any:
+        raise ValueError("a name \udce9")
 
 
 class ForgetsAName(Small):
@@ -133,6 +147,30 @@ def test_a_divergence_ends_with_1(wrong: tuple[int, dict[str, Any], str]) -> Non
     assert status == 1 and record["verdict"] == "first divergence"
     assert (first["rung"], first["title"]) == (5, "loss")
     assert any("expected 14, got 15" in line for line in first["report"])
+
+
+def test_a_trainer_that_exits_with_0_fails(tmp_path: Path) -> None:
+    """Also while the culprit is looked for; the record is written."""
+    status, record = climbed(Exits, tmp_path)
+    assert status == 1 and record["first_divergence"]["rung"] == 5
+
+
+def test_a_report_that_the_screen_cannot_encode_is_written_and_shown(tmp_path: Path) -> None:
+    file = tmp_path / "climb.json"
+    claim = "test_06_gradient.py::test_every_gradient_equals_the_reference[untied]"
+    command = [sys.executable, "-m", "tests.lora_ladder", f"{HERE}:Exits", claim, "--json", str(file)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert json.loads(file.read_text())["verdict"] == "first divergence"
+
+
+def test_what_excludes_one_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "one")
+    assert main([f"{HERE}:Sound", "--json", file, "--html", file]) == 2
+    assert "--json and --html must be two files" in capsys.readouterr().err
+    assert main([f"{HERE}:Sound", CLAIMS[0], "--rungs", "2"]) == 2
+    assert "give claims or --rungs, not both" in capsys.readouterr().err
 
 
 def test_passed_failed_not_claimed_and_error_are_four_words(wrong: tuple[int, dict[str, Any], str]) -> None:

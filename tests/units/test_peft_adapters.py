@@ -232,6 +232,22 @@ def test_a_pickled_adapter_says_what_would_do(base: Path, tmp_path: Path) -> Non
         load_adapter(load_model(base).model, tmp_path)
 
 
+def test_a_pattern_for_a_linear_that_is_not_adapted_is_ignored(base: Path, tmp_path: Path) -> None:
+    """As in PEFT."""
+    patterns = {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"v_proj": 32}}
+    folder = write(base, tmp_path / "a", [f"0.{Q}", f"1.{Q}"], target_modules=["q_proj"], **patterns)
+    assert adapted(base, folder) == [f"0.{Q}", f"1.{Q}"]
+
+
+@pytest.mark.parametrize(
+    "record", [{"layers_to_transform": [7]}, {"exclude_modules": ["q_proj"]}], ids=["layer", "excluded"]
+)
+def test_a_record_that_adapts_nothing_is_refused(base: Path, tmp_path: Path, record: dict[str, Any]) -> None:
+    folder = write(base, tmp_path / "a", [f"0.{Q}", f"1.{Q}"], target_modules=["q_proj"], **record)
+    with pytest.raises(ValueError, match="must leave a linear of this model, and leave none"):
+        load_adapter(load_model(base).model, folder)
+
+
 def test_all_linear_leaves_out_what_is_outside_the_blocks() -> None:
     assert not is_adapted("lm_head", {"target_modules": "All-Linear"})
     assert is_adapted("model.layers.0.mlp.up_proj", {"target_modules": "All-Linear"})

@@ -12,7 +12,13 @@ import pytest
 from mlx_impl.__main__ import main
 from mlx_impl.files.checkpoint import load_model, load_tokenizer
 from mlx_impl.files.formats.gguf import read_metadata
-from mlx_impl.text.template_choice import TemplateChoice, as_one, parse_arguments, with_arguments
+from mlx_impl.text.template_choice import (
+    TemplateChoice,
+    as_one,
+    find_template,
+    parse_arguments,
+    with_arguments,
+)
 from tests.tiny_folder import TEMPLATE, conversation_line, write_data, write_folder, write_gguf
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -141,6 +147,18 @@ def trained(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     command = ["train", "--model", str(model), "--data", "data", *TRAIN, "--adapter-path", "run", *how]
     assert main(command) == 0
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1e999}', '{"x": [-1e999]}', '{"x": NaN}'])
+def test_a_number_that_json_has_not_is_refused(arguments: str) -> None:
+    with pytest.raises(ValueError, match="--template-args must be a JSON object: "):
+        parse_arguments(arguments)
+
+
+def test_a_template_in_place_of_its_name_is_refused_in_one_sentence() -> None:
+    """Longer than a path may be."""
+    with pytest.raises(ValueError, match=r"--chat-template must be a file, or one of .{,2000}$"):
+        find_template("{{ messages }}\n" * 999, {})
 
 
 def prompt_of(model: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:

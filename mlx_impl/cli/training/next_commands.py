@@ -20,7 +20,7 @@ def next_commands(prepared: PreparedJob) -> dict[str, str]:
     blas = [] if job.blas is None else ["--blas", job.blas]
     with_adapter = "--adapter-path", adapter
     commands = {
-        "ask it": ["generate", *use, *with_adapter, "--prompt", question(prepared), *blas],
+        "ask it": ["generate", *use, *with_adapter, f"--prompt={question(prepared)}", *blas],
         "chat with it": ["generate", *use, *with_adapter, "--chat", *blas],
         "write it as a model": ["fuse", *model, *with_adapter, "--save-path", fused, *blas],
     }

@@ -19,7 +19,7 @@ from ...config import LoRAConfig
 from ...disk.files import read_json_object
 from .factors import CONFIG, AdapterFile, read_tensors, write_files
 from .peft_keys import MERGE, require_supported
-from .peft_targets import in_this_model, matching_patterns, read_targets
+from .peft_targets import in_this_model, is_adapted, matching_patterns, read_targets
 
 FILE = "adapter_model.safetensors"
 ORIGINAL_KEY = "mlx_lm_adapter_config"  # in the header
@@ -117,7 +117,8 @@ def to_config(record: dict[str, Any], linears: Sequence[str] | None) -> LoRAConf
     targets, num_layers = (read_targets(record), -1) if linears is None else in_this_model(record, linears)
     patterns = {key: read_pattern(record, key) for key in ("rank_pattern", "alpha_pattern")}
     if linears is not None:
-        patterns = {key: matching_patterns(value, linears) for key, value in patterns.items()}
+        adapted = [name for name in linears if is_adapted(name, record)]
+        patterns = {key: matching_patterns(value, adapted) for key, value in patterns.items()}
     try:
         return LoRAConfig(
             rank=record["r"],

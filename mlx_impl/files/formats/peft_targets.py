@@ -75,8 +75,13 @@ def in_this_model(record: dict[str, Any], linears: Sequence[str]) -> tuple[Targe
     They are the record's names in the last layers, or where that cannot say it, the linears' full names.
     """
     targets, chosen = read_targets(record), [name for name in linears if is_adapted(name, record)]
+    if not chosen and (read_layers(record) is not None or record.get("exclude_modules")):
+        raise ValueError(
+            "target_modules, layers_to_transform and exclude_modules must leave a linear of this model, "
+            "and leave none"
+        )
     if not chosen:
-        return targets, -1  # `select_targets` says what is wrong
+        return targets, -1  # `select_targets` names the targets that match nothing
     if isinstance(targets, tuple):
         targets = tuple(t for t in targets if any(ends_with(name, t) for name in linears))
     if read_layers(record) is None and not record.get("exclude_modules"):
@@ -91,5 +96,5 @@ def in_this_model(record: dict[str, Any], linears: Sequence[str]) -> tuple[Targe
 
 
 def matching_patterns(patterns: dict[str, Any], linears: Sequence[str]) -> dict[str, Any]:
-    """Those that match one of these linears: PEFT ignores the others."""
+    """Those that match one of these linears, which are adapted: PEFT ignores the others."""
     return {p: value for p, value in patterns.items() if any(matches_end(name, p) for name in linears)}
