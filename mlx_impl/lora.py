@@ -26,7 +26,10 @@ FACTORS = ("lora_a", "lora_b", "magnitude")
 
 
 class Dropout(nn.Module):
-    """In training x * mask / (1 - p), each element of the mask 0 with probability p, else 1."""
+    """In training x * mask / (1 - p), each element of the mask 0 with probability p, else 1.
+
+    `train.seed_random` seeds the masks for every micro-batch.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
