@@ -19,7 +19,7 @@ from tests.lora_ladder import numpy_ops
 from tests.lora_ladder.extremes import require_none_finite, unless_refused
 from tests.lora_ladder.judge import Judge
 from tests.lora_ladder.protocol import Arrays
-from tests.lora_ladder.test_01_op import FREQUENCIES, OPS, Claimed, Op, doubled, normal
+from tests.lora_ladder.test_01_op import FREQUENCIES, OPS, Claimed, Op, doubled, normal, rms_norm_op
 
 pytestmark = [pytest.mark.needs("ops"), pytest.mark.alone]
 
@@ -79,16 +79,6 @@ def logsumexp_op(size: float) -> Op:
         lambda x, g: (numpy_ops.logsumexp_pullback(x, g),),
         (logits_of(size),),
         200,
-    )
-
-
-def rms_norm_op(size: float) -> Op:
-    return Op(
-        lambda ops, x, w: ops.rms_norm(x, w, 1e-5),
-        lambda x, w: numpy_ops.rms_norm(x, w, 1e-5),
-        lambda x, w, g: numpy_ops.rms_norm_pullback(x, w, 1e-5, g),
-        (np.float32(size) * normal(2, 7, 48), normal(48)),
-        48,
     )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlx_impl.__main__ import main
 from mlx_impl.cli.screen import console
-from mlx_impl.cli.training.job import evenly_spaced
+from mlx_impl.cli.training.samples import evenly_spaced
 from mlx_impl.data import Example
 from tests.tiny_folder import write_data, write_folder
 

@@ -13,7 +13,8 @@ from ...run.trainer import LoRATrainer
 from ...text.conversation import Conversation
 from ..screen.console import Watch, printable, watch_on
 from .answers import Answer, Evaluation, ask
-from .job import PreparedJob, evenly_spaced
+from .job import PreparedJob
+from .samples import evenly_spaced
 
 MAX_NATS = 700.0  # above it exp, the perplexity, overflows
 SHOWN_CHARACTERS = 200  # of a sample's question and of its answer

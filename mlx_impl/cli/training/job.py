@@ -26,6 +26,7 @@ from .answers import require_memory_for_questions
 from .job_data import Asked, Limits, Questions, encode_data, questions_of, read_data
 from .on_ranks import ReadOnlyFolder
 from .run_folder import RunFolder, library_versions
+from .samples import evenly_spaced
 
 NUM_VALIDATIONS = 10  # about so many a run, where --steps-per-eval does not say how many
 
@@ -213,13 +214,6 @@ def load_training_state(folder: RunFolder, trainer: LoRATrainer, examples: Seque
     require_same(folder.path, started.identity, trainer.identity(examples))
     if folder.state.exists() or (folder.path / "adapter_model.safetensors").exists():
         trainer.resume(folder.state, examples)
-
-
-def evenly_spaced(examples: Sequence[Example], most: int) -> Sequence[Example]:
-    """At most `most` of the examples, evenly spaced; all of them for -1."""
-    if most == -1 or len(examples) <= most:
-        return examples
-    return [examples[i * len(examples) // most] for i in range(most)]
 
 
 def train_config(job: Job, lengths: list[int]) -> TrainConfig:

@@ -16,8 +16,9 @@ from ...train import StepRecord
 from . import manifest
 from .answers import Answer, Evaluation, are_judged, fraction_right
 from .evaluation import perplexity
-from .job import PreparedJob, evenly_spaced
+from .job import PreparedJob
 from .next_commands import repeat_command
+from .samples import evenly_spaced
 
 
 def make_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from ...text.conversation import Conversation
 from ...text.examples import encode_each
@@ -15,22 +16,26 @@ NUM_SAMPLES, CANDIDATES = 3, 12  # rows that are shown, and rows from which they
 MAX_SAMPLE_TOKENS = 120  # of a sample, which is only shown
 NUM_LONGEST = 8  # replies of most characters, of which the one of most tokens is looked for
 MAX_START = 200  # characters of a plain text that the model goes on with
+Row = TypeVar("Row")
 
 
 def choose_samples(
     tokenizer: ChatTokenizer, conversations: Sequence[Conversation], max_prompt_tokens: int
 ) -> list[Conversation]:
     """At most NUM_SAMPLES rows, evenly spaced, whose last reply the model can be asked for."""
-    rows = [question_of(row) for row in spread(conversations, CANDIDATES)]
+    rows = [question_of(row) for row in evenly_spaced(conversations, CANDIDATES)]
     kept, _ = askable(tokenizer, {"sample": [row for row in rows if row is not None]})
     usable = kept.get("sample", [])
     lengths = map(len, prompts_of(tokenizer, usable))
     short = [c for c, length in zip(usable, lengths, strict=True) if 0 < length <= max_prompt_tokens]
-    return spread(short, NUM_SAMPLES)
+    return list(evenly_spaced(short, NUM_SAMPLES))
 
 
-def spread(rows: Sequence[Conversation], most: int) -> list[Conversation]:
-    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
+def evenly_spaced(rows: Sequence[Row], most: int) -> Sequence[Row]:
+    """At most `most` of the rows or examples, evenly spaced; all of them for -1."""
+    if most == -1 or len(rows) <= most:
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]
 
 
 def question_of(row: Conversation) -> Conversation | None:
