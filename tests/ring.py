@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLANTED = "PLANTED_MUTANT"  # the environment variable that names the bug which each process plants
-SECONDS = 60  # for all that a few updates of a tiny model take on a busy machine
+SECONDS = 180  # for all that a few updates of a tiny model take on a machine that does much else
 
 
 def start(folder: Path, num_ranks: int, *arguments: str) -> list[subprocess.Popen]:
