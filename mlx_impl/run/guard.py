@@ -23,10 +23,9 @@ Snapshot = dict[str, mx.array]
 
 def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> Snapshot:
     """Every array that an update changes, by name; the factors of a `VectorOptimizer` as its vectors."""
-    state = {"factors": model.trainable_parameters(), **optimizer.state}
     if isinstance(optimizer, VectorOptimizer):
-        state = optimizer.state
-    return dict(tree_flatten(state))
+        return dict(tree_flatten(optimizer.state))
+    return dict(tree_flatten({"factors": model.trainable_parameters(), **optimizer.state}))
 
 
 def restore(model: CausalLM, optimizer: LoRAOptimizer, before: Snapshot) -> None:
