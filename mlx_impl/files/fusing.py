@@ -136,10 +136,14 @@ def write_gguf_description(loaded: LoadedModel, folder: TemporaryFolder) -> None
 
 
 class Fusion:
-    """The tensors to write: those of the base's files, the adapted ones with the update added."""
+    """The tensors to write: those of the base's files, the adapted ones with the update added.
 
-    def __init__(self, loaded: LoadedModel, dequantize: bool) -> None:
+    `dtype` is that of the fused weights; None: as in the base's file.
+    """
+
+    def __init__(self, loaded: LoadedModel, dequantize: bool, dtype: mx.Dtype | None = None) -> None:
         self.loaded, self.dequantize, self.survival = loaded, dequantize, Survival()
+        self.dtype = dtype
         self.dtypes = stored_dtypes(loaded)
         modules = loaded.model.named_modules()
         self.bases = {name: module for name, module in modules if isinstance(module, Plain | Quantized)}
@@ -172,6 +176,7 @@ class Fusion:
     def plain_weight(self, name: str, dtype: mx.Dtype) -> mx.array:
         """W + dW in this dtype; W if the linear has no adapter."""
         base_OI = dense_weight_OI(self.bases[name]).astype(mx.float32)
+        dtype = dtype if self.dtype is None else self.dtype
         if name not in self.layers:
             return base_OI.astype(dtype)
         delta_OI = self.layers[name].delta_OI()

@@ -135,6 +135,7 @@ NO_SIZE = {
     "files.formats.gguf_file.MAX_ARRAY": REFUSED,
     "files.formats.gguf_file.MAX_QUOTE": MESSAGE,
     "files.formats.gguf_file.STRING": NUMBER,
+    "files.formats.gguf_writer.MAX_UINT32": "the largest number of a format",
     "run.ranks.JOIN_TIMEOUT": TIME,
     "run.ranks.TIMEOUT": TIME,
     "run.watchdog.EXIT_LOST": NUMBER,
