@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_impl.__main__ import main
-from mlx_impl.config import LoRAConfig, RopeScaling
+from mlx_impl.config import LoRAConfig, ModelConfig, RopeScaling
 from mlx_impl.files.checkpoint import load_model, to_numpy
 from mlx_impl.files.formats.gguf_file import read_container
 from mlx_impl.files.fusing import fuse
@@ -26,9 +26,8 @@ from tests.units.test_quantized import quantize_folder
 
 SPEC = replace(LLAMA, vocab_size=len(TOKENS) + 4)  # with embeddings that no token has, as Qwen's models
 LORA = LoRAConfig(rank=3, alpha=5.0, target_modules=("q_proj", "k_proj", "down_proj"))
-MODELS: dict[
-    str, tuple[str, ModelConfig, dict[str, Any]]
-] = {  # name: (model_type, configuration, more keys of config.json)
+Model = tuple[str, ModelConfig, dict[str, Any]]  # model_type, configuration, more keys of config.json
+MODELS: dict[str, Model] = {
     "llama3-rope": (
         "llama",
         replace(SPEC, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 32.0)),
