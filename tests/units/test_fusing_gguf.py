@@ -25,6 +25,7 @@ from tests.units.test_fusing import write_adapter
 from tests.units.test_quantized import quantize_folder
 
 SPEC = replace(LLAMA, vocab_size=len(TOKENS) + 4)  # with embeddings that no token has, as Qwen's models
+QWEN2 = replace(SPEC, qkv_bias=True, hidden_size=SPEC.num_attention_heads * SPEC.head_dim)
 LORA = LoRAConfig(rank=3, alpha=5.0, target_modules=("q_proj", "k_proj", "down_proj"))
 Model = tuple[str, ModelConfig, dict[str, Any]]  # model_type, configuration, more keys of config.json
 MODELS: dict[str, Model] = {
@@ -41,7 +42,7 @@ MODELS: dict[str, Model] = {
             }
         },
     ),
-    "qwen2-tied": ("qwen2", replace(SPEC, qkv_bias=True, tie_word_embeddings=True), {}),
+    "qwen2-tied": ("qwen2", replace(QWEN2, tie_word_embeddings=True), {}),
     "qwen3": ("qwen3", replace(SPEC, qk_norm=True, rope_theta=1e6), {}),
     "mistral": ("mistral", replace(SPEC, sliding_window=3), {"sliding_window": 3}),
     "llama": ("llama", SPEC, {}),
@@ -50,14 +51,17 @@ MODELS: dict[str, Model] = {
         replace(SPEC, rope_scaling=RopeScaling("linear", 2.5)),
         {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
     ),
-    "qwen2": ("qwen2", replace(SPEC, qkv_bias=True), {}),
+    "qwen2": ("qwen2", QWEN2, {}),
+}
+REFUSED: dict[str, Model] = MODELS | {
+    "qwen2-narrow": ("qwen2", replace(QWEN2, hidden_size=30), {}),
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}  # as Qwen has it
 INPUT = mx.array([[5, 6, 7, 8, 9, 10], [20, 9, 10, 11, 12, 1]])
 
 
 def write_model(folder: Path, name: str, dtype: mx.Dtype = mx.float32) -> Path:
-    family, spec, more = MODELS[name]
+    family, spec, more = REFUSED[name]
     fields = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     fields += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
     write_folder(folder, model_type=family, **{f: getattr(spec, f) for f in fields}, **more)
@@ -167,6 +171,7 @@ def test_a_quantized_base_is_written_unquantized_or_refused(tmp_path: Path) -> N
     ("model", "change", "message"),
     [
         ("qwen3", WINDOW, "a sliding window of qwen3 cannot be written to a GGUF file, got 4 tokens"),
+        ("qwen2-narrow", {}, "of qwen2 must be hidden_size to be written to a GGUF file, got 60 and 30"),
         ("qwen2", MODELS["llama3-rope"][2], "type llama3 cannot be written to a GGUF file of qwen2"),
     ],
 )  # fmt: skip

@@ -25,6 +25,12 @@ def architecture_of(config: ModelConfig) -> str:
         )
     if architecture != "llama" and rope_factors(config) is not None:
         raise ValueError(f"rope scaling of type llama3 cannot be written to a GGUF file of {architecture}")
+    heads, width = config.num_attention_heads * config.head_dim, config.hidden_size
+    if architecture == "qwen2" and heads != width:  # llama.cpp takes the one for the other
+        raise ValueError(
+            f"num_attention_heads * head_dim of qwen2 must be hidden_size to be written to a GGUF file, "
+            f"got {heads} and {width}"
+        )
     return architecture
 
 
