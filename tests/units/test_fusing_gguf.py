@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -222,6 +223,24 @@ def test_no_file_is_overwritten_and_wrong_flags_are_refused(
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "there.gguf"]
     assert Path("there.gguf").read_text() == "mine"
+
+
+def test_a_full_disk_is_a_one_line_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NumPy's error has neither a number nor the file's name."""
+    base, file = write_model(tmp_path / "base", "llama"), tmp_path / "x.gguf"
+    adapter = write_adapter(base, tmp_path / "adapter", config=LORA)
+
+    def full(*_: Any) -> None:
+        raise OSError("1800 requested and 432 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    arguments = ["--model", str(base), "--adapter-path", str(adapter), "--gguf", str(file), "--blas", "off"]
+    assert main(["fuse", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {file}: no space is left for it") and error.endswith("432 written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_adapters_chat_template_replaces_the_models(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ biases in that type.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for array in arrays:
             writer.write_tensor_data(array)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        reason = f"no space is left for it, or no more may be written: {error}"  # NumPy gives no number
+        raise OSError(errno.ENOSPC, reason) from None
     finally:
         writer.close()
 
