@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .settings import flags
 from .settings.flags import add_folder, add_json_flag
@@ -86,13 +87,15 @@ def require_free_output(args: argparse.Namespace) -> None:
 def write(loaded: LoadedModel, args: argparse.Namespace, console: Console) -> Survival:
     from ..files.fusing import fuse
     from ..files.fusing_gguf import fuse_to_gguf
-    from .screen.console import progress_of
+    from .screen.console import show_progress
+
+    def progress(tensors: Iterable[Any], num_tensors: int) -> Iterable[Any]:
+        return show_progress(tensors, num_tensors, "writing tensors", console)
 
     how = args.adapter_path, args.save_path or args.gguf, args.dequantize
-    progress = progress_of("tensors written", console)
     if args.gguf is not None:
         return fuse_to_gguf(loaded, *how, args.gguf_dtype, progress)
-    return fuse(loaded, *how)
+    return fuse(loaded, *how, progress)
 
 
 def print_warning(survival: Survival) -> None:

@@ -5,7 +5,7 @@ W' = W + dW as in `fusing.py`. The matrices are float32, float16 or bfloat16, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .formats.gguf_tokenizer_writer import metadata_of_tokenizer
 from .formats.gguf_writer import ARCHITECTURE, TYPES, TensorInfos, tensor_infos, to_llama_cpp, write_gguf
 from .formats.hf_tokenizer import read_templates
 from .formats.safetensors import shards
-from .fusing import Fusion, Survival, base_tensors, require_finite
+from .fusing import Fusion, Progress, Survival, base_tensors, require_finite, unwatched
 from .precision import dtype_of
 from .quantized import Quantized
 
@@ -34,7 +34,6 @@ FIRST_MATRIX = "blk.0.attn_q.weight"  # its type is the file's
 DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}  # transformers'
 # Of the base's file: how it was quantized, which the new one is not.
 OF_THE_FILE = ("general.file_type", "general.quantization_version", "general.quantized_by")
-Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 def require_new_gguf(path: Path) -> None:
@@ -51,14 +50,14 @@ def fuse_to_gguf(
     path: Path,
     dequantize: bool,
     dtype: str | None = None,
-    progress: Progress = iter,
+    progress: Progress = unwatched,
 ) -> Survival:
     """Write the file, whole or not at all; how much of the update survived rounding.
 
     `dtype` is that of the matrices: float32, float16 or bfloat16; None keeps the base's, which is float32
     for a GGUF file. Raises ValueError where `path` exists; where the base is MLX-quantized and `dequantize`
     is not set, since GGUF has no such format; where GGUF cannot express the model or its tokenizer; and as
-    `fuse` does. `progress` yields the names of the tensors, and may show how many are written.
+    `fuse` does. `progress` yields the tensors, and may show how many are written.
     """
     require_new_gguf(path)
     if dtype is not None:
@@ -78,7 +77,7 @@ def fuse_to_gguf(
     is_llama = metadata[ARCHITECTURE] == "llama"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
-        write_gguf(part, metadata, infos, fused_arrays(fusion, progress([*infos]), infos, is_llama))
+        write_gguf(part, metadata, infos, progress(fused_arrays(fusion, infos, is_llama), len(infos)))
         fusion.survival.require_finite_sums()
         require_new_gguf(path)  # nothing may have come there in the meantime
     return fusion.survival
@@ -115,14 +114,12 @@ def written_dtype(fusion: Fusion, name: str) -> mx.Dtype:
     return stored if stored in TYPES else mx.float32
 
 
-def fused_arrays(
-    fusion: Fusion, names: Iterable[str], infos: TensorInfos, is_llama: bool
-) -> Iterator[np.ndarray]:
-    """The values of these tensors, one at a time in memory beside the model."""
+def fused_arrays(fusion: Fusion, infos: TensorInfos, is_llama: bool) -> Iterator[np.ndarray]:
+    """The values of all tensors, one at a time in memory beside the model."""
     config = fusion.loaded.model.config
     stored = without_stored_head(lazy_tensors(fusion.loaded), config)
     factors_P = rope_factors(config)
-    for name in names:
+    for name in infos:
         if name == ROPE_FACTORS:
             assert factors_P is not None
             yield factors_P

@@ -89,6 +89,7 @@ NO_SIZE = {
     "__main__.EXIT_BROKEN_PIPE": NUMBER,
     "cli.address_space_probe.MATRIX_SIZE": "only starts a BLAS's threads; its result is thrown away",
     "cli.evaluate.MAX_NATS": REFUSED,
+    "cli.screen.console.REFRESH_SECONDS": SCREEN,
     "cli.inspect.MAX_BAR": SCREEN,
     "cli.inspect.MAX_BINS": SCREEN,
     "cli.screen.curve.MIN_SMOOTHED_STEPS": SCREEN,
