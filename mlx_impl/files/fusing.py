@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -37,6 +38,11 @@ from .requantize import requantize
 
 LARGE_ERROR = 0.5  # a rounding error above this share of the update is worth a warning
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]  # the same items, of which there are so many
+
+
+def unwatched(items: Iterable[Any], num_items: int) -> Iterable[Any]:
+    return items
 
 
 @dataclass
@@ -72,13 +78,15 @@ class Survival:
         return float((self.error_squared / self.update_squared) ** 0.5) if self.update_squared else 0.0
 
 
-def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> Survival:
+def fuse(
+    loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool, progress: Progress = unwatched
+) -> Survival:
     """Write the folder, whole or not at all; how much of the update survived rounding.
 
     Quantized weights keep their bits and groups, or with `dequantize` become plain weights in the dtype of
     their scales. Raises ValueError if the folder is not new or empty, or overlaps with what is read; if the
     adapter does not fit the model or is too large; if the model was loaded in bfloat16, which would lose
-    digits that its file has.
+    digits that its file has. `progress` yields the base's tensors, and may show how many are done.
     """
     require_no_overlap(folder, {"model": loaded.path, "adapter": adapter})
     require_new_folder(folder)
@@ -95,7 +103,7 @@ def fuse(loaded: LoadedModel, adapter: Path, folder: Path, dequantize: bool) -> 
             write_gguf_description(loaded, part)
         if (template := template_of_adapter(adapter)) is not None:
             part.file(TEMPLATE_FILE).write_bytes(template.encode())
-        write_weights(part, fusion.tensors(), "mlx" if fusion.survival.is_quantized else "pt")
+        write_weights(part, fusion.tensors(progress), "mlx" if fusion.survival.is_quantized else "pt")
         fusion.survival.require_finite_sums()
         if read_config(part.path) != loaded.model.config:
             raise ValueError(f"{loaded.path}: this configuration cannot be written as a config.json")
@@ -136,10 +144,14 @@ def write_gguf_description(loaded: LoadedModel, folder: TemporaryFolder) -> None
 
 
 class Fusion:
-    """The tensors to write: those of the base's files, the adapted ones with the update added."""
+    """The tensors to write: those of the base's files, the adapted ones with the update added.
 
-    def __init__(self, loaded: LoadedModel, dequantize: bool) -> None:
+    `dtype` is that of the fused weights; None: as in the base's file.
+    """
+
+    def __init__(self, loaded: LoadedModel, dequantize: bool, dtype: mx.Dtype | None = None) -> None:
         self.loaded, self.dequantize, self.survival = loaded, dequantize, Survival()
+        self.dtype = dtype
         self.dtypes = stored_dtypes(loaded)
         modules = loaded.model.named_modules()
         self.bases = {name: module for name, module in modules if isinstance(module, Plain | Quantized)}
@@ -147,12 +159,16 @@ class Fusion:
         self.bases |= {name: layer.linear for name, layer in self.layers.items()}
         self.pending: dict[str, mx.array] = {}  # computed but not yet written
 
-    def tensors(self) -> Iterator[tuple[str, mx.array]]:
-        for stored in stored_tensors(self.loaded):
-            for name, array in without_stored_head(stored, self.loaded.model.config).items():
-                fused = self.fuse_tensor(name, array)
-                if fused is not None:
-                    yield name, fused
+    def tensors(self, progress: Progress) -> Iterator[tuple[str, mx.array]]:
+        stored = (
+            pair
+            for tensors in stored_tensors(self.loaded)
+            for pair in without_stored_head(tensors, self.loaded.model.config).items()
+        )
+        for name, array in progress(stored, len(self.dtypes) or len(base_tensors(self.loaded.model))):
+            fused = self.fuse_tensor(name, array)
+            if fused is not None:
+                yield name, fused
 
     def fuse_tensor(self, name: str, array: mx.array) -> mx.array | None:
         """What to write for a tensor of the base: W + dW, the tensor as it is, or None for nothing."""
@@ -172,6 +188,7 @@ class Fusion:
     def plain_weight(self, name: str, dtype: mx.Dtype) -> mx.array:
         """W + dW in this dtype; W if the linear has no adapter."""
         base_OI = dense_weight_OI(self.bases[name]).astype(mx.float32)
+        dtype = dtype if self.dtype is None else self.dtype
         if name not in self.layers:
             return base_OI.astype(dtype)
         delta_OI = self.layers[name].delta_OI()

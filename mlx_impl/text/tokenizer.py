@@ -29,6 +29,10 @@ class ChatTokenizer:
         eos_ids: Iterable[int] = (),
     ) -> None:
         eos_id = tokenizer.token_to_id(eos_token)
+        if not eos_token:
+            raise ValueError(
+                "a tokenizer must name the token that ends a turn, eos_token, and this one names none"
+            )
         if eos_id is None:
             raise ValueError(f"the end-of-turn token {eos_token!r} must be in the vocabulary")
         tokenizer.no_truncation()

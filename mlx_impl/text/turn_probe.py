@@ -43,6 +43,8 @@ def find_together(
             return None
         starts |= reply_starts(render, whole, messages, spans, group)
     next_starts = [start for start, _ in spans[1:]] + [len(whole)]
+    if any(spans[i][1] > next_starts[i] for i in chosen):
+        return None
     return [Turn(starts[i], spans[i][1], next_starts[i]) for i in chosen]
 
 

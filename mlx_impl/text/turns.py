@@ -43,7 +43,19 @@ def find_turn(render: Render, whole: str, messages: Sequence[Message], i: int) -
         raise ValueError(f"the chat template must show message {i + 1}, {kind}, and does not")
     after = message_span(render, whole, messages, i + 1) if i + 1 < len(messages) else None
     next_start = after[0] if after else len(whole)
-    return Turn(span[0] if start is None else start, span[1], next_start)
+    end = span[1] if span[1] <= next_start else own_end(render, whole, messages, i, next_start)
+    return Turn(span[0] if start is None else start, end, next_start)
+
+
+def own_end(render: Render, whole: str, messages: Sequence[Message], i: int, next_start: int) -> int:
+    """The end of a reply without which the next message is not shown, such as a tool's result in Gemma 4.
+
+    It is where the text of the conversation up to this reply stops to be that of the whole one.
+    """
+    try:
+        return min(next_start, common_prefix_length(whole, render(messages[: i + 1], False)))
+    except ValueError:
+        return next_start
 
 
 def prompt_length(render: Render, whole: str, before: Sequence[Message]) -> int | None:

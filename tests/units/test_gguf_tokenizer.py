@@ -238,7 +238,7 @@ def test_bos_and_eos_are_added_as_the_file_says(
         ({"ggml.token_type": [9] * 61}, "token_type must hold numbers from 1 to 6, got 9"),
         ({"ggml.tokens": ["a"] * 61}, "tokenizer.ggml.tokens must hold each token once, got 'a' 61 times"),
         ({"ggml.eos_token_id": 61}, "eos_token_id must be the id of one of 61 tokens, got 61"),
-        ({"ggml.eos_token_id": None}, "the end-of-turn token '' must be in the vocabulary"),
+        ({"ggml.eos_token_id": None}, "must name the token that ends a turn, eos_token, and"),
         ({"ggml.model": "llama"}, "the key 'tokenizer.ggml.scores' is missing"),
         ({"ggml.model": "llama", "ggml.scores": [0.0]}, "scores must be an array of 61 numbers"),
         ({"ggml.model": "llama", "ggml.precompiled_charsmap": [1]}, "precompiled_charsmap is not supported"),

@@ -256,7 +256,9 @@ def test_a_folder_without_a_run_and_a_finished_run_cannot_be_resumed(
     assert "nothing: must hold a run, and has no manifest.json" in capsys.readouterr().err
     assert not run.exists()
     assert main([*command, str(whole)]) == 2
-    assert "the run to resume must be unfinished, but it is finished" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the run to resume must be unfinished, but it is finished" in error
+    assert f"start a new run with --init-adapter {whole}" in error
 
 
 def test_a_run_of_an_older_version_is_refused_with_advice(

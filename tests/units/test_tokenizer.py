@@ -58,7 +58,7 @@ def test_a_template_that_fails_is_an_error(tmp_path: Path, template: str, messag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eos_token": None}, "the end-of-turn token '' must be in the vocabulary"),
+        ({"eos_token": None}, "must name the token that ends a turn, eos_token, and this one names none"),
         ({"eos_token": "</s>"}, "the end-of-turn token '</s>' must be in the vocabulary"),
         ({"chat_template": 3}, '"chat_template" must be a text, texts by name, or a list'),
         (

@@ -17,6 +17,7 @@ from rich.status import Status
 from rich.text import Text
 
 LOG_SECONDS = 30.0
+REFRESH_SECONDS = 0.1  # of a text beside a spinner
 Item = TypeVar("Item")
 
 
@@ -46,6 +47,38 @@ def show_status(text: str, console: Console) -> Status:
     return console.status(text)
 
 
+class Teller:
+    """Tells what is being done, beside the spinner of `show_status`."""
+
+    def __init__(self, status: Status, console: Console) -> None:
+        self.status, self.console = status, console
+
+    def __call__(self, text: str) -> None:
+        self.status.update(text)
+
+    def count(self, text: str) -> Callable[[Sequence[Item]], Iterable[Item]]:
+        """The same items; a terminal shows how many are done, anything else a line every LOG_SECONDS."""
+
+        def counted(items: Sequence[Item]) -> Iterator[Item]:
+            if not self.console.is_interactive:
+                yield from log_progress(items, len(items), text, self.console)
+                return
+            start = last = time.monotonic()
+            for done, item in enumerate(items):
+                now = time.monotonic()
+                if now - last >= REFRESH_SECONDS:
+                    self.status.update(how_far(text, done, len(items), now - start))
+                    last = now
+                yield item
+
+        return counted
+
+
+def how_far(text: str, done: int, num_items: int, seconds: float) -> str:
+    """How many are done, and how long the rest will take."""
+    return f"{text}: {done:,} of {num_items:,}, {(num_items - done) * seconds / max(done, 1):.0f} s left"
+
+
 def watch_on(console: Console) -> Watch:
     return partial(show_progress, console=console)
 
@@ -68,8 +101,7 @@ def log_progress(items: Iterable[Item], num_items: int, text: str, console: Cons
     for done, item in enumerate(items):
         now = time.monotonic()
         if done and now - last >= LOG_SECONDS:
-            left = (num_items - done) * (now - start) / done
-            console.print(f"{text}: {done} of {num_items}, {left:.0f} s left")
+            console.print(how_far(text, done, num_items, now - start))
             last = now
         yield item
 

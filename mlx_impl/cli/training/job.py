@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ...run.trainer import LoRATrainer
 from ...text.conversation import Conversation
 from ...text.rows import Reading
 from ...text.template_choice import TemplateChoice, digest_of
+from ..screen.console import Teller
 from . import manifest
 from .answers import require_memory_for_questions
 from .job_data import Asked, Limits, Questions, encode_data, questions_of, read_data
@@ -97,7 +98,7 @@ class PreparedJob:
         return str(self.job.model or self.loaded.name)
 
 
-def prepare(job: Job, tell: Callable[[str], object] = lambda text: None) -> PreparedJob:
+def prepare(job: Job, tell: Teller) -> PreparedJob:
     """Read and check everything, cheap checks first; ValueError for a wrong input.
 
     `tell` is told what is being done, before each part that can take seconds.

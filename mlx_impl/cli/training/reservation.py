@@ -59,7 +59,10 @@ def reserve_to_resume(path: Path) -> Iterator[Path]:
     manifest.read(path)
     with locked(path):
         if manifest.read(path).finished is not None:
-            raise ValueError(f"{path}: the run to resume must be unfinished, but it is finished")
+            raise ValueError(
+                f"{path}: the run to resume must be unfinished, but it is finished: "
+                f"to train on from its adapter, start a new run with --init-adapter {path}"
+            )
         manifest.remove_previous_run(path)
         manifest.require_own_files(path)
         yield path

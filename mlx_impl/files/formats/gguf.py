@@ -37,6 +37,7 @@ HUGGING_FACE_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+HEADS = {".attn_q.": "num_attention_heads", ".attn_k.": "num_key_value_heads"}  # whose rows are reordered
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
@@ -141,8 +142,7 @@ def restore_row_order(
     name: str, weight: np.ndarray, metadata: dict[str, Any], config: ModelConfig
 ) -> np.ndarray:
     """Undo llama.cpp's reordering of the rows of Q and K, weights and biases, for `llama`."""
-    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
-    num_heads = next((heads[part] for part in heads if part in name), None)
+    num_heads = next((getattr(config, field) for part, field in HEADS.items() if part in name), None)
     if metadata["general.architecture"] != "llama" or num_heads is None:
         return weight
     return unpermute(weight, num_heads)

@@ -33,7 +33,13 @@ HARMLESS = {
         "mlx_version",
     ),
     *("max_position_embeddings", "original_max_position_embeddings", "pretraining_tp", "auto_map"),
-    *("_name_or_path", "name_or_path", "_attn_implementation_autoset", "is_llama_config"),
+    *(
+        "_name_or_path",
+        "name_or_path",
+        "_attn_implementation_autoset",
+        "_flash_attn_2_enabled",
+        "is_llama_config",
+    ),
     *("transformers.js_config", "unsloth_fixed", "unsloth_version", "return_dict", "id2label", "label2id"),
     *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "task_specific_params"),
     *("is_decoder", "problem_type", "max_length", "min_length", "do_sample", "num_beams", "temperature"),
@@ -41,6 +47,7 @@ HARMLESS = {
     *("num_beam_groups", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("early_stopping", "torchscript", "use_bfloat16", "keys_to_ignore_at_inference", "neftune_noise_alpha"),
 }
+SAME = {("hidden_act", "swish")}  # another name of the value that is computed here
 OFF: tuple[object, ...] = (None, False, {}, [], "none")
 
 
@@ -57,6 +64,8 @@ def require_known(raw: dict[str, Any]) -> None:
     for key in sorted(raw.keys() - READ - HARMLESS):
         if key == "attention_bias" and family == "qwen2":
             continue  # in this family q, k and v always have biases
+        if (key, str(raw[key])) in SAME or (key.endswith("_pdrop") and raw[key] == 0):
+            continue
         if key in REQUIRED_VALUES and raw[key] not in (REQUIRED_VALUES[key], None):
             raise ValueError(f"{key} must be {REQUIRED_VALUES[key]!r}, got {raw[key]!r}")
         if key not in REQUIRED_VALUES and not is_off(raw[key]):

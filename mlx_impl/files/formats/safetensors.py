@@ -14,6 +14,7 @@ import mlx.core as mx
 from ...disk.files import one_line, read_json_object, require_file
 from ..precision import cast_finite
 
+LFS_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 # Old checkpoints store these constants, which follow from the configuration.
 CONSTANTS = ".rotary_emb.inv_freq"
@@ -108,6 +109,7 @@ def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]
     if not file.exists():
         raise ValueError(f"{file}: there is no such safetensors file")
     require_file(file)
+    require_no_pointer(file)
     try:
         weights, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(weights)  # MLX loads lazily: a truncated file raises only here
@@ -117,6 +119,13 @@ def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]
         if not name.isprintable():
             raise ValueError(f"{file}: the names of tensors must be printable, got {name!r}")
     return weights, metadata
+
+
+def require_no_pointer(file: Path) -> None:
+    """ValueError for what a clone without Git LFS has in place of a large file."""
+    with open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file}: must be the file itself, but is a Git LFS pointer: run `git lfs pull`")
 
 
 def tensor_dtypes(file: Path) -> dict[str, mx.Dtype]:
