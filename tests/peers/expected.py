@@ -32,6 +32,8 @@ ADAM = "AdamW corrects no bias by default: the first update is 3.16 learning rat
 WARMUP = "after a warmup the peak lasts two updates, and the decay ends one update late"
 FLOAT32_RATE = "the learning rate is computed in float32, which loses digits at the end of a long run"
 NAN_TOKENS = "tokens are generated from logits that are NaN or infinite"
+REPLACEMENT = "rows are drawn with replacement: each step takes the first batch of a new iterator"
+SAME_ROWS = "every rank gets the same rows, and the others are never trained on"
 LAST_BATCH = "the examples of an incomplete last batch are not trained on"
 
 MASK_CLAIMS = (
@@ -52,6 +54,7 @@ LAST_WINDOW_CLAIMS = (
     f"{EQUAL}updates_with_gradient_accumulation_equal_the_reference[adamw]",
     f"{EQUAL}the_schedule_counts_updates_and_not_micro_batches",
 )
+FLOAT32_CLAIMS = (f"{LAST_RATE}[cosine-0]", f"{LAST_RATE}[linear-0]")
 PAD_CLAIMS = ("test_05_loss.py::test_the_loss_equals_the_reference[untied]",)
 ADAM_CLAIMS = (f"{STEP}given_gradients_move_the_factors_as_in_the_reference[1-adamw]",)
 MEAN_CLAIMS = combinations(4)  # two micro-batches of unequal numbers of targets
@@ -65,9 +68,7 @@ MLX_LM = Peer(
         Departure(MEAN_OF_MEANS, MEAN_CLAIMS, "mlx_lm_mean_of_means", declared="accumulation"),
         Departure(ADAM, ADAM_CLAIMS, "mlx_lm_adam_bias", declared="bias_correction"),
         Departure(WARMUP, WARMUP_CLAIMS, "mlx_lm_warmup"),
-        Departure(
-            FLOAT32_RATE, (f"{LAST_RATE}[cosine-0]", f"{LAST_RATE}[linear-0]"), "mlx_lm_float32_schedule"
-        ),
+        Departure(FLOAT32_RATE, FLOAT32_CLAIMS, "mlx_lm_float32_schedule"),
         Departure(LAST_WINDOW, LAST_WINDOW_CLAIMS, "mlx_lm_last_window"),
         Departure(MASKS, MASK_CLAIMS, "mlx_lm_checkpointed_dropout"),
         Departure(NAN_TOKENS, (f"{NOT_FINITE}[nan]", f"{NOT_FINITE}[infinity]"), "mlx_lm_not_finite"),
@@ -75,4 +76,29 @@ MLX_LM = Peer(
     ),
 )
 
-PEERS = (MLX_LM,)
+# Built on mlx-lm: its model, LoRA layers and schedule, with a loss, loop and checkpointing of its own.
+MLX_LM_LORA = Peer(
+    "mlx-lm-lora",
+    "5.10.2",
+    "tests.peers.adapters.mlx_lm_lora:MlxLmLoraTrainer",
+    (
+        Departure(PAD, PAD_CLAIMS, "mlx_lm_lora_pad_target", declared="pad_targets"),
+        Departure(MEAN_OF_MEANS, MEAN_CLAIMS, "mlx_lm_lora_mean_of_means", declared="accumulation"),
+        Departure(ADAM, ADAM_CLAIMS, "mlx_lm_adam_bias", declared="bias_correction"),
+        Departure(WARMUP, WARMUP_CLAIMS, "mlx_lm_warmup"),
+        Departure(FLOAT32_RATE, FLOAT32_CLAIMS, "mlx_lm_float32_schedule"),
+        Departure(LAST_WINDOW, LAST_WINDOW_CLAIMS, "mlx_lm_lora_last_window"),
+        Departure(MASKS, MASK_CLAIMS, "mlx_lm_lora_checkpointed_dropout"),
+        Departure(REPLACEMENT, (), "mlx_lm_lora_replacement"),
+        Departure(SAME_ROWS, (), "mlx_lm_lora_ranks"),
+    ),
+)
+
+UNSLOTH = Peer(
+    "unsloth-zoo",
+    "2026.10.9",
+    "tests.peers.adapters.unsloth_zoo:UnslothTrainer",
+    (Departure(MASKS, MASK_CLAIMS, "unsloth_zoo_checkpointed_dropout"),),
+)
+
+PEERS = (MLX_LM, MLX_LM_LORA, UNSLOTH)
