@@ -30,7 +30,7 @@ MAC = {"max_recommended_working_set_size": 0}
 
 class MlxLmLoraTrainer(MlxLmTrainer):
     optimizer_from = "mlx.optimizers, made as mlx_lm_lora.train makes it"
-    merge = load_mlx_lm = greedy = None  # mlx-lm's, not its own
+    merge = load_mlx_lm = greedy = None  # type: ignore[assignment]  # mlx-lm's, not its own
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         mean, count = sft_trainer.default_loss(self.model.eval(), *their_batch(batch))

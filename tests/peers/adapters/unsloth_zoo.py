@@ -70,7 +70,8 @@ class UnslothTrainer(MlxLmTrainer):
     dialect = Dialect(equal="within one rounding")  # clipping is another way to compute the same
     optimizer_from = "unsloth_zoo.mlx.trainer"
     schedule_from = "unsloth_zoo.mlx.trainer"
-    merge = load_mlx_lm = greedy = evaluate = apply_gradients = None  # not its own, or without a door
+    # Not its own, or without a door.
+    merge = load_mlx_lm = greedy = evaluate = apply_gradients = None  # type: ignore[assignment]
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         mean, count = make_baseline_loss_fn()(self.model.eval(), *with_labels(batch))
