@@ -1,7 +1,7 @@
 """Where mlx-lm's own trainer differs from the reference: each difference alone, small, with its figures.
 
 All of this is the behaviour of mlx-lm 0.32.2, much of it on purpose. The tests state it, so that a change is
-noticed; test_mlx_lm_ladder.py finds the same differences with the ladder.
+noticed; test_departures.py finds the same differences with the ladder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint, iterate_batches
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Batch
 from tests.derived import assert_within_rounding
+from tests.peers.adapters.mlx_lm import MlxLmTrainer
 from tests.peers.cases import (
     LLAMA,
     PLAIN,
@@ -32,7 +33,6 @@ from tests.peers.cases import (
     random_factors,
     random_weights,
 )
-from tests.trainers.mlx_lm import MlxLmTrainer
 
 SGD = TrainConfig(iters=1, optimizer="sgd", learning_rate=1.0)  # an update is minus the gradient
 FEW = random_batch(LLAMA, 5, (9, 4), (6, 3))  # 4 targets

@@ -45,7 +45,10 @@ def canonical(name: str) -> str:
 
 
 class MlxLmTrainer:
-    dialect = Dialect()
+    # What mlx-lm does on purpose; undeclared.py takes back one at a time.
+    dialect = Dialect(bias_correction=False, pad_targets=1, accumulation="mean of means")
+    optimizer_from = "mlx.optimizers, made as mlx_lm.lora makes it"
+    schedule_from = "mlx_lm.tuner.utils.build_schedule"
 
     def __init__(
         self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
@@ -153,9 +156,3 @@ class MlxLmTrainer:
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         steps = generate_step(mx.array(prompt), self.model.eval(), max_tokens=num_tokens)
         return [int(token) for token, _ in steps]
-
-
-class MlxLmDeclared(MlxLmTrainer):
-    """The same trainer, with the departures that are known of it declared."""
-
-    dialect = Dialect(bias_correction=False, pad_targets=1, accumulation="mean of means")

@@ -1,0 +1,32 @@
+"""mlx-lm-lora 5.10.2 does not train on an incomplete last window of micro-batches.
+
+Three micro-batches, two of them an update; only the third has token 3. Prints:
+
+expected: the weights of token 3 change
+got: the weights of token 3 are as before
+"""
+
+from tempfile import mkdtemp
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import SGD
+from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs, train_sft
+
+mx.device_info = lambda: {"max_recommended_working_set_size": 0}  # train_sft asks for it; only a Mac has it
+
+
+class Model(nn.Embedding):
+    layers = ()
+
+    def __call__(self, tokens, cache=None):
+        return super().__call__(tokens)
+
+
+batches = iter([(mx.array([[token, token]]), mx.array([[0, 2]])) for token in (1, 2, 3)])
+model = Model(4, 4)
+start = model.weight[3]
+settings = SFTTrainingArgs(iters=3, gradient_accumulation_steps=2, adapter_file=mkdtemp() + "/a.safetensors")
+train_sft(model, SGD(1.0), [], args=settings, iterate_batches=lambda **_: batches)
+print("expected: the weights of token 3 change")
+print("got: the weights of token 3", "are as before" if mx.array_equal(model.weight[3], start) else "change")
