@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_impl.cli.signals import defer_signals
+from mlx_impl.cli.signals import StoppedBySignal, defer_signals, handle_signals, raise_stopped
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example
 from mlx_impl.lora import lora_parameters
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--slowly", action="store_true")
     parser.add_argument("--hang", action="store_true")
+    parser.add_argument("--join-timeout", type=float)
     parser.add_argument("--differ")
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--state", type=Path)
@@ -60,7 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.slice:
         ranks_module.SLICE = args.slice
-    ranks = None if args.alone else join_ranks(args.timeout)
+    if args.join_timeout:
+        ranks_module.JOIN_TIMEOUT = args.join_timeout
+        print("joining", flush=True)
+    with handle_signals(raise_stopped):
+        ranks = None if args.alone else join_ranks(args.timeout)
     is_other = ranks is not None and ranks.rank == 1
     mx.random.seed(3 if args.differ == "model" and is_other else 2)
     model = CausalLM(TINY_LLAMA)
@@ -91,3 +96,5 @@ if __name__ == "__main__":
     except RankLost as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except StoppedBySignal as stop:
+        sys.exit(stop.exit_code)
