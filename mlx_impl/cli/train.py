@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         from ..run.ranks import join_ranks
         from .training.on_ranks import shared_folder
 
-        ranks = join_ranks()
+        ranks = join_ranks(in_order=args.ordered_sums)
         reserved = shared_folder(ranks, reserved)
     with reserved as path:
         report = finetune(job_of(args, path, ranks), make_console(stderr=args.json, quiet=not is_first()))

@@ -78,7 +78,7 @@ class Ranks:
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """ValueError, with its name, for a fact that is another one on another rank."""
-        first, *others = self.gather_objects(facts)
+        first, *others = self.gather_objects({"the order of sums": self.in_order, **facts})
         for rank, theirs in enumerate(others, 1):
             different = [name for name in first | theirs if first.get(name) != theirs.get(name)]
             if different:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_impl.cli.signals import StoppedBySignal, defer_signals, handle_signals, raise_stopped
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example
-from mlx_impl.lora import lora_parameters
+from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run import ranks as ranks_module
 from mlx_impl.run.ranks import join_ranks
@@ -69,6 +69,11 @@ def main() -> None:
     is_other = ranks is not None and ranks.rank == 1
     mx.random.seed(3 if args.differ == "model" and is_other else 2)
     model = CausalLM(TINY_LLAMA)
+    if args.differ == "factors":
+        mx.random.seed(is_other)
+        add_lora(model, LORA)
+    if args.differ == "order" and ranks is not None:
+        ranks.in_order = is_other
     data = examples(6 if args.differ == "data" and is_other else 5)
     training = replace(TRAINING, seed=9) if args.differ == "seed" and is_other else TRAINING
     trainer = LoRATrainer(model, LORA, training, ranks=ranks)

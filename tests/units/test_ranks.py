@@ -63,9 +63,14 @@ def test_a_run_of_two_ranks_resumes_with_three_to_the_bit(tmp_path: Path) -> Non
     assert rest == [(0, expected, "")] * 3
 
 
-@pytest.mark.parametrize("what", mostly_at_night(["data", "model", "seed"], 1))
+@pytest.mark.parametrize("what", mostly_at_night(["factors", "data", "model", "seed", "order"], 1))
 def test_ranks_that_differ_are_refused_by_name(tmp_path: Path, what: str) -> None:
-    named = {"model": "the model's weights", "data": "the training data", "seed": "seed"}[what]
+    named = {
+        "data": "the training data",
+        "factors": "the adapter or the optimizer's state",
+        "model": "the model's weights",
+        "order": "the order of sums",
+    }.get(what, what)
     for code, _, error in outputs(start(tmp_path, 2, "--differ", what)):
         assert code == 2
         assert error == f"all ranks must train alike, and on rank 1 {named} is not rank 0's\n"
