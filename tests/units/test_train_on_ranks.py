@@ -116,6 +116,15 @@ def test_what_differs_between_the_ranks_is_named(
     assert not run.exists()
 
 
+@pytest.mark.nightly
+def test_a_rank_that_is_refused_ends_the_others(inputs: list[str], tmp_path: Path) -> None:
+    """For a flag that is checked first too: nobody waits for a rank that never comes."""
+    words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(tmp_path / "run"))
+    first, other = ring.outputs(ring.start_each(tmp_path, [words, [*words, "--batch-size", "0"]]))
+    assert first[0] == 1 and "error: rank 0: another rank has ended" in first[2]
+    assert (other[0], other[2]) == (2, "error: rank 1: --batch-size must be at least 1, got 0\n")
+
+
 def test_without_a_launcher_distributed_is_refused(inputs: list[str], tmp_path: Path) -> None:
     """MLX's own `init()` would be one rank, silently."""
     run = tmp_path / "run"
