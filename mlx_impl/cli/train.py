@@ -50,13 +50,16 @@ def run(args: argparse.Namespace) -> None:
     from .screen.console import make_console
     from .training.finetune import finetune
 
-    require_numbers(args)
-    ranks, reserved = None, reserved_folder(args)
-    if args.distributed:
+    ranks = None
+    if args.distributed:  # before anything is checked: a rank that ends now would be waited for
         from ..run.ranks import join_ranks
+
+        ranks = join_ranks(in_order=args.ordered_sums)
+    require_numbers(args)
+    reserved = reserved_folder(args)
+    if ranks:
         from .training.on_ranks import shared_folder
 
-        ranks = join_ranks()
         reserved = shared_folder(ranks, reserved)
     with reserved as path:
         report = finetune(job_of(args, path, ranks), make_console(stderr=args.json, quiet=not is_first()))

@@ -10,6 +10,7 @@ Source: MLX documentation, "Distributed Communication".
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -22,11 +23,11 @@ from ..data import Batch
 from ..machine.launcher import launched_rank
 from ..model import CausalLM
 from ..train import Loss, Sums, add_up
-from .watchdog import RankLost, Watchdog
+from .watchdog import RankLost, Watchdog, without_python
 
 SLICE = 2**20  # elements of each rank that are gathered at once, 4 MiB: memory does not grow with the ranks
 TIMEOUT = 600.0  # seconds
-JOIN_TIMEOUT = 60.0  # seconds from the start of one rank to that of the last
+JOIN_TIMEOUT = 60.0  # seconds that a rank waits for the others to start; MLX's ring itself gives up after 31
 
 Item = TypeVar("Item")
 Vectors = dict[mx.Dtype, mx.array]  # the arrays of a tree, one after the other; those of each type for itself
@@ -40,12 +41,10 @@ class Ranks:
     less to send, and with M micro-batches gradients g_m another result by up to 2 (M - 1) eps sum |g_m|.
     """
 
-    def __init__(
-        self, group: Any, timeout: float = TIMEOUT, in_order: bool = True, watchdog: Watchdog | None = None
-    ) -> None:
+    def __init__(self, group: Any, timeout: float = TIMEOUT, in_order: bool = True) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.in_order = in_order
-        self.watchdog = watchdog or Watchdog(f"rank {self.rank}", timeout)
+        self.watchdog = Watchdog(f"rank {self.rank}", timeout)
 
     def gather(self, own: mx.array) -> mx.array:
         """The arrays of all ranks, one row a rank. All must call it, with arrays of one shape and type."""
@@ -79,7 +78,7 @@ class Ranks:
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """ValueError, with its name, for a fact that is another one on another rank."""
-        first, *others = self.gather_objects(facts)
+        first, *others = self.gather_objects({"the order of sums": self.in_order, **facts})
         for rank, theirs in enumerate(others, 1):
             different = [name for name in first | theirs if first.get(name) != theirs.get(name)]
             if different:
@@ -157,19 +156,18 @@ def join_ranks(timeout: float = TIMEOUT, in_order: bool = True) -> Ranks:
 
     Raises ValueError without a launcher, where `mx.distributed.init()` would silently be one rank.
     """
-    rank = launched_rank()
-    if rank is None:
+    if launched_rank() is None:
         raise ValueError(
             "several ranks need a launcher, such as: mlx.launch -n 2 --backend ring -- python PROGRAM"
         )
-    watchdog = Watchdog(f"rank {rank}", JOIN_TIMEOUT)
+    start = time.monotonic()
     try:
-        with watchdog.waiting():
+        with without_python(JOIN_TIMEOUT):
             group = mx.distributed.init(strict=True)
     except RuntimeError as error:
-        raise RankLost(f"the ranks have not come together ({error})") from None
-    watchdog.timeout = timeout
-    return Ranks(group, timeout, in_order, watchdog)
+        seconds = time.monotonic() - start
+        raise RankLost(f"the ranks have not come together within {seconds:.0f} s ({error})") from None
+    return Ranks(group, timeout, in_order)
 
 
 # A "batch" of `Ranks.losses` is its nats and the number of its targets.

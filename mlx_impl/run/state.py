@@ -86,11 +86,15 @@ def digest_of_examples(examples: Sequence[Example]) -> str:
 def digest_of_base(model: CausalLM) -> str:
     """sha256 of every frozen parameter, its name, type and bytes."""
     trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    return digest_of_arrays({n: array for n, array in tree_flatten(model.parameters()) if n not in trained})
+
+
+def digest_of_arrays(arrays: dict[str, mx.array]) -> str:
+    """sha256 of every array, its name, type and bytes."""
     digest = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        if name not in trained:
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.array(array.view(mx.uint8)).data)
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.array(array.flatten().view(mx.uint8)).data)
     return digest.hexdigest()
 
 

@@ -30,6 +30,7 @@ from .ranks import GIVEN, Ranks
 from .state import (
     Progress,
     Validation,
+    digest_of_arrays,
     digest_of_base,
     identify,
     load_arrays,
@@ -98,6 +99,9 @@ class LoRATrainer:
         """
         self.require_adapter()
         self.optimizer.init(self.model.trainable_parameters())  # what the model holds now
+        if self.ranks:
+            trained = digest_of_arrays(state_arrays(self.model, self.optimizer))
+            self.ranks.require_same({"the adapter or the optimizer's state": trained})
         self.guard.begin()
         windows = with_targets(windows)
         if not self.plain:

@@ -2,6 +2,7 @@
 
 A rank that waits in a collective computes nothing and handles no signal: Python runs signal handlers only
 between its own instructions. `mlx.launch` sends SIGTERM and never SIGKILL, so such a rank would live on.
+While the ranks find one another MLX holds Python's lock, and no thread can watch: see `without_python`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 PATIENCE = 10.0  # seconds that a rank which was told to stop waits for the others to agree
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_LOST = 1
 
 
 class RankLost(RuntimeError):
     """Another rank has ended."""
+
+
+@contextmanager
+def without_python(seconds: float) -> Iterator[None]:
+    """For a call that holds Python's lock: after so many seconds its system calls fail; a signal ends all.
+
+    The operating system then does what handlers of Python would do too late. Nothing is lost by it, because
+    a rank that has not met the others has begun nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only that thread may set handlers
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    alarm = signal.signal(signal.SIGALRM, lambda *_: None)  # a wait that it interrupts fails with EINTR
+    for number in handled:
+        signal.signal(number, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, alarm)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 class Watchdog:
@@ -50,7 +77,7 @@ class Watchdog:
 
     def listen(self, pipe: int) -> None:
         while number := os.read(pipe, 1):
-            if number[0] in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number[0] in STOPPING:
                 self.signalled = number[0], time.monotonic()
 
     def watch(self) -> None:

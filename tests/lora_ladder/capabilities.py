@@ -21,6 +21,10 @@ CAPABILITIES: dict[str, tuple[int, str]] = {
         9,
         "(windows, training, num_ranks) -> losses and factors of each of so many processes",
     ),
+    "initial_factors_on_ranks": (
+        9,
+        "(seed, num_ranks) -> what each of so many processes makes for itself when it is given none",
+    ),
     "train_compiled": (10, "as train, compiled; the same seed gives the same dropout masks"),
     "train_checkpointed": (10, "as train, with activations recomputed in the backward pass"),
     "set_dropout_masks": (
@@ -30,6 +34,10 @@ CAPABILITIES: dict[str, tuple[int, str]] = {
     "fit": (12, "(examples, training, num_updates, validation, folder) -> (losses, validation losses)"),
     "save": (12, "(folder): writes the whole training state, after `train`"),
     "load": (12, "(folder): restores that state in a new trainer; the next `train` continues the run"),
+    "save_on_ranks": (
+        12,
+        "(windows, training, folders) -> each process trains, saves into its own, and lists the first",
+    ),
     "validation_losses": (12, "() -> those of the whole run so far, by the number of updates done"),
     "require_same_run": (
         12,

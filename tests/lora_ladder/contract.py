@@ -84,6 +84,18 @@ EACH_RANK: Rule = (
     ),
 )
 
+FACTORS_OF_RANKS: Rule = (
+    "for each rank a dict of NumPy arrays by name",
+    lambda answer, _, seed, num_ranks: len(answer) == num_ranks and all(map(are_arrays, answer)),
+)
+
+FILES_OF_RANKS: Rule = (
+    "for each rank a list of names",
+    lambda answer, _, windows, training, folders: (
+        len(answer) == len(folders) and all(isinstance(names, list) and are_names(names) for names in answer)
+    ),
+)
+
 RULES: dict[str, Rule] = {
     "logits": LOGITS,
     "loss": NATS,
@@ -113,6 +125,8 @@ RULES: dict[str, Rule] = {
     ),
     "peak_bytes": NUMBER,
     "train_on_ranks": EACH_RANK,
+    "initial_factors_on_ranks": FACTORS_OF_RANKS,
+    "save_on_ranks": FILES_OF_RANKS,
     "each_update": ("an iterator of losses", lambda answer, *_: isinstance(answer, Iterator)),
     "greedy": TOKENS,
     "greedy_all": (

@@ -43,17 +43,17 @@ def together(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
         of_ranks = trainer.train_on_ranks(windows, training, RANKS)
     else:
         of_ranks = [(trainer.train(windows, training), trainer.factors())] * RANKS
-    return {
-        f"rank {rank}: {name}": array
-        for rank, (losses, factors) in enumerate(of_ranks)
-        for name, array in {"losses": np.array(losses), **factors}.items()
-    }
+    return by_rank({n: {"losses": np.array(losses), **arrays} for n, (losses, arrays) in enumerate(of_ranks)})
 
 
 def alone(trainer: Any, case: Case, training: TrainConfig) -> Arrays:
     windows = windows_of(case)
     of_one = {"losses": np.array(trainer.train(windows, training)), **trainer.factors()}
-    return {f"rank {rank}: {name}": array for rank in range(RANKS) for name, array in of_one.items()}
+    return by_rank(dict.fromkeys(range(RANKS), of_one))
+
+
+def by_rank(arrays: dict[int, Arrays]) -> Arrays:
+    return {f"rank {rank}: {name}": array for rank, own in arrays.items() for name, array in own.items()}
 
 
 def test_all_ranks_train_as_the_reference_does_alone(case: Case, judge: Judge) -> None:
@@ -74,3 +74,12 @@ def test_ranks_with_dropout_train_as_one_process_does(case: Case, judge: Judge) 
         (dropping, lambda trainer: alone(trainer, case, training)),
         training.iters * case.longest_sum,
     )
+
+
+@pytest.mark.needs("initial_factors_on_ranks", "initial_factors")
+def test_all_ranks_begin_with_the_factors_of_one_process(case: Case, candidate: Any, judge: Judge) -> None:
+    """Where each draws an A of its own, the summed gradient is that of none of the ranks' adapters."""
+    trainer = case.build(candidate)
+    of_ranks = dict(enumerate(trainer.initial_factors_on_ranks(0, RANKS)))
+    of_one = dict.fromkeys(of_ranks, trainer.initial_factors(0))
+    judge.same_bits(by_rank(of_ranks), by_rank(of_one))

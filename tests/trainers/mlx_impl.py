@@ -6,6 +6,7 @@ Both train, evaluate, save and resume through `LoRATrainer`, as a user does.
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,7 @@ from mlx_impl.run.guard import FiniteGuard
 from mlx_impl.run.merging import Merged, merge, unmerge
 from mlx_impl.run.ranks import Ranks
 from mlx_impl.run.sampling import Sampling
+from mlx_impl.run.state import save_state
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.text.examples import encode_all
 from mlx_impl.text.rows import read_conversations
@@ -51,6 +53,8 @@ from tests.trainers.exact_ops import in_place_of_production
 from tests.trainers.given_masks import with_given_masks
 
 NOT_OF_THE_BASE = ("lora_a", "lora_b", "magnitude", "keep_BTI")  # the factors, and the given dropout masks
+
+SLOW = 0.5  # seconds that a rank takes to write, in `save_on_ranks`
 
 # Stands for the data set in a saved state where the ladder hands over batches.
 DATA = [Example((1, 2), (False, True))]
@@ -71,6 +75,14 @@ class Tap:
 def numpy(array: mx.array) -> np.ndarray:
     """NumPy has no bfloat16, and float32 holds all its numbers."""
     return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
+def slowly(write: Callable[..., None]) -> Callable[..., None]:
+    def call(*arguments: object) -> None:
+        time.sleep(SLOW)
+        write(*arguments)
+
+    return call
 
 
 def quantize_linears(model: CausalLM) -> None:
@@ -214,12 +226,23 @@ class MlxTrainer:
     def train_on_ranks(
         self, windows: Sequence[Sequence[Batch]], training: TrainConfig, num_ranks: int
     ) -> list[tuple[list[float], Arrays]]:
-        """Each rank is a process of its own (one_rank.py), in a ring on the loopback address."""
+        return self.on_ranks(num_ranks, "train_here", windows, training)
+
+    def initial_factors_on_ranks(self, seed: int, num_ranks: int) -> list[Arrays]:
+        return self.on_ranks(num_ranks, "initial_factors", seed)
+
+    def save_on_ranks(
+        self, windows: Sequence[Sequence[Batch]], training: TrainConfig, folders: Sequence[Path]
+    ) -> list[list[str]]:
+        return self.on_ranks(len(folders), "save_here", windows, training, folders)
+
+    def on_ranks(self, num_ranks: int, method: str, *arguments: object) -> list[Any]:
+        """What it returns on each rank: a process of its own (one_rank.py), in a ring on this machine."""
         job = {
             "trainer": type(self).__name__,
             "model": (self.model.config, self.base(), self.model.lora, self.factors()),
-            "windows": windows,
-            "training": training,
+            "method": method,
+            "arguments": arguments,
             "device": "gpu" if mx.default_device() == mx.gpu else "cpu",
         }
         with TemporaryDirectory() as name:
@@ -229,6 +252,22 @@ class MlxTrainer:
                 if code:
                     raise RuntimeError(error)
             return [pickle.loads((folder / f"rank {rank}").read_bytes()) for rank in range(num_ranks)]
+
+    def train_here(
+        self, windows: Sequence[Sequence[Batch]], training: TrainConfig
+    ) -> tuple[list[float], Arrays]:
+        """`train_on_ranks` in one of the processes."""
+        return self.train(windows, training), self.factors()
+
+    def save_here(
+        self, windows: Sequence[Sequence[Batch]], training: TrainConfig, folders: Sequence[Path]
+    ) -> list[str]:
+        """`save_on_ranks` in one of the processes. Writing takes long, so that the others must wait."""
+        assert self.ranks is not None
+        self.train(windows, training)
+        with patch.object(run_trainer, "save_state", slowly(save_state)):
+            self.save(folders[self.ranks.rank])
+        return sorted(path.name for path in folders[0].iterdir())
 
     def each_update(self, windows: Iterator[Sequence[Batch]], training: TrainConfig) -> Iterator[float]:
         for record in self.begin(training).fit_windows(map(list, windows)):
@@ -353,7 +392,8 @@ class MlxTrainer:
         self.quantize(fresh)
         stored = [(name.replace(".linear.", "."), x) for name, x in tree_flatten(self.model.parameters())]
         fresh.load_weights([(name, x) for name, x in stored if not name.endswith(NOT_OF_THE_BASE)])
-        LoRATrainer(fresh, self.model.lora, TrainConfig(iters=1, seed=seed), plain=self.plain)
+        training = TrainConfig(iters=1, seed=seed)
+        LoRATrainer(fresh, self.model.lora, training, plain=self.plain, ranks=self.ranks)
         return {name: np.array(value) for name, value in lora_parameters(fresh).items()}
 
     def factors(self) -> Arrays:

@@ -1,4 +1,4 @@
-"""One of the processes of `MlxTrainer.train_on_ranks`: `python -m tests.trainers.one_rank FOLDER`."""
+"""One of the processes of `MlxTrainer.on_ranks`: `python -m tests.trainers.one_rank FOLDER`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def main(folder: Path) -> None:
     mx.set_default_device(getattr(mx, job["device"]))
     trainer = getattr(mlx_impl, job["trainer"])(*job["model"])
     trainer.ranks = join_ranks(SECONDS)
-    losses = trainer.train(job["windows"], job["training"])
-    (folder / f"rank {trainer.ranks.rank}").write_bytes(pickle.dumps((losses, trainer.factors())))
+    answer = getattr(trainer, job["method"])(*job["arguments"])
+    (folder / f"rank {trainer.ranks.rank}").write_bytes(pickle.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_impl.cli.signals import defer_signals
+from mlx_impl.cli.signals import StoppedBySignal, defer_signals, handle_signals, raise_stopped
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example
-from mlx_impl.lora import lora_parameters
+from mlx_impl.lora import add_lora, lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.run import ranks as ranks_module
 from mlx_impl.run.ranks import join_ranks
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--slowly", action="store_true")
     parser.add_argument("--hang", action="store_true")
+    parser.add_argument("--join-timeout", type=float)
     parser.add_argument("--differ")
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--state", type=Path)
@@ -60,10 +61,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.slice:
         ranks_module.SLICE = args.slice
-    ranks = None if args.alone else join_ranks(args.timeout)
+    if args.join_timeout:
+        ranks_module.JOIN_TIMEOUT = args.join_timeout
+        print("joining", flush=True)
+    with handle_signals(raise_stopped):
+        ranks = None if args.alone else join_ranks(args.timeout)
     is_other = ranks is not None and ranks.rank == 1
     mx.random.seed(3 if args.differ == "model" and is_other else 2)
     model = CausalLM(TINY_LLAMA)
+    if args.differ == "factors":
+        mx.random.seed(is_other)
+        add_lora(model, LORA)
+    if args.differ == "order" and ranks is not None:
+        ranks.in_order = is_other
     data = examples(6 if args.differ == "data" and is_other else 5)
     training = replace(TRAINING, seed=9) if args.differ == "seed" and is_other else TRAINING
     trainer = LoRATrainer(model, LORA, training, ranks=ranks)
@@ -91,3 +101,5 @@ if __name__ == "__main__":
     except RankLost as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except StoppedBySignal as stop:
+        sys.exit(stop.exit_code)

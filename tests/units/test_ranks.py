@@ -63,9 +63,14 @@ def test_a_run_of_two_ranks_resumes_with_three_to_the_bit(tmp_path: Path) -> Non
     assert rest == [(0, expected, "")] * 3
 
 
-@pytest.mark.parametrize("what", mostly_at_night(["data", "model", "seed"], 1))
+@pytest.mark.parametrize("what", mostly_at_night(["factors", "data", "model", "seed", "order"], 1))
 def test_ranks_that_differ_are_refused_by_name(tmp_path: Path, what: str) -> None:
-    named = {"model": "the model's weights", "data": "the training data", "seed": "seed"}[what]
+    named = {
+        "data": "the training data",
+        "factors": "the adapter or the optimizer's state",
+        "model": "the model's weights",
+        "order": "the order of sums",
+    }.get(what, what)
     for code, _, error in outputs(start(tmp_path, 2, "--differ", what)):
         assert code == 2
         assert error == f"all ranks must train alike, and on rank 1 {named} is not rank 0's\n"
@@ -106,3 +111,30 @@ def test_a_rank_that_waits_in_vain_obeys_sigterm(tmp_path: Path) -> None:
     for rank in ranks:
         rank.kill()
         rank.communicate()
+
+
+def start_alone(tmp_path: Path, number: int, join_timeout: float) -> list[subprocess.Popen]:
+    """Two ranks, of which this one waits for the other to start, which never does."""
+    ranks = start(tmp_path, 2, "--join-timeout", str(join_timeout))
+    ranks[1 - number].kill()
+    waiting = ranks[number].stdout
+    assert waiting is not None and waiting.readline() == "joining\n"
+    return ranks
+
+
+@pytest.mark.parametrize("number", mostly_at_night([1, 0], 1))
+def test_a_rank_that_waits_for_others_to_start_obeys_sigterm_at_once(tmp_path: Path, number: int) -> None:
+    """Where a rank cannot start, a launcher ends the others this way. MLX holds Python's lock meanwhile."""
+    ranks = start_alone(tmp_path, number, 60.0)
+    time.sleep(0.5)
+    ranks[number].send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    assert outputs(ranks)[number][0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert time.monotonic() - sent < 5
+
+
+def test_where_a_rank_never_starts_the_others_end_at_the_time_out(tmp_path: Path) -> None:
+    ranks = start_alone(tmp_path, 0, 1.0)
+    code, _, error = outputs(ranks)[0]
+    assert code == 1
+    assert error.startswith("the ranks have not come together within 1 s (") and error.count("\n") == 1

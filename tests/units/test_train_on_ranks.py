@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mlx_impl.cli import train as train_command
+from mlx_impl.cli.parser import parse_arguments
+from mlx_impl.run.watchdog import RankLost
 from tests import ring
 from tests.killed_runs import require_same_run
 from tests.nightly import mostly_at_night
@@ -111,6 +116,15 @@ def test_what_differs_between_the_ranks_is_named(
     assert not run.exists()
 
 
+@pytest.mark.nightly
+def test_a_rank_that_is_refused_ends_the_others(inputs: list[str], tmp_path: Path) -> None:
+    """For a flag that is checked first too: nobody waits for a rank that never comes."""
+    words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(tmp_path / "run"))
+    first, other = ring.outputs(ring.start_each(tmp_path, [words, [*words, "--batch-size", "0"]]))
+    assert first[0] == 1 and "error: rank 0: another rank has ended" in first[2]
+    assert (other[0], other[2]) == (2, "error: rank 1: --batch-size must be at least 1, got 0\n")
+
+
 def test_without_a_launcher_distributed_is_refused(inputs: list[str], tmp_path: Path) -> None:
     """MLX's own `init()` would be one rank, silently."""
     run = tmp_path / "run"
@@ -121,3 +135,37 @@ def test_without_a_launcher_distributed_is_refused(inputs: list[str], tmp_path: 
         "error: several ranks need a launcher, such as: mlx.launch -n 2 --backend ring"
     )
     assert done.stderr.count("\n") == 1 and not run.exists()
+
+
+@pytest.mark.parametrize(("words", "in_order"), [([], True), (["--no-ordered-sums"], False)])
+def test_sums_are_in_order_unless_a_flag_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], in_order: bool
+) -> None:
+    given: list[bool] = []
+
+    def join(in_order: bool) -> None:
+        given.append(in_order)
+        raise RankLost
+
+    monkeypatch.setattr("mlx_impl.run.ranks.join_ranks", join)
+    with pytest.raises(RankLost):
+        train_command.run(parse_arguments(train("--distributed", *words)[1:]))
+    assert given == [in_order]
+
+
+@pytest.mark.nightly
+def test_sums_in_any_order_train_within_rounding(
+    inputs: list[str], alone: tuple[Path, str], tmp_path: Path
+) -> None:
+    """The losses of the first updates differ in their last digits at most."""
+    folder = tmp_path / "run"
+    words = train(*inputs, *FLAGS, "--distributed", "--no-ordered-sums", "--adapter-path", str(folder))
+    done = ring.outputs(ring.start(tmp_path, 2, *words))
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert "ranks:     2, which share out the micro-batches of each step, sums in any order" in done[0][1]
+    assert "ordered_sums: false" in (folder / "config.yaml").read_text()
+    ours, theirs = (
+        [json.loads(line)["loss_nats"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (folder, alone[0])
+    )
+    np.testing.assert_allclose(ours[:5], theirs[:5], rtol=1e-5)

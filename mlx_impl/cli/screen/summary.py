@@ -27,8 +27,9 @@ def print_summary(prepared: PreparedJob, console: Console) -> None:
     for remark in prepared.remarks:
         console.print(f"           {remark}")
     console.print(f"device:    {mx.default_device()}, computing in {prepared.job.dtype}")
-    if prepared.job.ranks:
-        console.print(f"ranks:     {prepared.job.ranks.size}, which share out the micro-batches of each step")
+    if ranks := prepared.job.ranks:
+        order = "" if ranks.in_order else ", sums in any order"
+        console.print(f"ranks:     {ranks.size}, which share out the micro-batches of each step{order}")
     micro = training.grad_accumulation_steps
     batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)
     console.print(f"training:  {training.iters} steps of {batches} examples")

@@ -110,6 +110,13 @@ def add_run_flags(group: Any) -> None:
         "share out each update's micro-batches over the processes that mlx.launch has started, one on each "
         "machine or GPU (default: no)",
     )
+    add_switch(
+        group,
+        "--ordered-sums",
+        True,
+        "with --distributed: add up in the order of the micro-batches, so that any number of processes gives "
+        "the same bits; --no-ordered-sums sends less and rounds otherwise (default: yes)",
+    )
     add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
     add_number(
         group,

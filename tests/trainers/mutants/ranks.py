@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from mlx_impl.lora import add_lora, lora_layers
 from mlx_impl.optim import clip_gradients
 from mlx_impl.run.ranks import Ranks, as_tree, as_vectors
+from mlx_impl.run.state import Progress, save_state, state_arrays
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import Sums, add_up
 from tests.trainers.mutants.mutant import Mutant
@@ -20,7 +24,7 @@ Parts = Iterable[Callable[[], Sums]]
 RANKS = "mlx_impl.run.ranks.Ranks"
 in_order = Ranks.reduce
 in_slices = Ranks.add_in_order
-make_trainer = LoRATrainer.__init__
+make_trainer, save = LoRATrainer.__init__, LoRATrainer.save
 
 
 def mean_over_ranks(tree: Any, ranks: Ranks) -> Any:
@@ -89,6 +93,34 @@ def seeded_by_rank(
     make_trainer(self, model, lora, own, compiled, plain, ranks)
 
 
+def factors_by_rank(
+    self: Any,
+    model: Any,
+    lora: Any,
+    training: Any,
+    compiled: bool | None = None,
+    plain: bool = False,
+    ranks: Ranks | None = None,
+) -> None:
+    if ranks is not None and not lora_layers(model):
+        mx.random.seed(training.seed + ranks.rank)
+        add_lora(model, lora)
+    make_trainer(self, model, lora, training, compiled, plain, ranks)
+
+
+def saved_by_every_rank(self: Any, path: Any, examples: Any) -> None:
+    save(self, path, examples)
+    progress = Progress(self.step, self.validation, self.identity(examples))
+    save_state(path, state_arrays(self.model, self.optimizer), progress)
+
+
+def saved_without_waiting(self: Any, path: Any, examples: Any) -> None:
+    with ExitStack() as stack:
+        if self.ranks:
+            stack.enter_context(patch.object(self.ranks, "largest", lambda number: number))
+        save(self, path, examples)
+
+
 MUTANTS = (
     Mutant(
         "ranks-mean-of-means",
@@ -140,5 +172,23 @@ MUTANTS = (
         "Dropout masks depend on the rank.",
         {"mlx_impl.run.trainer.LoRATrainer.__init__": seeded_by_rank},
         cases=("dora",),
+    ),
+    Mutant(
+        "ranks-begin-with-their-own-factors",
+        9,
+        "Each rank draws its initial A from a seed of its own.",
+        {"mlx_impl.run.trainer.LoRATrainer.__init__": factors_by_rank},
+    ),
+    Mutant(
+        "ranks-save-each",
+        12,
+        "Every rank writes the saved state, not the first alone.",
+        {"mlx_impl.run.trainer.LoRATrainer.save": saved_by_every_rank},
+    ),
+    Mutant(
+        "ranks-save-without-waiting",
+        12,
+        "There is no barrier: the other ranks go on while the first one still writes.",
+        {"mlx_impl.run.trainer.LoRATrainer.save": saved_without_waiting},
     ),
 )
