@@ -24,10 +24,11 @@ from tests.lora_ladder.protocol import Arrays, Dialect
 
 T = TypeVar("T")
 
-# kv heads < heads, heads * head_dim != width, a prime vocabulary, no square layer, alpha != rank.
+# kv heads < heads, heads * head_dim != width, a prime vocabulary, no square layer, alpha != rank. The width
+# is a multiple of the heads, because transformers' LlamaConfig refuses others.
 SPEC = ModelConfig(
     vocab_size=61,
-    hidden_size=28,
+    hidden_size=36,
     intermediate_size=44,
     num_hidden_layers=2,
     num_attention_heads=6,
@@ -42,7 +43,8 @@ LORA = LoRAConfig(rank=3, alpha=7.0)
 ARCHITECTURES = {
     "untied": SPEC,
     "tied": replace(SPEC, tie_word_embeddings=True),
-    "usual heads": replace(SPEC, num_attention_heads=2, head_dim=14),  # heads * head_dim = width
+    "usual heads": replace(SPEC, num_attention_heads=2, head_dim=18),  # heads * head_dim = width
+    "odd heads": replace(SPEC, hidden_size=28),  # 6 heads in a width of 28
     "qkv bias": replace(SPEC, qkv_bias=True),
     "qk norm": replace(SPEC, qk_norm=True),
     "sliding window": replace(SPEC, sliding_window=4),

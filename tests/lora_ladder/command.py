@@ -16,7 +16,7 @@ from tests.lora_ladder.climb import FILES, run
 from tests.lora_ladder.help_text import epilog
 from tests.lora_ladder.here import ALIASES, FOLDER
 from tests.lora_ladder.loading import load_trainer
-from tests.lora_ladder.output import OutputError, require_writable, write
+from tests.lora_ladder.output import OutputError, printable, require_writable, write
 from tests.lora_ladder.page import MARK, page
 from tests.lora_ladder.plugin import Ladder, rung_of
 from tests.lora_ladder.progress import Progress
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["init"]:
         return initialize(given[1:])
-    options = parser().parse_args(given)
+    options = parser().parse_intermixed_args(given)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the adapter's folder, as with python -m
     try:
@@ -93,9 +93,9 @@ def judge(options: argparse.Namespace) -> int:
 
 
 def encodable(line: str) -> str:
-    """The line with escapes for what the terminal's encoding has not, such as half a surrogate pair."""
+    """The line without what a terminal obeys; what its encoding has not, such as a surrogate, is escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    return line.encode(encoding, "backslashreplace").decode(encoding)
+    return printable(line).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def climbed(trainer: str, wanted: list[str]) -> Ladder | None:

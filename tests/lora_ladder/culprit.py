@@ -22,12 +22,12 @@ import torch
 from tests.derived import NUM_DRAWS, noise_of, within
 from tests.lora_ladder import signatures_dropout
 from tests.lora_ladder.cases import Case, Draw
-from tests.lora_ladder.here import IS_INSTALLED
 from tests.lora_ladder.known_bugs import SIGNATURES
 from tests.lora_ladder.observations import FAMILIES, Family, Observation
 from tests.lora_ladder.plugin import Ladder, is_claimed
 from tests.lora_ladder.protocol import Arrays
 from tests.lora_ladder.signatures import Hypothesis, Signature, sound
+from tests.lora_ladder.trap_notes import seen
 from tests.trainers.reference import oracle
 
 RUNGS = (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14, 15)  # those whose claims are about what is observed here
@@ -38,7 +38,6 @@ OF_LAYERS = (2, 6)  # rungs of signatures of an adapted layer
 WIDTH = 80  # of a line of the report
 
 # Keyed by hypothesis, observation, dialect and draw: they are the same for every trainer.
-IN_REPOSITORY = " in the repository of lora-ladder" if IS_INSTALLED else ""
 EXPECTED: dict[tuple[object, ...], Arrays] = {}
 NOISE: dict[tuple[object, ...], dict[str, float]] = {}
 
@@ -218,7 +217,7 @@ def sentences(culprit: Culprit) -> Iterator[str]:
         if signature.dialect:
             yield f"  with {signature.dialect} this passes"
         if signature.link:
-            yield f"  see {signature.link}{IN_REPOSITORY}"
+            yield f"  {seen(signature.link)}"
     if not culprit.named:
         yield f"culprit: not known; none of {culprit.tried} known bugs explains all of this"
 

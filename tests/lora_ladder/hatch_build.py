@@ -7,6 +7,7 @@ renamed: `tests.derived` is `lora_ladder.derived` there. An sdist has the source
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import tempfile
@@ -40,6 +41,7 @@ SOURCES = (
     "mlx_impl/config.py",
     "mlx_impl/data.py",
 )
+TRAPS = "tests/traps/test_trap_*.py"  # of them only the docstrings, which explain what a signature links
 NOT_FOR_STRANGERS = r"hatch_build\.py|test_(?!\d\d_)\w+\.py"  # of them the ladder's tests of itself
 RECORDS = '"""The records that an adapter is given: configurations and batches."""\n'
 
@@ -54,7 +56,8 @@ class GatherSources(BuildHookInterface):
             raise ValueError("lora-ladder cannot be installed as editable: its imports are renamed")
         included = build_data["force_include"]
         if self.target_name == "sdist":
-            included |= {str(path): f"repository/{path.relative_to(ROOT).as_posix()}" for path in sources()}
+            paths = [*sources(), *ROOT.glob(TRAPS)]
+            included |= {str(path): f"repository/{path.relative_to(ROOT).as_posix()}" for path in paths}
             return
         self.folder = tempfile.mkdtemp()
         for number, (name, text) in enumerate(modules().items()):
@@ -77,7 +80,13 @@ def sources() -> Iterator[Path]:
 def modules() -> dict[str, str]:
     """The text of each file of the wheel, by its path there."""
     texts = {installed(path): renamed(path.read_text(encoding="utf-8")) for path in sources()}
-    return {**texts, "lora_ladder/records/__init__.py": RECORDS}
+    return {**texts, **trap_notes(), "lora_ladder/records/__init__.py": RECORDS}
+
+
+def trap_notes() -> dict[str, str]:
+    """The docstring of each trap, which trap_notes.py reads."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(TRAPS))}
+    return {f"lora_ladder/traps/{n}.txt": f"{ast.get_docstring(ast.parse(t))}\n" for n, t in texts.items()}
 
 
 def installed(path: Path) -> str:

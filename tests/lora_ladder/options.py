@@ -52,7 +52,7 @@ class Sweep:
 TWO, THREE = {"num_hidden_layers": 2}, {"num_hidden_layers": 3}
 SWEEPS = [
     Sweep("ModelConfig.vocab_size", 61, 67),
-    Sweep("ModelConfig.hidden_size", 28, 26),
+    Sweep("ModelConfig.hidden_size", 36, 30),
     Sweep("ModelConfig.intermediate_size", 44, 46),
     Sweep("ModelConfig.num_hidden_layers", 1, 2),
     Sweep("ModelConfig.num_attention_heads", 6, 4),

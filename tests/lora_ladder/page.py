@@ -5,9 +5,13 @@ It has no script and loads nothing. Whatever comes from the trainer is escaped.
 
 from __future__ import annotations
 
+import html
+from base64 import b64encode
 from collections.abc import Iterable, Mapping
-from html import escape
+from hashlib import sha256
 from typing import Any
+
+from tests.lora_ladder.output import printable
 
 MARK = "<!-- lora-ladder -->"  # a page that begins so may be replaced
 WORDS = ("passed", "failed", "error", "not claimed", "blocked", "skipped", "known failures")
@@ -32,6 +36,17 @@ dt { color: var(--quiet); } dd { margin: 0; }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 """
 
+# A browser takes the style of this hash, and nothing else from anywhere.
+POLICY = (
+    f"default-src 'none'; style-src 'sha256-{b64encode(sha256(STYLE.encode()).digest()).decode()}'; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+def escape(text: str) -> str:
+    """As HTML, without what a terminal obeys."""
+    return html.escape(printable(text))
+
 
 def page(record: Mapping[str, Any]) -> str:
     """The page for a record of record.py."""
@@ -50,6 +65,7 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     return (
         f"{MARK}\n<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(filter(None, parts))

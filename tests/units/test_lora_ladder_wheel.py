@@ -15,6 +15,7 @@ import pytest
 
 from tests.lora_ladder.climb import FILES
 from tests.lora_ladder.here import FOLDER
+from tests.lora_ladder.known_bugs import SIGNATURES
 
 BUILD = "import sys; from hatchling.build import build_{0}; print(build_{0}(sys.argv[1]))"
 NEEDS = {"numpy", "pytest", "torch"}
@@ -91,6 +92,18 @@ def test_the_wheel_has_every_claim_and_none_of_the_ladders_tests_of_itself(wheel
     tests = {name for name in names if name.startswith("test_")}
     assert tests == {path.name for path in FILES}
     assert "hatch_build.py" not in names and "LICENSE" in names
+
+
+def test_the_wheel_explains_each_trap_that_a_signature_links(installed: Path, tmp_path: Path) -> None:
+    """The tests themselves need MLX and are in the repository only."""
+    links = {signature.link for signature in SIGNATURES if signature.link.startswith("tests/")}
+    program = (
+        "import sys; from lora_ladder.trap_notes import seen; print(*map(seen, sys.argv[1:]), sep='\\n')"
+    )
+    done = run(installed, tmp_path, "-c", program, *sorted(links), "mlx-lm#1697")
+    *notes, other = done.stdout.splitlines()
+    assert len(notes) == len(links) > 5 and other == "see mlx-lm#1697", done.stderr
+    assert all(len(note) > 100 and "tests/" not in note for note in notes)
 
 
 def test_the_wheel_imports_only_what_it_requires(wheel: zipfile.ZipFile) -> None:
