@@ -5,7 +5,8 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     training     = weights + state + max(kept + work, update)
     kept         = L blocks;  checkpointed: L hidden states and one block
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
-    scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
+    scores       = B H T S itemsize on a CPU, on Metal, and where a window is narrower than the row;
+                   else 0: CUDA's fused attention keeps none
     work         = max(2 scores + mask + one block without its scores, 4 logits + a packed head in full)
     evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F), 4 logits + head)
     rest         = U (4 D + 3 H K + 2 G K) itemsize
@@ -26,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
@@ -58,6 +60,7 @@ class Sizes:
     unpacked: int  # bytes of quantized linears in full, beside the stored ones
     head: int  # bytes of a quantized head in full
     keeps_scores: bool  # attention on a CPU
+    unfused: bool = False  # a GPU whose attention keeps them too, in training
     plain: bool = False  # the pattern alone, without unpadding and chunked cross-entropy
 
     @property
@@ -104,7 +107,8 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     keeps_scores = not ops.on_gpu()
     more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
     unpacked, head = (itemsize * number for number in unpacked_numbers(model, plain))
-    return Sizes(model.config, weights, trained, itemsize, more, unpacked, head, keeps_scores, plain)
+    unfused = not keeps_scores and mx.metal.is_available()  # MLX's ScaledDotProductAttention::use_fallback
+    return Sizes(model.config, weights, trained, itemsize, more, unpacked, head, keeps_scores, unfused, plain)
 
 
 def unpacked_numbers(model: CausalLM, plain: bool) -> tuple[int, int]:
@@ -178,7 +182,8 @@ def block_bytes(sizes: Sizes, shape: Shape) -> int:
 
 
 def scores_bytes(sizes: Sizes, shape: Shape) -> int:
-    if not sizes.keeps_scores:
+    window = sizes.config.sliding_window
+    if not (sizes.keeps_scores or sizes.unfused or (window is not None and window < shape.keys)):
         return 0
     return shape.rows * sizes.config.num_attention_heads * shape.width * shape.keys * sizes.itemsize
 
