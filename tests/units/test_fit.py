@@ -97,8 +97,15 @@ def test_a_gpu_keeps_attention_weights_only_of_rows_beyond_the_window(
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     windowed, full = (setting(config=replace(WIDE, sliding_window=w)) for w in (64, None))
     assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
-    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 512 * 512 * 4
-    assert windowed.bytes_needed(1, 512) - full.bytes_needed(1, 512) > scores
+    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 256 * 256 * 4
+    assert windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) > scores
+
+
+def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
+    """Its attention is a band of blocks (`fast/band.py`)."""
+    one = setting(config=replace(WIDE, sliding_window=64))
+    four, eight = one.bytes_needed(1, 4096), one.bytes_needed(1, 8192)
+    assert eight < 2.05 * four
 
 
 def test_attention_on_metal_keeps_its_weights_in_training(monkeypatch: pytest.MonkeyPatch) -> None:

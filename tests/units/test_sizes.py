@@ -64,6 +64,8 @@ OF_OTHERS = (
 # The files in tests/units that cross it; each names it.
 ELSEWHERE = {
     "cli.screen.console.LOG_SECONDS": "test_eval_examples.py",
+    "fast.band.MIN_TOKENS": "test_band.py",
+    "fast.band.MIN_WINDOWS": "test_band.py",
     "fast.memory_model.UPDATE": "test_memory_model.py",
     "fast.packed_modules.MIN_ROWS": "test_packed.py",
     "files.formats.hf_folder.MAX_SHARD_BYTES": "test_fusing.py",
@@ -127,7 +129,8 @@ NO_SIZE = {
     "fast.memory_model.PLAIN_EVALUATED_LOGITS": MEASURED,
     "fast.memory_model.PLAIN_LOGITS": MEASURED,
     "fast.memory_model.PLAIN_MORE": MEASURED,
-    "fast.memory_model.STATES": MEASURED,
+    "fast.memory_model.LOGITS": MEASURED,
+    "fast.memory_model.STATE": MEASURED,
     "fast.ops.MAX_EXPONENT": "an exponent, which the ladder's rung 1 crosses on a GPU",
     "files.checkpoint.DEQUANTIZING_EIGHTHS": MEASURED,
     "files.checkpoint.MAX_WEIGHTS_PER_WORD": MEASURED,
