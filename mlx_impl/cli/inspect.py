@@ -1,4 +1,4 @@
-"""`inspect`: which tokens are targets, how long the examples are, and how much of a batch is padding."""
+"""`inspect`: which tokens are targets, the lengths of the examples, the padding of a batch; or what fits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import BATCHINGS, TrainConfig
+from . import fit
 from .settings import flags
 from .settings.flags import add_json_flag, add_number, require_at_least, targets_of
 
@@ -35,9 +36,19 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         group, "--num-tokens", 40, "how many tokens of each to print, from a little before its first target"
     )
     add_json_flag(group)
+    fit.add_fit_flags(command.add_argument_group("memory"))
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.fit:
+        fit.run(args)
+    elif args.memory is not None:
+        raise ValueError("--memory needs --fit, which says what fits into it")
+    else:
+        inspect_data(args)
+
+
+def inspect_data(args: argparse.Namespace) -> None:
     from ..files.checkpoint import load_tokenizer
     from ..text.data_folder import require_files
     from ..text.examples import encode_file

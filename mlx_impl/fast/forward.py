@@ -16,6 +16,8 @@ import mlx.core as mx
 from ..data import Batch
 from ..model import Attention, Block, CausalLM, Decoder, attention_mask, position_ids
 from ..train import Arrays, Loss, Nats
+from .band import band_of
+from .band import pays as band_pays
 from .head import head_nats, head_of
 from .kept_positions import kept_positions, target_positions
 from .layout import Layout
@@ -59,9 +61,11 @@ def hidden_at_targets(
     `kept` are the fields of `kept_positions.KeptPositions`; without them every position is computed.
     """
     position = 0 if segment_BT is None else position_ids(segment_BT)
-    mask_B1TS = attention_mask(tokens_BT.shape[1], 0, decoder.window, segment_BT)
+    T, window = tokens_BT.shape[1], decoder.window
+    band = band_of(T, window, segment_BT) if window is not None and band_pays(T, window) else None
+    mask_B1TS = None if band else attention_mask(T, 0, window, segment_BT)
     unpadding = Unpadding(*kept) if kept else None
-    layout = Layout(position, mask_B1TS, unpadding)
+    layout = Layout(position, mask_B1TS, unpadding, band=band)
     if unpadding:
         tokens_BT = tokens_BT.flatten()[unpadding.kept_U][None]
     x_BTD = decoder.embed_tokens(tokens_BT)

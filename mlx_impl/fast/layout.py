@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from . import ops
+from .band import Band
 from .unpadding import Unpadding
 
 
@@ -17,6 +18,7 @@ class Layout:
     position: int | mx.array = 0  # as in `ops.rope`
     mask_B1TS: mx.array | None = None  # as in `ops.attention`
     unpadding: Unpadding | None = None  # outside attention x_BTD is one row of the kept positions: (1, U, D)
+    band: Band | None = None  # in place of a mask where it saves memory
     targets_N: mx.array | None = None  # in a last block: the positions in (B, T) needed after attention
 
     def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
@@ -41,4 +43,6 @@ class Layout:
         return ops.rope(x_BHTK, frequency_P, self.position)
 
     def attend(self, q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
+        if self.band:
+            return self.band.attend(q_BHTK, k_BGSK, v_BGSK)
         return ops.attention(q_BHTK, k_BGSK, v_BGSK, self.mask_B1TS)

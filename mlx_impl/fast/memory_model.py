@@ -2,21 +2,26 @@
 
 Of B rows, T wide, of which U positions are computed outside of attention (`kept_positions.py`), in bytes:
 
-    training     = weights + state + max(kept + work, update)
+    training     = weights + state + max(kept + gradients + in full + work, kept + 5 logits + head, update)
     kept         = L blocks;  checkpointed: L hidden states and one block
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
-    scores       = B H T S itemsize on a CPU; 0 on a GPU, whose fused attention keeps none
-    work         = max(2 scores + mask + one block without its scores, 4 logits + a packed head in full)
-    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F), 4 logits + head)
+    scores       = B H T S itemsize on a CPU, on Metal, and where a window is narrower than the row;
+                   else 0: CUDA's fused attention keeps none; in a band (band.py) S is two windows
+    work         = 2 scores + mask + one block without its scores
+    evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F) + in full,
+                                         5 logits + head)
     rest         = U (4 D + 3 H K + 2 G K) itemsize
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
 L is the number of blocks; the other letters are those of the shape names. `logits` are those of one chunk of
 the loss; on the plain path those of every position. `more` is what linears keep that `projection.py` does not
-compute: inputs after dropout, DoRA's directions. The state is the factors and moments of now and of the two
-updates before, which `guard.py` keeps; an update makes new ones. A step also holds gradients, and quantized
-weights in full: on a CPU one at a time, on a GPU or the plain path those of DoRA. Some constants are
-measured.
+compute: inputs after dropout, DoRA's directions. The state is the moments, and the factors and moments of the
+update before, which `guard.py` keeps: 5 numbers beside each factor. An update makes three new ones.
+
+`in full` are arrays as large as a weight. MLX's CPU backend allocates about ten operations ahead of what it
+computes, so that a product holds its own unpacked weight and those of the next two. DoRA also holds its
+update, the stretched weight and their squares. On the plain path and on a GPU a step keeps every unpacked
+weight of DoRA. How many there are at once is measured (IN_FULL, PLAIN_IN_FULL).
 tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
 MLX queues ahead.
 """
@@ -26,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
@@ -34,13 +40,19 @@ from ..lora import DoRALinear, lora_layers
 from ..model import CausalLM
 from ..targets import shape_OI
 from . import ops
+from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
 from .kept_positions import kept_positions
 from .packed import packed_of, unpacks_first
 from .projection import low_rank_of
 
-STATES = 3  # copies of factors and moments: the new one, and the two that guard.py knows
-UPDATE = 6  # extra numbers per trained number during an update: intermediate results of Adam
+STATE = 5  # numbers beside each factor: two moments, and the factor and its moments of the update before
+UPDATE = 11  # more during an update: the gradient, the new factor and moments, intermediate results of Adam
+LOGITS = 5  # arrays as large as the logits of one chunk
+# Arrays as large as a weight, by whether weights are quantized and whether it is DoRA: in an evaluation
+# before there are moments, in a later one, in training.
+IN_FULL = {(True, False): (3, 3, 3), (False, True): (6, 6, 6), (True, True): (9, 7, 7)}
+PLAIN_IN_FULL = {(False, True): (7, 6, 7), (True, True): (14, 9, 0)}
 PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
 PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits
 FLOAT = 4  # bytes of what is float32 whatever the model's type is
@@ -55,10 +67,12 @@ class Sizes:
     trained: int  # numbers
     itemsize: int  # of a hidden state
     more: int  # numbers a position of a block that only unfused linears keep
-    unpacked: int  # bytes of quantized linears in full, beside the stored ones
+    unpacked: int  # bytes of arrays as large as a weight, in training
     head: int  # bytes of a quantized head in full
     keeps_scores: bool  # attention on a CPU
+    unfused: bool = False  # a GPU whose attention keeps them too, in training
     plain: bool = False  # the pattern alone, without unpadding and chunked cross-entropy
+    evaluated: tuple[int, int] = (0, 0)  # as `unpacked`, in an evaluation: before there are moments, later
 
     @property
     def a_position(self) -> int:
@@ -96,25 +110,42 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     for layer in layers:
         num_out, num_in = shape_OI(layer.linear)
         more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
-        more += num_out if low_rank_of(layer) is None else 0
-        more += num_out if isinstance(layer, DoRALinear) else 0
+        more += num_out if low_rank_of(layer) is None else 0  # of DoRA its direction
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
     num_blocks = model.config.num_hidden_layers
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
     more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
-    unpacked, head = (itemsize * number for number in unpacked_numbers(model, plain))
-    return Sizes(model.config, weights, trained, itemsize, more, unpacked, head, keeps_scores, plain)
+    first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
+    unfused = not keeps_scores and mx.metal.is_available()  # MLX's ScaledDotProductAttention::use_fallback
+    return Sizes(
+        model.config,
+        weights,
+        trained,
+        itemsize,
+        more,
+        unpacked,
+        head,
+        keeps_scores,
+        unfused,
+        plain,
+        (first, later),
+    )
 
 
-def unpacked_numbers(model: CausalLM, plain: bool) -> tuple[int, int]:
-    """How many numbers of quantized weights are in full at once: of adapted linears, and of the head."""
-    quantized = [layer for layer in lora_layers(model).values() if "scales" in layer.linear]
-    if plain or not unpacks_first():
-        return sum(prod(shape_OI(layer.linear)) for layer in quantized if isinstance(layer, DoRALinear)), 0
-    is_packed = packed_of(head_module(model)) is not None
-    largest = max((prod(shape_OI(layer.linear)) for layer in quantized), default=0)
-    return largest, model.config.vocab_size * model.config.hidden_size * is_packed
+def numbers_in_full(model: CausalLM, plain: bool) -> tuple[int, int, int, int]:
+    """Numbers of weights in full and of arrays as large, as in IN_FULL; and those of a packed head."""
+    layers = list(lora_layers(model).values())
+    largest = max((prod(shape_OI(layer.linear)) for layer in layers), default=0)
+    quantized = [layer for layer in layers if "scales" in layer.linear]
+    kind = bool(quantized), any(isinstance(layer, DoRALinear) for layer in layers)
+    counts = PLAIN_IN_FULL if plain or not unpacks_first() else IN_FULL
+    first, later, trained = (largest * count for count in counts.get(kind, (0, 0, 0)))
+    if counts is IN_FULL:
+        is_packed = packed_of(head_module(model)) is not None
+        return first, later, trained, model.config.vocab_size * model.config.hidden_size * is_packed
+    kept = sum(prod(shape_OI(layer.linear)) for layer in quantized if isinstance(layer, DoRALinear))
+    return first, later, max(kept, trained), 0
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -134,13 +165,10 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
         kept = num_blocks * shape.computed * sizes.config.hidden_size * sizes.itemsize + at_once * block
         work = max(work, 0 if sizes.keeps_scores else 4 * block)  # measured on a GPU
     gradients = 2 * FLOAT * sizes.trained  # of a batch, and their sum
-    return (
-        sizes.weights
-        + sizes.unpacked
-        + state_bytes(sizes)
-        + gradients
-        + max(kept + work, UPDATE * FLOAT * sizes.trained)
-    )
+    backward = kept + gradients + sizes.unpacked + work
+    of_head = kept + head_bytes(sizes, shape) + packed_head_bytes(sizes)
+    update = UPDATE * FLOAT * sizes.trained
+    return sizes.weights + state_bytes(sizes) + max(backward, of_head, update)
 
 
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
@@ -151,9 +179,11 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
     copies, logits = (1, PLAIN_EVALUATED_LOGITS) if sizes.plain else (3, None)
     attention = copies * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
+    first, later = sizes.evaluated
     of_block = rest + max(attention + 2 * a_unit * c.intermediate_size, 5 * a_unit * c.intermediate_size)
-    of_head = head_bytes(sizes, shape, logits) + sizes.head
-    return sizes.weights + state_bytes(sizes) + max(of_block, of_head)
+    of_head = head_bytes(sizes, shape, logits) + packed_head_bytes(sizes)
+    state = state_bytes(sizes)
+    return sizes.weights + max(of_block + first, of_block + state + later, of_head + state)
 
 
 def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
@@ -170,7 +200,7 @@ def computed_shape(sizes: Sizes, shape: Shape) -> Shape:
 
 
 def state_bytes(sizes: Sizes) -> int:
-    return 3 * STATES * FLOAT * sizes.trained
+    return STATE * FLOAT * sizes.trained
 
 
 def block_bytes(sizes: Sizes, shape: Shape) -> int:
@@ -178,29 +208,42 @@ def block_bytes(sizes: Sizes, shape: Shape) -> int:
 
 
 def scores_bytes(sizes: Sizes, shape: Shape) -> int:
-    if not sizes.keeps_scores:
+    window = sizes.config.sliding_window
+    if not (sizes.keeps_scores or sizes.unfused or (window is not None and window < shape.keys)):
         return 0
-    return shape.rows * sizes.config.num_attention_heads * shape.width * shape.keys * sizes.itemsize
+    heads = sizes.config.num_attention_heads
+    return shape.rows * heads * shape.width * keys_of(sizes, shape) * sizes.itemsize
+
+
+def keys_of(sizes: Sizes, shape: Shape) -> int:
+    """How many keys a query has scores for: in a band (`band.py`) those of two windows."""
+    window = sizes.config.sliding_window
+    if window is None or sizes.plain or shape.seen or not band_pays(shape.width, window):
+        return shape.keys
+    return 2 * window
 
 
 def work_bytes(sizes: Sizes, shape: Shape) -> int:
-    """What one block, or the head, works with beside what is kept."""
+    """What the backward pass of one block works with beside what is kept."""
     scores = scores_bytes(sizes, shape)
-    of_block = (
-        2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block_bytes(sizes, shape) - scores
-    )
-    return max(of_block, head_bytes(sizes, shape) + sizes.head)
+    block = block_bytes(sizes, shape) - scores
+    return 2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block
+
+
+def packed_head_bytes(sizes: Sizes) -> int:
+    """The head in full, while the last linear's weights still are."""
+    return sizes.head + sizes.unpacked // 3 if sizes.head else 0
 
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
     """Booleans, the bias made of them, and its gradient."""
-    return 6 * shape.masks * shape.width * shape.keys if sizes.keeps_scores else 0
+    return 6 * shape.masks * shape.width * keys_of(sizes, shape) if sizes.keeps_scores else 0
 
 
 def head_bytes(sizes: Sizes, shape: Shape, plain_copies: float | None = None) -> int:
-    """Logits, shifted, their exponentials, the gradient: of one chunk, or on a CPU of the next ones too."""
+    """Logits, masked, shifted, exponentials, gradient: of one chunk, or on a CPU of the next ones too."""
     logits = shape.targets * sizes.config.vocab_size
     if sizes.plain:
         return int((plain_copies or PLAIN_LOGITS) * FLOAT * logits)
-    chunks = 2.3 if sizes.keeps_scores else 1.0
-    return int(4 * FLOAT * min(logits, chunks * CHUNK_LOGITS))
+    chunks = 1.84 if sizes.keeps_scores else 0.8
+    return int(LOGITS * FLOAT * min(logits, chunks * CHUNK_LOGITS))

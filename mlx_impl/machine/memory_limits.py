@@ -20,6 +20,7 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Address space that is mapped but unused: malloc arenas and gaps between them. The value is empirical: with
 # it, no run that passed the check was seen to end with a signal.
 UNUSED_BYTES = 128 * 2**20
+WITH_SWAP = "memory and swap"
 
 
 class TooLittleMemory(ValueError):
@@ -40,8 +41,17 @@ def memory_limits() -> list[Limit]:
     if uses_host():
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
         found.append(Limit("free memory", active + memory.available, False))
-        found.append(Limit("memory and swap", memory.total + swap.total, True))
+        found.append(Limit(WITH_SWAP, memory.total + swap.total, True))
     return sorted(found, key=lambda limit: limit.num_bytes)
+
+
+def whole_memory() -> Limit:
+    """What a run may take at most where nothing else runs: the smallest hard limit, without swap."""
+    found = [limit for limit in memory_limits() if limit.is_hard and limit.name != WITH_SWAP]
+    if uses_host():
+        program = psutil.Process().memory_info().rss - int(mx.get_active_memory())
+        found.append(Limit("this machine's memory", psutil.virtual_memory().total - program, True))
+    return min(found, key=lambda limit: limit.num_bytes)
 
 
 def uses_host() -> bool:

@@ -8,6 +8,8 @@ architecture `llama` the script reorders the rows of Q and K, since llama.cpp ro
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +42,11 @@ ROPE_FACTORS = "rope_freqs.weight"
 HEADS = {".attn_q.": "num_attention_heads", ".attn_k.": "num_key_value_heads"}  # whose rows are reordered
 
 
-def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
-    """Configuration, dequantized float32 weights, metadata; ValueError if the file cannot be used."""
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Within the block each error becomes a ValueError that names the file."""
     try:
-        metadata, tensors = read_container(path)
-        factors = tensors.pop(ROPE_FACTORS, None)
-        factors_P = None if factors is None else dequantize(ROPE_FACTORS, factors)
-        config = config_from_metadata(metadata, tensors, factors_P)
-        require_tensors(tensors, config)
-        require_bytes(f"reading {path.name}", loading_bytes(tensors))
-        weights = {
-            hugging_face_name(name): restore_row_order(name, dequantize(name, tensor), metadata, config)
-            for name, tensor in tensors.items()
-        }
+        yield
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
@@ -61,7 +55,34 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str,
         raise
     except ValueError as error:
         raise ValueError(f"{path}: not a usable GGUF file: {one_line(error)}") from None
+
+
+def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
+    """Configuration, dequantized float32 weights, metadata; ValueError if the file cannot be used."""
+    with told(path):
+        metadata, tensors = read_container(path)
+        config = described(metadata, tensors)
+        require_tensors(tensors, config)
+        require_bytes(f"reading {path.name}", loading_bytes(tensors))
+        weights = {
+            hugging_face_name(name): restore_row_order(name, dequantize(name, tensor), metadata, config)
+            for name, tensor in tensors.items()
+        }
     return config, weights, metadata
+
+
+def described(metadata: dict[str, Any], tensors: dict[str, StoredTensor]) -> ModelConfig:
+    """The configuration; it takes the factors of RoPE, if there are any, out of the tensors."""
+    factors = tensors.pop(ROPE_FACTORS, None)
+    factors_P = None if factors is None else dequantize(ROPE_FACTORS, factors)
+    return config_from_metadata(metadata, tensors, factors_P)
+
+
+def read_gguf_config(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and metadata; no weights are read."""
+    with told(path):
+        metadata, tensors = read_container(path)
+        return described(metadata, tensors), metadata
 
 
 def loading_bytes(tensors: dict[str, StoredTensor]) -> int:
@@ -72,12 +93,8 @@ def loading_bytes(tensors: dict[str, StoredTensor]) -> int:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone; no weights are read."""
-    try:
+    with told(path):
         return read_container(path)[0]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not a usable GGUF file: {one_line(error)}") from None
 
 
 def require_tensors(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:

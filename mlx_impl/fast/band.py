@@ -1,0 +1,72 @@
+"""Attention in which no query looks back far, as a band of blocks: memory grows with T, not with T S.
+
+With an attention window of w tokens, the w queries of a block see only keys of their own block and of the
+block before it: each block of w queries attends 2 w keys. The scores are (B T / w, H, w, 2 w), 2 T w for each
+head, in place of T T. MLX's attention with an array as its mask keeps the scores for the gradient, on a GPU
+too. Source: Beltagy et al. 2020, "Longformer", section 3.1 and appendix A (chunks of a sliding window).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from . import ops
+
+MIN_TOKENS = 512  # of a row: below, a mask of (T, T) is small
+MIN_WINDOWS = 3  # windows in a row: two have as many keys in a band as without one
+
+
+def pays(tokens: int, window: int) -> bool:
+    return tokens >= max(MIN_TOKENS, MIN_WINDOWS * window)
+
+
+@dataclass(frozen=True)
+class Band:
+    """N blocks of `window` positions in each row, the last one filled up."""
+
+    window: int
+    mask_N1WS: mx.array  # or with the blocks of all rows, B N, where rows are packed
+
+    def attend(self, q_BHTK: mx.array, k_BGTK: mx.array, v_BGTK: mx.array) -> mx.array:
+        """`ops.attention` with `model.attention_mask` of this window; (B, H, T, K)."""
+        B, H, T, K = q_BHTK.shape
+        keys, values = (with_block_before(blocks(x, self.window)) for x in (k_BGTK, v_BGTK))
+        mask = self.mask_N1WS
+        if mask.shape[0] * B == keys.shape[0] and B > 1:
+            mask = mx.tile(mask, (B, 1, 1, 1))
+        queries = blocks(q_BHTK, self.window).flatten(0, 1)
+        mix = ops.attention(queries, keys, values, mask)
+        return mix.reshape(B, -1, H, self.window, K).swapaxes(1, 2).reshape(B, H, -1, K)[:, :, :T]
+
+
+def band_of(tokens: int, window: int, segment_BT: mx.array | None) -> Band:
+    """The mask of each block: the key is at most window - 1 before the query, and of its example."""
+    num_blocks = -(-tokens // window)
+    query_W1, key_S = mx.arange(window)[:, None], mx.arange(-window, window)
+    in_window_WS = (key_S <= query_W1) & (query_W1 - key_S < window)
+    exists_N1S = (mx.arange(num_blocks)[:, None] > 0)[..., None] | (key_S >= 0)
+    mask_NWS = in_window_WS & exists_N1S
+    if segment_BT is not None:
+        segment_BNW = mx.pad(segment_BT, [(0, 0), (0, num_blocks * window - tokens)]).reshape(
+            -1, num_blocks, window
+        )
+        before_BNW = mx.pad(segment_BNW[:, :-1], [(0, 0), (1, 0), (0, 0)])
+        key_BNS = mx.concatenate([before_BNW, segment_BNW], axis=2)
+        mask_NWS = (mask_NWS & (segment_BNW[..., None] == key_BNS[:, :, None])).flatten(0, 1)
+    return Band(window, mask_NWS[:, None])
+
+
+def blocks(x_BHTK: mx.array, window: int) -> mx.array:
+    """(B, N, H, W, K), the last block filled up with zeros."""
+    padding = -x_BHTK.shape[2] % window
+    if padding:
+        x_BHTK = mx.pad(x_BHTK, [(0, 0), (0, 0), (0, padding), (0, 0)])
+    return mx.unflatten(x_BHTK, 2, (-1, window)).swapaxes(1, 2)
+
+
+def with_block_before(x_BNGWK: mx.array) -> mx.array:
+    """(B N, G, 2 W, K): each block after the one before it; before the first there are zeros."""
+    before = mx.pad(x_BNGWK[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
+    return mx.concatenate([before, x_BNGWK], axis=3).flatten(0, 1)

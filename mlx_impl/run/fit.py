@@ -1,0 +1,93 @@
+"""Which rows and batches fit into so much memory, of a model of which only the configuration is read.
+
+The need is that of memory_model.py for an update and an evaluation in which every position is a target,
+plus the largest error that was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..data import WIDTH_BUCKETS, bucket_size
+from ..fast.described import described_sizes
+from ..fast.memory_model import Shape, Sizes, evaluation_bytes, training_bytes
+from ..files.described import Description
+from ..files.quantized import Quantization
+
+MARGIN_PERCENT = 10  # how far below MLX's peak an estimate may be; benchmarks/NOTES.md has what was measured
+END = 2**20  # of tokens in a row, and of rows in a batch, where nothing else ends them
+GROUP_SIZES = (64, 32)  # of 4 bits: mlx-lm's default; what a narrower model needs
+BITS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained: the bits of a weight, the type that it computes in, checkpointing."""
+
+    bits: int
+    dtype: str
+    checkpointed: bool
+    sizes: Sizes
+
+    def bytes_needed(self, rows: int, tokens: int) -> int:
+        """Of a batch of so many rows of so many tokens."""
+        width = bucket_size(tokens, WIDTH_BUCKETS)
+        shape = Shape(rows, width, rows * width, rows * width)
+        update = training_bytes(self.sizes, shape, self.checkpointed)
+        return max(update, evaluation_bytes(self.sizes, shape)) * (100 + MARGIN_PERCENT) // 100
+
+
+def settings_of(model: Description) -> list[Setting]:
+    """In 32 and 16 bits, and quantized as it is stored, or else in 4 bits; ValueError for a wrong model."""
+    try:
+        whole = [(32, "float32", None), (16, "bfloat16", None)]
+        kinds = [*whole, *((how.bits, quantized_dtype(), how) for how in quantizations(model))]
+        return [
+            Setting(bits, dtype, checkpointed, sizes)
+            for bits, dtype, how in kinds
+            for sizes in [sizes_in(model, dtype, how)]
+            for checkpointed in (False, True)
+        ]
+    except ValueError as error:
+        raise ValueError(f"{model.path}: {error}") from None
+
+
+def quantizations(model: Description) -> list[Quantization]:
+    """How it is stored; else in 4 bits, if its rows can be split into groups."""
+    if model.quantization:
+        return [model.quantization]
+    c = model.config
+    axes = (c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)
+    fitting = [size for size in GROUP_SIZES if not any(axis % size for axis in axes)]
+    return [Quantization(size, BITS) for size in fitting[:1]]
+
+
+def quantized_dtype() -> str:
+    return "bfloat16" if mx.default_device() == mx.gpu else "float32"
+
+
+def sizes_in(model: Description, dtype: str, how: Quantization | None) -> Sizes:
+    group_size, bits = (how.group_size, how.bits) if how else (0, 0)
+    return described_sizes(model.config, getattr(mx, dtype), group_size, bits)
+
+
+def longest_row(setting: Setting, limit: int, most: int = END) -> int:
+    """Tokens of the longest row that fits alone; 0 where none does."""
+    return largest(lambda tokens: setting.bytes_needed(1, tokens) <= limit, most)
+
+
+def largest_batch(setting: Setting, limit: int, tokens: int) -> int:
+    """How many rows of so many tokens fit together; 0 where not even one does."""
+    return largest(lambda rows: setting.bytes_needed(rows, tokens) <= limit, END)
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, where every smaller one does too; 0 for none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,113 @@
+"""Attention of a window as a band of blocks: equal to attention with the mask, in memory linear in T."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_impl.config import LoRAConfig
+from mlx_impl.data import Example, make_batch
+from mlx_impl.fast import band
+from mlx_impl.fast.band import Band, band_of, pays
+from mlx_impl.fast.forward import FAST
+from mlx_impl.lora import add_lora
+from mlx_impl.model import CausalLM, attention_mask
+from tests.derived import compare
+from tests.lora_ladder.cases import SPEC, named_case
+from tests.units.test_fast_equals_plain import one_step, require_exact
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+H, G, K = 4, 2, 6
+SEGMENTS = {  # lengths of the examples in each row
+    "alone": None,
+    "uneven": ((5, 1, 17, 2, 8), (33,), (2, 2, 2, 27)),
+}
+
+
+def segments_of(name: str) -> mx.array | None:
+    lengths = SEGMENTS[name]
+    if lengths is None:
+        return None
+    return mx.array(np.stack([np.repeat(np.arange(len(row)), row) for row in lengths]))
+
+
+def exact_attention(
+    q_BHTK: np.ndarray, k_BGTK: np.ndarray, v_BGTK: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+    """In NumPy, in the type of q."""
+    k_BHTK, v_BHTK = (np.repeat(x, H // G, axis=1) for x in (k_BGTK, v_BGTK))
+    scores = np.where(mask, q_BHTK @ k_BHTK.swapaxes(-1, -2) / np.sqrt(q_BHTK.dtype.type(K)), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ v_BHTK
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 11, 32, 33, 50])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_it_equals_attention_with_the_mask(segments: str, window: int) -> None:
+    """Rows of 33 positions: a last block that is filled up, one block, a window larger than the row."""
+    random, segment_BT = np.random.default_rng(window), segments_of(segments)
+    q, k, v = (random.standard_normal((3, heads, 33, K)) for heads in (H, G, G))
+    mask = np.array(mx.broadcast_to(full_mask(33, window, segment_BT), (3, 1, 33, 33)))
+    found = band_of(33, window, segment_BT).attend(*(mx.array(x, mx.float32) for x in (q, k, v)))
+    single = exact_attention(q.astype(np.float32), k.astype(np.float32), v.astype(np.float32), mask)
+    compare("mix", np.array(found), single, exact_attention(q, k, v, mask), 33)
+
+
+def full_mask(T: int, window: int | None, segment_BT: mx.array | None) -> mx.array:
+    mask = attention_mask(T, 0, window, segment_BT)
+    return mx.tri(T).astype(mx.bool_)[None, None] if mask is None else mask
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("batch_name", ["unequal lengths", "a shared prefix", "packed rows"])
+def test_loss_and_gradients_equal_the_patterns(
+    batch_name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 to 1e-12, with a window of 4."""
+    monkeypatch.setattr(band, "MIN_TOKENS", 1)
+    monkeypatch.setattr(band, "MIN_WINDOWS", 1)
+    used: list[int] = []
+    attend = Band.attend
+
+    def noted(self: Band, *arrays: mx.array) -> mx.array:
+        used.append(self.window)
+        return attend(self, *arrays)
+
+    monkeypatch.setattr(Band, "attend", noted)
+    case = named_case("sliding window")
+    require_exact(case, partial(one_step, batch_name=batch_name, checkpointed=checkpointed))
+    assert set(used) == {4}
+
+
+def test_it_pays_for_long_rows_of_many_windows() -> None:
+    """MIN_TOKENS and MIN_WINDOWS say from where on."""
+    assert not pays(511, 8) and pays(512, 8) and not pays(1000, 400) and pays(1200, 400)
+
+
+def peak_of_a_gradient(tokens: int) -> int:
+    net = CausalLM(replace(SPEC, sliding_window=32, num_hidden_layers=1))
+    add_lora(net, LoRAConfig(rank=2))
+    mx.eval(net.parameters())
+    batch = make_batch([Example((1,) * (tokens + 1), (False,) * tokens + (True,))])
+    arrays = FAST.to_arrays(batch)
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(nn.value_and_grad(net, FAST.batch_loss)(net, arrays))
+    return mx.get_peak_memory() - before
+
+
+def test_twice_the_tokens_take_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask it would be four times."""
+    banded = [peak_of_a_gradient(tokens) for tokens in (512, 1024)]
+    monkeypatch.setattr(band, "MIN_TOKENS", 10**9)
+    masked = [peak_of_a_gradient(tokens) for tokens in (512, 1024)]
+    print(f"band {banded}, mask {masked} bytes")
+    assert banded[1] < 2.3 * banded[0]
+    assert masked[1] > 3.5 * masked[0] and masked[1] > 4 * banded[1]

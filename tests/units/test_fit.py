@@ -1,0 +1,230 @@
+"""`inspect --fit`: what a model that is only described would need, and what then fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_impl.__main__ import main
+from mlx_impl.cli.settings.memory_size import parse_memory
+from mlx_impl.config import LoRAConfig, ModelConfig
+from mlx_impl.fast import memory_model, ops
+from mlx_impl.fast.described import described_sizes
+from mlx_impl.fast.memory_model import sizes_of
+from mlx_impl.lora import add_lora
+from mlx_impl.model import CausalLM
+from mlx_impl.run.fit import Setting, largest_batch, longest_row, settings_of
+from tests.lora_ladder.cases import SPEC
+from tests.tiny_folder import CONFIG, write_gguf
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+WIDE = replace(SPEC, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16)
+LARGE = replace(  # the shape of Llama 3.1 70B
+    SPEC,
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
+BITS = {"float32": (mx.float32, 0), "bfloat16": (mx.bfloat16, 0), "4 bits": (mx.float32, 4)}
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5])
+@pytest.mark.parametrize("kind", BITS)
+def test_the_sizes_are_those_of_the_model_itself(kind: str, num_blocks: int) -> None:
+    dtype, bits = BITS[kind]
+    config = replace(WIDE, num_hidden_layers=num_blocks)
+    model = CausalLM(config)
+    model.set_dtype(dtype)
+    if bits:
+        nn.quantize(model, 32, bits)
+    add_lora(model, LoRAConfig())
+    assert described_sizes(config, dtype, 32 if bits else 0, bits) == sizes_of(model)
+
+
+def test_describing_a_large_model_computes_no_array() -> None:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    weights = described_sizes(LARGE, mx.bfloat16, 64, 4).weights
+    assert mx.get_peak_memory() < before + 2**20
+    assert 35e9 < weights < 45e9  # 70.6e9 weights of 4.5 bits, and the adapter
+
+
+def setting(checkpointed: bool = False, config: ModelConfig = WIDE) -> Setting:
+    return Setting(32, "float32", checkpointed, described_sizes(config, mx.float32))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_is_named_fits_and_more_does_not(checkpointed: bool) -> None:
+    one = setting(checkpointed)
+    for limit in (2**22, 2**25, 2**30):
+        row, batch = longest_row(one, limit), largest_batch(one, limit, 64)
+        assert row == 0 or one.bytes_needed(1, row) <= limit < one.bytes_needed(1, row + 1)
+        assert batch == 0 or one.bytes_needed(batch, 64) <= limit < one.bytes_needed(batch + 1, 64)
+
+
+def test_more_memory_never_fits_less_and_checkpointing_fits_more() -> None:
+    limits = [2**n for n in range(20, 34)]
+    for of in (longest_row, lambda one, limit: largest_batch(one, limit, 64)):
+        kept, checkpointed = ([of(setting(c), limit) for limit in limits] for c in (False, True))
+        assert kept == sorted(kept) and checkpointed == sorted(checkpointed)
+        assert all(a <= b for a, b in zip(kept, checkpointed, strict=True))
+
+
+def test_the_need_is_above_the_memory_models_by_its_error() -> None:
+    one = setting()
+    shape = memory_model.Shape(2, 64, 128, 128)
+    need = memory_model.training_bytes(one.sizes, shape, False)
+    assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
+
+
+def test_a_gpu_keeps_attention_weights_only_of_rows_beyond_the_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mask of a window is an array, and MLX's attention with one keeps them for its gradient."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    windowed, full = (setting(config=replace(WIDE, sliding_window=w)) for w in (64, None))
+    assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
+    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 256 * 256 * 4
+    assert windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) > scores
+
+
+def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
+    """Its attention is a band of blocks (`fast/band.py`)."""
+    one = setting(config=replace(WIDE, sliding_window=64))
+    four, eight = one.bytes_needed(1, 4096), one.bytes_needed(1, 8192)
+    assert eight < 2.05 * four
+
+
+def test_attention_on_metal_keeps_its_weights_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's Metal backend trains with unfused attention (`ScaledDotProductAttention::use_fallback`)."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    cuda = setting().bytes_needed(1, 512)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 512 * 512 * 4
+    assert setting().bytes_needed(1, 512) - cuda > scores
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("64GB", 64 * 10**9), ("8 GiB", 2**33), ("1.5gb", 15 * 10**8), ("512MB", 512 * 10**6), ("1T", 10**12)],
+)
+def test_an_amount_of_memory_has_a_unit(text: str, num_bytes: int) -> None:
+    assert parse_memory(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "64", "GB", "-1GB", "0GB", "nanGB", "1e3GB", "64 XB", "9" * 400 + "GB"])
+def test_another_amount_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a positive number with a unit, as 64GB"):
+        parse_memory(text)
+
+
+def config_folder(folder: Path, **changes: Any) -> Path:
+    """A model of which only config.json is here."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return folder
+
+
+def fit(model: Path, *flags: str) -> int:
+    return main(["inspect", "--model", str(model), "--fit", *flags])
+
+
+def test_a_config_file_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(config_folder(tmp_path), "--memory", "1GB", "--max-seq-length", "64") == 0
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert "0.9 GiB" in shown or "954 MiB" in shown
+    for part in ("32 bits", "16 bits", "4 bits", "bfloat16", "--grad-checkpoint", "64 tokens", "CPU", "10%"):
+        assert part in shown
+
+
+def test_the_json_has_every_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(config_folder(tmp_path), "--memory", "1GB", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["memory_bytes"] == 10**9 and result["tokens"] == 2048
+    kinds = [(row["bits"], row["grad_checkpoint"]) for row in result["settings"]]
+    assert kinds == [(bits, c) for bits in (32, 16, 4) for c in (False, True)]
+    assert all(row["longest_row"] > 0 and row["largest_batch"] >= 0 for row in result["settings"])
+
+
+def test_without_an_amount_it_is_this_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(config_folder(tmp_path), "--json") == 0
+    assert 2**28 < json.loads(capsys.readouterr().out)["memory_bytes"] < 2**46
+
+
+def test_a_model_too_large_fits_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(config_folder(tmp_path), "--memory", "100kB") == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_row_is_no_longer_than_the_model_can_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = config_folder(tmp_path, max_position_embeddings=100)
+    assert fit(folder, "--memory", "1TB", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["settings"]
+    assert {row["longest_row"] for row in rows} == {100}
+
+
+def test_stored_quantization_takes_the_place_of_4_bits(tmp_path: Path) -> None:
+    from mlx_impl.files.described import read_description
+
+    folder = config_folder(tmp_path, quantization={"group_size": 32, "bits": 8})
+    assert [one.bits for one in settings_of(read_description(folder))] == [32, 32, 16, 16, 8, 8]
+
+
+def test_what_cannot_be_quantized_has_no_row_of_4_bits(tmp_path: Path) -> None:
+    from mlx_impl.files.described import read_description
+
+    folder = config_folder(tmp_path, hidden_size=40, num_attention_heads=5, num_key_value_heads=5)
+    assert {one.bits for one in settings_of(read_description(folder))} == {32, 16}
+
+
+def test_a_gguf_file_is_described_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(write_gguf(tmp_path / "tiny.gguf"), "--memory", "1GB") == 0
+    assert "tiny.gguf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": 2**31}, "hidden_size must be less than 2147483648, got 2147483648"),
+        ({"vocab_size": 10**30}, "vocab_size must be less than"),
+        ({"head_dim": 2**30}, "num_attention_heads * head_dim must be less than"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number, got '32'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings must be at least 1, got -1"),
+        ({"quantization": {"group_size": 32, "bits": 7}}, "cannot be quantized with 7 bits in groups of 32"),
+        ({"quantization": {"group_size": 32}}, "quantization lacks the key 'bits'"),
+        ({"model_type": "mamba"}, "mamba"),
+        ({"hidden_size": 4, "head_dim": 2}, "rank must be at most 4"),
+    ],
+)
+def test_a_wrong_config_gets_one_sentence(
+    changes: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(config_folder(tmp_path, **changes)) == 2
+    told = capsys.readouterr().err
+    assert sentence in told and "config.json" in told and told.count("\n") == 1
+
+
+def test_many_blocks_take_no_time(tmp_path: Path) -> None:
+    assert fit(config_folder(tmp_path, num_hidden_layers=10**12), "--memory", "1GB") == 0
+
+
+def test_memory_without_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--model", str(config_folder(tmp_path)), "--memory", "1GB"]) == 2
+    assert "--memory needs --fit" in capsys.readouterr().err
