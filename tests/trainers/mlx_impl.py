@@ -281,7 +281,8 @@ class MlxTrainer:
     ) -> tuple[list[float], list[float]]:
         """As the command `train` does it: update, validate, save."""
         self.examples = [Example(*example) for example in examples]
-        held_out = [Example(*example) for example in validation]
+        same = validation is examples  # a program has one list of them then
+        held_out = self.examples if same else [Example(*example) for example in validation]
         trainer, losses = self.begin(training, compiled=None), []
         validations = [trainer.validate(held_out)] if held_out else []
         for record in islice(trainer.fit(self.examples), num_updates):
