@@ -15,11 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from held_out_fifth import MUTANTS
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from held_out_fifth import MUTANTS
 from mlx_impl import (
     Example,
     LoadedModel,

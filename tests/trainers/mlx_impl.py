@@ -76,6 +76,9 @@ def numpy(array: mx.array) -> np.ndarray:
 def quantize_linears(model: CausalLM) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantize_modules(model, dict.fromkeys(linears, Quantization(group_size=32, bits=4)))
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear):
+            module.freeze()  # a bias that MLX has put in after freezing the rest
 
 
 class MlxTrainer:

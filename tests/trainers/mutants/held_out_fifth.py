@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import count
-from os.path import commonprefix
+from itertools import count, takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -176,7 +175,7 @@ def prefix_read_once() -> Callable[..., Any]:
     held, read = {}, decode.read_prefix
 
     def kept(language_model: Any, prompts: decode.Prompts) -> Any:
-        prefix = tuple(commonprefix([list(prompt) for prompt in prompts]))
+        prefix = tuple(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False)))
         key = id(language_model), prefix, min(map(len, prompts))
         return held.setdefault(key, (language_model, read(language_model, prompts)))[1]
 
