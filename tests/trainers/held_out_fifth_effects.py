@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from held_out_fifth import MUTANTS
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -37,6 +36,7 @@ from mlx_impl.fast.decode import generate_all
 from mlx_impl.lora import lora_parameters
 from mlx_impl.model import CausalLM
 from mlx_impl.text.tokenizer import ChatTokenizer
+from tests.trainers.mutants.held_out_fifth import MUTANTS
 
 MATERIAL = 0.01  # the least relative change that counts
 TINY = ModelConfig(61, 32, 64, 2, 4, 2, 8, 1e-5, 1e4, False)
@@ -216,12 +216,6 @@ EFFECTS: dict[str, Callable[[], Any]] = {
         config=replace(TINY, num_hidden_layers=8),
         lora=replace(LORA, dropout=0.1),
         training=replace(TRAINING, iters=2, batch_size=4, grad_checkpoint=True),
-    ),
-    "chunks-counted-by-the-width": partial(
-        peak_megabytes,
-        lengths=(513,) * 12,
-        config=replace(TINY, vocab_size=32_768, num_hidden_layers=1),
-        training=replace(TRAINING, iters=1, batch_size=12),
     ),
     "merged-as-if-dropout-were-not-rescaled": partial(loss_when_merged, lora=replace(LORA, dropout=0.3)),
     "rslora-folded-into-alpha": partial(

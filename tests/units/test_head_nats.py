@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_impl.data import Batch
 from mlx_impl.fast import head as head_module
+from mlx_impl.fast import ops
 from mlx_impl.fast.forward import FAST
 from mlx_impl.fast.head import head_nats
 from mlx_impl.files.quantized import Quantization, dequantize, quantize_modules
@@ -223,8 +224,8 @@ def test_the_loss_of_a_model_holds_no_more_logits_than_a_chunk_has(monkeypatch: 
         held.append(logits_NV.size)
         return cross_entropy(logits_NV, *rest)
 
-    cross_entropy = head_module.ops.cross_entropy
-    monkeypatch.setattr(head_module.ops, "cross_entropy", noting)
+    cross_entropy = ops.cross_entropy
+    monkeypatch.setattr(ops, "cross_entropy", noting)
     monkeypatch.setattr(head_module, "CHUNK_LOGITS", 4 * SPEC.vocab_size)
     for vocab_size in (SPEC.vocab_size, SPEC.hidden_size // 2):
         model = CausalLM(replace(SPEC, vocab_size=vocab_size))
