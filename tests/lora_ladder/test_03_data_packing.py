@@ -52,6 +52,20 @@ def test_segments_tell_the_examples_of_a_packed_row_apart(candidate: Any, judge:
         require_segments(judge, batch, examples)
 
 
+@needs_batches
+def test_examples_are_told_apart_whatever_the_other_rows_hold(candidate: Any, judge: Judge) -> None:
+    """In batches whose first row has one example and a later one several, and the other way round."""
+    examples = make_examples([*([CAPACITY + 1] * 6), *random_lengths(18)])
+    windows = small_case().build(candidate).micro_batches(examples, settings("packed", 24))
+    batches = [batch for window in windows for batch in window]
+    held = [[place.row for place in places_in(batch, examples)] for batch in batches]
+    shared = [[rows.count(row) > 1 for row in sorted(set(rows))] for rows in held]
+    assert [False, True] in shared and [True, False] in shared
+    for batch in batches:
+        if len(places_in(batch, examples)) > len(batch.inputs_BT):
+            require_segments(judge, batch, examples)
+
+
 def require_segments(judge: Judge, batch: Any, examples: Examples) -> None:
     judge.claim(batch.segment_BT is not None, "the batch must have segments, to tell its examples apart")
     taken: dict[tuple[int, int], int] = {}

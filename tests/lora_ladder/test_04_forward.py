@@ -8,6 +8,7 @@ scale, the causal mask), and a wrong one gives smooth, plausible, wrong logits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ def test_hidden_states_equal_the_reference_in_the_order_of_execution(case: Case,
 def test_logits_equal_the_reference(case: Case, judge: Judge) -> None:
     """Grouped heads, any head_dim, tied and untied heads, biases, norms, scaled rope, every LoRA variant."""
     judge(case, lambda trainer: {"logits": trainer.logits(case.batch.inputs_BT)})
+
+
+def test_a_window_of_any_size_gives_the_logits_of_the_reference(case: Case, judge: Judge) -> None:
+    """One token, which sees itself alone; two; all but the first one of the row; and all."""
+    num_tokens = case.batch.inputs_BT.shape[1]
+    for size in (1, 2, num_tokens - 1, num_tokens):
+        judge.subject = f"a window of {size} for rows of {num_tokens}"
+        windowed = replace(case, spec=replace(case.spec, sliding_window=size))
+        judge(windowed, lambda trainer: {"logits": trainer.logits(case.batch.inputs_BT)})
 
 
 @pytest.mark.needs("exact")

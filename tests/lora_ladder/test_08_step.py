@@ -150,6 +150,13 @@ def test_one_update_equals_the_reference(case: Case, judge: Judge, training: Tra
     judge(case, lambda trainer: trained(trainer, case, replace(training, iters=1)))
 
 
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_a_run_warms_up_and_takes_the_rates_of_its_schedule(case: Case, judge: Judge, kind: str) -> None:
+    """By SGD, whose updates are proportional to the rate: the factors after five of them."""
+    scheduled = replace(SGD, lr_schedule=kind, warmup_steps=3)
+    judge(case, lambda trainer: trained(trainer, case, scheduled), NUM_UPDATES * case.longest_sum)
+
+
 @pytest.mark.parametrize("training", [SGD, TRAINING], ids=["sgd", "adamw"])
 def test_gradients_are_clipped_by_their_global_norm(case: Case, judge: Judge, training: TrainConfig) -> None:
     """The limit is 1/16, far below the norm over all tensors; the direction of the gradient stays."""

@@ -153,6 +153,18 @@ def test_validating_between_updates_changes_nothing(
 
 
 @pytest.mark.needs("fit")
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_validating_on_the_examples_of_the_run_changes_nothing(
+    case: Case, candidate: Any, judge: Judge, batching: str
+) -> None:
+    """A program gives `fit` and the validation one and the same list, which nobody may sort or shuffle."""
+    examples, training = to_fit(), fitting(batching)
+    without = fitted(case.build(candidate), examples, training)
+    validated = fitted(case.build(candidate), examples, training, examples)
+    judge.same_bits({name: validated[name] for name in without}, without)
+
+
+@pytest.mark.needs("fit")
 def test_a_validation_drops_nothing(case: Case, candidate: Any, judge: Judge) -> None:
     """Before the first update it is the reference's loss without dropout; after a few that of the factors."""
     dropping, training = case.with_dropout(0.25), fitting("plain")

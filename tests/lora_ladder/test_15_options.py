@@ -104,19 +104,21 @@ def states_a_layer(candidate: Any, lora: LoRAConfig | None = None, **training: A
     return (many - few) / MORE / STATE
 
 
-@pytest.mark.needs("peak_bytes")
-def test_a_checkpointed_block_holds_its_input_and_no_activations(candidate: Any, judge: Judge) -> None:
-    """One hidden state, or a few; to recompute every other block would leave half of what a block needs."""
-    held = states_a_layer(candidate, grad_checkpoint=True)
-    at_most("hidden states a checkpointed layer", held, NEEDED / 4, "what a block needs / 4")
+# The second has a gradient to pass on where a block below has an adapter.
+CHECKPOINTED = {
+    "plain": replace(LORA, rank=1),
+    "without an adapter": replace(LORA, rank=1, target_modules=r"model\.layers\.0\..*"),
+    "dropout": replace(LORA, rank=1, dropout=0.25),
+    "dora": replace(LORA, rank=1, use_dora=True),
+}
 
 
 @pytest.mark.needs("peak_bytes")
-def test_a_checkpointed_block_without_an_adapter_holds_its_input_and_no_activations(
-    candidate: Any, judge: Judge
+@pytest.mark.parametrize("lora", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_a_checkpointed_block_holds_its_input_and_no_activations(
+    candidate: Any, judge: Judge, lora: LoRAConfig
 ) -> None:
-    """It has a gradient to pass on where a block below has an adapter."""
-    lora = replace(LORA, rank=1, target_modules=r"model\.layers\.0\..*")
+    """One hidden state, or a few; to recompute every other block would leave half of what a block needs."""
     held = states_a_layer(candidate, lora, grad_checkpoint=True)
     at_most("hidden states a checkpointed layer", held, NEEDED / 4, "what a block needs / 4")
 

@@ -34,13 +34,15 @@ DIVISIBLE = replace(SPEC, hidden_size=128, intermediate_size=256, num_attention_
 BATCH = make_batch(random_rows(DIVISIBLE.vocab_size, (9, 5, 12)), (3, 1, 4))
 
 pytestmark = pytest.mark.needs("in_4_bits")
-each_variant = pytest.mark.parametrize("variant", ["lora", "dora"])
+BIASED = "some, biased"  # keys and values have a bias and no adapter
+each_variant = pytest.mark.parametrize("variant", ["lora", "dora", BIASED])
 
 
 def built(candidate: Any, variant: str) -> tuple[Case, Any]:
     """A case with the weights that the trainer has after quantizing them, and that trainer."""
-    lora, weights = VARIANTS[variant], make_weights(DIVISIBLE)
-    case = Case("quantized", DIVISIBLE, lora, weights, make_factors(DIVISIBLE, lora, weights))
+    spec = replace(DIVISIBLE, qkv_bias=variant == BIASED)
+    lora, weights = VARIANTS["some" if variant == BIASED else variant], make_weights(spec)
+    case = Case("quantized", spec, lora, weights, make_factors(spec, lora, weights))
     with candidate.in_4_bits():
         trainer = case.build(candidate)
     return replace(case, weights=trainer.base()), trainer

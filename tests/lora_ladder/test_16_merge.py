@@ -48,6 +48,17 @@ def test_a_merged_weight_is_the_sum(case: Case, judge: Judge, candidate: Any) ->
     judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
 
 
+@pytest.mark.needs("merge")
+def test_a_merged_weight_knows_nothing_of_dropout(case: Case, judge: Judge, candidate: Any) -> None:
+    """Training has divided what it kept by 1 - p already. After an update, so in the mode of training."""
+    trainer = case.with_dropout(0.5).build(candidate)
+    trainer.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.01))
+    expected = merged_weights(replace(case, factors=trainer.factors()), candidate.dialect)
+    trainer.merge()
+    ours = trainer.base()
+    judge.hold([within(n, ours[n], expected[n], 0.0, case.lora.rank + 1) for n in expected])
+
+
 @pytest.mark.needs("merge", "in_4_bits")
 @each_variant
 def test_a_merged_weight_is_not_rounded_to_4_bits_again(candidate: Any, judge: Judge, variant: str) -> None:

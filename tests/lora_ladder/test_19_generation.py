@@ -7,6 +7,7 @@ and a cache, and each row must stop at its own end token.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,27 @@ DISTRIBUTIONS = {
     (0.5, 0.8): [0.64, 0.36, 0, 0, 0],  # of 16 + 9 + 4 + 0.58 the first two are 0.85
     (2.0, 0.6): np.sqrt([0.4, 0.3, 0.2, 0, 0]) / sum(np.sqrt([0.4, 0.3, 0.2])),
 }
+
+
+@pytest.mark.needs("greedy", "greedy_all")
+def test_answers_follow_the_factors(case: Case, candidate: Any) -> None:
+    """After an update they are those of a new trainer with the new factors: nothing is kept of the old."""
+    prompts = [[5, 7, 11], [5, 7, 2, 3]]
+    trainer = case.build(candidate)
+    before = trainer.greedy_all(prompts, 8, NO_TOKEN)
+    trainer.train([[case.batch]], TrainConfig(iters=1, learning_rate=0.5))
+    moved = replace(case, factors=trainer.factors()).build(candidate)
+    after = trainer.greedy_all(prompts, 8, NO_TOKEN)
+    assert after == moved.greedy_all(prompts, 8, NO_TOKEN) != before
+    assert after == [trainer.greedy(prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.needs("sample")
+def test_every_draw_is_a_new_one(case: Case, candidate: Any) -> None:
+    """The next 64 tokens of 61 equal ones are not the last 64 again: 61^-64 that they are by chance."""
+    trainer, logits_V = case.build(candidate), np.zeros(61, np.float32)
+    first, second = (list(trainer.sample(logits_V, 1.0, 1.0, 64)) for _ in range(2))
+    assert first != second
 
 
 @pytest.mark.needs("sample")

@@ -88,6 +88,9 @@ def slowly(write: Callable[..., None]) -> Callable[..., None]:
 def quantize_linears(model: CausalLM) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantize_modules(model, dict.fromkeys(linears, Quantization(group_size=32, bits=4)))
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear):
+            module.freeze()  # a bias that MLX has put in after freezing the rest
 
 
 class MlxTrainer:
@@ -320,7 +323,8 @@ class MlxTrainer:
     ) -> tuple[list[float], list[float]]:
         """As the command `train` does it: update, validate, save."""
         self.examples = [Example(*example) for example in examples]
-        held_out = [Example(*example) for example in validation]
+        same = validation is examples  # a program has one list of them then
+        held_out = self.examples if same else [Example(*example) for example in validation]
         trainer, losses = self.begin(training, compiled=None), []
         validations = [trainer.validate(held_out)] if held_out else []
         for record in islice(trainer.fit(self.examples), num_updates):

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
+from mlx_impl.data import Batch
 from mlx_impl.fast import head as head_module
+from mlx_impl.fast import ops
+from mlx_impl.fast.forward import FAST
 from mlx_impl.fast.head import head_nats
 from mlx_impl.files.quantized import Quantization, dequantize, quantize_modules
 from mlx_impl.loss import next_token_nats
@@ -211,3 +214,22 @@ def test_the_loss_over_a_real_vocabulary_loses_no_digits(path: str, spread: floa
     chosen_BT = np.take_along_axis(double_BTV, targets_BT[..., None], -1).squeeze(-1)
     exact = (np.log(np.exp(double_BTV).sum(-1)) - chosen_BT).sum()
     require("loss", [within("nats", np.array(nats), np.array(exact), 0.0, 2)])
+
+
+def test_the_loss_of_a_model_holds_no_more_logits_than_a_chunk_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `LoRATrainer` calls it, with more words than features and with more features than words."""
+    held: list[int] = []
+
+    def noting(logits_NV: mx.array, *rest: mx.array) -> tuple[mx.array, mx.array]:
+        held.append(logits_NV.size)
+        return cross_entropy(logits_NV, *rest)
+
+    cross_entropy = ops.cross_entropy
+    monkeypatch.setattr(ops, "cross_entropy", noting)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 4 * SPEC.vocab_size)
+    for vocab_size in (SPEC.vocab_size, SPEC.hidden_size // 2):
+        model = CausalLM(replace(SPEC, vocab_size=vocab_size))
+        tokens_BT = np.arange(26).reshape(2, 13) % vocab_size
+        batch = Batch(tokens_BT, tokens_BT, np.ones((2, 13), bool), 26)
+        mx.eval(FAST.batch_loss(model, FAST.to_arrays(batch)))
+    assert max(held) <= 4 * SPEC.vocab_size < 26 * SPEC.vocab_size

@@ -23,6 +23,7 @@ from tests.trainers.mutants import (
     gradient,
     held_out,
     held_out_again,
+    held_out_fifth,
     held_out_fourth,
     held_out_third,
     layer,
@@ -63,6 +64,7 @@ GROUPS = (
     held_out_third,
     between,
     held_out_fourth,
+    held_out_fifth,
 )
 QUICK = 1  # mutants of each rung that are planted each time
 ALL: list[Mutant] = [mutant for group in GROUPS for mutant in group.MUTANTS]
