@@ -83,6 +83,7 @@ CASES = {
         Case("small", SMALL, tokens=128, target_share=0.25),
         Case("tiny", TINY, tokens=32, target_share=0.5),
         Case("tinyllama", TINYLLAMA, tokens=1024, dtype="bfloat16", needs_gpu=True),
+        Case("tinyllama-16", TINYLLAMA, batch_size=16, tokens=1024, dtype="bfloat16", needs_gpu=True),
         Case("tinyllama-25", TINYLLAMA, tokens=1024, target_share=0.25, dtype="bfloat16", needs_gpu=True),
         Case("tinyllama-ckpt", TINYLLAMA, tokens=1024, dtype="bfloat16", checkpointed=True, needs_gpu=True),
     )

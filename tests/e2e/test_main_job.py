@@ -37,7 +37,7 @@ def test_it_says_what_it_works_with(main_job: Run) -> None:
     for words in (
         "SmolLM2-135M-Instruct",
         "fixtures/geography",
-        "Device(",
+        "device:    ",
         "trainable parameters, 1.82%",
         "validation loss at step 0",
         "BLAS for MLX's CPU matmuls",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...machine.memory_limits import format_bytes
 from ...train import StepRecord
 from .answer_tables import answer_sections
 from .curve import MIN_SMOOTHED_STEPS, NUM_WINDOWS, finite_points, highest_shown, moving_mean
@@ -79,7 +80,7 @@ def headline(report: dict[str, Any]) -> Html:
             cards.append((f"right answers, {name}", right))
     cards += [
         ("training time", duration(report["training_seconds"])),
-        ("peak memory", f"{report['peak_bytes'] / 2**30:.2f} GiB"),
+        ("peak memory", format_bytes(report["peak_bytes"])),
     ]
     drawn = [element("div", element("dt", name), element("dd", value)) for name, value in cards]
     return element("dl", drawn, class_="cards")

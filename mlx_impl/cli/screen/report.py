@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ...machine.memory_limits import format_bytes
 from ...train import StepRecord
 from ..training.answers import Answer, are_judged, fraction_right
 from .console import Item, Watch, log_progress, printable
@@ -22,7 +23,7 @@ VERDICT_COLORS = {"right": "green", "wrong": "red", "cut": "yellow"}
 def describe_step(record: StepRecord) -> str:
     return (
         f"loss {record.loss_nats:.3f}  {record.num_tokens / max(record.seconds, 1e-9):5.0f} tokens/s  "
-        f"{record.peak_bytes / 2**30:.2f} GiB"
+        f"{format_bytes(record.peak_bytes)}"
     )
 
 

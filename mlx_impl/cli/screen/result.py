@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ...machine.memory_limits import format_bytes
 from .console import printable
 
 
@@ -26,8 +27,8 @@ def print_result(report: dict[str, Any], console: Console) -> None:
     if cut := verdicts.count("cut"):
         at = f"{cut} of {len(verdicts)} answers at {report['max_answer_tokens']} tokens"
         console.print(f"cut:       {at}; --max-answer-tokens N allows more")
-    seconds, peak = report["training_seconds"], report["peak_bytes"] / 2**30
-    console.print(f"time:      {duration(seconds)} of training, peak memory {peak:.2f} GiB")
+    seconds, peak = report["training_seconds"], format_bytes(report["peak_bytes"])
+    console.print(f"time:      {duration(seconds)} of training, peak memory {peak}")
 
 
 def print_next(commands: Mapping[str, str], console: Console) -> None:

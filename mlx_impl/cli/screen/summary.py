@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
 from rich.console import Console
 
 from ...lora import count_parameters
+from ...machine.device import device_name
 from ..training.job import PreparedJob
 from .console import printable
 
@@ -26,7 +26,7 @@ def print_summary(prepared: PreparedJob, console: Console) -> None:
     console.print(f"data:      {printable(str(data))}: {sizes}")
     for remark in prepared.remarks:
         console.print(f"           {remark}")
-    console.print(f"device:    {mx.default_device()}, computing in {prepared.job.dtype}")
+    console.print(f"device:    {device_name()}; computes in {prepared.job.dtype}")
     if ranks := prepared.job.ranks:
         order = "" if ranks.in_order else ", sums in any order"
         console.print(f"ranks:     {ranks.size}, which share out the micro-batches of each step{order}")

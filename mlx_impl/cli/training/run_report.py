@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ...lora import count_parameters
+from ...machine.device import device_name
 from ...train import StepRecord
 from . import manifest
 from .answers import Answer, Evaluation, are_judged, fraction_right
@@ -96,7 +95,7 @@ def run_facts(prepared: PreparedJob) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": started.settings if started else prepared.job.settings,
         "versions": {**(started.versions if started else {}), "Python": platform.python_version()},
-        "device": str(mx.default_device()),
+        "device": device_name(),
         "machine": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "repeat": repeat_command(prepared),
     }
