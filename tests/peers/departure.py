@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -37,9 +37,9 @@ class Peer:
         return [departure for departure in self.departures if departure.declared]
 
 
-def grouped(rows: Iterable[tuple[int, str, str]]) -> tuple[Departure, ...]:
-    """Departures from rows (rung, claim, fact); the rung is also in the claim."""
+def grouped(rows: Iterable[tuple[int, str, str]], shown_by: Mapping[str, str]) -> tuple[Departure, ...]:
+    """From rows (rung, claim, fact), of which the claim has the rung too, and the program of each fact."""
     claims: dict[str, list[str]] = {}
     for _, claim, fact in rows:
         claims.setdefault(fact, []).append(claim)
-    return tuple(Departure(fact, tuple(names)) for fact, names in claims.items())
+    return tuple(Departure(fact, tuple(names), shown_by[fact]) for fact, names in claims.items())

@@ -6,7 +6,8 @@ hold each peer to its entry, both ways.
 
 from __future__ import annotations
 
-from tests.peers.departure import Departure, Peer
+from tests.peers.adapters import peft_departures as of_peft
+from tests.peers.departure import Departure, Peer, grouped
 
 STEP, TRAJECTORY = "test_08_step.py::test_", "test_09_trajectory.py::test_"
 EQUAL, MIXED = (
@@ -34,6 +35,7 @@ FLOAT32_RATE = "the learning rate is computed in float32, which loses digits at 
 NAN_TOKENS = "tokens are generated from logits that are NaN or infinite"
 REPLACEMENT = "rows are drawn with replacement: each step takes the first batch of a new iterator"
 SAME_ROWS = "every rank gets the same rows, and the others are never trained on"
+RANKS = "the ranks' means are averaged, whatever their numbers of targets"
 LAST_BATCH = "the examples of an incomplete last batch are not trained on"
 
 MASK_CLAIMS = (
@@ -46,6 +48,7 @@ WARMUP_CLAIMS = (
     f"{LAST_RATE}[linear-3]",
     f"{LAST_RATE}[cosine-3]",
     f"{STEP}given_gradients_move_the_factors_as_in_the_reference[5-linear]",
+    *(f"{STEP}a_run_warms_up_and_takes_the_rates_of_its_schedule[{kind}]" for kind in ("linear", "cosine")),
     f"{TRAJECTORY}the_schedule_reaches_the_optimizer",
     *combinations(1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 14),
 )
@@ -73,6 +76,7 @@ MLX_LM = Peer(
         Departure(MASKS, MASK_CLAIMS, "mlx_lm_checkpointed_dropout"),
         Departure(NAN_TOKENS, (f"{NOT_FINITE}[nan]", f"{NOT_FINITE}[infinity]"), "mlx_lm_not_finite"),
         Departure(LAST_BATCH, (), "mlx_lm_last_batch"),
+        Departure(RANKS, (), "mlx_lm_ranks"),
     ),
 )
 
@@ -101,4 +105,18 @@ UNSLOTH = Peer(
     (Departure(MASKS, MASK_CLAIMS, "unsloth_zoo_checkpointed_dropout"),),
 )
 
-PEERS = (MLX_LM, MLX_LM_LORA, UNSLOTH)
+PEFT = Peer(
+    "peft", "0.21.2", "tests.peers.adapters.peft:PeftTrainer", grouped(of_peft.DEPARTURES, of_peft.SHOWN_BY)
+)
+
+PEERS = (MLX_LM, MLX_LM_LORA, UNSLOTH, PEFT)
+# No claim of the ladder asks for these. How TRL climbs is not known beyond rung 12.
+TRL = Peer(
+    "trl",
+    "1.16.0",
+    "tests.peers.adapters.trl:TrlTrainer",
+    (
+        Departure("an evaluation is the mean of the batches' means", (), "trl_evaluation"),
+        Departure("a loss that is NaN is reported as 0", (), "trl_not_finite"),
+    ),
+)

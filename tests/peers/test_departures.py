@@ -15,7 +15,7 @@ import pytest
 
 from tests.peers import departures
 from tests.peers.departure import Departure, Peer
-from tests.peers.expected import MLX_LM, MLX_LM_LORA, PEERS
+from tests.peers.expected import MLX_LM, MLX_LM_LORA, PEERS, TRL
 
 HERE = Path(__file__).parent
 REPRODUCTIONS = sorted((HERE / "reproductions").glob("*.py"))
@@ -98,7 +98,7 @@ def test_each_departure_has_a_reproduction_that_names_the_peer_and_its_version(p
 
 
 def test_each_reproduction_shows_a_departure() -> None:
-    shown = {departure.reproduction for peer in PEERS for departure in peer.departures}
+    shown = {departure.reproduction for peer in (*PEERS, TRL) for departure in peer.departures}
     assert {path.stem for path in REPRODUCTIONS} == shown
 
 

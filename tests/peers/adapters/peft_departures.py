@@ -75,3 +75,12 @@ DEPARTURES = (
         for x in ("nan", "infinity")
     ),
 )
+SHOWN_BY = {
+    EXPRESSION: "peft_expression",
+    EMPTY: "peft_no_targets",
+    DORA: "peft_dora_dropout",
+    UNMERGED: "peft_unmerge",
+    ORDER: "peft_pattern_order",
+    LOADED: "peft_missing_factors",
+    ANSWERS: "peft_not_finite",
+}

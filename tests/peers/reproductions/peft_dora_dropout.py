@@ -1,4 +1,4 @@
-"""PEFT 0.21.2 applies DoRA's dropout to the input of the frozen weight too, while training.
+"""peft 0.21.2 applies DoRA's dropout to the input of the frozen weight too, while training.
 
 torchtune and mlx-lm leave W x whole. B is 0 and the magnitude twice the weight's, so that the output is
 twice that of the linear. Prints:

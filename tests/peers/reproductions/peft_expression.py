@@ -1,4 +1,4 @@
-"""PEFT 0.21.2 refuses an expression that matches a module which is no linear layer; it does not pass it over.
+"""peft 0.21.2 refuses an expression that matches a module which is no linear layer; it does not pass it over.
 
 Prints:
 

@@ -1,4 +1,4 @@
-"""PEFT 0.21.2 loads a file that lacks a factor, with a warning: the factor stays as it was drawn.
+"""peft 0.21.2 loads a file that lacks a factor, with a warning: the factor stays as it was drawn.
 
 Prints:
 

@@ -1,4 +1,4 @@
-"""PEFT 0.21.2 saves `alpha_pattern` sorted, and the first pattern that fits decides: the scale changes.
+"""peft 0.21.2 saves `alpha_pattern` sorted, and the first pattern that fits decides: the scale changes.
 
 Prints:
 

@@ -1,4 +1,4 @@
-"""PEFT 0.21.2 unmerges by subtraction, so that the base weights come back rounded.
+"""peft 0.21.2 unmerges by subtraction, so that the base weights come back rounded.
 
 Prints:
 

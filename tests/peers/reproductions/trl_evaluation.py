@@ -1,4 +1,4 @@
-"""TRL 1.16.0 evaluates by the mean of the batches' means, whatever their numbers of targets.
+"""trl 1.16.0 evaluates by the mean of the batches' means, whatever their numbers of targets.
 
 Two batches, of 1 and 7 targets. Prints:
 

@@ -1,4 +1,4 @@
-"""TRL 1.16.0 reports a loss of 0 where it is NaN: transformers' `logging_nan_inf_filter` is on by default.
+"""trl 1.16.0 reports a loss of 0 where it is NaN: transformers' `logging_nan_inf_filter` is on by default.
 
 An embedding that is NaN. Prints:
 
