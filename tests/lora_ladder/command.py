@@ -87,7 +87,7 @@ def judge(options: argparse.Namespace) -> int:
         write(options.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
     if options.html:
         write(options.html, page(record))
-    print(*map(encodable, error_lines(ladder)), *map(encodable, record["summary"]), sep="\n")
+    print(*map(encodable, record["summary"]), sep="\n")
     print(*map(encodable, header_lines(ladder)[2:]), sep="\n")
     return EXIT[verdict_of(ladder)]
 
@@ -111,11 +111,6 @@ def climbed(trainer: str, wanted: list[str]) -> Ladder | None:
     if ladder.exit_status == pytest.ExitCode.INTERNAL_ERROR:
         raise pytest.UsageError("the climb broke off, because pytest had an internal error")
     return ladder
-
-
-def error_lines(ladder: Ladder) -> list[str]:
-    number = sum(claim.outcome == "error" for claim in ladder.claims)
-    return [f"of the failed claims, errors: {number}"] if number else []
 
 
 def sentence_of(output: str) -> str:

@@ -187,9 +187,11 @@ def distance(ours: np.ndarray, exact: np.ndarray) -> float:
 
 @lru_cache(maxsize=1)
 def culprit_of(ladder: Ladder) -> Culprit | None:
-    """None where nothing failed, or the failed rung is about something else, such as files."""
+    """None where nothing failed, by an error, or where the failed rung is about something else, as files."""
     first = ladder.first_divergence
-    return find(ladder.candidate, first.rung) if first is not None and first.rung in RUNGS else None
+    if first is None or first.is_error or first.rung not in RUNGS:
+        return None
+    return find(ladder.candidate, first.rung)
 
 
 def culprit_lines(ladder: Ladder) -> Iterator[str]:

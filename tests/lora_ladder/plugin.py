@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.lora_ladder.here import DEFAULT_TRAINER, FOLDER
-from tests.lora_ladder.outcome import Claim, Failure, claim_of, place_of, reason_of
+from tests.lora_ladder.outcome import Claim, Failure, claim_of, is_divergence, place_of, reason_of
 from tests.lora_ladder.protocol import OPTIONAL
 
 NOT_CLAIMED = "not claimed: "
@@ -138,8 +138,8 @@ class Ladder:
         self.claims.append(claim_of(rung, item, kind, call, report))
         if kind == "failed" and call.excinfo is not None:
             # A strict xfail that passes has no exception, and blocks nothing.
-            place = place_of(call.excinfo, self.candidate)
-            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo), place))
+            place, is_error = place_of(call.excinfo, self.candidate), not is_divergence(call.excinfo)
+            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo), place, is_error))
 
 
 def is_claimed(candidate: Any, name: str) -> bool:

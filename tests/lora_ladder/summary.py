@@ -11,7 +11,7 @@ from tests.lora_ladder.plugin import Ladder
 
 PACKAGES = ("mlx", "torch", "numpy")
 HEADLINE = "first divergence: "  # begins the report of a failure
-KINDS = ("passed", "failed", "known failures", "not claimed", "skipped")
+KINDS = ("passed", "failed", "error", "errors", "known failures", "not claimed", "skipped")
 
 
 def header_lines(ladder: Ladder) -> list[str]:
@@ -54,7 +54,10 @@ def closing_lines(ladder: Ladder) -> Iterator[str]:
 
 
 def rung_line(ladder: Ladder, rung: int) -> str:
-    counts = ladder.outcomes[rung]
+    counts = ladder.outcomes[rung].copy()
+    errors = sum(claim.outcome == "error" for claim in ladder.claims if claim.rung == rung)
+    counts["failed"] -= errors
+    counts["error" if errors == 1 else "errors"] = errors
     words = [f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]]
     if counts["blocked"]:
         assert ladder.first_divergence is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.lora_ladder.capabilities import CAPABILITIES
 from tests.lora_ladder.command import main
@@ -72,6 +73,20 @@ class Exits(Small):
 class ForgetsAName(Small):
     def loss(self, batch: Batch) -> tuple[float, int]:
         return self.weights["lm_head.weight"]  # type: ignore[attr-defined]
+
+
+class Asserts(Small):
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        assert len(batch.mask_BT) == 0, "the trainer asserts"
+        return super().loss(batch)
+
+
+class AssertsBelow(Small):
+    """In a module of the trainer, here PyTorch."""
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        torch.testing.assert_close(torch.zeros(1), torch.ones(1))
+        return super().loss(batch)
 
 
 def climbed(trainer: type, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
@@ -287,9 +302,12 @@ def test_help_says_what_can_climb_and_what_each_option_asks(capsys: pytest.Captu
 
 
 def test_the_screen_tells_errors_from_wrong_results(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both are failed claims in the lines of the rungs."""
+    """Each has its number in the line of the rung; an error has no culprit."""
     assert main([f"{HERE}:CountsPadding", *CLAIMS]) == 1
-    assert "of the failed claims, errors: 1\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"^   5 loss +2 failed, 1 error, 1 not claimed", out, re.MULTILINE), out
+    assert main([f"{HERE}:ForgetsAName", CLAIMS[1]]) == 1
+    assert "culprit" not in capsys.readouterr().out
 
 
 def test_an_error_is_reported_with_its_place_in_the_adapter(tmp_path: Path) -> None:
@@ -298,6 +316,16 @@ def test_an_error_is_reported_with_its_place_in_the_adapter(tmp_path: Path) -> N
     assert first["outcome"] == "error"
     assert re.fullmatch(r"tests/units/test_lora_ladder_command.py:\d+, in loss", first["raised_at"])
     assert f"  raised at {first['raised_at']}" in first["report"]
+
+
+@pytest.mark.parametrize("trainer", [Asserts, AssertsBelow])
+def test_an_assertion_of_the_trainer_is_an_error_with_its_place(trainer: type, tmp_path: Path) -> None:
+    """As any other exception is: the ladder's own assertions alone are about results."""
+    _, record = climbed(trainer, tmp_path)
+    first = record["first_divergence"]
+    assert record["counts"]["error"] == 3 and "failed" not in record["counts"]
+    assert re.fullmatch(r"tests/units/test_lora_ladder_command.py:\d+, in loss", first["raised_at"])
+    assert first["report"][1].startswith("  AssertionError: ")
 
 
 def test_the_reference_climbs_by_its_short_name() -> None:
