@@ -69,6 +69,7 @@ def run(
         own_settings() if by_itself else contextlib.nullcontext(),
     ):
         pytest.main(arguments, plugins=[recorder, *plugins])
-    if recorder.ladder is None or not recorder.ladder.outcomes:
+    ladder = recorder.ladder
+    if ladder is None or not (ladder.outcomes or ladder.is_interrupted):
         raise RuntimeError(output.getvalue())
-    return recorder.ladder
+    return ladder

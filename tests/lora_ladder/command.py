@@ -15,12 +15,13 @@ import pytest
 from tests.lora_ladder.climb import FILES, run
 from tests.lora_ladder.help_text import epilog
 from tests.lora_ladder.here import ALIASES, FOLDER
+from tests.lora_ladder.interrupts import sigterm_interrupts
 from tests.lora_ladder.loading import load_trainer
 from tests.lora_ladder.output import OutputError, printable, require_writable, write
 from tests.lora_ladder.page import MARK, page
 from tests.lora_ladder.plugin import Ladder, rung_of
 from tests.lora_ladder.progress import Progress
-from tests.lora_ladder.record import record_of, verdict_of
+from tests.lora_ladder.record import record_of
 from tests.lora_ladder.skeleton import write_skeleton
 from tests.lora_ladder.summary import header_lines
 
@@ -79,17 +80,20 @@ def judge(options: argparse.Namespace) -> int:
     load_trainer(trainer, "the trainer")
     wanted = [*claims, "--draw", str(options.draw)]
     wanted += ["--keep-going"] * options.keep_going + ["-m", "not slow"] * options.quick
-    ladder = climbed(trainer, wanted)
-    if ladder is None:
-        return INTERRUPTED
-    record = record_of(ladder)
+    with sigterm_interrupts():
+        ladder = climbed(trainer, wanted)
+        try:
+            record = record_of(ladder)
+        except KeyboardInterrupt:  # while the culprit was looked for
+            ladder.is_interrupted = True
+            record = record_of(ladder)
     if options.json:
         write(options.json, json.dumps(record, indent=2, allow_nan=False) + "\n")
     if options.html:
         write(options.html, page(record))
     print(*map(encodable, record["summary"]), sep="\n")
     print(*map(encodable, header_lines(ladder)[2:]), sep="\n")
-    return EXIT[verdict_of(ladder)]
+    return INTERRUPTED if ladder.is_interrupted else EXIT[record["verdict"]]
 
 
 def encodable(line: str) -> str:
@@ -98,16 +102,13 @@ def encodable(line: str) -> str:
     return printable(line).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def climbed(trainer: str, wanted: list[str]) -> Ladder | None:
-    """Shows the climb on the screen; None if it was interrupted."""
+def climbed(trainer: str, wanted: list[str]) -> Ladder:
+    """Shows the climb on the screen."""
     screen = sys.stdout
     try:
         ladder = run(trainer, wanted, plugins=[Progress(screen)])
     except RuntimeError as error:
         raise pytest.UsageError(sentence_of(str(error))) from None
-    if ladder.exit_status == pytest.ExitCode.INTERRUPTED:
-        print("interrupted", file=screen)
-        return None
     if ladder.exit_status == pytest.ExitCode.INTERNAL_ERROR:
         raise pytest.UsageError("the climb broke off, because pytest had an internal error")
     return ladder

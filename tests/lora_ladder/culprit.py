@@ -187,9 +187,9 @@ def distance(ours: np.ndarray, exact: np.ndarray) -> float:
 
 @lru_cache(maxsize=1)
 def culprit_of(ladder: Ladder) -> Culprit | None:
-    """None where nothing failed, by an error, or where the failed rung is about something else, as files."""
+    """None where nothing failed, after an error or an interruption, or where the rung is about files, say."""
     first = ladder.first_divergence
-    if first is None or first.is_error or first.rung not in RUNGS:
+    if ladder.is_interrupted or first is None or first.is_error or first.rung not in RUNGS:
         return None
     return find(ladder.candidate, first.rung)
 

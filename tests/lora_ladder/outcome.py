@@ -37,6 +37,7 @@ class Claim:
     outcome: str
     reason: str
     seconds: float
+    needs: tuple[str, ...] = ()  # capabilities
 
 
 def claim_of(
@@ -47,7 +48,8 @@ def claim_of(
     if kind == "failed" and call.excinfo is not None:
         reason = reason_of(call.excinfo)
     outcome = "error" if is_error else kind
-    return Claim(rung, item.nodeid, outcome, reason.removeprefix("Skipped: "), report.duration)
+    needs = tuple(str(name) for marker in item.iter_markers("needs") for name in marker.args)
+    return Claim(rung, item.nodeid, outcome, reason.removeprefix("Skipped: "), report.duration, needs)
 
 
 def is_divergence(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:

@@ -20,6 +20,7 @@ from tests.lora_ladder.outcome import Claim, Failure, claim_of, is_divergence, p
 from tests.lora_ladder.protocol import OPTIONAL
 
 NOT_CLAIMED = "not claimed: "
+OF_DIALECT = "the dialect says "
 MARKERS = (
     "alone: judged even when a lower rung failed",
     "needs(*capabilities): not claimed if the trainer lacks one of them",
@@ -44,6 +45,8 @@ class Ladder:
     claims: list[Claim] = field(default_factory=list)
     exit_status: int = 0
     command: str = "pytest"  # or "lora-ladder", where it runs by itself
+    running: str = ""  # the claim that is judged now, or was when the climb was interrupted
+    is_interrupted: bool = False
 
     @property
     def not_claimed(self) -> list[str]:
@@ -88,6 +91,16 @@ class Ladder:
             assert first is not None
             pytest.skip(f"blocked by rung {first.rung}")
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running = nodeid
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.running = ""
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Ctrl-C or SIGTERM; not pytest's own end after a file that cannot be imported."""
+        self.is_interrupted = not isinstance(excinfo.value, pytest.Session.Interrupted)
+
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if self.nothing_was_judged and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -102,7 +115,7 @@ class Ladder:
             for name in marker.args:
                 dialect = self.candidate.dialect
                 if getattr(dialect, name) != getattr(type(dialect)(), name):
-                    pytest.skip(f"{NOT_CLAIMED}the dialect says {name} = {getattr(dialect, name)!r}")
+                    pytest.skip(f"{NOT_CLAIMED}{OF_DIALECT}{name} = {getattr(dialect, name)!r}")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:

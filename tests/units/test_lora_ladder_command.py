@@ -151,7 +151,7 @@ def test_a_sound_trainer_ends_with_0_and_the_screen_shows_the_rung_and_who_made_
         and record["verdict"] == "no divergence"
         and record["first_divergence"] is None
     )
-    assert re.search(r"^   5 loss +3 passed, 1 not claimed", out, re.MULTILINE) and "\nno divergence\n" in out
+    assert re.search(r"^   5 loss +3 passed, 1 not claimed", out, re.MULTILINE) and "\nno divergence in what was judged: 4 claims of rungs 2, 5\n" in out
     assert "optimizer from: torch.optim, made by the adapter" in out
     assert record["schedule_from"] == "not said"
 
