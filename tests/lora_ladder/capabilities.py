@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
 CAPABILITIES: dict[str, tuple[int, str]] = {
     "ops": (1, "a namespace of MLX functions, those of mlx_impl/ops.py"),
     "micro_batches": (3, "(examples, training) -> the micro-batches of each update that `fit` trains on"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from tests.lora_ladder.capabilities import CAPABILITIES
-from tests.lora_ladder.protocol import REQUIRED
+from tests.lora_ladder.capabilities import CAPABILITIES, REQUIRED
 
 WHAT_CAN_CLIMB = """\
 What can climb: a trainer of LoRA adapters for decoders like Llama, whose weights it takes by their

@@ -1,4 +1,4 @@
-"""An interrupted climb: SIGTERM, as a scheduler sends it, ends it as Ctrl-C does, and the reports are written."""
+"""SIGTERM, as a scheduler sends it, ends a climb as Ctrl-C does: the reports are still written."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def headline(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> str:
     if first is None:
         kind = "good" if record["verdict"] == "no divergence" else "bad"
         said = next((s for s in record["summary"] if s.startswith(record["verdict"])), record["verdict"])
-        return f"<p><strong class={kind}>{escape(said)}</strong>; {escape(counts or 'no claim was done')}.</p>"
+        return f"<p><strong class={kind}>{escape(said)}</strong>; {escape(counts or 'no claim')}.</p>"
     where = f"The first divergence is at rung {first['rung']}, {first['title']}"
     return f"<p><strong class=bad>{escape(where)}</strong>: {escape(counts)}.</p>"
 

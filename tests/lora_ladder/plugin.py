@@ -6,7 +6,6 @@ reference's values at their rung's boundary.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.lora_ladder.here import DEFAULT_TRAINER, FOLDER
+from tests.lora_ladder.here import DEFAULT_TRAINER
+from tests.lora_ladder.here import rung_of as rung_of
 from tests.lora_ladder.outcome import Claim, Failure, claim_of, is_divergence, place_of, reason_of
 from tests.lora_ladder.protocol import OPTIONAL
 
@@ -158,9 +158,3 @@ class Ladder:
 def is_claimed(candidate: Any, name: str) -> bool:
     """A subclass withdraws a capability by setting it to None."""
     return getattr(candidate, name, None) is not None
-
-
-def rung_of(path: Path) -> int | None:
-    """The number in the name of a test file in this folder; None for other files."""
-    match = re.fullmatch(r"test_(\d\d)_\w+\.py", path.name)
-    return int(match[1]) if match and path.parent.name == FOLDER.name else None

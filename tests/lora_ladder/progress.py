@@ -1,4 +1,4 @@
-"""What a screen shows while a trainer climbs: each rung as it is done; on a terminal, the claim now judged."""
+"""What a screen shows while a trainer climbs: each rung once done; on a terminal, the claim now judged."""
 
 from __future__ import annotations
 

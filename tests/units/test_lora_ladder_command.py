@@ -140,6 +140,50 @@ def test_a_claim_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]
     assert "there is no claim test_no_such" in no_such
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["referense"], "got 'referense'; did you mean reference?"),
+        (["run", "--help"], "the trainer must be module:Class"),
+        ([f"{HERE}:Sonud", CLAIMS[0]], "did you mean Sound?"),
+        (
+            [f"{HERE}:Sound", CLAIMS[4].replace("worked", "wroked")],
+            "did you mean test_a_hand_worked_example?",
+        ),
+        ([f"{HERE}:Sound", "test_a_hand_wroked_example"], f"did you mean {CLAIMS[4]}?"),
+        ([f"{HERE}:Sound", "test_05_lass.py::test_a"], "did you mean test_05_loss.py?"),
+        ([f"{HERE}:Sound", CLAIMS[1].replace("untied", "untide")], "did you mean untied?"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_nearest(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no command but `init`; a bare word is none, whatever follows it."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert sentence in err and len(err.splitlines()) == 1 and not out
+
+
+def test_a_mistyped_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([f"{HERE}:Sound", "--qiuck"])
+    assert "unrecognized arguments: --qiuck; did you mean --quick?" in capsys.readouterr().err
+
+
+MISTAKES = (["run"], ["no_such:T"], ["reference", "--rungs", "20"], ["reference", "test_a"])
+
+
+def test_a_mistake_is_refused_before_pytorch_pytest_and_numpy_are_imported() -> None:
+    program = (
+        "import sys; from tests.lora_ladder.command import main\n"
+        f"for arguments in {MISTAKES}: assert main(arguments) == 2\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert {'torch', 'pytest', 'numpy', 'mlx'}.isdisjoint(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_sound_trainer_ends_with_0_and_the_screen_shows_the_rung_and_who_made_the_optimizer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +195,10 @@ def test_a_sound_trainer_ends_with_0_and_the_screen_shows_the_rung_and_who_made_
         and record["verdict"] == "no divergence"
         and record["first_divergence"] is None
     )
-    assert re.search(r"^   5 loss +3 passed, 1 not claimed", out, re.MULTILINE) and "\nno divergence in what was judged: 4 claims of rungs 2, 5\n" in out
+    assert (
+        re.search(r"^   5 loss +3 passed, 1 not claimed", out, re.MULTILINE)
+        and "\nno divergence in what was judged: 4 claims of rungs 2, 5\n" in out
+    )
     assert "optimizer from: torch.optim, made by the adapter" in out
     assert record["schedule_from"] == "not said"
 
