@@ -74,7 +74,8 @@ def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
                 if not all(agree):
                     return named_in(family, judged, agree, candidate)
                 agreed += in_words(family, [o.name for o, ours in answers if ours is not None])
-                not_tried += in_words(family, [o.name for o, ours in answers if ours is None])
+                lacking = [o.name for o, ours in answers if ours is None]
+                not_tried += in_words(family, lacking) if judged else [family.what]
         named = dropout(candidate) if rung in DROPOUT_RUNGS else None
     if named:
         return Culprit("dropout", ["the masks that are drawn"], [], named)

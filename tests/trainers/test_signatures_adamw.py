@@ -1,4 +1,4 @@
-"""The culprit of a trainer that has AdamW alone: what is tried by AdamW instead, and what is said not to be."""
+"""The culprit of a trainer that has AdamW alone: what is tried by AdamW instead, what is not."""
 
 from __future__ import annotations
 
