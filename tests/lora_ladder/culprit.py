@@ -54,8 +54,8 @@ class Culprit:
     passes: list[str] = field(default_factory=list)
     named: list[Signature] = field(default_factory=list)  # those that explain all values
     tried: int = 0
-    agreed: list[str] = field(default_factory=list)  # where nothing departs: what was observed
-    not_tried: list[str] = field(default_factory=list)  # and what the trainer does not claim
+    agreed: list[str] = field(default_factory=list, compare=False)  # where nothing departs: what was observed
+    not_tried: list[str] = field(default_factory=list, compare=False)  # and what the trainer does not claim
 
 
 def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
@@ -66,16 +66,17 @@ def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
     agreed, not_tried = [], []
     with quietly():
         for family in FAMILIES:
-            if family.first_rung <= rung:
-                answers = [(o, answer_of(candidate, o)) for o in family.observations()]
-                answers = without_stand_ins(answers)
-                judged = [(o, ours) for o, ours in answers if ours is not None]
-                agree = [explains(sound, "", candidate, o, ours) for o, ours in judged]
-                if not all(agree):
-                    return named_in(family, judged, agree, candidate)
-                agreed += in_words(family, [o.name for o, ours in answers if ours is not None])
-                lacking = [o.name for o, ours in answers if ours is None]
-                not_tried += in_words(family, lacking) if judged else [family.what]
+            if family.first_rung > rung:
+                not_tried.append(family.what)
+                continue
+            answers = without_stand_ins([(o, answer_of(candidate, o)) for o in family.observations()])
+            judged = [(o, ours) for o, ours in answers if ours is not None]
+            agree = [explains(sound, "", candidate, o, ours) for o, ours in judged]
+            if not all(agree):
+                return named_in(family, judged, agree, candidate)
+            agreed += in_words(family, [o.name for o, _ in judged])
+            lacking = [o.name for o, ours in answers if ours is None]
+            not_tried += in_words(family, lacking) if judged else [family.what]
         named = dropout(candidate) if rung in DROPOUT_RUNGS else None
     if named:
         return Culprit("dropout", ["the masks that are drawn"], [], named)

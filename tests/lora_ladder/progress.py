@@ -41,8 +41,8 @@ class Progress:
 
     def pytest_keyboard_interrupt(self) -> None:
         """The rungs that were begun, each with what was judged of it."""
-        for rung in sorted(self.ladder.outcomes if self.ladder else ()):
-            if self.left[rung]:
+        if self.ladder is not None:
+            for rung in sorted(rung for rung in self.ladder.outcomes if self.left[rung]):
                 self.show(rung_line(self.ladder, rung) + "\n")
 
     def pytest_runtest_logfinish(self, location: tuple[str, int | None, str]) -> None:
