@@ -63,7 +63,8 @@ def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
 
     `rung` is the first that failed: families of higher rungs are left out.
     """
-    agreed, not_tried = [], []
+    agreed: list[str] = []
+    not_tried: list[str] = []
     with quietly():
         for family in FAMILIES:
             if family.first_rung > rung:
@@ -80,7 +81,7 @@ def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
         named = dropout(candidate) if rung in DROPOUT_RUNGS else None
     if named:
         return Culprit("dropout", ["the masks that are drawn"], [], named)
-    (not_tried if named is None else agreed).append("dropout's own masks")
+    not_tried += ["dropout's own masks"] if named is None else []
     return Culprit(agreed=agreed, not_tried=not_tried)
 
 
@@ -91,7 +92,9 @@ def in_words(family: Family, names: list[str]) -> list[str]:
     return [f"{family.what} ({'; '.join(names)})" if "updates" in family.what else family.what]
 
 
-def without_stand_ins(answers: list[tuple[Observation, Arrays | None]]) -> list:
+def without_stand_ins(
+    answers: list[tuple[Observation, Arrays | None]],
+) -> list[tuple[Observation, Arrays | None]]:
     """Without what is observed only for lack of another answer, where that one is there; and the reverse."""
     there = {o.name for o, ours in answers if ours is not None}
     stand_ins = {o.instead_of for o, ours in answers if o.instead_of and ours is not None}

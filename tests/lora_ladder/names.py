@@ -42,6 +42,20 @@ def require_module(name: str, option: str) -> None:
     if root not in sys.modules and importlib.util.find_spec(root) is None:
         near = did_you_mean(root, (path.stem for path in Path.cwd().glob("*.py")))
         raise Unusable(f"{option} {name}: ModuleNotFoundError: No module named {root!r}{near}")
+    if module == root and root not in sys.modules:
+        require_class_in_source(name, option)
+
+
+def require_class_in_source(name: str, option: str) -> None:
+    """Raises Unusable if the module's text does not have the class's name, nor any way to make it."""
+    module, _, class_name = name.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not str(spec.origin).endswith(".py"):
+        return
+    text = Path(str(spec.origin)).read_text(encoding="utf-8", errors="replace")
+    if not re.search(rf"\b{class_name}\b|import \*|__getattr__|globals|setattr|exec", text):
+        near = did_you_mean(class_name, re.findall(r"^class (\w+)", text, re.MULTILINE))
+        raise Unusable(f"{option} {name}: there is no class {class_name} in {spec.origin}{near}")
 
 
 def claim_of(name: str) -> str:

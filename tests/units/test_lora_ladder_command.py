@@ -170,18 +170,27 @@ def test_a_mistyped_option_is_answered_with_the_nearest(capsys: pytest.CaptureFi
     assert "unrecognized arguments: --qiuck; did you mean --quick?" in capsys.readouterr().err
 
 
-MISTAKES = (["run"], ["no_such:T"], ["reference", "--rungs", "20"], ["reference", "test_a"])
+MISTAKES = (
+    ["run"],
+    ["no_such:T"],
+    ["reference", "--rungs", "20"],
+    ["reference", "test_a"],
+    ["slow_adapter:MyTrianer"],
+)
 
 
-def test_a_mistake_is_refused_before_pytorch_pytest_and_numpy_are_imported() -> None:
+def test_a_mistake_is_refused_before_pytorch_pytest_and_numpy_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "slow_adapter.py").write_text("import torch\nclass MyTrainer: ...\n")
     program = (
         "import sys; from tests.lora_ladder.command import main\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
         f"for arguments in {MISTAKES}: assert main(arguments) == 2\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "assert {'torch', 'pytest', 'numpy', 'mlx'}.isdisjoint(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    assert "there is no class MyTrianer in" in done.stderr and "; did you mean MyTrainer?" in done.stderr
 
 
 def test_a_sound_trainer_ends_with_0_and_the_screen_shows_the_rung_and_who_made_the_optimizer(
