@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
 CAPABILITIES: dict[str, tuple[int, str]] = {
     "ops": (1, "a namespace of MLX functions, those of mlx_impl/ops.py"),
     "micro_batches": (3, "(examples, training) -> the micro-batches of each update that `fit` trains on"),
@@ -13,7 +14,10 @@ CAPABILITIES: dict[str, tuple[int, str]] = {
     "pullback": (6, "(batch, cotangent_BTV) -> the factors' gradients of <logits, cotangent>"),
     "optimizer_names": (7, "(training) -> names of all parameters for which the optimizer holds state"),
     "apply_gradients": (8, "(gradients of each update, training): schedule and optimizer alone, no clipping"),
-    "learning_rates": (8, "(training) -> the learning rate of every update"),
+    "learning_rates": (
+        8,
+        "(training) -> the learning rate of every update, by the schedule function; do not train",
+    ),
     "start_at": (8, "(update): the next run begins as if so many updates had been done, its moments still 0"),
     "token_counts": (8, "(windows, training) -> the number of input tokens that every update reports"),
     "gradient_norms": (8, "(windows, training) -> the global norm of every update, before clipping"),

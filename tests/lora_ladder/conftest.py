@@ -78,6 +78,8 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
     ladder = config.stash[LADDER]
+    if ladder.command == "lora-ladder":
+        return  # the command shows it, and writes its reports even if the search for a culprit is interrupted
     lines = list(summary_lines(ladder)) if ladder.outcomes else config.stash.get(FROM_WORKER, [])
     if lines:
         terminalreporter.section(f"ladder: {ladder.trainer}")

@@ -54,6 +54,8 @@ class Culprit:
     passes: list[str] = field(default_factory=list)
     named: list[Signature] = field(default_factory=list)  # those that explain all values
     tried: int = 0
+    agreed: list[str] = field(default_factory=list, compare=False)  # where nothing departs: what was observed
+    not_tried: list[str] = field(default_factory=list, compare=False)  # and what the trainer does not claim
 
 
 def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
@@ -61,16 +63,47 @@ def find(candidate: Any, rung: int = max(RUNGS)) -> Culprit:
 
     `rung` is the first that failed: families of higher rungs are left out.
     """
+    agreed: list[str] = []
+    not_tried: list[str] = []
     with quietly():
         for family in FAMILIES:
-            if family.first_rung <= rung:
-                answers = [(o, answer_of(candidate, o)) for o in family.observations()]
-                judged = [(o, ours) for o, ours in answers if ours is not None]
-                agree = [explains(sound, "", candidate, o, ours) for o, ours in judged]
-                if not all(agree):
-                    return named_in(family, judged, agree, candidate)
-        named = dropout(candidate) if rung in DROPOUT_RUNGS else []
-    return Culprit("dropout", ["the masks that are drawn"], [], named) if named else Culprit()
+            if family.first_rung > rung:
+                not_tried.append(family.what)
+                continue
+            answers = without_stand_ins([(o, answer_of(candidate, o)) for o in family.observations()])
+            judged = [(o, ours) for o, ours in answers if ours is not None]
+            agree = [explains(sound, "", candidate, o, ours) for o, ours in judged]
+            if not all(agree):
+                return named_in(family, judged, agree, candidate)
+            agreed += in_words(family, [o.name for o, _ in judged])
+            lacking = [o.name for o, ours in answers if ours is None]
+            not_tried += in_words(family, lacking) if judged else [family.what]
+        named = dropout(candidate) if rung in DROPOUT_RUNGS else None
+    if named:
+        return Culprit("dropout", ["the masks that are drawn"], [], named)
+    not_tried += ["dropout's own masks"] if named is None else []
+    return Culprit(agreed=agreed, not_tried=not_tried)
+
+
+def in_words(family: Family, names: list[str]) -> list[str]:
+    """ "updates (sgd, first update; sgd, clipping)"; the family alone where its cases are architectures."""
+    if not names:
+        return []
+    return [f"{family.what} ({'; '.join(names)})" if "updates" in family.what else family.what]
+
+
+def without_stand_ins(
+    answers: list[tuple[Observation, Arrays | None]],
+) -> list[tuple[Observation, Arrays | None]]:
+    """Without what is observed only for lack of another answer, where that one is there; and the reverse."""
+    there = {o.name for o, ours in answers if ours is not None}
+    stand_ins = {o.instead_of for o, ours in answers if o.instead_of and ours is not None}
+    return [
+        (o, ours)
+        for o, ours in answers
+        if not (o.instead_of and (o.instead_of in there or ours is None))
+        and not (o.name in stand_ins and ours is None)
+    ]
 
 
 @contextmanager
@@ -86,12 +119,14 @@ def quietly() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def dropout(candidate: Any) -> list[Signature]:
-    """What the law of a trainer's own dropout masks tells."""
-    try:
-        return signatures_dropout.named(candidate)
-    except (Exception, SystemExit):  # it has no dropout, say
-        return []
+def dropout(candidate: Any) -> list[Signature] | None:
+    """What the law of a trainer's own dropout masks tells; None where they cannot be seen."""
+    for named in (signatures_dropout.named, signatures_dropout.named_by_losses):
+        try:
+            return named(candidate)
+        except (Exception, SystemExit):  # it has no dropout, say, or no SGD
+            continue
+    return None
 
 
 def named_in(family: Family, judged: Pairs, agree: list[bool], candidate: Any) -> Culprit:
@@ -187,9 +222,11 @@ def distance(ours: np.ndarray, exact: np.ndarray) -> float:
 
 @lru_cache(maxsize=1)
 def culprit_of(ladder: Ladder) -> Culprit | None:
-    """None where nothing failed, or the failed rung is about something else, such as files."""
+    """None where nothing failed, after an error or an interruption, or where the rung is about files, say."""
     first = ladder.first_divergence
-    return find(ladder.candidate, first.rung) if first is not None and first.rung in RUNGS else None
+    if ladder.is_interrupted or first is None or first.is_error or first.rung not in RUNGS:
+        return None
+    return find(ladder.candidate, first.rung)
 
 
 def culprit_lines(ladder: Ladder) -> Iterator[str]:
@@ -207,7 +244,10 @@ def culprit_lines(ladder: Ladder) -> Iterator[str]:
 
 def sentences(culprit: Culprit) -> Iterator[str]:
     if not culprit.family:
-        yield "culprit: not known; logits, loss, gradients and updates on small cases agree"
+        agreed = "; ".join(culprit.agreed) or "nothing could be tried"
+        yield f"culprit: not known; on small cases these agree: {agreed}"
+        if culprit.not_tried:
+            yield f"  not tried: {'; '.join(culprit.not_tried)}"
         return
     yield f"fails ({culprit.family}): {'; '.join(culprit.fails)}"
     if culprit.passes:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import re
 from typing import Any
 
 import pytest
 
-from tests.lora_ladder.here import ALIASES
+from tests.lora_ladder.names import Unusable, did_you_mean, require_module_and_class
 from tests.lora_ladder.protocol import REQUIRED, Dialect
 
 
 def load_trainer(name: str, option: str = "--trainer") -> Any:
     """The class that `module:Class` names. Raises UsageError if it cannot be judged."""
     module_name, _, class_name = name.partition(":")
-    is_path = bool(re.search(r"[/\\]|\.py:", name))
-    if is_path or not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        hint = ", with a module as import has it, not a path" if is_path else ""
-        known = " or ".join(ALIASES)
-        raise pytest.UsageError(f"{option} must be module:Class{hint}, or {known}, got {name!r}")
     try:
-        trainer = getattr(importlib.import_module(module_name), class_name)
+        require_module_and_class(name, option)
+        module = importlib.import_module(module_name)
+    except Unusable as error:
+        raise pytest.UsageError(str(error)) from None
+    except (Exception, SystemExit) as error:
+        raise pytest.UsageError(f"{option} {name}: {sentence_of(error)}") from None
+    try:
+        trainer = getattr(module, class_name)
+    except AttributeError as error:
+        hint = did_you_mean(class_name, [n for n, one in vars(module).items() if isinstance(one, type)])
+        raise pytest.UsageError(f"{option} {name}: {sentence_of(error)}{hint}") from None
     except (Exception, SystemExit) as error:
         raise pytest.UsageError(f"{option} {name}: {sentence_of(error)}") from None
     wrong = what_is_wrong_with(trainer)

@@ -50,6 +50,7 @@ class Observation:
     act: Act
     num_updates: int = 1
     needs: str = ""  # a capability
+    instead_of: str = ""  # the observation that this one stands in for, where that is not claimed
 
     @property
     def longest_sum(self) -> int:
@@ -163,7 +164,18 @@ def one_layer(lora: LoRAConfig = LORA, **switches: Any) -> Case:
     return Case(f"one layer {lora} {switches}", spec, lora, weights, make_factors(spec, lora, weights))
 
 
-def trainings() -> dict[str, tuple[Case, list[list[Batch]], TrainConfig]]:
+TrainingRun = tuple[Case, list[list[Batch]], TrainConfig]
+ALSO_BY_ADAMW = (
+    "sgd, LoRA+",
+    "sgd, linear schedule",
+    "sgd, warmup and cosine",
+    "sgd, accumulation",
+    "sgd, accumulation and clipping",
+    "sgd, accumulation and schedule",
+)
+
+
+def trainings() -> dict[str, TrainingRun]:
     """From one update of SGD to AdamW with gradients near 0; the simplest ones first."""
     case, dora = one_layer(), one_layer(VARIANTS["dora"])
     tiny = {n: v * np.float32(TINY if n.endswith("lora_b") else 1) for n, v in case.factors.items()}
@@ -185,6 +197,7 @@ def trainings() -> dict[str, tuple[Case, list[list[Batch]], TrainConfig]]:
         "adamw, first update": (case, one, ADAMW),
         "adamw, three updates": (case, some, ADAMW),
         "adamw, weight decay": (case, some, replace(ADAMW, weight_decay=2.0)),
+        "adamw, clipping": (case, some, replace(ADAMW, max_grad_norm=2.0**-4)),
         "adamw, gradients near 0": (replace(case, factors=tiny), some, ADAMW),
     }
 
@@ -193,10 +206,27 @@ def of_updates(how: str = "train", names: Sequence[str] = ()) -> list[Observatio
     """Losses and factors after a run, by this way to train."""
     chosen = {name: run for name, run in trainings().items() if name in names or not names}
     needs = "" if how == "train" else how
+
+    def observed(name: str, run: TrainingRun, instead_of: str = "") -> Observation:
+        case, windows, training = run
+        return Observation(
+            name, case, trained(windows, training, how), len(windows), needs, instead_of=instead_of
+        )
+
     return [
-        Observation(name, case, trained(windows, training, how), len(windows), needs)
-        for name, (case, windows, training) in chosen.items()
+        *(observed(name, run) for name, run in chosen.items()),
+        *(
+            observed(name.replace("sgd", "adamw"), by_adamw(chosen[name]), name)
+            for name in ALSO_BY_ADAMW
+            if name in chosen
+        ),
     ]
+
+
+def by_adamw(run: TrainingRun) -> TrainingRun:
+    """For a trainer that has no SGD."""
+    case, windows, training = run
+    return case, windows, replace(training, optimizer="adamw", learning_rate=ADAMW.learning_rate)
 
 
 def of_given_masks() -> list[Observation]:

@@ -55,6 +55,7 @@ def page(record: Mapping[str, Any]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         headline(record, first),
+        interruption(record["interrupted"]),
         divergence(first) if first else "",
         "<h2>What was judged</h2>",
         judged(record),
@@ -77,9 +78,15 @@ def headline(record: Mapping[str, Any], first: Mapping[str, Any] | None) -> str:
     counts = ", ".join(f"{record['counts'][word]} {word}" for word in WORDS if record["counts"].get(word))
     if first is None:
         kind = "good" if record["verdict"] == "no divergence" else "bad"
-        return f"<p><strong class={kind}>{escape(record['verdict'])}</strong>: {escape(counts)}.</p>"
+        said = next((s for s in record["summary"] if s.startswith(record["verdict"])), record["verdict"])
+        return f"<p><strong class={kind}>{escape(said)}</strong>; {escape(counts or 'no claim')}.</p>"
     where = f"The first divergence is at rung {first['rung']}, {first['title']}"
     return f"<p><strong class=bad>{escape(where)}</strong>: {escape(counts)}.</p>"
+
+
+def interruption(claim: str | None) -> str:
+    where = f"The climb was interrupted ({claim}): what follows was not judged."
+    return f"<p><strong class=bad>{escape(where)}</strong></p>" if claim else ""
 
 
 def divergence(first: Mapping[str, Any]) -> str:
@@ -100,6 +107,8 @@ def judged(record: Mapping[str, Any]) -> str:
         "optimizer from": record["optimizer_from"],
         "schedule from": record["schedule_from"],
         "not claimed": ", ".join(record["not_claimed"]) or "nothing",
+        "offered, not judged": "; ".join(f"{n}: {why}" for n, why in record["offered_not_judged"].items())
+        or "nothing",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "time": f"{record['seconds']} s, draw {record['draw']}",
     }

@@ -6,7 +6,6 @@ reference's values at their rung's boundary.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -15,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.lora_ladder.here import DEFAULT_TRAINER, FOLDER
-from tests.lora_ladder.outcome import Claim, Failure, claim_of, place_of, reason_of
+from tests.lora_ladder.here import DEFAULT_TRAINER
+from tests.lora_ladder.here import rung_of as rung_of
+from tests.lora_ladder.outcome import Claim, Failure, claim_of, is_divergence, place_of, reason_of
 from tests.lora_ladder.protocol import OPTIONAL
 
 NOT_CLAIMED = "not claimed: "
+OF_DIALECT = "the dialect says "
 MARKERS = (
     "alone: judged even when a lower rung failed",
     "needs(*capabilities): not claimed if the trainer lacks one of them",
@@ -44,6 +45,8 @@ class Ladder:
     claims: list[Claim] = field(default_factory=list)
     exit_status: int = 0
     command: str = "pytest"  # or "lora-ladder", where it runs by itself
+    running: str = ""  # the claim that is judged now, or was when the climb was interrupted
+    is_interrupted: bool = False
 
     @property
     def not_claimed(self) -> list[str]:
@@ -88,6 +91,16 @@ class Ladder:
             assert first is not None
             pytest.skip(f"blocked by rung {first.rung}")
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running = nodeid
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.running = ""
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Ctrl-C or SIGTERM; not pytest's own end after a file that cannot be imported."""
+        self.is_interrupted = not isinstance(excinfo.value, pytest.Session.Interrupted)
+
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if self.nothing_was_judged and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -102,7 +115,7 @@ class Ladder:
             for name in marker.args:
                 dialect = self.candidate.dialect
                 if getattr(dialect, name) != getattr(type(dialect)(), name):
-                    pytest.skip(f"{NOT_CLAIMED}the dialect says {name} = {getattr(dialect, name)!r}")
+                    pytest.skip(f"{NOT_CLAIMED}{OF_DIALECT}{name} = {getattr(dialect, name)!r}")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -138,16 +151,10 @@ class Ladder:
         self.claims.append(claim_of(rung, item, kind, call, report))
         if kind == "failed" and call.excinfo is not None:
             # A strict xfail that passes has no exception, and blocks nothing.
-            place = place_of(call.excinfo, self.candidate)
-            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo), place))
+            place, is_error = place_of(call.excinfo, self.candidate), not is_divergence(call.excinfo)
+            self.failures.append(Failure(rung, item.nodeid, reason_of(call.excinfo), place, is_error))
 
 
 def is_claimed(candidate: Any, name: str) -> bool:
     """A subclass withdraws a capability by setting it to None."""
     return getattr(candidate, name, None) is not None
-
-
-def rung_of(path: Path) -> int | None:
-    """The number in the name of a test file in this folder; None for other files."""
-    match = re.fullmatch(r"test_(\d\d)_\w+\.py", path.name)
-    return int(match[1]) if match and path.parent.name == FOLDER.name else None

@@ -35,13 +35,12 @@ from mlx_impl.config import RopeScaling as RopeScaling
 from mlx_impl.config import TrainConfig as TrainConfig
 from mlx_impl.data import Batch as Batch
 from tests.lora_ladder.capabilities import OPTIONAL as OPTIONAL
+from tests.lora_ladder.capabilities import REQUIRED as REQUIRED
 
 Arrays = dict[str, np.ndarray]  # by canonical name
 Examples = Sequence[
     tuple[tuple[int, ...], tuple[bool, ...]]
 ]  # token ids, and for each whether it is a target
-
-REQUIRED = ("dialect", "logits", "loss", "gradients", "train", "factors", "base")
 
 # The values that each field of a dialect may have. An unknown one would silently switch claims off.
 WORDS: dict[str, tuple[object, ...]] = {

@@ -13,6 +13,7 @@ from typing import Any
 from tests.lora_ladder.outcome import Claim, Failure
 from tests.lora_ladder.plugin import Ladder
 from tests.lora_ladder.summary import HEADLINE, PACKAGES, closing_lines, version_of
+from tests.lora_ladder.tally import offered_but_not_judged
 
 SCHEMA = 1
 NOT_SAID = "not said"
@@ -36,6 +37,8 @@ def record_of(ladder: Ladder) -> dict[str, Any]:
         "rungs": [of_rung(ladder, rung) for rung in sorted(ladder.outcomes)],
         "first_divergence": of_failure(ladder, ladder.first_divergence, summary),
         "not_claimed": ladder.not_claimed,
+        "offered_not_judged": offered_but_not_judged(ladder),
+        "interrupted": interruption_of(ladder),
         "summary": summary,
         "claims": [of_claim(claim) for claim in ladder.claims],
     }
@@ -44,7 +47,16 @@ def record_of(ladder: Ladder) -> dict[str, Any]:
 def verdict_of(ladder: Ladder) -> str:
     if ladder.first_divergence:
         return "first divergence"
+    if ladder.is_interrupted:
+        return "interrupted"
     return "nothing was judged" if ladder.nothing_was_judged else "no divergence"
+
+
+def interruption_of(ladder: Ladder) -> str | None:
+    """The claim that was being judged, "between two claims", or None."""
+    if not ladder.is_interrupted:
+        return None
+    return name_of(ladder.running) if ladder.running else "between two claims"
 
 
 def of_rung(ladder: Ladder, rung: int) -> dict[str, Any]:

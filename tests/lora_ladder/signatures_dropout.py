@@ -25,6 +25,7 @@ P = 0.25
 TOLERANCE = 0.02  # of a share of more than 10,000 elements, and of a number that is read off gradients
 SLOPE = 0.02  # relative: a gradient of other masks is off by much more, rounding by much less
 STEP = 2.0**-7
+STILL = TrainConfig(iters=3, learning_rate=0.0)
 ONE_UPDATE = TrainConfig(iters=1, learning_rate=1.0, optimizer="sgd")
 
 REDRAWN = "redrawn masks"
@@ -145,6 +146,22 @@ def named(candidate: Any) -> list[Signature]:
     if law == Law("", ()):
         return [OF_LAWS[REDRAWN]] if redraws(candidate) else []
     return [OF_LAWS[law.name or law.axes[0]]]
+
+
+def named_by_losses(candidate: Any) -> list[Signature]:
+    """For a trainer without SGD: at rate 0 nothing but the masks tells the losses of its updates apart.
+
+    Raises whatever the trainer raises, as for dropout.
+    """
+
+    def losses(p: float) -> list[float]:
+        case = named_case("untied").with_dropout(p)
+        return [float(x) for x in case.build(candidate).train([[case.batch]] * 3, STILL)]
+
+    dropped, whole = losses(0.5), losses(0.0)
+    if len(set(dropped)) > 1:
+        return []
+    return [OF_LAWS["never" if dropped == whole else "update"]]
 
 
 def redraws(candidate: Any) -> bool:

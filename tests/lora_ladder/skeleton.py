@@ -41,6 +41,9 @@ class MyTrainer:
         qk_norm, rope_scaling, sliding_window. Raise NotImplementedError for a switch that you do not have.
         lora: rank, alpha, dropout, target_modules, num_layers, use_rslora, use_dora, rank_pattern,
         alpha_pattern; None, as factors then are, for the model without an adapter.
+        target_modules: names ("q_proj"), dotted suffixes of names ("mlp.down_proj"), one string that is an
+        expression for whole names, or "all-linear", matched as PEFT does. Raise NotImplementedError for a
+        kind that your trainer does not know; one that it overlooks is a divergence at rung 2.
         """
         raise NotImplementedError("MyTrainer is not written yet")
 
@@ -52,7 +55,9 @@ class MyTrainer:
         """(sum of the loss in nats over the targets, number of targets), without dropout.
 
         batch.inputs_BT: tokens; batch.targets_BT: the token after each; batch.mask_BT: whether that token is
-        a target. From a mean, multiply by the number of targets that the trainer counts.
+        a target; batch.num_tokens: of inputs, without padding; batch.numbers: of the examples;
+        batch.segment_BT: None but for packed rows. Raise NotImplementedError if it is not None and your
+        trainer packs no rows. From a mean, multiply by the number of targets that the trainer counts.
         """
         raise NotImplementedError("loss")
 
@@ -68,6 +73,13 @@ class MyTrainer:
         training: learning_rate, lr_schedule ("constant", "linear", "cosine"), warmup_steps, optimizer
         ("adamw", "sgd"), weight_decay, max_grad_norm (0: no clipping), loraplus_lr_ratio, grad_checkpoint,
         and seed, which must be that of dropout. Pass on all of them, or raise NotImplementedError.
+
+        A trainer that makes its own batches: replace its source of batches for this call, by one that gives
+        these windows, and put it back. The tokens of a batch are inputs_BT and the last column of
+        targets_BT; whether each is a target is mask_BT, shifted by one, because the first token is none:
+            tokens = np.concatenate([batch.inputs_BT, batch.targets_BT[:, -1:]], axis=1)
+            is_target = np.pad(batch.mask_BT, ((0, 0), (1, 0)))
+        Windows may hold different numbers of micro-batches: raise NotImplementedError if it cannot do that.
         """
         raise NotImplementedError("train")
 
@@ -79,7 +91,12 @@ class MyTrainer:
         """{{name: array}} of the frozen arrays, as they are now."""
         raise NotImplementedError("base")
 
-    # Optional members let the ladder judge more: `lora-ladder --help` lists them.
+    # Optional members let the ladder judge more: `lora-ladder --help` lists them. For example:
+    #
+    # def learning_rates(self, training):
+    #     """The learning rate of each of the training.iters updates."""
+    #     Compute it from the schedule, do not train: training.iters may be very large (10,000 and more).
+    #     Leave it out if your trainer has no schedule function.
 '''
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from tests.lora_ladder.culprit import culprit_lines
 from tests.lora_ladder.plugin import Ladder
+from tests.lora_ladder.tally import offered_lines, reason_lines, what_was_judged
 
 PACKAGES = ("mlx", "torch", "numpy")
 HEADLINE = "first divergence: "  # begins the report of a failure
-KINDS = ("passed", "failed", "known failures", "not claimed", "skipped")
+KINDS = ("passed", "failed", "error", "errors", "known failures", "not claimed", "skipped")
 
 
 def header_lines(ladder: Ladder) -> list[str]:
@@ -50,11 +51,19 @@ def closing_lines(ladder: Ladder) -> Iterator[str]:
         yield f"judged as declared: {departures(ladder)}"
     if ladder.not_claimed:
         yield f"not claimed: {', '.join(ladder.not_claimed)}"
+    yield from reason_lines(ladder)
+    yield from offered_lines(ladder)
+    if ladder.is_interrupted:
+        where = f"while {ladder.running} was judged" if ladder.running else "between two claims"
+        yield f"interrupted {where}; what follows was not judged"
     yield from divergence_lines(ladder)
 
 
 def rung_line(ladder: Ladder, rung: int) -> str:
-    counts = ladder.outcomes[rung]
+    counts = ladder.outcomes[rung].copy()
+    errors = sum(claim.outcome == "error" for claim in ladder.claims if claim.rung == rung)
+    counts["failed"] -= errors
+    counts["error" if errors == 1 else "errors"] = errors
     words = [f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]]
     if counts["blocked"]:
         assert ladder.first_divergence is not None
@@ -85,7 +94,9 @@ def made_by(ladder: Ladder) -> Iterator[str]:
 def divergence_lines(ladder: Ladder) -> Iterator[str]:
     first = ladder.first_divergence
     if first is None:
-        yield "nothing was judged" if ladder.nothing_was_judged else "no divergence"
+        is_empty = ladder.nothing_was_judged or not ladder.outcomes
+        judged = f"no divergence in what was judged: {what_was_judged(ladder)}"
+        yield "nothing was judged" if is_empty else judged
         return
     yield f"{HEADLINE}rung {first.rung}, {ladder.titles[first.rung]}: {first.test.partition('::')[2]}"
     yield from (f"  {line}" for line in first.report.splitlines())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.lora_ladder.capabilities import CAPABILITIES
 from tests.lora_ladder.command import main
@@ -74,6 +75,20 @@ class ForgetsAName(Small):
         return self.weights["lm_head.weight"]  # type: ignore[attr-defined]
 
 
+class Asserts(Small):
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        assert len(batch.mask_BT) == 0, "the trainer asserts"
+        return super().loss(batch)
+
+
+class AssertsBelow(Small):
+    """In a module of the trainer, here PyTorch."""
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        torch.testing.assert_close(torch.zeros(1), torch.ones(1))
+        return super().loss(batch)
+
+
 def climbed(trainer: type, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     file = folder / "climb.json"
     status = main([f"{HERE}:{trainer.__name__}", *CLAIMS, "--json", str(file), *options])
@@ -125,6 +140,59 @@ def test_a_claim_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]
     assert "there is no claim test_no_such" in no_such
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["referense"], "got 'referense'; did you mean reference?"),
+        (["run", "--help"], "the trainer must be module:Class"),
+        ([f"{HERE}:Sonud", CLAIMS[0]], "did you mean Sound?"),
+        (
+            [f"{HERE}:Sound", CLAIMS[4].replace("worked", "wroked")],
+            "did you mean test_a_hand_worked_example?",
+        ),
+        ([f"{HERE}:Sound", "test_a_hand_wroked_example"], f"did you mean {CLAIMS[4]}?"),
+        ([f"{HERE}:Sound", "test_05_lass.py::test_a"], "did you mean test_05_loss.py?"),
+        ([f"{HERE}:Sound", CLAIMS[1].replace("untied", "untide")], "did you mean untied?"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_nearest(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no command but `init`; a bare word is none, whatever follows it."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert sentence in err and len(err.splitlines()) == 1 and not out
+
+
+def test_a_mistyped_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([f"{HERE}:Sound", "--qiuck"])
+    assert "unrecognized arguments: --qiuck; did you mean --quick?" in capsys.readouterr().err
+
+
+MISTAKES = (
+    ["run"],
+    ["no_such:T"],
+    ["reference", "--rungs", "20"],
+    ["reference", "test_a"],
+    ["slow_adapter:MyTrianer"],
+)
+
+
+def test_a_mistake_is_refused_before_pytorch_pytest_and_numpy_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "slow_adapter.py").write_text("import torch\nclass MyTrainer: ...\n")
+    program = (
+        "import sys; from tests.lora_ladder.command import main\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"for arguments in {MISTAKES}: assert main(arguments) == 2\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert {'torch', 'pytest', 'numpy', 'mlx'}.isdisjoint(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "there is no class MyTrianer in" in done.stderr and "; did you mean MyTrainer?" in done.stderr
+
+
 def test_a_sound_trainer_ends_with_0_and_the_screen_shows_the_rung_and_who_made_the_optimizer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +204,10 @@ def test_a_sound_trainer_ends_with_0_and_the_screen_shows_the_rung_and_who_made_
         and record["verdict"] == "no divergence"
         and record["first_divergence"] is None
     )
-    assert re.search(r"^   5 loss +3 passed, 1 not claimed", out, re.MULTILINE) and "\nno divergence\n" in out
+    assert (
+        re.search(r"^   5 loss +3 passed, 1 not claimed", out, re.MULTILINE)
+        and "\nno divergence in what was judged: 4 claims of rungs 2, 5\n" in out
+    )
     assert "optimizer from: torch.optim, made by the adapter" in out
     assert record["schedule_from"] == "not said"
 
@@ -287,9 +358,12 @@ def test_help_says_what_can_climb_and_what_each_option_asks(capsys: pytest.Captu
 
 
 def test_the_screen_tells_errors_from_wrong_results(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both are failed claims in the lines of the rungs."""
+    """Each has its number in the line of the rung; an error has no culprit."""
     assert main([f"{HERE}:CountsPadding", *CLAIMS]) == 1
-    assert "of the failed claims, errors: 1\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"^   5 loss +2 failed, 1 error, 1 not claimed", out, re.MULTILINE), out
+    assert main([f"{HERE}:ForgetsAName", CLAIMS[1]]) == 1
+    assert "culprit" not in capsys.readouterr().out
 
 
 def test_an_error_is_reported_with_its_place_in_the_adapter(tmp_path: Path) -> None:
@@ -298,6 +372,16 @@ def test_an_error_is_reported_with_its_place_in_the_adapter(tmp_path: Path) -> N
     assert first["outcome"] == "error"
     assert re.fullmatch(r"tests/units/test_lora_ladder_command.py:\d+, in loss", first["raised_at"])
     assert f"  raised at {first['raised_at']}" in first["report"]
+
+
+@pytest.mark.parametrize("trainer", [Asserts, AssertsBelow])
+def test_an_assertion_of_the_trainer_is_an_error_with_its_place(trainer: type, tmp_path: Path) -> None:
+    """As any other exception is: the ladder's own assertions alone are about results."""
+    _, record = climbed(trainer, tmp_path)
+    first = record["first_divergence"]
+    assert record["counts"]["error"] == 3 and "failed" not in record["counts"]
+    assert re.fullmatch(r"tests/units/test_lora_ladder_command.py:\d+, in loss", first["raised_at"])
+    assert first["report"][1].startswith("  AssertionError: ")
 
 
 def test_the_reference_climbs_by_its_short_name() -> None:
