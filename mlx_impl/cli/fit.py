@@ -1,4 +1,4 @@
-"""`inspect --fit`: the longest row and the largest batch that fit into memory, from `config.json` alone."""
+"""`inspect --fit`: the longest row and the largest batch that fit into memory, without reading a weight."""
 
 from __future__ import annotations
 

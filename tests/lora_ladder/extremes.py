@@ -84,6 +84,12 @@ def shorter_rows() -> CaseOfRows:
 
 
 @cached_for_each_draw
+def windowed_rows() -> CaseOfRows:
+    """Rows that are long enough for attention in blocks of a window."""
+    return case_of(replace(SMALL, sliding_window=150), "rows of 600, window", SHORTER_COUNTS, LONG_PROMPTS)
+
+
+@cached_for_each_draw
 def many_rows() -> CaseOfRows:
     """300 rows of four tokens: a row's number does not fit in a byte."""
     return case_of(WIDE_HEADS, "many rows", (4,) * 300, (2,) * 300)

@@ -25,6 +25,7 @@ from tests.lora_ladder.extremes import (
     require_none_finite,
     sharp,
     unless_refused,
+    windowed_rows,
     with_number,
     with_ruined_token,
     without_targets,
@@ -35,7 +36,10 @@ from tests.lora_ladder.test_05_loss import sum_and_count
 DOWN_B = "model.layers.0.mlp.down_proj.lora_b"
 
 
-@pytest.mark.parametrize("make", [long_rows, sharp], ids=["long rows", "large scores and logits"])
+SIZES = {"long rows": long_rows, "in a window": windowed_rows, "large scores and logits": sharp}
+
+
+@pytest.mark.parametrize("make", SIZES.values(), ids=SIZES)
 def test_the_loss_at_extremes_equals_the_reference(make: Any, judge: Judge) -> None:
     """Over a thousand targets in a row; and a loss of thousands of nats a target."""
     case = make()

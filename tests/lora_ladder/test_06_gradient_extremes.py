@@ -19,6 +19,7 @@ from tests.lora_ladder.extremes import (
     repeated,
     require_lost,
     shorter_rows,
+    windowed_rows,
     with_number,
     with_ruined_token,
 )
@@ -27,9 +28,10 @@ from tests.lora_ladder.protocol import Arrays
 from tests.lora_ladder.test_06_gradient import cotangent
 
 
-def test_every_gradient_of_long_rows_equals_the_reference(judge: Judge) -> None:
+@pytest.mark.parametrize("make", [shorter_rows, windowed_rows], ids=["long rows", "in a window"])
+def test_every_gradient_of_long_rows_equals_the_reference(make: Any, judge: Judge) -> None:
     """A gradient that sums over hundreds of positions."""
-    case = shorter_rows()
+    case = make()
     judge(case, lambda trainer: trainer.gradients(case.batch))
 
 

@@ -1,7 +1,7 @@
 """Every peer climbs the ladder, and what fails is compared with the table of what is known.
 
     python -m tests.peers.departures                  # all of the ladder, minutes a peer
-    python -m tests.peers.departures mlx-lm --quick   # what is known to fail, and one claim or two a rung
+    python -m tests.peers.departures mlx-lm --quick   # what is known to fail, and six claims that all pass
     python -m tests.peers.departures --markdown       # the table, as it stands in tests/peers/README.md
 
 Each climb is a process of its own, as `lora-ladder` runs it. The exit status is 0 if every peer is as known.
@@ -24,7 +24,7 @@ from tests.peers.departure import Departure, Peer
 from tests.peers.expected import PEERS
 
 ROOT = Path(__file__).resolve().parents[2]
-# A claim or two of each rung, which every peer here passes.
+# Claims that every peer here passes.
 TELLTALE = (
     "test_02_layer.py::test_base_plus_adapter_equals_the_merged_weights[untied]",
     "test_04_forward.py::test_logits_equal_the_reference[untied]",
@@ -121,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.peers.departures", description=__doc__.split("\n")[0]
     )
     parser.add_argument("packages", nargs="*", metavar="PEER", help="only these, as pip names them")
-    parser.add_argument("--quick", action="store_true", help="only what is known to fail, and a claim a rung")
+    parser.add_argument(
+        "--quick", action="store_true", help="only what is known to fail, and six claims more"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table")
     options = parser.parse_args(arguments)
     known = [peer.package for peer in PEERS]

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from mlx_impl.config import LoRAConfig
-from mlx_impl.data import Example, make_batch
+from mlx_impl.data import Example, make_batch, make_packed_batch
 from mlx_impl.fast import band
 from mlx_impl.fast.band import Band, band_of, pays
 from mlx_impl.fast.forward import FAST
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM, attention_mask
-from tests.derived import compare
+from mlx_impl.train import PLAIN
+from tests.derived import compare, require
 from tests.lora_ladder.cases import SPEC, named_case
 from tests.units.test_fast_equals_plain import one_step, require_exact
 
@@ -56,7 +57,7 @@ def test_it_equals_attention_with_the_mask(segments: str, window: int) -> None:
     mask = np.array(mx.broadcast_to(full_mask(33, window, segment_BT), (3, 1, 33, 33)))
     found = band_of(33, window, segment_BT).attend(*(mx.array(x, mx.float32) for x in (q, k, v)))
     single = exact_attention(q.astype(np.float32), k.astype(np.float32), v.astype(np.float32), mask)
-    compare("mix", np.array(found), single, exact_attention(q, k, v, mask), 33)
+    require("mix", [compare("mix", np.array(found), single, exact_attention(q, k, v, mask), 33)])
 
 
 def full_mask(T: int, window: int | None, segment_BT: mx.array | None) -> mx.array:
@@ -83,6 +84,26 @@ def test_loss_and_gradients_equal_the_patterns(
     case = named_case("sliding window")
     require_exact(case, partial(one_step, batch_name=batch_name, checkpointed=checkpointed))
     assert set(used) == {4}
+
+
+def loss_of(net: CausalLM, seed: int, lengths: tuple[int, ...]) -> tuple[float, float]:
+    """Of a batch of packed rows: by the fast path, and by the pattern."""
+    random = np.random.default_rng(seed)
+    packed = [
+        Example(tuple(random.integers(1, SPEC.vocab_size, n).tolist()), (False,) + (True,) * (n - 1))
+        for n in lengths
+    ]
+    batch = make_packed_batch(packed, [tuple(range(len(packed))), (0,)])
+    of_fast, of_pattern = (one.batch_loss(net, one.to_arrays(batch))[0].item() for one in (FAST, PLAIN))
+    return of_fast, of_pattern
+
+
+def test_rows_that_are_long_enough_for_it_have_the_patterns_loss() -> None:
+    """At the sizes that ship; batches of one shape and other segments, one after the other."""
+    net = CausalLM(replace(SPEC, sliding_window=150))
+    for seed, lengths in enumerate([(301, 301), (101, 501), (601, 1 + 1)]):
+        ours, pattern = loss_of(net, seed, lengths)
+        assert abs(ours - pattern) < 1e-4 * pattern
 
 
 def test_it_pays_for_long_rows_of_many_windows() -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_impl import model, ops
-from mlx_impl.fast import head
+from mlx_impl.fast import band, head
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.kept_positions import target_positions
@@ -25,7 +25,13 @@ from tests.trainers.mutants.step import adamw, scheduled
 
 rope, attention, extend, call = ops.rope, ops.attention, KeyValueCache.extend, CausalLM.__call__
 attention_mask, state_arrays = model.attention_mask, state.state_arrays
+with_block_before = band.with_block_before
 TABLE = 1024
+
+
+def without_block_before(x_BNGWK: mx.array) -> mx.array:
+    keys = with_block_before(x_BNGWK)
+    return mx.where(mx.arange(keys.shape[2])[:, None] < keys.shape[2] // 2, 0, keys)
 
 
 def of_the_last_512(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
@@ -237,6 +243,12 @@ MUTANTS = [
         19,
         "Prompts are sorted by length for batching, and only the first batch is put back in order.",
         answered(later_ones_by_length),
+    ),
+    Mutant(
+        "blocks-of-a-window-forget-the-one-before",
+        5,
+        "Long rows attend in blocks of a window, and a block does not see the one before it.",
+        {"mlx_impl.fast.band.with_block_before": without_block_before},
     ),
     Mutant(
         "padding-of-short-prompts-attended",
