@@ -26,7 +26,7 @@ def print_summary(prepared: PreparedJob, console: Console) -> None:
     console.print(f"data:      {printable(str(data))}: {sizes}")
     for remark in prepared.remarks:
         console.print(f"           {remark}")
-    console.print(f"device:    {device_name()}; computes in {prepared.job.dtype}")
+    console.print(f"device:    {device_name()}, computing in {prepared.job.dtype}")
     if ranks := prepared.job.ranks:
         order = "" if ranks.in_order else ", sums in any order"
         console.print(f"ranks:     {ranks.size}, which share out the micro-batches of each step{order}")
