@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..model import CausalLM
 from . import ops
-from .packed import packed_of
+from .packed import is_unpacked_for, packed_of
 
 CHUNK_LOGITS = 2**25  # logits in memory at once: 128 MiB in float32
 
@@ -28,7 +28,7 @@ def head_module(model: CausalLM) -> nn.Module:
 def head_of(model: CausalLM, after: mx.array) -> Head:
     """`model.head`; a packed weight is unpacked for it once `after` has been computed, for all its calls."""
     packed = packed_of(head_module(model))
-    if packed is None:
+    if packed is None or not is_unpacked_for(len(after)):
         return model.head
     weight_VD = packed.unpacked_OI(mx.stop_gradient(after))
     return lambda x_ND: x_ND @ weight_VD.T

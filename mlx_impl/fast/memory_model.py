@@ -20,7 +20,7 @@ update before, which `guard.py` keeps: 5 numbers beside each factor. An update m
 
 `in full` are arrays as large as a weight. MLX's CPU backend allocates about ten operations ahead of what it
 computes, so that a product holds its own unpacked weight and those of the next two. DoRA also holds its
-update, the stretched weight and their squares. On the plain path and on a GPU a step keeps every unpacked
+update, the stretched weight and their squares. On the plain path a step keeps every unpacked
 weight of DoRA. How many there are at once is measured (IN_FULL, PLAIN_IN_FULL).
 tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
 MLX queues ahead.
@@ -43,7 +43,7 @@ from . import ops
 from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
 from .kept_positions import kept_positions
-from .packed import packed_of, unpacks_first
+from .packed import packed_of
 from .projection import low_rank_of
 
 STATE = 5  # numbers beside each factor: two moments, and the factor and its moments of the update before
@@ -139,7 +139,7 @@ def numbers_in_full(model: CausalLM, plain: bool) -> tuple[int, int, int, int]:
     largest = max((prod(shape_OI(layer.linear)) for layer in layers), default=0)
     quantized = [layer for layer in layers if "scales" in layer.linear]
     kind = bool(quantized), any(isinstance(layer, DoRALinear) for layer in layers)
-    counts = PLAIN_IN_FULL if plain or not unpacks_first() else IN_FULL
+    counts = PLAIN_IN_FULL if plain else IN_FULL
     first, later, trained = (largest * count for count in counts.get(kind, (0, 0, 0)))
     if counts is IN_FULL:
         is_packed = packed_of(head_module(model)) is not None

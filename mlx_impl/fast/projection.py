@@ -23,13 +23,13 @@ import mlx.nn as nn
 
 from ..lora import LoRALinear
 from . import cpu_ops, ops, packed
-from .packed import Packed, full_OI, packed_of
+from .packed import Weight, add_gradient, add_product, packed_of
 
 
 class LowRank(NamedTuple):
     """y = x W^T + bias + scale * (x A) B."""
 
-    weight_OI: mx.array | Packed
+    weight_OI: Weight
     bias_O: mx.array | None
     a_IR: mx.array
     b_RO: mx.array
@@ -62,7 +62,7 @@ def plain_call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
-    """Its parts, if it is plain LoRA; None for DoRA, active dropout, no adapter, a GPU's quantized base."""
+    """Its parts, if it is plain LoRA; None for DoRA, active dropout, no adapter."""
     if type(linear) is not LoRALinear or (linear.training and linear.dropout.p > 0):
         return None
     base = linear.linear
@@ -126,8 +126,9 @@ class Group:
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO: list[mx.array] = []
         for low_NO, part in zip(lows_NO, self.parts, strict=True):
-            weight_OI = full_OI(part.weight_OI, after=ys_NO[-1] if ys_NO else x_NI)  # one at a time
-            ys_NO.append(with_base(low_NO, x_NI, weight_OI, part.bias_O))
+            before = ys_NO[-1] if ys_NO else x_NI  # one weight in full at a time
+            y_NO = add_product(low_NO, x_NI, part.weight_OI, after=before)
+            ys_NO.append(y_NO if part.bias_O is None else y_NO + part.bias_O)
         return [*ys_NO, h_RN, a_RI, *bs_RO]
 
     def backward(
@@ -144,7 +145,7 @@ class Group:
         (dh_RN,) = mx.depends([dh_RN], gradients)
         dx_NI = dh_RN.T @ a_RI
         for dy_NO, part in zip(dys_NO, self.parts, strict=True):
-            dx_NI = mx.addmm(dx_NI, dy_NO, full_OI(part.weight_OI, after=dx_NI))
+            dx_NI = add_gradient(dx_NI, dy_NO, part.weight_OI)
         return [dx_NI, *gradients]
 
 
@@ -165,9 +166,3 @@ def times_scale(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
         return parts[0].scale * h_RN
     scale_R1 = [[part.scale] for part in parts for _ in range(part.a_IR.shape[1])]
     return mx.array(scale_R1, h_RN.dtype) * h_RN
-
-
-def with_base(low_NO: mx.array, x_NI: mx.array, weight_OI: mx.array, bias_O: mx.array | None) -> mx.array:
-    """x W^T + bias + the low-rank update."""
-    y_NO = mx.addmm(low_NO, x_NI, weight_OI.T)
-    return y_NO if bias_O is None else y_NO + bias_O

@@ -17,12 +17,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig
-from mlx_impl.fast import ops, packed, packed_modules
+from mlx_impl.fast import head, ops, packed, packed_modules
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats, head_of
 from mlx_impl.fast.packed import Packed, packed_of
 from mlx_impl.fast.packed_modules import unpacking_first
-from mlx_impl.fast.projection import low_rank_of, project, project_gated
+from mlx_impl.fast.projection import project, project_gated
 from mlx_impl.fast.unpacking import unpack
 from mlx_impl.files.quantized import Quantization, dequantize, quantize_modules
 from mlx_impl.generate import generate
@@ -177,20 +177,48 @@ def test_a_gated_packed_linear_equals_a_linear_of_the_product(kind: str) -> None
     hold(kind, ours, apart, lambda n: compare(n, ours[n], apart[n], apart[n].astype(np.float64), LONGEST_SUM))
 
 
-def test_a_gpu_multiplies_quantized_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "unpacks_first", lambda: False)
-    layer: Any = group_of("LoRA", 4, 32).linears[1]
-    assert packed_of(layer.linear) is None and low_rank_of(layer) is None
-    ours, plain = project(x := given("x", (2, I), mx.float32), layer)[0], layer(x)
-    assert mx.array_equal(ours, plain)
+@pytest.fixture
+def as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does with few rows."""
+    for module in (packed, head):
+        monkeypatch.setattr(module, "is_unpacked_for", lambda num_rows: False)
+
+
+@each_kind
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.usefixtures("as_stored")
+def test_linears_packed_as_they_are_equal_plain_ones_within_rounding(kind: str, bits: int) -> None:
+    ours = of(kind, bits, 32, mx.float32, project)
+    ref32, ref64 = (expected(kind, bits, 32, dtype, mx.float32) for dtype in (mx.float32, mx.float64))
+    hold(kind, ours, ref64, lambda n: compare(n, ours[n], ref32[n], ref64[n], LONGEST_SUM))
+
+
+@pytest.mark.usefixtures("as_stored")
+def test_few_rows_on_a_gpu_unpack_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Packed, "unpacked_OI", None)  # a call would raise
+    of("LoRA", 4, 32, mx.float32, project)
+    of("no adapter", 4, 32, mx.float32, project)
     model = model_of("tied, quantized")
-    assert head_of(model, x) == model.head
+    assert head_of(model, given("x", (2, I), mx.float32)) == model.head
 
 
-def test_a_device_decides_whether_weights_are_unpacked_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert packed.unpacks_first()
+def test_a_device_and_the_number_of_rows_decide_whether_weights_are_unpacked_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert packed.is_unpacked_for(1)
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    assert not packed.unpacks_first()
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    fewest = packed.CUDA_MIN_ROWS
+    assert [packed.is_unpacked_for(rows) for rows in (1, fewest - 1, fewest)] == [False, False, True]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert not packed.is_unpacked_for(10**6)
+
+
+def test_a_gpu_unpacks_with_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "unpack", None)  # a call would raise
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    weight = packed_of(quantized_linear(9, 4, 32))
+    assert weight is not None and weight.unpacked_OI(after=mx.array(0)).shape == (9, I)
 
 
 # What is in memory at once. A weight takes WEIGHT bytes in full, and a hidden state a 64th of that.
@@ -327,11 +355,3 @@ def test_a_dora_linear_that_is_not_quantized_generates_as_it_is() -> None:
     layer: Any = adapted(nn.Linear(I, 9), DoRALinear, 0.0, 0)
     with unpacking_first(layer):
         assert type(layer) is DoRALinear
-
-
-def test_on_a_gpu_generation_changes_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "unpacks_first", lambda: False)
-    model = quantized_model(False)
-    kinds = [type(module) for module in model.modules()]
-    with unpacking_first(model):
-        assert [type(module) for module in model.modules()] == kinds
