@@ -65,6 +65,6 @@ def chunk_nats(
     head: Head, x_CD: mx.array, targets_C: mx.array, mask_C: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The sum of nats, and its gradient by x_CD."""
-    nats_C, d_logits_CV = ops.cross_entropy(ops.widened(head(x_CD)), targets_C, mask_C)
+    nats_C, d_logits_CV = ops.cross_entropy(head(x_CD), targets_C, mask_C)
     _, (gradient_CD,) = mx.vjp(head, [x_CD], [d_logits_CV.astype(x_CD.dtype)])
     return nats_C.sum(), gradient_CD

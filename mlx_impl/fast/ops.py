@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from .. import ops
 from ..ops import widened
@@ -65,16 +66,26 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
-    """-log softmax(logits)[target] where the mask is true, else 0; and the gradient of their sum."""
+    """-log softmax(logits)[target] where the mask is true, else 0; and the gradient of their sum.
+
+    Both in float32 or better.
+    """
     if not on_gpu():
-        return cpu_ops.cross_entropy(logits_NV, targets_N, mask_N)
+        return cpu_ops.cross_entropy(widened(logits_NV), targets_N, mask_N)
     N, V = logits_NV.shape
+    target_logits_N = widened(logits_NV.flatten()[mx.arange(0, N * V, V) + targets_N])
+    logits_NV = widened(logits_NV)
     total_N = mx.logsumexp(logits_NV, axis=-1)
-    target_logits_N = logits_NV.flatten()[mx.arange(N) * V + targets_N]
     is_target_NV = mx.arange(V) == targets_N[:, None]
     # Not exp(logits - total): float32 rounds the total of huge logits, and exp would turn that into a factor.
     gradient_NV = mx.where(mask_N[:, None], mx.softmax(logits_NV, axis=-1) - is_target_NV, 0)
-    return mx.where(mask_N, total_N - target_logits_N, 0), gradient_NV
+    zeros_N = mx.array(np.zeros(N), total_N.dtype)
+    return mx.where(mask_N, unfused(total_N - target_logits_N), zeros_N), gradient_NV
+
+
+def unfused(x: mx.array) -> mx.array:
+    """x by a kernel of its own, which MLX has ready; a fused one it would compile for seconds on a GPU."""
+    return mx.depends([x], [])[0]
 
 
 __all__ = ["attention", "cross_entropy", "gated", "on_gpu", "rms_norm", "rope", "sigmoid", "widened"]

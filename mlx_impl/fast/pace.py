@@ -1,8 +1,9 @@
 """Limits how far MLX queues work ahead of the GPU, because queued work holds memory.
 
 MLX queues up to ten graphs of kernels, and what a kernel used is free only when its graph is done: a step
-that needs 8 GiB can hold 13. At MLX's memory limit it waits for the GPU instead. Here the limit is what the
-step itself needs, so the GPU does not run dry either. Source: `eval_impl` in MLX's transforms.cpp (0.32.4).
+that needs 8 GiB can hold 15. At MLX's memory limit it waits for the GPU instead. Here the limit is what the
+step itself needs and SLACK more: with less the host stops too often, and the GPU runs dry.
+Source: `eval_impl` in MLX's transforms.cpp (0.32.4).
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from ..data import Batch, Window
 from ..model import CausalLM
 from .memory_model import Shape, sizes_of, training_bytes
 
+SLACK = (
+    1.3  # measured on an H200: a step takes a tenth to a fifth less than with 1.0, and as long as with 2.0
+)
+
 
 def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Iterator[Window]:
     """The same windows, the memory limit set for each; a CPU does not run ahead and needs none."""
@@ -25,7 +30,7 @@ def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Ite
     try:
         for window in windows:
             needed = max(step_bytes(model, batch, checkpointed) for batch in window)
-            mx.set_memory_limit(min(before, needed))
+            mx.set_memory_limit(min(before, int(SLACK * needed)))
             yield window
     finally:
         mx.set_memory_limit(before)

@@ -67,6 +67,7 @@ ELSEWHERE = {
     "fast.band.MIN_TOKENS": "test_band.py",
     "fast.band.MIN_WINDOWS": "test_band.py",
     "fast.memory_model.UPDATE": "test_memory_model.py",
+    "fast.pace.SLACK": "test_pace.py",
     "fast.packed.CUDA_MIN_ROWS": "test_packed.py",
     "fast.packed_modules.MIN_ROWS": "test_packed.py",
     "files.formats.hf_folder.MAX_SHARD_BYTES": "test_fusing.py",
