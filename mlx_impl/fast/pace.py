@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..data import Batch, Window
 from ..model import CausalLM
-from .memory_model import Shape, sizes_of, training_bytes
+from .memory_model import Shape, Sizes, sizes_of, state_bytes, training_bytes
 
 SLACK = (
     1.3  # measured on an H200: a step takes a tenth to a fifth less than with 1.0, and as long as with 2.0
@@ -26,18 +26,24 @@ def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Ite
     if mx.default_device() != mx.gpu:
         yield from windows
         return
+    sizes = sizes_of(model)  # once: it takes longer than a GPU may wait in each step
     before = mx.set_memory_limit(0)
     try:
         for window in windows:
-            needed = max(step_bytes(model, batch, checkpointed) for batch in window)
-            mx.set_memory_limit(min(before, int(SLACK * needed)))
+            needed = max(step_bytes(sizes, batch, checkpointed) for batch in window)
+            mx.set_memory_limit(min(before, other_bytes(sizes) + int(SLACK * needed)))
             yield window
     finally:
         mx.set_memory_limit(before)
 
 
-def step_bytes(model: CausalLM, batch: Batch, checkpointed: bool) -> int:
+def other_bytes(sizes: Sizes) -> int:
+    """What is in memory beside the model and its training state: the limit counts it too."""
+    return max(0, mx.get_active_memory() - sizes.weights - state_bytes(sizes))
+
+
+def step_bytes(sizes: Sizes, batch: Batch, checkpointed: bool) -> int:
     """As of a batch whose padding is computed too: enough for one whose padding is not."""
     rows, width = batch.inputs_BT.shape
     shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()))
-    return training_bytes(sizes_of(model), shape, checkpointed)
+    return training_bytes(sizes, shape, checkpointed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Example, make_batch
 from mlx_impl.fast import ops, pace
+from mlx_impl.fast.memory_model import sizes_of, state_bytes
 from mlx_impl.fast.pace import paced, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
@@ -36,7 +38,11 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(limit)
         return found[-2]
 
-    on_a_gpu: dict[str, Any] = {"default_device": lambda: mx.gpu, "set_memory_limit": set_memory_limit}
+    on_a_gpu: dict[str, Any] = {
+        "default_device": lambda: mx.gpu,
+        "set_memory_limit": set_memory_limit,
+        "get_active_memory": lambda: 0,
+    }
     monkeypatch.setattr(pace, "mx", SimpleNamespace(**{**vars(mx), **on_a_gpu}))
     return found
 
@@ -44,8 +50,30 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_each_window_has_the_limit_of_its_own_largest_batch(limits: list[int]) -> None:
     model = adapted()
     for window in paced([SHORT, SHORT + LONG], model, checkpointed=False):
-        assert limits[-1] == int(pace.SLACK * max(step_bytes(model, batch, False) for batch in window))
+        needed = max(step_bytes(sizes_of(model), batch, False) for batch in window)
+        assert limits[-1] == int(pace.SLACK * needed)
     assert limits[-3] < limits[-2]
+
+
+@pytest.mark.parametrize("others", [0, 10**6])
+def test_what_others_hold_is_added_to_the_limit(
+    others: int, limits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX counts it too: without it a step beside another model would wait for each of its kernels."""
+    model = adapted()
+    sizes = sizes_of(model)
+    active = sizes.weights + state_bytes(sizes) + others
+    monkeypatch.setattr(pace.mx, "get_active_memory", lambda: active)
+    for _ in paced([LONG], model, checkpointed=False):
+        assert limits[-1] == others + int(pace.SLACK * step_bytes(sizes, LONG[0], False))
+
+
+def test_a_model_is_measured_once(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as a tenth of a GPU's step."""
+    measure = Mock(wraps=sizes_of)
+    monkeypatch.setattr(pace, "sizes_of", measure)
+    assert len(list(paced([SHORT, LONG, SHORT], adapted(), checkpointed=False))) == 3
+    assert measure.call_count == 1
 
 
 def test_a_limit_that_was_lower_stays(limits: list[int]) -> None:
@@ -74,7 +102,7 @@ def test_a_checkpointed_layer_needs_one_hidden_state() -> None:
     few, many = adapted(2), adapted(3)
     (batch,) = LONG
     kept, recomputed = (
-        step_bytes(many, batch, is_checkpointed) - step_bytes(few, batch, is_checkpointed)
+        step_bytes(sizes_of(many), batch, is_checkpointed) - step_bytes(sizes_of(few), batch, is_checkpointed)
         for is_checkpointed in (False, True)
     )
     per_token = 3 * SPEC.hidden_size + 3 * SPEC.num_attention_heads * SPEC.head_dim
