@@ -63,7 +63,7 @@ def test_what_others_hold_is_added_to_the_limit(
     model = adapted()
     sizes = sizes_of(model)
     active = sizes.weights + state_bytes(sizes) + others
-    monkeypatch.setattr(pace.mx, "get_active_memory", lambda: active)
+    monkeypatch.setattr("mlx_impl.fast.pace.mx.get_active_memory", lambda: active)
     for _ in paced([LONG], model, checkpointed=False):
         assert limits[-1] == others + int(pace.SLACK * step_bytes(sizes, LONG[0], False))
 
