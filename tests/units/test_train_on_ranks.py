@@ -88,7 +88,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
     assert code == 143, error
     assert other == (143, "", "rank 1: stopped by SIGTERM\n")
     assert error.splitlines()[0] == "rank 0: stopped by SIGTERM"
-    assert error.splitlines()[-1].endswith(f"train --resume {run} --blas off --distributed")
+    resume = error.splitlines()[-1].removeprefix("resume with: ")
+    assert "mlx.launch -n 2 --backend ring -- " in resume
+    assert resume.endswith(f"train --resume {run} --blas off --distributed")
     step = int(output.splitlines()[-1].split(":")[0].removeprefix("step "))
     assert (run / "metrics.jsonl").read_text().count("\n") == step
     command = [sys.executable, "-m", *train("--resume", str(run), "--blas", "off")]
