@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,12 @@ FLAGS = ["--rank", "2", "--iters", "40", "--batch-size", "1", "--grad-accumulati
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("inputs")
     return ["--model", str(write_folder(root / "model")), "--data", str(write_data(root / "data"))]
+
+
+OTHERS: dict[str, Callable[[Path], Path]] = {
+    "--data": lambda path: write_data(path, 7),
+    "--model": lambda path: write_folder(path, rope_theta=5000.0),
+}
 
 
 def train(*words: str) -> list[str]:
@@ -106,7 +113,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
     mostly_at_night(
-        [("--data", "", "the training data"), ("--save-every", "7", "--save-every"), ("--seed", "9", "seed")],
+        [
+            ("--data", "", "the training data"),
+            ("--model", "", "the model's rope_theta"),
+            ("--save-every", "7", "--save-every"),
+            ("--seed", "9", "seed"),
+        ],
         1,
     ),
 )
@@ -116,7 +128,7 @@ def test_what_differs_between_the_ranks_is_named(
     """Before anything is trained or written."""
     run = tmp_path / "run"
     words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))
-    other = value or str(write_data(tmp_path / "data", 7))
+    other = value or str(OTHERS[flag](tmp_path / "other"))
     rule = f"all ranks must train alike, and on rank 1 {named} is not rank 0's"
     for rank, done in enumerate(ring.outputs(ring.start_each(tmp_path, [words, [*words, flag, other]]))):
         assert done[0] == 2 and done[2] == f"error: rank {rank}: {rule}\n"
