@@ -94,7 +94,7 @@ def test_where_a_rank_dies_the_others_end_within_ten_seconds(tmp_path: Path) -> 
 def test_ctrl_c_in_one_training_ends_it_on_all_ranks_and_the_next_is_sound(
     tmp_path: Path, moment: str
 ) -> None:
-    """A program that catches KeyboardInterrupt: both ranks get it after update 2, and train again to the bit."""
+    """A program that catches KeyboardInterrupt: both get it after update 2, and train again to the bit."""
     digest = run_alone().split()[-1]
     done = outputs(ring.start(tmp_path, 2, "tests.units.twice_program", moment))
     assert done[0][0] == done[1][0] == 0, done

@@ -35,7 +35,7 @@ def train(ranks: Ranks, moment: str | None) -> None:
 
 def interrupt_within_update_2(trainer: LoRATrainer) -> None:
     """Once, before the rank's own part of the sums."""
-    to_arrays, interrupted = trainer.loss.to_arrays, []
+    to_arrays, interrupted = trainer.loss.to_arrays, list[bool]()
 
     def interrupting(batch: Any) -> Any:
         if trainer.step == 1 and not interrupted:
