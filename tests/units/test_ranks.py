@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ def start(tmp_path: Path, num_ranks: int, *arguments: str) -> list[subprocess.Po
     return ring.start(tmp_path, num_ranks, PROGRAM, *arguments)
 
 
-def run_alone(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", PROGRAM, "--alone", *arguments], cwd=ring.ROOT, capture_output=True, text=True
-    )
+@cache
+def run_alone() -> str:
+    command = [sys.executable, "-m", PROGRAM, "--alone"]
+    done = subprocess.run(command, cwd=ring.ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return done.stdout
 
