@@ -78,7 +78,7 @@ def stopped(stop: StoppedBySignal, words: list[str]) -> int:
     print(with_rank(str(stop)), file=sys.stderr)
     is_resumable = hasattr(stop, "__notes__")  # resume_hint adds the note
     if words[:1] == ["train"] and not is_resumable:
-        stop.add_note(f"start again with: {shell_command(*words)}")
+        stop.add_note(f"start again with: {shell_command(*words, launched=True)}")
     print_notes(stop)
     return stop.exit_code
 

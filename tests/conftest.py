@@ -23,6 +23,7 @@ TOGETHER = {
     "tests/trainers/test_adapters.py": "ladder",
     "tests/trainers/test_mutants.py": "mutants",
     "tests/units/test_train_on_ranks.py": "ranks",
+    "tests/e2e/": "e2e",  # and its runs of the real model: most of a step is on one core
 }
 BLAS = pytest.StashKey[str]()
 HAS_MLX = importlib.util.find_spec("mlx") is not None  # without it, a trainer of another kind is judged

@@ -7,6 +7,8 @@ import shlex
 import shutil
 import sys
 
+from .launcher import launcher_words
+
 SCRIPT, MODULE = "mlx-lora", "python -m mlx_impl"  # two names of one program
 
 
@@ -15,9 +17,12 @@ def program() -> str:
     return SCRIPT if os.path.basename(sys.argv[0]) == SCRIPT else MODULE
 
 
-def shell_command(*words: object) -> str:
-    """`mlx-lora WORDS` or `python -m mlx_impl WORDS`, quoted for a shell, as the user called it."""
-    return shlex.join([*program_words(), *map(str, words)])
+def shell_command(*words: object, launched: bool = False) -> str:
+    """`mlx-lora WORDS` or `python -m mlx_impl WORDS`, quoted for a shell, as the user called it.
+
+    `launched`: on a rank its launcher comes before, because all ranks are to run it.
+    """
+    return shlex.join([*(launcher_words() if launched else []), *program_words(), *map(str, words)])
 
 
 def program_words() -> list[str]:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .launcher import launched_rank
+
 ENVIRONMENT_VARIABLE = "MLX_IMPL_BLAS"
 OPENBLAS = (
     "libopenblasp.so.0",  # Fedora's with threads; its libopenblas.so.0 has none
@@ -60,12 +62,23 @@ def load_optimized_blas(choice: str | None = None) -> BlasChoice:
         reason = "MLX's own, because MLX was imported before an optimized one could be loaded"
         warnings.warn(f"BLAS for MLX's CPU matmuls: {reason}.", RuntimeWarning, stacklevel=2)
         return _mlx_blas(reason)
+    _let_threads_sleep_on_a_rank()
     _loaded = _first_loadable() if wanted == "auto" else _load_given(wanted)
     return _loaded or _mlx_blas(
         "MLX's own, about 25-50 times slower than an optimized one; no other was found, install one: "
         + ("`pip install mkl` or " if platform.machine() == "x86_64" else "")
         + "`apt install libopenblas0`"
     )
+
+
+def _let_threads_sleep_on_a_rank() -> None:
+    """OpenMP's threads spin for 200 ms after their last work, on cores that the ranks of a machine share.
+
+    Fewer threads would help as much, but the bits of some products depend on their number.
+    """
+    variables = ("KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+    if launched_rank() is not None and not any(os.environ.get(name) for name in variables):
+        os.environ["KMP_BLOCKTIME"] = "0"
 
 
 def _mlx_blas(reason: str) -> BlasChoice:

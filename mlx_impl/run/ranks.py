@@ -46,6 +46,16 @@ class Ranks:
         self.in_order = in_order
         self.watchdog = Watchdog(f"rank {self.rank}", timeout)
 
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what watches over the waits, for a program that goes on without the others."""
+        self.watchdog.close()
+
     def gather(self, own: mx.array) -> mx.array:
         """The arrays of all ranks, one row a rank. All must call it, with arrays of one shape and type."""
         mx.eval(own)

@@ -26,6 +26,7 @@ from ..model import CausalLM
 from ..optim import LoRAOptimizer
 from ..train import PLAIN, Loss, StepRecord, add_up, evaluate, train
 from .guard import FiniteGuard, NotFinite
+from .interrupts import stopping_together
 from .ranks import GIVEN, Ranks
 from .state import (
     Progress,
@@ -85,7 +86,8 @@ class LoRATrainer:
     def fit(self, examples: Sequence[Example]) -> Iterator[StepRecord]:
         """Train up to update `training.iters`; stop reading the iterator to stop earlier.
 
-        Raises NotFinite, rolled back to the last good state, on NaN or infinity.
+        Raises NotFinite, rolled back to the last good state, on NaN or infinity; on several ranks
+        KeyboardInterrupt on all of them after the same update, where Ctrl-C came to any.
         """
         require_tokens(examples, self.model.config.vocab_size)
         if self.ranks:
@@ -101,23 +103,25 @@ class LoRATrainer:
         self.optimizer.init(self.model.trainable_parameters())  # what the model holds now
         if self.ranks:
             trained = digest_of_arrays(state_arrays(self.model, self.optimizer))
+            self.ranks.watchdog.begin_training()
             self.ranks.require_same({"the adapter or the optimizer's state": trained})
         self.guard.begin()
         windows = with_targets(windows)
         if not self.plain:
             windows = paced(windows, self.model, self.training.grad_checkpoint)
+        records = train(
+            self.model,
+            self.optimizer,
+            windows,
+            self.training,
+            first_step=self.step,
+            compiled=self.compiled,
+            loss=self.loss,
+            reduce=self.ranks.reduce if self.ranks else add_up,
+            check=self.guard.check,
+        )
         try:
-            yield from train(
-                self.model,
-                self.optimizer,
-                windows,
-                self.training,
-                first_step=self.step,
-                compiled=self.compiled,
-                loss=self.loss,
-                reduce=self.ranks.reduce if self.ranks else add_up,
-                check=self.guard.check,
-            )
+            yield from stopping_together(self.ranks, records) if self.ranks else records
         except NotFinite:
             self.drop_undone_validations()
             raise

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-PATIENCE = 10.0  # seconds that a rank which was told to stop waits for the others to agree
+PATIENCE = 10.0  # seconds at least that a rank which was told to stop waits for the others to agree
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_LOST = 1
 
@@ -50,47 +50,95 @@ def without_python(seconds: float) -> Iterator[None]:
 
 
 class Watchdog:
-    """Ends the process after `timeout` seconds of waiting, or PATIENCE seconds after a signal."""
+    """Ends the process after `timeout` seconds of waiting, or `patience` seconds after a signal.
+
+    Two threads, a pipe and Python's wake-up file descriptor are its own until `close`.
+    """
 
     def __init__(self, who: str, timeout: float) -> None:
         self.who, self.timeout = who, timeout
         self.since: float | None = None  # when the main thread began to wait
+        self.waited = time.monotonic()  # when it last ended to wait
+        self.longest = 0.0  # seconds of the longest part so far, its own between two waits or the others'
         self.signalled: tuple[int, float] | None = None  # a signal's number, and when it came
-        self.start()
+        self.has_trained = False
+        self.closed = threading.Event()
+        self.threads = [threading.Thread(target=self.watch, daemon=True)]
+        self.pipe: tuple[int, int] | None = None
+        self.heard_before = -1  # the wake-up file descriptor of who listened before
+        if threading.current_thread() is threading.main_thread():  # which alone gets signals
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[1], False)
+            # written to at once, whatever the thread does
+            self.heard_before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+            self.threads.append(threading.Thread(target=self.listen, args=(self.pipe[0],), daemon=True))
+        for thread in self.threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads. Of several in one process the last that was made is closed first."""
+        self.closed.set()
+        if self.pipe is not None:
+            signal.set_wakeup_fd(self.heard_before, warn_on_full_buffer=False)
+            os.close(self.pipe[1])
+        for thread in self.threads:
+            thread.join()
+        if self.pipe is not None:
+            os.close(self.pipe[0])
+        self.threads, self.pipe = [], None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        self.since = time.monotonic()
+        self.begin_wait(time.monotonic())
         try:
             yield
         finally:
-            self.since = None
+            self.end_wait(time.monotonic())
 
-    def start(self) -> None:
-        threading.Thread(target=self.watch, daemon=True).start()
-        if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread gets signals
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # written to at once, whatever the thread does
-        threading.Thread(target=self.listen, args=(read,), daemon=True).start()
+    def begin_wait(self, now: float) -> None:
+        self.longest = max(self.longest, now - self.waited)
+        self.since = now
+
+    def end_wait(self, now: float) -> None:
+        if self.since is not None:
+            self.longest = max(self.longest, now - self.since)
+        self.since, self.waited = None, now
+
+    def begin_training(self) -> None:
+        """A program that trains again has dealt with the signals that came before."""
+        if self.has_trained:
+            self.signalled = None
+        self.has_trained = True
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a rank which was told to stop waits for the others: a slow one is not lost."""
+        return min(max(PATIENCE, 2 * self.longest), self.timeout)
 
     def listen(self, pipe: int) -> None:
         while number := os.read(pipe, 1):
             if number[0] in STOPPING:
                 self.signalled = number[0], time.monotonic()
+            if self.heard_before >= 0:
+                with suppress(OSError):
+                    os.write(self.heard_before, number)
 
     def watch(self) -> None:
-        while True:
-            time.sleep(0.5)
-            since, now = self.since, time.monotonic()
-            if since is None:
-                continue
-            if self.signalled is not None and now - max(since, self.signalled[1]) > PATIENCE:
-                number = self.signalled[0]
-                self.end(f"stopped by {signal.Signals(number).name}: no other rank answers", 128 + number)
-            if now - since > self.timeout:
-                self.end(f"no answer from another rank within {self.timeout:g} s", EXIT_LOST)
+        while not self.closed.wait(0.5):
+            if found := self.verdict(time.monotonic()):
+                self.end(*found)
+
+    def verdict(self, now: float) -> tuple[str, int] | None:
+        """Why the process should end, and its exit code; None where it should not."""
+        since, signalled = self.since, self.signalled
+        if since is None:
+            return None
+        if signalled is not None and now - max(since, signalled[1]) > self.patience:
+            name = signal.Signals(signalled[0]).name
+            return f"stopped by {name}: no other rank answers", 128 + signalled[0]
+        if now - since > self.timeout:
+            return f"no answer from another rank within {self.timeout:g} s", EXIT_LOST
+        return None
 
     def end(self, reason: str, code: int) -> None:
         with suppress(OSError):

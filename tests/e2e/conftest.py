@@ -51,5 +51,5 @@ def short_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`python -m mlx_impl train`, as a user runs it, with half of the questions."""
-    return train(tmp_path_factory.mktemp("main"), "--num-questions", "10")
+    """`python -m mlx_impl train`, as a user runs it, with half of the questions and fewer validations."""
+    return train(tmp_path_factory.mktemp("main"), "--num-questions", "10", "--steps-per-eval", "25")

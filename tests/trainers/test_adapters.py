@@ -32,10 +32,11 @@ def test_the_reference_climbs_its_own_ladder(name: str) -> None:
 def test_the_plain_pattern_climbs() -> None:
     """`--trainer plain`, on the rungs of a step's own code; a run of tests/lora_ladder judges what ships.
 
-    With the nightly profile, on every rung and case.
+    With the nightly profile, on every rung and case, and on several ranks, whose sums are not the pattern's.
     """
     cases, rungs = (None, RUNGS) if IS_NIGHTLY else (["untied", "dora"], STEP)
-    ladder = climb("plain", *([] if IS_NIGHTLY else ["-m", "not slow"]), rungs=rungs, cases=cases)
+    options = [] if IS_NIGHTLY else ["-m", "not slow", "-k", "not ranks"]
+    ladder = climb("plain", *options, rungs=rungs, cases=cases)
     assert ladder.first_divergence is None, ladder.first_divergence
     assert all(ladder.outcomes[rung]["passed"] for rung in rungs)
 

@@ -85,10 +85,14 @@ def main() -> None:
             time.sleep(1.0 if args.slowly else 60.0 * is_other)
     if args.state:
         trainer.save(args.state, data)
+    print(trainer.step, trainer.evaluate(data), digest_of(trainer))
+
+
+def digest_of(trainer: LoRATrainer) -> str:
     digest = hashlib.sha256()
-    for name, factor in sorted(lora_parameters(model).items()):
+    for name, factor in sorted(lora_parameters(trainer.model).items()):
         digest.update(name.encode() + np.array(factor).tobytes())
-    print(trainer.step, trainer.evaluate(data), digest.hexdigest())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -328,3 +328,28 @@ def test_a_blas_with_64_bit_integers_is_refused(
         with pytest.raises(OSError, match="64 bits"):
             blas._load_globally("it")
     assert (ctypes.RTLD_GLOBAL in opened) is usable
+
+
+SPIN = """
+import ctypes, hashlib, json, os
+from mlx_impl.machine.blas import load_optimized_blas
+choice = load_optimized_blas()
+import mlx.core as mx
+products = []
+for shape in ((7, 576, 4915), (300, 64, 300)):
+    mx.random.seed(0)
+    product = mx.random.normal(shape[:2]) @ mx.random.normal(shape[1:])
+    products.append(hashlib.sha256(bytes(memoryview(product))).hexdigest())
+print(json.dumps([os.environ.get("KMP_BLOCKTIME"), products, choice.name]))
+"""
+
+
+def test_a_rank_s_blas_threads_sleep_when_they_wait_and_its_bits_are_those_of_one_process() -> None:
+    """Ranks share a machine: threads that spin take the cores of the others. A given value stays."""
+    as_given = dict.fromkeys(("KMP_BLOCKTIME", "OMP_WAIT_POLICY", "MLX_RANK"), "")
+    alone, rank, told = (
+        run_python(SPIN, **{**as_given, **more})
+        for more in ({}, {"MLX_RANK": "1"}, {"MLX_RANK": "1", "KMP_BLOCKTIME": "7"})
+    )
+    assert [found[0] for found in (alone, rank, told)] == ["", "0", "7"]
+    assert alone[1:] == rank[1:] == told[1:]

@@ -16,6 +16,7 @@ from mlx_impl.fast import cpu_ops, ops
 from tests.derived import compare, require, within_bfloat16, within_exact
 from tests.lora_ladder.cases import random_array
 from tests.lora_ladder.protocol import Arrays
+from tests.nightly import mostly_at_night
 from tests.trainers.exact_ops import exp
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -53,6 +54,9 @@ def results(gated: Gate, dtype: mx.Dtype, compiled: bool = False) -> Arrays:
 
 every_form = pytest.mark.parametrize("form", FORMS)
 eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+eager_and_at_night_compiled = pytest.mark.parametrize(
+    "compiled", mostly_at_night([False, True], 1), ids=["eager", "compiled"]
+)
 
 
 @every_form
@@ -71,7 +75,7 @@ def test_in_float32_the_gate_equals_its_composition_within_rounding(form: str, c
     require(form, [compare(name, ours[name], ref32[name], ref64[name], 1) for name in ref64])
 
 
-@eager_and_compiled
+@eager_and_at_night_compiled
 @every_form
 def test_in_bfloat16_the_gate_equals_its_composition_within_rounding(form: str, compiled: bool) -> None:
     ours, ref64 = results(FORMS[form], mx.bfloat16, compiled), results(composed, mx.float64)

@@ -147,6 +147,7 @@ def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: b
     assert 1 - MARGIN <= hidden_states_a_layer(lora, True, compiled) <= 1 + MARGIN
 
 
+@pytest.mark.nightly  # as the claim about a compiled step, whose mutant it is
 def test_a_block_is_not_recomputed_before_its_gradient_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a compiled step recomputes several blocks ahead, and keeps their activations."""
     without_depends(monkeypatch, recompute, lambda arrays: len(arrays) > 1)  # a block's inputs

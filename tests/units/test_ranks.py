@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ def start(tmp_path: Path, num_ranks: int, *arguments: str) -> list[subprocess.Po
     return ring.start(tmp_path, num_ranks, PROGRAM, *arguments)
 
 
-def run_alone(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", PROGRAM, "--alone", *arguments], cwd=ring.ROOT, capture_output=True, text=True
-    )
+@cache
+def run_alone() -> str:
+    command = [sys.executable, "-m", PROGRAM, "--alone"]
+    done = subprocess.run(command, cwd=ring.ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return done.stdout
 
@@ -90,10 +91,28 @@ def test_where_a_rank_dies_the_others_end_within_ten_seconds(tmp_path: Path) -> 
         assert "another rank has ended" in error
 
 
+@pytest.mark.parametrize("moment", mostly_at_night(["loop", "update"], 1))
+def test_ctrl_c_in_one_training_ends_it_on_all_ranks_and_the_next_is_sound(
+    tmp_path: Path, moment: str
+) -> None:
+    """A program that catches KeyboardInterrupt: both get it after update 2, and train again to the bit."""
+    digest = run_alone().split()[-1]
+    done = outputs(ring.start(tmp_path, 2, "tests.units.twice_program", moment))
+    assert done[0][0] == done[1][0] == 0, done
+    for _, output, _ in done:
+        first, second = output.splitlines()
+        assert first.startswith("Ctrl-C 2 ") and second == f"5 {digest}"
+
+
 @pytest.mark.nightly
-def test_a_rank_that_hangs_ends_the_others_at_the_time_out(tmp_path: Path) -> None:
-    """Rank 1 sleeps for a minute; the others wait for 3 seconds."""
-    ranks = start(tmp_path, 2, "--hang", "--timeout", "3")
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["asleep", "SIGSTOP"])
+def test_a_rank_that_hangs_ends_the_others_at_the_time_out(tmp_path: Path, is_stopped: bool) -> None:
+    """Rank 1 sleeps for a minute, or is stopped within its run; the others wait for 3 seconds."""
+    ranks = start(tmp_path, 2, "--slowly" if is_stopped else "--hang", "--timeout", "3")
+    if is_stopped:
+        assert ranks[1].stdout is not None
+        ranks[1].stdout.readline()
+        ranks[1].send_signal(signal.SIGSTOP)
     ((code, _, error), _) = outputs(ranks[:1] + ranks[:1])
     ranks[1].kill()
     ranks[1].communicate()

@@ -129,6 +129,13 @@ def test_the_error_states_the_limit(source: str, rule: str) -> None:
         ChatTemplate(source, {}).render(MESSAGES, False)
 
 
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit, which is three, where what follows from it is tested."""
+    monkeypatch.setattr(template_process, "MAX_CPU_SECONDS", 1)
+
+
+@pytest.mark.usefixtures("one_second")
 def test_after_exceeding_a_limit_a_template_refuses_at_once() -> None:
     """Otherwise each later request would use up the whole time limit again."""
     template = ChatTemplate("{% if messages %}" + HOSTILE["loops in loops"] + "{% endif %}", {})
@@ -143,6 +150,7 @@ def test_after_exceeding_a_limit_a_template_refuses_at_once() -> None:
     assert time.monotonic() - started < MAX_SECONDS
 
 
+@pytest.mark.usefixtures("one_second")
 def test_the_conversation_that_exceeds_a_limit_is_named() -> None:
     """Although many conversations are rendered in one request."""
     hang = "{% if messages[0].content == 'hang' %}" + HOSTILE["loops in loops"] + "{% endif %}"

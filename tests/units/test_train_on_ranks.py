@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from mlx_impl.__main__ import main
 from mlx_impl.cli import train as train_command
 from mlx_impl.cli.parser import parse_arguments
+from mlx_impl.cli.shell_command import shell_command
 from mlx_impl.run.watchdog import RankLost
 from tests import ring
 from tests.killed_runs import require_same_run
@@ -30,6 +36,12 @@ FLAGS = ["--rank", "2", "--iters", "40", "--batch-size", "1", "--grad-accumulati
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("inputs")
     return ["--model", str(write_folder(root / "model")), "--data", str(write_data(root / "data"))]
+
+
+OTHERS: dict[str, Callable[[Path], Path]] = {
+    "--data": lambda path: write_data(path, 7),
+    "--model": lambda path: write_folder(path, rope_theta=5000.0),
+}
 
 
 def train(*words: str) -> list[str]:
@@ -88,7 +100,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
     assert code == 143, error
     assert other == (143, "", "rank 1: stopped by SIGTERM\n")
     assert error.splitlines()[0] == "rank 0: stopped by SIGTERM"
-    assert error.splitlines()[-1].endswith(f"train --resume {run} --blas off --distributed")
+    resume = error.splitlines()[-1].removeprefix("resume with: ")
+    assert "mlx.launch -n 2 --backend ring -- " in resume
+    assert resume.endswith(f"train --resume {run} --blas off --distributed")
     step = int(output.splitlines()[-1].split(":")[0].removeprefix("step "))
     assert (run / "metrics.jsonl").read_text().count("\n") == step
     command = [sys.executable, "-m", *train("--resume", str(run), "--blas", "off")]
@@ -99,7 +113,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
 @pytest.mark.parametrize(
     ("flag", "value", "named"),
     mostly_at_night(
-        [("--data", "", "the training data"), ("--save-every", "7", "--save-every"), ("--seed", "9", "seed")],
+        [
+            ("--data", "", "the training data"),
+            ("--model", "", "the model's rope_theta"),
+            ("--save-every", "7", "--save-every"),
+            ("--seed", "9", "seed"),
+        ],
         1,
     ),
 )
@@ -109,7 +128,7 @@ def test_what_differs_between_the_ranks_is_named(
     """Before anything is trained or written."""
     run = tmp_path / "run"
     words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))
-    other = value or str(write_data(tmp_path / "data", 7))
+    other = value or str(OTHERS[flag](tmp_path / "other"))
     rule = f"all ranks must train alike, and on rank 1 {named} is not rank 0's"
     for rank, done in enumerate(ring.outputs(ring.start_each(tmp_path, [words, [*words, flag, other]]))):
         assert done[0] == 2 and done[2] == f"error: rank {rank}: {rule}\n"
@@ -151,6 +170,51 @@ def test_sums_are_in_order_unless_a_flag_says_otherwise(
     with pytest.raises(RankLost):
         train_command.run(parse_arguments(train("--distributed", *words)[1:]))
     assert given == [in_order]
+
+
+def test_one_process_says_that_it_adds_up_in_order(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the flag was given or saved by several ranks, whose run one process may resume."""
+    words = train(*inputs, *FLAGS, "--iters", "1", "--adapter-path", str(tmp_path / "run"))[1:]
+    assert main([*words, "--no-ordered-sums"]) == 0
+    said = "ranks:     1, which adds up in order: --no-ordered-sums is for several, with --distributed\n"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.nightly
+def test_ctrl_c_to_the_children_of_the_launcher_stops_all_and_the_printed_command_resumes(
+    inputs: list[str], alone: tuple[Path, str], tmp_path: Path
+) -> None:
+    """`pkill -INT -P PID`. To the launcher alone the ranks are deaf; that is MLX's."""
+    run = tmp_path / "run"
+    begin = shell_command(*train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))[1:])
+    launcher = launched(f"mlx.launch -n 2 --backend ring -- {begin}")
+    wait_for_steps(run)
+    for rank in psutil.Process(launcher.pid).children():
+        rank.send_signal(signal.SIGINT)
+    output, error = launcher.communicate(timeout=ring.SECONDS)
+    resume = next(line for line in error.splitlines() if line.startswith("resume with: "))
+    assert f"           after Ctrl-C {resume}\n" in output
+    again = launched(resume.removeprefix("resume with: "))
+    assert again.communicate(timeout=ring.SECONDS)[1] == ""
+    require_same_run(run, alone[0])
+
+
+def launched(command: str) -> subprocess.Popen:
+    """A command that begins with mlx.launch, on ports that are free."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    launch, *words = shlex.split(command)
+    path = [str(Path(sys.executable).with_name("mlx.launch")) if launch == "mlx.launch" else launch]
+    return subprocess.Popen(
+        [*path, "-p", str(port), *words],
+        cwd=ring.ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.nightly

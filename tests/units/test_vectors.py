@@ -16,9 +16,10 @@ from mlx_impl.run.guard import restore, snapshot
 from mlx_impl.run.state import load_arrays, state_arrays
 from mlx_impl.run.trainer import LoRATrainer
 from tests.lora_ladder.cases import SPEC, VARIANTS
+from tests.nightly import mostly_at_night
 from tests.units.test_lora import EXAMPLES
 
-DORA = LoRAConfig(rank=2, use_dora=True)
+LORA, DORA = LoRAConfig(rank=2), LoRAConfig(rank=2, use_dora=True)
 
 
 def numbered(config: LoRAConfig) -> CausalLM:
@@ -58,8 +59,9 @@ def test_there_is_a_vector_of_each_kind() -> None:
     assert all(vector.ndim == 1 for vector in vectors.values())
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("config", [LoRAConfig(rank=2), DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("config", "compiled"), mostly_at_night([(LORA, False), (DORA, False), (DORA, True), (LORA, True)], 3)
+)
 def test_after_every_update_the_models_factors_are_the_optimizers(config: LoRAConfig, compiled: bool) -> None:
     trainer = LoRATrainer(CausalLM(SPEC), config, TrainConfig(iters=3, learning_rate=0.01), compiled)
     vectors = [as_vectors(trainer.model.trainable_parameters())]

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from ...lora import count_parameters
 from ...machine.device import device_name
-from ..training.job import PreparedJob
+from ..shell_command import path_argument
+from ..training.job import Job, PreparedJob
+from ..training.resume_hint import train_command
 from .console import printable
 
 
@@ -27,9 +29,22 @@ def print_summary(prepared: PreparedJob, console: Console) -> None:
     for remark in prepared.remarks:
         console.print(f"           {remark}")
     console.print(f"device:    {device_name()}, computing in {prepared.job.dtype}")
-    if ranks := prepared.job.ranks:
-        order = "" if ranks.in_order else ", sums in any order"
-        console.print(f"ranks:     {ranks.size}, which share out the micro-batches of each step{order}")
+    for line in lines_on_ranks(prepared.job):
+        console.print(line)
     micro = training.grad_accumulation_steps
     batches = f"{micro} x {training.batch_size}" if micro > 1 else str(training.batch_size)
     console.print(f"training:  {training.iters} steps of {batches} examples")
+
+
+def lines_on_ranks(job: Job) -> list[str]:
+    """How the ranks add up. After Ctrl-C mlx.launch shows nothing that a rank prints: it is said before."""
+    if job.ranks:
+        order = "" if job.ranks.in_order else ", sums in any order"
+        resume = train_command(job, "--resume", path_argument(job.folder))
+        return [
+            f"ranks:     {job.ranks.size}, which share out the micro-batches of each step{order}",
+            f"           after Ctrl-C resume with: {printable(resume)}",
+        ]
+    if job.settings.get("ordered_sums", True):
+        return []
+    return ["ranks:     1, which adds up in order: --no-ordered-sums is for several, with --distributed"]

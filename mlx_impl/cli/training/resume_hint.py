@@ -34,4 +34,4 @@ def resume_hint(prepared: PreparedJob) -> Iterator[None]:
 def train_command(job: Job, *words: str) -> str:
     blas = [] if job.blas is None else ["--blas", job.blas]
     distributed = ["--distributed"] if job.ranks else []
-    return shell_command("train", *words, *blas, *distributed)
+    return shell_command("train", *words, *blas, *distributed, launched=bool(job.ranks))
