@@ -1,0 +1,183 @@
+"""An adapter for mlx-vlm's `Trainer`: its Llama, LoRA layers, loss and loop, on rows without images.
+
+Nothing in it is patched. The task is the one that it makes for supervised fine-tuning; only its source of
+batches is replaced. It makes no optimizer and has no schedule: the optimizer is that of its command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
+from io import StringIO
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_vlm.models import llama, qwen3
+from mlx_vlm.trainer import Trainer, VLMTrainingArgs, get_peft_model
+from mlx_vlm.trainer.common.utils import apply_optimizer_update
+from mlx_vlm.trainer.vlm.sft.runtime import make_task
+
+from tests.lora_ladder.protocol import Arrays, Batch, Dialect, LoRAConfig, ModelConfig, TrainConfig
+from tests.peers.adapters.mlx_lm import FACTORS, canonical
+
+DECODER = "language_model."
+ROWS = [None]  # it asks for a data set that is not empty
+
+
+class MlxVlmTrainer:
+    dialect = Dialect(bias_correction=False, accumulation="mean of means")
+    optimizer_from = "mlx.optimizers, made as mlx_vlm.train makes it"
+    schedule_from = "none: mlx_vlm.train has no schedule"
+
+    def __init__(
+        self, spec: ModelConfig, weights: Arrays, lora: LoRAConfig | None, factors: Arrays | None
+    ) -> None:
+        self.model = make_model(spec)
+        self.model.load_weights([(DECODER + name, mx.array(value)) for name, value in weights.items()])
+        self.model.freeze()
+        if lora is not None and factors is not None:
+            with redirect_stdout(StringIO()):
+                get_peft_model(self.model, **lora_arguments(lora))
+            self.model.update(tree(factors))
+        self.task = self.bound(VLMTrainingArgs(), ())
+
+    def bound(self, arguments: VLMTrainingArgs, batches: Sequence[Batch]) -> Any:
+        """mlx-vlm's task, which takes these batches in their order."""
+        made = make_task(self.model, replace(arguments, train_on_completions=True))
+        return replace(made, batches=lambda *_, **__: map(their_batch, batches), prepare_dataset=None)
+
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        return np.array(self.model.eval()(mx.array(tokens_BT)).logits)
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        mean, metrics = self.task.loss(self.model.eval(), their_batch(batch))
+        count = metrics["num_tokens"].item()
+        return mean.item() * count, count
+
+    def loss_of_logits(self, logits_BTV: np.ndarray, batch: Batch) -> tuple[float, int]:
+        mean, metrics = self.task.loss(lambda *_, **__: mx.array(logits_BTV), their_batch(batch))
+        count = metrics["num_tokens"].item()
+        return mean.item() * count, count
+
+    def gradients(self, batch: Batch) -> Arrays:
+        gradient = nn.value_and_grad(self.model, self.task.loss)
+        return named(gradient(self.model.eval(), their_batch(batch))[1])
+
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        arguments = VLMTrainingArgs(val_batches=-1)
+        trainer = Trainer(self.model, arguments, task=self.bound(arguments, batches), eval_dataset=ROWS)
+        return trainer.evaluate()["val_loss"]
+
+    def train(self, windows: Sequence[Sequence[Batch]], training: TrainConfig, **more: bool) -> list[float]:
+        """The mean nats per target that it reports of each window."""
+        size = max(len(window) for window in windows)
+        if any(len(window) != size for window in windows[:-1]):
+            raise NotImplementedError("each window but the last must have as many micro-batches")
+        batches = [batch for window in windows for batch in window]
+        with TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            arguments = VLMTrainingArgs(
+                iters=len(batches),
+                steps_per_report=size,
+                gradient_accumulation_steps=size,
+                grad_checkpoint=training.grad_checkpoint,
+                adapter_file=f"{folder}/adapters.safetensors",
+                **more,
+            )
+            task = self.bound(arguments, batches)
+            optimizer = make_optimizer(training)
+            trainer = Trainer(
+                self.model, arguments, task=task, train_dataset=ROWS, optimizer=optimizer, seed=training.seed
+            )
+            trainer.train()
+        return [report["train_loss"] for report in trainer.log_history]
+
+    def train_compiled(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
+        return self.train(windows, training, compile=True)
+
+    def train_checkpointed(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[float]:
+        return self.train(windows, replace(training, grad_checkpoint=True))
+
+    def apply_gradients(self, gradients: Sequence[Arrays], training: TrainConfig) -> None:
+        optimizer = make_optimizer(training)
+        for update in gradients:
+            apply_optimizer_update(self.model, optimizer, tree(update))
+            mx.eval(self.model, optimizer.state)
+
+    def factors(self) -> Arrays:
+        return named(self.model.trainable_parameters())
+
+    def base(self) -> Arrays:
+        every = named(self.model.parameters())
+        return {name: value for name, value in every.items() if not name.endswith(FACTORS)}
+
+    def merge(self) -> None:
+        fused = [(name, m.fuse()) for name, m in self.model.named_modules() if hasattr(m, "fuse")]
+        self.model.update_modules(tree_unflatten(fused))
+
+
+def tree(arrays: Arrays) -> Any:
+    """A tree of arrays with mlx-vlm's names."""
+    renamed = {DECODER + n.replace(".magnitude", ".m"): mx.array(value) for n, value in arrays.items()}
+    return tree_unflatten(list(renamed.items()))
+
+
+def named(arrays: Any) -> Arrays:
+    """Arrays by their canonical names."""
+    flat = tree_flatten(arrays)
+    return {canonical(name.removeprefix(DECODER)): np.array(value) for name, value in flat}
+
+
+def their_batch(batch: Batch) -> dict[str, mx.array]:
+    """What its collator gives: tokens, and which of them are text and targets."""
+    if batch.segment_BT is not None:
+        raise NotImplementedError("mlx-vlm packs no rows")
+    tokens_BS = np.concatenate([batch.inputs_BT[:, :1], batch.targets_BT], axis=1)
+    completion_BS = np.pad(batch.mask_BT, ((0, 0), (1, 0)))
+    given = {"input_ids": tokens_BS, "attention_mask": np.ones_like(tokens_BS)}
+    return {name: mx.array(value) for name, value in (given | {"completion_mask": completion_BS}).items()}
+
+
+def make_model(spec: ModelConfig) -> Any:
+    settings = asdict(spec)
+    if settings.pop("qkv_bias"):
+        raise NotImplementedError("mlx-vlm's qwen2 has no head_dim")
+    if settings.pop("sliding_window"):
+        raise NotImplementedError("mlx-vlm's llama has a window only in layers that are listed")
+    kind, name = (qwen3, "qwen3") if settings.pop("qk_norm") else (llama, "llama")
+    return kind.Model(kind.ModelConfig(model_type=name, max_position_embeddings=2048, **settings))
+
+
+def lora_arguments(lora: LoRAConfig) -> dict[str, Any]:
+    """As `get_peft_model` takes them: the last part of a linear's name, or None for all but the head."""
+    if lora.rank_pattern or lora.alpha_pattern:
+        raise NotImplementedError("mlx-vlm has one rank and one scale for all")
+    if lora.use_rslora or lora.num_layers != -1:
+        raise NotImplementedError("mlx-vlm's get_peft_model has no rsLoRA and adapts every block")
+    targets = lora.target_modules
+    if targets == "all-linear":
+        names = None
+    elif isinstance(targets, str) or any("." in name for name in targets):
+        raise NotImplementedError("mlx-vlm takes the last part of a name, or the whole name")
+    else:
+        names = list(targets)
+    settings = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "use_dora": lora.use_dora}
+    return {"linear_layers": names, "verbose": False, **settings}
+
+
+def make_optimizer(training: TrainConfig) -> Any:
+    """As mlx_vlm.train makes it: the class's defaults, the learning rate and AdamW's weight decay."""
+    if training.lr_schedule != "constant" or training.warmup_steps:
+        raise NotImplementedError("mlx_vlm.train has no schedule")
+    if training.max_grad_norm or training.loraplus_lr_ratio != 1:
+        raise NotImplementedError("mlx_vlm's Trainer has no clipping and no LoRA+")
+    if training.optimizer == "adamw":
+        return mlx.optimizers.AdamW(training.learning_rate, weight_decay=training.weight_decay)
+    if training.weight_decay:
+        raise NotImplementedError("mlx_vlm.train gives SGD no weight decay")
+    return mlx.optimizers.SGD(training.learning_rate)
