@@ -116,6 +116,8 @@ def test_the_document_has_a_row_for_each_departure(peer: Peer) -> None:
         ("x: worst\n  |error| 0.448, 1.85e+05 of the tolerance 2.42e-06 = 8 x", "0.448 / 2.42e-06"),
         ("x: expected 14\n  |error| 2, tolerance 0 = to the bit", "2 / 0"),
         ("logits must be refused\n  replay: lora-ladder", "logits must be refused"),
+        ("test_a_claim[case-2]: nan must be refused\n  loss: 0", "nan must be refused"),
+        ("ValueError: SiLU() is not supported. Only these are", "ValueError: SiLU() is not supported"),
     ],
 )
 def test_the_table_has_the_error_and_its_tolerance(reason: str, figure: str) -> None:

@@ -5,7 +5,7 @@ What follows from PEFT or from torch's attention has PEFT's program; reproductio
 
 from __future__ import annotations
 
-from tests.peers.adapters.peft_departures import DORA, EXPRESSION, NAN_QUERY
+from tests.peers.adapters.peft_departures import DORA, EXPRESSION, NAMES, NAN_QUERY
 
 MEANS = "an evaluation is the mean of the batches' means (transformers' Trainer)"
 LEFT_OUT = "an evaluation leaves out the batches whose loss is NaN or infinite (transformers' Trainer)"
@@ -15,7 +15,7 @@ LOSS, EXTREME_LOSS = "test_05_loss.py::test_the_loss_over_a_data_set_", "test_05
 STEP, WINDOW = "test_08_step_extremes.py::test_", "test_10_equivalences_extremes.py::test_"
 # (rung, claim, what TRL does)
 DEPARTURES = (
-    (2, "test_02_layer_names.py::test_of_twelve_layers_those_that_are_named_are_adapted[an expression]", EXPRESSION),
+    (2, f"{NAMES}[an expression]", EXPRESSION),
     (
         15,
         "test_15_options.py::test_an_option_changes_the_results_and_gives_the_references"
@@ -31,7 +31,10 @@ DEPARTURES = (
     (5, f"{LOSS}does_not_depend_on_the_batch_size", MEANS),
     (5, f"{EXTREME_LOSS}an_evaluation_without_targets_is_no_number", NO_TARGETS),
     (5, f"{EXTREME_LOSS}a_batch_without_targets_does_not_change_an_evaluation", NO_TARGETS),
-    *((8, f"{STEP}an_update_without_targets_is_refused_or_no_number[{x}]", NO_TARGETS) for x in ("sgd", "adamw")),
+    *(
+        (8, f"{STEP}an_update_without_targets_is_refused_or_no_number[{x}]", NO_TARGETS)
+        for x in ("sgd", "adamw")
+    ),
     (5, f"{EXTREME_LOSS}a_nan_in_one_batch_reaches_the_evaluation", LEFT_OUT),
     *(
         (8, f"{STEP}a_loss_that_ends_is_reported_or_refused[{x}]", REPORTED)

@@ -1,6 +1,6 @@
 """peft 0.21.2 on transformers 5.23.0 and torch 2.13.0 answers with numbers where a query is NaN.
 
-On a CPU, torch's `scaled_dot_product_attention` without a mask gives 0 for such a query (pytorch#141128), and so
+On a CPU, torch's `scaled_dot_product_attention` without a mask gives 0 for such a query (pytorch#141128):
 a broken q_proj goes unseen. Prints:
 
 expected: logits nan
