@@ -8,25 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from io import StringIO
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_vlm.models import llama, qwen3
+from mlx.utils import tree_unflatten
 from mlx_vlm.trainer import Trainer, VLMTrainingArgs, get_peft_model
 from mlx_vlm.trainer.common.utils import apply_optimizer_update
 from mlx_vlm.trainer.vlm.sft.runtime import make_task
 
 from tests.lora_ladder.protocol import Arrays, Batch, Dialect, LoRAConfig, ModelConfig, TrainConfig
-from tests.peers.adapters.mlx_lm import FACTORS, canonical
+from tests.peers.adapters.mlx_lm import FACTORS
+from tests.peers.mlx_vlm_terms import (
+    DECODER,
+    lora_arguments,
+    make_model,
+    make_optimizer,
+    named,
+    their_batch,
+    tree,
+)
 
-DECODER = "language_model."
 ROWS = [None]  # it asks for a data set that is not empty
 
 
@@ -119,65 +125,3 @@ class MlxVlmTrainer:
     def merge(self) -> None:
         fused = [(name, m.fuse()) for name, m in self.model.named_modules() if hasattr(m, "fuse")]
         self.model.update_modules(tree_unflatten(fused))
-
-
-def tree(arrays: Arrays) -> Any:
-    """A tree of arrays with mlx-vlm's names."""
-    renamed = {DECODER + n.replace(".magnitude", ".m"): mx.array(value) for n, value in arrays.items()}
-    return tree_unflatten(list(renamed.items()))
-
-
-def named(arrays: Any) -> Arrays:
-    """Arrays by their canonical names."""
-    flat = tree_flatten(arrays)
-    return {canonical(name.removeprefix(DECODER)): np.array(value) for name, value in flat}
-
-
-def their_batch(batch: Batch) -> dict[str, mx.array]:
-    """What its collator gives: tokens, and which of them are text and targets."""
-    if batch.segment_BT is not None:
-        raise NotImplementedError("mlx-vlm packs no rows")
-    tokens_BS = np.concatenate([batch.inputs_BT[:, :1], batch.targets_BT], axis=1)
-    completion_BS = np.pad(batch.mask_BT, ((0, 0), (1, 0)))
-    given = {"input_ids": tokens_BS, "attention_mask": np.ones_like(tokens_BS)}
-    return {name: mx.array(value) for name, value in (given | {"completion_mask": completion_BS}).items()}
-
-
-def make_model(spec: ModelConfig) -> Any:
-    settings = asdict(spec)
-    if settings.pop("qkv_bias"):
-        raise NotImplementedError("mlx-vlm's qwen2 has no head_dim")
-    if settings.pop("sliding_window"):
-        raise NotImplementedError("mlx-vlm's llama has a window only in layers that are listed")
-    kind, name = (qwen3, "qwen3") if settings.pop("qk_norm") else (llama, "llama")
-    return kind.Model(kind.ModelConfig(model_type=name, max_position_embeddings=2048, **settings))
-
-
-def lora_arguments(lora: LoRAConfig) -> dict[str, Any]:
-    """As `get_peft_model` takes them: the last part of a linear's name, or None for all but the head."""
-    if lora.rank_pattern or lora.alpha_pattern:
-        raise NotImplementedError("mlx-vlm has one rank and one scale for all")
-    if lora.use_rslora or lora.num_layers != -1:
-        raise NotImplementedError("mlx-vlm's get_peft_model has no rsLoRA and adapts every block")
-    targets = lora.target_modules
-    if targets == "all-linear":
-        names = None
-    elif isinstance(targets, str) or any("." in name for name in targets):
-        raise NotImplementedError("mlx-vlm takes the last part of a name, or the whole name")
-    else:
-        names = list(targets)
-    settings = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "use_dora": lora.use_dora}
-    return {"linear_layers": names, "verbose": False, **settings}
-
-
-def make_optimizer(training: TrainConfig) -> Any:
-    """As mlx_vlm.train makes it: the class's defaults, the learning rate and AdamW's weight decay."""
-    if training.lr_schedule != "constant" or training.warmup_steps:
-        raise NotImplementedError("mlx_vlm.train has no schedule")
-    if training.max_grad_norm or training.loraplus_lr_ratio != 1:
-        raise NotImplementedError("mlx_vlm's Trainer has no clipping and no LoRA+")
-    if training.optimizer == "adamw":
-        return mlx.optimizers.AdamW(training.learning_rate, weight_decay=training.weight_decay)
-    if training.weight_decay:
-        raise NotImplementedError("mlx_vlm.train gives SGD no weight decay")
-    return mlx.optimizers.SGD(training.learning_rate)
