@@ -290,6 +290,16 @@ def test_the_page_is_light_or_dark_fits_a_phone_and_loads_nothing(
     assert not re.search(r"\b(src|href)=|url\(|@import", page)
 
 
+def test_the_screen_and_the_page_say_how_much_of_a_tolerance_was_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the ladder runs by itself, the name of a claim has no folder."""
+    assert main([f"{HERE}:Sound", CLAIMS[1], "--html", str(tmp_path / "climb.html")]) == 0
+    said = re.search(r"   5 loss +1 passed +at most (\d+%) of tolerance \(nats\)", capsys.readouterr().out)
+    assert said
+    assert f"<td>{said[1]} (nats)</td>" in (tmp_path / "climb.html").read_text()
+
+
 def test_the_page_says_what_was_judged_what_passes_and_how_to_replay(
     wrong: tuple[int, dict[str, Any], str],
 ) -> None:
