@@ -23,6 +23,7 @@ from tests.lora_ladder.names import (
 from tests.lora_ladder.output import OutputError, require_writable
 from tests.lora_ladder.page import MARK
 from tests.lora_ladder.skeleton import write_skeleton
+from tests.lora_ladder.versions import version_line
 
 UNUSABLE, INTERRUPTED = 2, 130
 JSON_MARK = '{\n  "schema": '
@@ -81,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--draw", type=int, default=0, metavar="N", help="other random weights and rows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result for other programs")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to send to someone")
+    parser.add_argument(
+        "--version", action="version", version=version_line(), help="show the versions and exit"
+    )
     return parser
 
 

@@ -42,7 +42,7 @@ SOURCES = (
     "mlx_impl/data.py",
 )
 TRAPS = "tests/traps/test_trap_*.py"  # of them only the docstrings, which explain what a signature links
-NOT_FOR_STRANGERS = r"hatch_build\.py|test_(?!\d\d_)\w+\.py"  # of them the ladder's tests of itself
+NOT_FOR_USERS = r"hatch_build\.py|test_(?!\d\d_)\w+\.py"  # of them the ladder's tests of itself
 RECORDS = '"""The records that an adapter is given: configurations and batches."""\n'
 
 
@@ -74,7 +74,7 @@ def sources() -> Iterator[Path]:
     """The files in the repository."""
     for pattern in SOURCES:
         paths = sorted(ROOT.glob(pattern))
-        yield from (path for path in paths if not re.fullmatch(NOT_FOR_STRANGERS, path.name))
+        yield from (path for path in paths if not re.fullmatch(NOT_FOR_USERS, path.name))
 
 
 def modules() -> dict[str, str]:

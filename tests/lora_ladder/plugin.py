@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lora_ladder.here import DEFAULT_TRAINER
+from tests.lora_ladder.here import DEFAULT_TRAINER, FOLDER
 from tests.lora_ladder.here import rung_of as rung_of
 from tests.lora_ladder.outcome import Claim, Failure, claim_of, is_divergence, place_of, reason_of
 from tests.lora_ladder.protocol import OPTIONAL
@@ -70,7 +69,7 @@ class Ladder:
         return f"{self.command} {self.trainer} {nodeid!r}{draw}"
 
     def record_share(self, nodeid: str, share: float, tensor: str) -> None:
-        rung = rung_of(Path(nodeid.partition("::")[0]))
+        rung = rung_of(FOLDER / nodeid.partition("::")[0])  # by itself, it has no folder
         if rung is not None and share >= self.shares.get(rung, (-1.0, ""))[0]:
             self.shares[rung] = (share, tensor)
 

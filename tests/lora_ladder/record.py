@@ -12,8 +12,9 @@ from typing import Any
 
 from tests.lora_ladder.outcome import Claim, Failure
 from tests.lora_ladder.plugin import Ladder
-from tests.lora_ladder.summary import HEADLINE, PACKAGES, closing_lines, version_of
+from tests.lora_ladder.summary import HEADLINE, closing_lines
 from tests.lora_ladder.tally import offered_but_not_judged
+from tests.lora_ladder.versions import PACKAGES, version_of
 
 SCHEMA = 1
 NOT_SAID = "not said"

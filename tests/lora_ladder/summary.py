@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Iterator
 
 from tests.lora_ladder.culprit import culprit_lines
 from tests.lora_ladder.plugin import Ladder
 from tests.lora_ladder.tally import offered_lines, reason_lines, what_was_judged
+from tests.lora_ladder.versions import PACKAGES, version_of
 
-PACKAGES = ("mlx", "torch", "numpy")
 HEADLINE = "first divergence: "  # begins the report of a failure
 KINDS = ("passed", "failed", "error", "errors", "known failures", "not claimed", "skipped")
 
@@ -28,13 +27,6 @@ def header_lines(ladder: Ladder) -> list[str]:
 
 def departures(ladder: Ladder) -> str:
     return "; ".join(ladder.candidate.dialect.departures()) or "canonical"
-
-
-def version_of(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 def summary_lines(ladder: Ladder) -> Iterator[str]:

@@ -28,6 +28,7 @@ class Peer:
     version: str
     adapter: str  # "module:Class"
     departures: tuple[Departure, ...]
+    built_on: tuple[Peer, ...] = ()  # whose parts it uses: a program may show one of these
 
     def failing(self) -> set[str]:
         """The claims that fail although the adapter declares what can be declared."""

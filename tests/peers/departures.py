@@ -93,7 +93,9 @@ def figure(reason: str) -> str:
     number = re.search(r"\|error\| (\S+), (?:\S+ of the )?tolerance (\S+)", reason)
     if number:
         return f"{number[1]} / {number[2]}"
-    return reason.splitlines()[0]
+    first = reason.splitlines()[0]
+    sentence = re.sub(r"^test_\w+(\[[^]]*\])?: ", "", first)  # without the claim's name
+    return sentence.split(". ")[0]
 
 
 def rows(peer: Peer, found: dict[str, str]) -> list[str]:

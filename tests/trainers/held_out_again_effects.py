@@ -85,7 +85,7 @@ def losses_of_a_prefix_and_none() -> list[float]:
     return losses_of_windows(random_examples([15, 12, 9], 4, prefix=8), random_examples([15, 12, 9], 4))
 
 
-def losses_of_a_stranger_between() -> list[float]:
+def losses_of_another_row_between() -> list[float]:
     """Rows with a common prompt, and one between them without it."""
     alike, other = random_examples([15, 12], 9, prefix=8), random_examples([16, 16], 9)
     return losses_of_windows([alike[0], other[1], alike[1]])
@@ -209,7 +209,7 @@ EFFECTS: dict[str, Callable[[], Any]] = {
     "checkpointed-blocks-share-a-mask": partial(
         losses, lora=replace(LORA, dropout=0.3), grad_checkpoint=True
     ),
-    "prefix-of-the-first-and-the-last-row": losses_of_a_stranger_between,
+    "prefix-of-the-first-and-the-last-row": losses_of_another_row_between,
     "good-before-it-is-known": rolled_back,
     "moments-by-the-layers-name": partial(losses_of_a_resumed_run, num_hidden_layers=12),
     "evaluation-cut-to-a-packed-row": loss_of_long_answers,

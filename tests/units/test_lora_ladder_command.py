@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,7 +187,8 @@ def test_a_mistake_is_refused_before_pytorch_pytest_and_numpy_are_imported(tmp_p
         "import sys; from tests.lora_ladder.command import main\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         f"for arguments in {MISTAKES}: assert main(arguments) == 2\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "for option in ('--help', '--version'):\n"
+        "    try: main([option])\n    except SystemExit as end: assert not end.code\n"
         "assert {'torch', 'pytest', 'numpy', 'mlx'}.isdisjoint(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
@@ -287,6 +290,16 @@ def test_the_page_is_light_or_dark_fits_a_phone_and_loads_nothing(
     assert not re.search(r"\b(src|href)=|url\(|@import", page)
 
 
+def test_the_screen_and_the_page_say_how_much_of_a_tolerance_was_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the ladder runs by itself, the name of a claim has no folder."""
+    assert main([f"{HERE}:Sound", CLAIMS[1], "--html", str(tmp_path / "climb.html")]) == 0
+    said = re.search(r"   5 loss +1 passed +at most (\d+%) of tolerance \(nats\)", capsys.readouterr().out)
+    assert said
+    assert f"<td>{said[1]} (nats)</td>" in (tmp_path / "climb.html").read_text()
+
+
 def test_the_page_says_what_was_judged_what_passes_and_how_to_replay(
     wrong: tuple[int, dict[str, Any], str],
 ) -> None:
@@ -355,6 +368,16 @@ def test_help_says_what_can_climb_and_what_each_option_asks(capsys: pytest.Captu
         f"{name} {rung} {' '.join(words.split())}" in said for name, (rung, words) in CAPABILITIES.items()
     )
     assert all(f"{name}=" in said for name in vars(Dialect())) and all(name in said for name in REQUIRED)
+
+
+def test_the_version_is_shown_with_those_of_what_it_computes_with(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    said = capsys.readouterr().out
+    assert info.value.code == 0 and said.startswith("lora-ladder ")
+    assert (
+        f", torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}\n" in said
+    )
 
 
 def test_the_screen_tells_errors_from_wrong_results(capsys: pytest.CaptureFixture[str]) -> None:

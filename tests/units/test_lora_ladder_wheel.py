@@ -19,7 +19,7 @@ from tests.lora_ladder.known_bugs import SIGNATURES
 
 BUILD = "import sys; from hatchling.build import build_{0}; print(build_{0}(sys.argv[1]))"
 NEEDS = {"numpy", "pytest", "torch"}
-# Refuses what a stranger does not have, and this repository's packages, which an editable install offers.
+# Refuses what a user may not have, and this repository's packages, which an editable install offers.
 BLOCKER = """
 import sys
 
@@ -153,6 +153,11 @@ def test_an_adapter_climbs_where_mlx_is_not_and_no_setting_of_the_user_judges_it
     assert record["verdict"] == "no divergence" and record["counts"] == {"passed": 1}
     written = {path.name for path in tmp_path.iterdir()} - {*OF_THE_USER, "__pycache__"}
     assert written == {"climb.json"}
+
+
+def test_the_version_is_that_of_the_wheel(installed: Path, tmp_path: Path) -> None:
+    done = run(installed, tmp_path, "-m", "lora_ladder", "--version")
+    assert done.stdout.startswith("lora-ladder 0.1.0, mlx ") and done.returncode == 0, done.stderr
 
 
 def test_the_plugin_does_nothing_unless_it_is_asked(installed: Path, tmp_path: Path) -> None:

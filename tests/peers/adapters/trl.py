@@ -27,6 +27,7 @@ from tests.peers.adapters.peft import PeftTrainer
 ROWS = datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
 SETTINGS = {"bf16": False, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+datasets.disable_progress_bars()
 
 
 def tokenizer() -> Any:
@@ -61,6 +62,7 @@ class FedTrainer(SFTTrainer):
 class TrlTrainer(PeftTrainer):
     optimizer_from = "TRL, through transformers' Trainer"
     schedule_from = "TRL, through transformers' Trainer"
+    merge = unmerge = save_adapter = load_adapter = greedy = None  # type: ignore[assignment]  # PEFT's
 
     def trainer(self, batches: Sequence[Batch], **settings: Any) -> FedTrainer:
         with TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -94,26 +96,11 @@ class TrlTrainer(PeftTrainer):
 
     def history(self, windows: Sequence[Sequence[Batch]], training: TrainConfig) -> list[dict[str, float]]:
         """What the trainer logs of each update."""
-        if training.loraplus_lr_ratio != 1:
-            raise NotImplementedError("SFTConfig has no LoRA+")
         size = max(len(window) for window in windows)
         if any(len(window) != size for window in windows[:-1]):
             raise NotImplementedError("each window but the last must have as many micro-batches")
-        constant = training.lr_schedule == "constant"
-        trainer = self.trainer(
-            [batch for window in windows for batch in window],
-            max_steps=training.iters,
-            gradient_accumulation_steps=size,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type="constant_with_warmup" if constant else training.lr_schedule,
-            warmup_steps=training.warmup_steps,
-            optim=OPTIMIZERS[training.optimizer],
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            gradient_checkpointing=training.grad_checkpoint,
-            seed=training.seed,
-            logging_steps=1,
-        )
+        batches = [batch for window in windows for batch in window]
+        trainer = self.trainer(batches, gradient_accumulation_steps=size, **settings_of(training))
         trainer.add_callback(StopsAfter(len(windows)))
         with redirect_stdout(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,4 +115,26 @@ class TrlTrainer(PeftTrainer):
         return [logged["grad_norm"] for logged in self.history(windows, training)]
 
     def made(self, training: TrainConfig) -> tuple[Any, Any]:
-        raise NotImplementedError("the trainer makes them in `train` only")
+        """The optimizer and its schedule, as the trainer makes them when it begins."""
+        trainer = self.trainer([], **settings_of(training))
+        trainer.create_optimizer_and_scheduler(training.iters)
+        return trainer.optimizer, trainer.lr_scheduler
+
+
+def settings_of(training: TrainConfig) -> dict[str, Any]:
+    """Every option of the run, by its name in SFTConfig."""
+    if training.loraplus_lr_ratio != 1:
+        raise NotImplementedError("SFTConfig has no LoRA+")
+    constant = training.lr_schedule == "constant"
+    return {
+        "max_steps": training.iters,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if constant else training.lr_schedule,
+        "warmup_steps": training.warmup_steps,
+        "optim": OPTIMIZERS[training.optimizer],
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "gradient_checkpointing": training.grad_checkpoint,
+        "seed": training.seed,
+        "logging_steps": 1,
+    }
