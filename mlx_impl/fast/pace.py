@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..data import Batch, Window
 from ..model import CausalLM
 from .memory_model import Shape, sizes_of, training_bytes
+from .segments import examples_apart
 
 
 def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Iterator[Window]:
@@ -34,5 +35,6 @@ def paced(windows: Iterable[Window], model: CausalLM, checkpointed: bool) -> Ite
 def step_bytes(model: CausalLM, batch: Batch, checkpointed: bool) -> int:
     """As of a batch whose padding is computed too: enough for one whose padding is not."""
     rows, width = batch.inputs_BT.shape
-    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()))
+    groups = () if batch.segment_BT is None else tuple(examples_apart(batch)[1])
+    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()), groups=groups)
     return training_bytes(sizes_of(model), shape, checkpointed)

@@ -25,17 +25,6 @@ from tests.units.test_fast_equals_plain import one_step, require_exact
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 H, G, K = 4, 2, 6
-SEGMENTS = {  # lengths of the examples in each row
-    "alone": None,
-    "uneven": ((5, 1, 17, 2, 8), (33,), (2, 2, 2, 27)),
-}
-
-
-def segments_of(name: str) -> mx.array | None:
-    lengths = SEGMENTS[name]
-    if lengths is None:
-        return None
-    return mx.array(np.stack([np.repeat(np.arange(len(row)), row) for row in lengths]))
 
 
 def exact_attention(
@@ -49,19 +38,18 @@ def exact_attention(
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 11, 32, 33, 50])
-@pytest.mark.parametrize("segments", SEGMENTS)
-def test_it_equals_attention_with_the_mask(segments: str, window: int) -> None:
+def test_it_equals_attention_with_the_mask(window: int) -> None:
     """Rows of 33 positions: a last block that is filled up, one block, a window larger than the row."""
-    random, segment_BT = np.random.default_rng(window), segments_of(segments)
+    random = np.random.default_rng(window)
     q, k, v = (random.standard_normal((3, heads, 33, K)) for heads in (H, G, G))
-    mask = np.array(mx.broadcast_to(full_mask(33, window, segment_BT), (3, 1, 33, 33)))
-    found = band_of(33, window, segment_BT).attend(*(mx.array(x, mx.float32) for x in (q, k, v)))
+    mask = np.array(mx.broadcast_to(full_mask(33, window), (3, 1, 33, 33)))
+    found = band_of(33, window).attend(*(mx.array(x, mx.float32) for x in (q, k, v)))
     single = exact_attention(q.astype(np.float32), k.astype(np.float32), v.astype(np.float32), mask)
     require("mix", [compare("mix", np.array(found), single, exact_attention(q, k, v, mask), 33)])
 
 
-def full_mask(T: int, window: int | None, segment_BT: mx.array | None) -> mx.array:
-    mask = attention_mask(T, 0, window, segment_BT)
+def full_mask(T: int, window: int) -> mx.array:
+    mask = attention_mask(T, 0, window, None)
     return mx.tri(T).astype(mx.bool_)[None, None] if mask is None else mask
 
 
