@@ -170,8 +170,8 @@ def rows_as_they_are(batch: Batch) -> tuple[Batch, list[segments.Group]]:
     return batch._replace(segment_BT=None), []
 
 
-def next_smaller_power_of_two(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
+def groups_rounded_down(lengths: Any, *sizes: int, real: Any = segments.groups_of) -> list[segments.Group]:
+    return real([1 << (int(n).bit_length() - 1) for n in lengths], *sizes)
 
 
 def only_the_first_group_learns(x_1HTK: mx.array, groups: Sequence[segments.Group]) -> list[mx.array]:
@@ -377,7 +377,7 @@ MUTANTS = [
         "packed-examples-cut-to-a-bucket",
         5,
         "For attention packed examples get rows of a power of two, and what is longer than its row is lost.",
-        {"mlx_impl.fast.segments.power_of_two": next_smaller_power_of_two},
+        {"mlx_impl.fast.segments.groups_of": groups_rounded_down},
     ),
     Mutant(
         "only-the-longest-examples-learn",

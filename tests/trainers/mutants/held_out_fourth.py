@@ -253,6 +253,7 @@ MUTANTS: tuple[Mutant, ...] = (
         5,
         "Packed rows have position ids, and the code for these takes RoPE's base and forgets its scaling.",
         {"mlx_impl.ops.rope": rope_of_the_base_alone},
+        cases=("llama3 rope",),
         trainer=PLAIN,
     ),
     Mutant(
