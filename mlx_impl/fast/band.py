@@ -16,6 +16,7 @@ from . import ops
 
 MIN_TOKENS = 512  # of a row: below, a mask of (T, T) is small
 MIN_WINDOWS = 3  # windows in a row: two have as many keys in a band as without one
+MAX_SCORES = 2**27  # in the backward pass at once, on a GPU: 256 MiB in bfloat16
 
 
 def pays(tokens: int, window: int) -> bool:
@@ -34,7 +35,7 @@ class Band:
         B, H, T, K = q_BHTK.shape
         keys, values = (with_block_before(blocks(x, self.window)) for x in (k_BGTK, v_BGTK))
         queries = blocks(q_BHTK, self.window).flatten(0, 1)
-        mix = ops.attention(queries, keys, values, mx.tile(self.mask_N1WS, (B, 1, 1, 1)))
+        mix = in_turn(queries, keys, values, mx.tile(self.mask_N1WS, (B, 1, 1, 1)))
         return mix.reshape(B, -1, H, self.window, K).swapaxes(1, 2).reshape(B, H, -1, K)[:, :, :T]
 
 
@@ -45,6 +46,34 @@ def band_of(tokens: int, window: int) -> Band:
     in_window_WS = (key_S <= query_W1) & (query_W1 - key_S < window)
     exists_N1S = (mx.arange(num_blocks)[:, None] > 0)[..., None] | (key_S >= 0)
     return Band(window, (in_window_WS & exists_N1S)[:, None])
+
+
+def in_turn(q_NHWK: mx.array, k_NGSK: mx.array, v_NGSK: mx.array, mask_N1WS: mx.array) -> mx.array:
+    """`ops.attention`; on a GPU its backward pass computes the scores of some blocks after those of others.
+
+    A CPU keeps the scores of the forward pass, all of them.
+    """
+    N, H, W, _ = q_NHWK.shape
+    size = max(1, MAX_SCORES // (H * W * k_NGSK.shape[2]))
+    if not ops.on_gpu() or size >= N:
+        return ops.attention(q_NHWK, k_NGSK, v_NGSK, mask_N1WS)
+    parts = [slice(first, first + size) for first in range(0, N, size)]
+
+    @mx.custom_function
+    def forward(q_NHWK: mx.array, k_NGSK: mx.array, v_NGSK: mx.array) -> mx.array:
+        return ops.attention(q_NHWK, k_NGSK, v_NGSK, mask_N1WS)
+
+    @forward.vjp
+    def backward(primals: tuple, d_NHWK: mx.array, _: mx.array) -> list[mx.array]:
+        gradients: list[list[mx.array]] = []
+        for part in parts:
+            arrays = [x[part] for x in (*primals, d_NHWK)]
+            *qkv, d = mx.depends(arrays, gradients[-1]) if gradients else arrays
+            mask = mask_N1WS[part]
+            gradients.append(mx.vjp(lambda q, k, v, mask=mask: ops.attention(q, k, v, mask), qkv, [d])[1])
+        return [mx.concatenate(list(of_parts)) for of_parts in zip(*gradients, strict=True)]
+
+    return forward(q_NHWK, k_NGSK, v_NGSK)
 
 
 def blocks(x_BHTK: mx.array, window: int) -> mx.array:

@@ -164,15 +164,19 @@ def test_examples_of_several_packed_rows_share_a_prefix() -> None:
 
 
 def peak_of_a_gradient(batch: Batch) -> int:
+    """The most of several times: how far MLX works ahead differs."""
     net = CausalLM(replace(SPEC, num_hidden_layers=1))
     add_lora(net, LoRAConfig(rank=2))
     mx.eval(net.parameters())
     arrays = FAST.to_arrays(batch)
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(nn.value_and_grad(net, FAST.batch_loss)(net, arrays))
-    return mx.get_peak_memory() - before
+    mx.eval([a for a in arrays if isinstance(a, mx.array)])
+    before, peaks = mx.get_active_memory(), []
+    for _ in range(5):
+        mx.synchronize()
+        mx.reset_peak_memory()
+        mx.eval(nn.value_and_grad(net, FAST.batch_loss)(net, arrays))
+        peaks.append(mx.get_peak_memory() - before)
+    return max(peaks)
 
 
 def one_row(lengths: Sequence[int]) -> Batch:
