@@ -53,6 +53,8 @@ class Case:
     model: ModelConfig | None  # None: SmolLM2-135M-Instruct and the geography questions
     batch_size: int = 4
     tokens: int = 0  # inputs per row; unused for the geography questions
+    lengths: tuple[int, int] | None = None  # an epoch of examples of these inputs instead, from and to
+    batching: str = "plain"  # of that epoch; rows of at most `tokens` where packed
     target_share: float = 1.0  # of the positions of a row
     rank: int = 8
     dtype: str = "float32"  # of the frozen weights
@@ -70,6 +72,8 @@ class Case:
         return TrainConfig(
             iters=10**9,
             batch_size=self.batch_size,
+            batching=self.batching,
+            max_seq_length=self.tokens or 2048,
             grad_accumulation_steps=self.micro_batches,
             learning_rate=1e-4,
             grad_checkpoint=self.checkpointed,

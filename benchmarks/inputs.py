@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_impl.batching import updates_an_epoch
 from mlx_impl.config import ModelConfig
 from mlx_impl.data import Example, Window, make_batch, training_windows
 from mlx_impl.model import CausalLM
 
 from .cases import GEOGRAPHY, Case
 
+EXAMPLES = 64  # of an epoch
 WEIGHT_SCALE = 0.02  # standard deviation of random weights
 BLOCK = 1 << 20  # random numbers drawn; larger arrays repeat them, because drawing a billion takes long
 
@@ -48,6 +50,8 @@ def geography(case: Case) -> Inputs:
 
 def random_windows(case: Case, config: ModelConfig) -> list[Window]:
     """Rows without padding; the last `target_share` of each are targets."""
+    if case.lengths:
+        return epoch_of(case, config, *case.lengths)
     random = np.random.default_rng(0)
     num_targets = round(case.target_share * case.tokens)
     is_target = (False,) * (case.tokens + 1 - num_targets) + (True,) * num_targets
@@ -59,6 +63,21 @@ def random_windows(case: Case, config: ModelConfig) -> list[Window]:
         return [make_batch([example() for _ in range(case.batch_size)]) for _ in range(case.micro_batches)]
 
     return [window() for _ in range(case.num_windows)]
+
+
+def epoch_of(case: Case, config: ModelConfig, shortest: int, longest: int) -> list[Window]:
+    """EXAMPLES examples of random lengths and tokens, batched as a run would; the same for every batching."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(shortest, longest + 1, EXAMPLES)
+    examples = [
+        Example(
+            tuple(random.integers(1, config.vocab_size, n + 1).tolist()),
+            tuple(t > n * (1 - case.target_share) for t in range(n + 1)),
+        )
+        for n in lengths.tolist()
+    ]
+    updates = updates_an_epoch(lengths.tolist(), case.training)
+    return list(training_windows(examples, dataclasses.replace(case.training, iters=updates)))
 
 
 def random_weights(config: ModelConfig) -> dict[str, np.ndarray]:

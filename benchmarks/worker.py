@@ -77,6 +77,11 @@ def answer_to(connection: Connection, name: str, case: Case, environment: dict[s
             start = time.perf_counter()
             contestant.step()
             connection.send(time.perf_counter() - start)
+        elif isinstance(order, tuple):
+            start = time.perf_counter()
+            for _ in range(order[1]):
+                contestant.step()
+            connection.send(time.perf_counter() - start)
         else:
             connection.send(measured_peak(contestant.step, CONTESTANTS[name].memory, num_steps=order))
 
@@ -114,6 +119,10 @@ class Side(AbstractContextManager["Side"]):
     def seconds(self) -> float:
         """The seconds of one step."""
         return float(self.ask("step"))
+
+    def seconds_of(self, num_steps: int) -> float:
+        """The seconds of so many steps, one after the other, without untimed ones before."""
+        return float(self.ask(("steps", num_steps)))
 
     def peak(self, num_steps: int) -> Peak:
         peak: Peak = self.ask(num_steps)

@@ -16,6 +16,7 @@ from . import ops
 
 MIN_TOKENS = 512  # of a row: below, a mask of (T, T) is small
 MIN_WINDOWS = 3  # windows in a row: two have as many keys in a band as without one
+MAX_SCORES = 2**27  # in the backward pass at once, on a GPU: 256 MiB in bfloat16
 
 
 def pays(tokens: int, window: int) -> bool:
@@ -27,35 +28,52 @@ class Band:
     """N blocks of `window` positions in each row, the last one filled up."""
 
     window: int
-    mask_N1WS: mx.array  # or with the blocks of all rows, B N, where rows are packed
+    mask_N1WS: mx.array
 
     def attend(self, q_BHTK: mx.array, k_BGTK: mx.array, v_BGTK: mx.array) -> mx.array:
         """`ops.attention` with `model.attention_mask` of this window; (B, H, T, K)."""
         B, H, T, K = q_BHTK.shape
         keys, values = (with_block_before(blocks(x, self.window)) for x in (k_BGTK, v_BGTK))
-        mask = self.mask_N1WS
-        if mask.shape[0] * B == keys.shape[0] and B > 1:
-            mask = mx.tile(mask, (B, 1, 1, 1))
         queries = blocks(q_BHTK, self.window).flatten(0, 1)
-        mix = ops.attention(queries, keys, values, mask)
+        mix = in_turn(queries, keys, values, mx.tile(self.mask_N1WS, (B, 1, 1, 1)))
         return mix.reshape(B, -1, H, self.window, K).swapaxes(1, 2).reshape(B, H, -1, K)[:, :, :T]
 
 
-def band_of(tokens: int, window: int, segment_BT: mx.array | None) -> Band:
-    """The mask of each block: the key is at most window - 1 before the query, and of its example."""
+def band_of(tokens: int, window: int) -> Band:
+    """The mask of each block: the key is at most window - 1 before the query."""
     num_blocks = -(-tokens // window)
     query_W1, key_S = mx.arange(window)[:, None], mx.arange(-window, window)
     in_window_WS = (key_S <= query_W1) & (query_W1 - key_S < window)
     exists_N1S = (mx.arange(num_blocks)[:, None] > 0)[..., None] | (key_S >= 0)
-    mask_NWS = in_window_WS & exists_N1S
-    if segment_BT is not None:
-        segment_BNW = mx.pad(segment_BT, [(0, 0), (0, num_blocks * window - tokens)]).reshape(
-            -1, num_blocks, window
-        )
-        before_BNW = mx.pad(segment_BNW[:, :-1], [(0, 0), (1, 0), (0, 0)])
-        key_BNS = mx.concatenate([before_BNW, segment_BNW], axis=2)
-        mask_NWS = (mask_NWS & (segment_BNW[..., None] == key_BNS[:, :, None])).flatten(0, 1)
-    return Band(window, mask_NWS[:, None])
+    return Band(window, (in_window_WS & exists_N1S)[:, None])
+
+
+def in_turn(q_NHWK: mx.array, k_NGSK: mx.array, v_NGSK: mx.array, mask_N1WS: mx.array) -> mx.array:
+    """`ops.attention`; on a GPU its backward pass computes the scores of some blocks after those of others.
+
+    A CPU keeps the scores of the forward pass, all of them.
+    """
+    N, H, W, _ = q_NHWK.shape
+    size = max(1, MAX_SCORES // (H * W * k_NGSK.shape[2]))
+    if not ops.on_gpu() or size >= N:
+        return ops.attention(q_NHWK, k_NGSK, v_NGSK, mask_N1WS)
+    parts = [slice(first, first + size) for first in range(0, N, size)]
+
+    @mx.custom_function
+    def forward(q_NHWK: mx.array, k_NGSK: mx.array, v_NGSK: mx.array) -> mx.array:
+        return ops.attention(q_NHWK, k_NGSK, v_NGSK, mask_N1WS)
+
+    @forward.vjp
+    def backward(primals: tuple, d_NHWK: mx.array, _: mx.array) -> list[mx.array]:
+        gradients: list[list[mx.array]] = []
+        for part in parts:
+            arrays = [x[part] for x in (*primals, d_NHWK)]
+            *qkv, d = mx.depends(arrays, gradients[-1]) if gradients else arrays
+            mask = mask_N1WS[part]
+            gradients.append(mx.vjp(lambda q, k, v, mask=mask: ops.attention(q, k, v, mask), qkv, [d])[1])
+        return [mx.concatenate(list(of_parts)) for of_parts in zip(*gradients, strict=True)]
+
+    return forward(q_NHWK, k_NGSK, v_NGSK)
 
 
 def blocks(x_BHTK: mx.array, window: int) -> mx.array:

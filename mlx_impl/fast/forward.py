@@ -1,8 +1,8 @@
 """The decoder's forward pass for training, over the modules and parameters of `model.py`.
 
 It computes the same hidden states with less work: padding-free outside attention, a prefix that all rows
-share once, the last block at target positions only (`unpadding.py`), linears of one input together
-(`projection.py`).
+share once, the last block at target positions only (`unpadding.py`), packed examples as rows of attention
+(`segments.py`), linears of one input together (`projection.py`).
 """
 
 from __future__ import annotations
@@ -14,30 +14,36 @@ from typing import Any
 import mlx.core as mx
 
 from ..data import Batch
-from ..model import Attention, Block, CausalLM, Decoder, attention_mask, position_ids
+from ..model import Attention, Block, CausalLM, Decoder
 from ..train import Arrays, Loss, Nats
-from .band import band_of
-from .band import pays as band_pays
 from .head import head_nats, head_of
-from .kept_positions import kept_positions, target_positions
-from .layout import Layout
+from .kept_positions import kept_in_groups, kept_positions, target_positions
+from .layout import Layout, looks_of
 from .projection import project, project_gated
 from .recompute import recomputed
+from .segments import Group, examples_apart
 from .unpadding import Unpadding
 from .vectors import Vectors, as_vectors
 
 
 def to_arrays(batch: Batch) -> Arrays:
-    """inputs_BT; positions_N, targets_N and mask_N of the targets; segment_BT or None; the kept positions."""
-    segment_BT = None if batch.segment_BT is None else mx.array(batch.segment_BT)
-    kept = [mx.array(array) for array in kept_positions(batch) or () if array is not None]
-    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), segment_BT, kept]
+    """inputs_BT; positions_N, targets_N and mask_N of the targets; the groups of rows; the kept positions.
+
+    Packed examples are rows of their own; of several groups (`segments.py`) the batch is one row.
+    """
+    groups: list[Group] = []
+    if batch.segment_BT is not None:
+        batch, groups = examples_apart(batch)
+    several = groups if len(groups) > 1 else []
+    kept = kept_in_groups(batch, several) if several else kept_positions(batch)
+    kept_arrays = [mx.array(array) for array in kept or () if array is not None]
+    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), several, kept_arrays]
 
 
 def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
     """The sum of nats over the targets, and their number, as `train.batch_loss`."""
-    inputs_BT, positions_N, targets_N, mask_N, segment_BT, kept = arrays
-    x_ND = hidden_at_targets(model.model, inputs_BT, positions_N, segment_BT, kept)
+    inputs_BT, positions_N, targets_N, mask_N, groups, kept = arrays
+    x_ND = hidden_at_targets(model.model, inputs_BT, positions_N, groups, kept)
     return head_nats(head_of(model, after=x_ND), model.config.vocab_size, x_ND, targets_N, mask_N)
 
 
@@ -53,19 +59,16 @@ def hidden_at_targets(
     decoder: Decoder,
     tokens_BT: mx.array,
     positions_N: mx.array,
-    segment_BT: mx.array | None = None,
+    groups: Sequence[Group] = (),
     kept: Sequence[mx.array] = (),
 ) -> mx.array:
     """(N, D): the final hidden states at these positions of the flattened (B, T).
 
     `kept` are the fields of `kept_positions.KeptPositions`; without them every position is computed.
+    `groups` are those of a batch that is one row (`segments.py`).
     """
-    position = 0 if segment_BT is None else position_ids(segment_BT)
-    T, window = tokens_BT.shape[1], decoder.window
-    band = band_of(T, window, segment_BT) if window is not None and band_pays(T, window) else None
-    mask_B1TS = None if band else attention_mask(T, 0, window, segment_BT)
     unpadding = Unpadding(*kept) if kept else None
-    layout = Layout(position, mask_B1TS, unpadding, band=band)
+    layout = Layout(looks_of(tokens_BT.shape[1], groups, decoder.window), unpadding, groups)
     if unpadding:
         tokens_BT = tokens_BT.flatten()[unpadding.kept_U][None]
     x_BTD = decoder.embed_tokens(tokens_BT)
@@ -98,6 +101,5 @@ def attention(layer: Attention, x_BTD: mx.array, layout: Layout) -> mx.array:
     )
     if layer.qk_norm:
         q_BHTK, k_BGTK = layer.q_norm(q_BHTK), layer.k_norm(k_BGTK)
-    q_BHTK, k_BGTK = layout.rope(q_BHTK, layer.frequency_P), layout.rope(k_BGTK, layer.frequency_P)
-    mix_BTO = layout.merge_heads(layout.attend(q_BHTK, k_BGTK, v_BGTK))
+    mix_BTO = layout.merge_heads(layout.attend(q_BHTK, k_BGTK, v_BGTK, layer.frequency_P))
     return project(layout.select_targets(mix_BTO), layer.o_proj)[0]

@@ -8,11 +8,13 @@ Sources: Portes et al. 2023, "MosaicBERT", section 2.1 (unpadding); Liu et al. 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..data import Batch, bucket_size
+from .segments import Group
 
 KEPT_BUCKETS = 8  # from n to 2n; finer than for rows and targets, because most of a step's work is on them
 TARGET_BUCKETS = 4
@@ -37,7 +39,7 @@ class KeptPositions(NamedTuple):
 def kept_positions(batch: Batch) -> KeptPositions | None:
     """The positions to compute; None if all of them are."""
     mask_BT, T = batch.mask_BT, batch.mask_BT.shape[1]
-    is_needed_BT = np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
+    is_needed_BT = needed_positions(mask_BT)
     num_shared = shared_prefix_length(batch, is_needed_BT)
     is_shared_BT = is_needed_BT & (np.arange(T) < num_shared)
     shared, repeated = np.split(
@@ -48,12 +50,34 @@ def kept_positions(batch: Batch) -> KeptPositions | None:
     size = bucket_size(len(needed) + 1, KEPT_BUCKETS)
     if size >= mask_BT.size:
         return None
+    kept = each_its_own(needed, dummies, size, mask_BT.shape)
+    if not num_shared:
+        return kept
+    source_BT = np.where(is_shared_BT, np.arange(T, dtype=np.int32), kept.own_BT)
+    return kept._replace(source_BT=source_BT, is_shared_U=np.arange(size) < num_shared)
+
+
+def kept_in_groups(batch: Batch, groups: Sequence[Group]) -> KeptPositions:
+    """The same of several groups of rows (`segments.py`), which are one row here; they share no prefix."""
+    ends = np.cumsum([rows * width for rows, width in groups])
+    parts = zip(np.split(batch.mask_BT[0], ends[:-1]), groups, strict=True)
+    is_needed_M = np.concatenate([needed_positions(mask_M.reshape(group)).ravel() for mask_M, group in parts])
+    needed, dummies = np.flatnonzero(is_needed_M), np.flatnonzero(~is_needed_M)
+    size = min(bucket_size(len(needed) + 1, KEPT_BUCKETS), len(is_needed_M))
+    return each_its_own(needed, dummies, size, batch.mask_BT.shape)
+
+
+def needed_positions(mask_BT: np.ndarray) -> np.ndarray:
+    """Those up to the last target of each row."""
+    return np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
+
+
+def each_its_own(needed: np.ndarray, dummies: np.ndarray, size: int, shape: tuple[int, ...]) -> KeptPositions:
+    """The needed positions, filled up with dummies to this size; nothing is shared."""
     kept_U = np.append(needed, dummies[: size - len(needed)]).astype(np.int32)
-    own_BT = np.full(mask_BT.shape, len(needed), np.int32)
+    own_BT = np.full(shape, len(needed), np.int32)
     own_BT.flat[kept_U] = np.arange(size)
-    source_BT = np.where(is_shared_BT, np.arange(T, dtype=np.int32), own_BT)
-    is_shared_U = np.arange(size) < num_shared if num_shared else None
-    return KeptPositions(kept_U, source_BT, own_BT, np.arange(size) < len(needed), is_shared_U)
+    return KeptPositions(kept_U, own_BT, own_BT, np.arange(size) < len(needed), None)
 
 
 def shared_prefix_length(batch: Batch, is_needed_BT: np.ndarray) -> int:
@@ -62,9 +86,7 @@ def shared_prefix_length(batch: Batch, is_needed_BT: np.ndarray) -> int:
     if len(rows) < 2:
         return 0
     is_alike_T = is_needed_BT[rows].all(axis=0)
-    for array_BT in (batch.inputs_BT, batch.segment_BT):
-        if array_BT is not None:
-            is_alike_T &= (array_BT[rows] == array_BT[rows[0]]).all(axis=0)
+    is_alike_T &= (batch.inputs_BT[rows] == batch.inputs_BT[rows[0]]).all(axis=0)
     length = int(np.append(is_alike_T, False).argmin())
     return length if (len(rows) - 1) * length >= MIN_SHARED_FRACTION * is_needed_BT.sum() else 0
 

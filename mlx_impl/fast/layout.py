@@ -1,24 +1,29 @@
-"""How the tokens of a batch are laid out: position ids, attention mask, and the positions to compute."""
+"""How the tokens of a batch are laid out: rows and groups of rows, masks, and the positions to compute."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from ..model import attention_mask
 from . import ops
-from .band import Band
+from .band import Band, band_of
+from .band import pays as band_pays
+from .segments import Group
 from .unpadding import Unpadding
+
+Look = Band | mx.array | None  # what queries see: a band of blocks, a mask_11TS, or all of the past
 
 
 @dataclass(frozen=True)
 class Layout:
     """What attention needs of a batch, and what a block may leave out."""
 
-    position: int | mx.array = 0  # as in `ops.rope`
-    mask_B1TS: mx.array | None = None  # as in `ops.attention`
+    looks: Mapping[int, Look] = field(default_factory=dict)  # of rows of each width
     unpadding: Unpadding | None = None  # outside attention x_BTD is one row of the kept positions: (1, U, D)
-    band: Band | None = None  # in place of a mask where it saves memory
+    groups: Sequence[Group] = ()  # of the rows that the (1, T) of a batch holds one after the other
     targets_N: mx.array | None = None  # in a last block: the positions in (B, T) needed after attention
 
     def split_heads(self, x_BTO: mx.array, H: int) -> mx.array:
@@ -39,10 +44,43 @@ class Layout:
             return self.unpadding.at(x_BTD, self.targets_N)
         return x_BTD.flatten(0, 1)[self.targets_N][None]
 
-    def rope(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
-        return ops.rope(x_BHTK, frequency_P, self.position)
+    def attend(
+        self, q_BHTK: mx.array, k_BGTK: mx.array, v_BGTK: mx.array, frequency_P: tuple[float, ...]
+    ) -> mx.array:
+        """RoPE and attention of each row, (B, H, T, K)."""
+        if not self.groups:
+            return self.attend_rows(q_BHTK, k_BGTK, v_BGTK, frequency_P)
+        queries, keys, values = (rows_of(x, self.groups) for x in (q_BHTK, k_BGTK, v_BGTK))
+        parts = zip(queries, keys, values, strict=True)
+        mixes = [self.attend_rows(q, k, v, frequency_P).swapaxes(0, 1).flatten(1, 2) for q, k, v in parts]
+        return mx.concatenate(mixes, axis=1)[None]
 
-    def attend(self, q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array) -> mx.array:
-        if self.band:
-            return self.band.attend(q_BHTK, k_BGSK, v_BGSK)
-        return ops.attention(q_BHTK, k_BGSK, v_BGSK, self.mask_B1TS)
+    def attend_rows(
+        self, q_BHTK: mx.array, k_BGTK: mx.array, v_BGTK: mx.array, frequency_P: tuple[float, ...]
+    ) -> mx.array:
+        q_BHTK, k_BGTK = self.rope(q_BHTK, frequency_P), self.rope(k_BGTK, frequency_P)
+        look = self.looks[q_BHTK.shape[2]]
+        if isinstance(look, Band):
+            return look.attend(q_BHTK, k_BGTK, v_BGTK)
+        return ops.attention(q_BHTK, k_BGTK, v_BGTK, look)
+
+    def rope(self, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
+        return ops.rope(x_BHTK, frequency_P, 0)
+
+
+def looks_of(T: int, groups: Sequence[Group], window: int | None) -> dict[int, Look]:
+    """What the queries see in rows of each width."""
+    return {width: look_of(width, window) for width in {width for _, width in groups} or {T}}
+
+
+def look_of(width: int, window: int | None) -> Look:
+    if window is not None and band_pays(width, window):
+        return band_of(width, window)
+    return attention_mask(width, 0, window, None)
+
+
+def rows_of(x_1HTK: mx.array, groups: Sequence[Group]) -> list[mx.array]:
+    """(R, H, W, K) of each group."""
+    ends = [sum(rows * width for rows, width in groups[: n + 1]) for n in range(len(groups) - 1)]
+    parts = mx.split(x_1HTK[0], ends, axis=1)
+    return [mx.unflatten(x, 1, tuple(g)).swapaxes(0, 1) for x, g in zip(parts, groups, strict=True)]

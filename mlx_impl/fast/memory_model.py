@@ -6,7 +6,8 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     kept         = L blocks;  checkpointed: L hidden states and one block
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU, on Metal, and where a window is narrower than the row;
-                   else 0: CUDA's fused attention keeps none; in a band (band.py) S is two windows
+                   else 0: CUDA's fused attention keeps none; in a band (band.py) S is two windows.
+                   Packed examples are B rows of their own, T wide, in groups (segments.py)
     work         = 2 scores + mask + one block without its scores
     evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F) + in full,
                                          5 logits + head)
@@ -42,9 +43,10 @@ from ..targets import shape_OI
 from . import ops
 from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
-from .kept_positions import kept_positions
+from .kept_positions import kept_in_groups, kept_positions
 from .packed import packed_of
 from .projection import low_rank_of
+from .segments import Group, examples_apart
 
 STATE = 5  # numbers beside each factor: two moments, and the factor and its moments of the update before
 UPDATE = 11  # more during an update: the gradient, the new factor and moments, intermediate results of Adam
@@ -91,7 +93,8 @@ class Shape:
     computed: int  # positions outside of attention
     targets: int  # positions that the head reads
     seen: int = 0  # tokens in the cache before these
-    masks: int = 1  # of attention: one for all rows, or of packed rows one each
+    groups: tuple[Group, ...] = ()  # of packed examples: the rows of attention
+    masks: int = 1  # of the plain path: one for all rows, or of packed rows one each
 
     @property
     def positions(self) -> int:
@@ -149,10 +152,15 @@ def numbers_in_full(model: CausalLM, plain: bool) -> tuple[int, int, int, int]:
 
 
 def shape_of(batch: Batch) -> Shape:
-    kept, (rows, width) = kept_positions(batch), batch.inputs_BT.shape
-    computed = batch.inputs_BT.size if kept is None else len(kept.kept_U)
-    masks = 1 if batch.segment_BT is None else rows
-    return Shape(rows, width, computed, int(batch.mask_BT.sum()), masks=masks)
+    rows, width = batch.inputs_BT.shape
+    if batch.segment_BT is None:
+        kept = kept_positions(batch)
+        computed = batch.inputs_BT.size if kept is None else len(kept.kept_U)
+        return Shape(rows, width, computed, int(batch.mask_BT.sum()))
+    apart, groups = examples_apart(batch)
+    kept = kept_positions(apart) if len(groups) == 1 else kept_in_groups(apart, groups)
+    computed = apart.inputs_BT.size if kept is None else len(kept.kept_U)
+    return Shape(rows, width, computed, int(batch.mask_BT.sum()), groups=tuple(groups), masks=rows)
 
 
 def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
@@ -204,22 +212,36 @@ def state_bytes(sizes: Sizes) -> int:
 
 
 def block_bytes(sizes: Sizes, shape: Shape) -> int:
-    return shape.computed * sizes.a_position * sizes.itemsize + scores_bytes(sizes, shape)
+    kept = shape.computed * sizes.a_position + padded_numbers(sizes, shape)
+    return kept * sizes.itemsize + scores_bytes(sizes, shape)
+
+
+def padded_numbers(sizes: Sizes, shape: Shape) -> int:
+    """Queries, keys, values and mixes of the places in groups where no computed position is."""
+    c, places = sizes.config, sum(rows * width for rows, width in rows_of(sizes, shape))
+    heads = 2 * (c.num_attention_heads + c.num_key_value_heads)
+    return heads * c.head_dim * max(0, places - shape.computed) if shape.groups else 0
+
+
+def rows_of(sizes: Sizes, shape: Shape) -> tuple[Group, ...]:
+    """The rows of attention."""
+    return (Group(shape.rows, shape.width),) if sizes.plain or not shape.groups else shape.groups
 
 
 def scores_bytes(sizes: Sizes, shape: Shape) -> int:
-    window = sizes.config.sliding_window
-    if not (sizes.keeps_scores or sizes.unfused or (window is not None and window < shape.keys)):
-        return 0
-    heads = sizes.config.num_attention_heads
-    return shape.rows * heads * shape.width * keys_of(sizes, shape) * sizes.itemsize
+    window, heads = sizes.config.sliding_window, sizes.config.num_attention_heads
+    scores = 0
+    for rows, width in rows_of(sizes, shape):
+        if sizes.keeps_scores or sizes.unfused or (window is not None and window < shape.seen + width):
+            scores += heads * rows * width * keys_of(sizes, width, shape.seen)
+    return scores * sizes.itemsize
 
 
-def keys_of(sizes: Sizes, shape: Shape) -> int:
+def keys_of(sizes: Sizes, width: int, seen: int) -> int:
     """How many keys a query has scores for: in a band (`band.py`) those of two windows."""
     window = sizes.config.sliding_window
-    if window is None or sizes.plain or shape.seen or not band_pays(shape.width, window):
-        return shape.keys
+    if window is None or sizes.plain or seen or not band_pays(width, window):
+        return seen + width
     return 2 * window
 
 
@@ -237,7 +259,9 @@ def packed_head_bytes(sizes: Sizes) -> int:
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
     """Booleans, the bias made of them, and its gradient."""
-    return 6 * shape.masks * shape.width * keys_of(sizes, shape) if sizes.keeps_scores else 0
+    masks = shape.masks if sizes.plain else 1
+    pairs = sum(width * keys_of(sizes, width, shape.seen) for _, width in rows_of(sizes, shape))
+    return 6 * masks * pairs if sizes.keeps_scores else 0
 
 
 def head_bytes(sizes: Sizes, shape: Shape, plain_copies: float | None = None) -> int:

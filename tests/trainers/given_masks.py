@@ -1,7 +1,8 @@
 """Dropout with given masks, for both paths of `mlx_impl`.
 
 A mask covers all positions of (B, T). Where the fast path computes only some positions, the mask is gathered
-at those: the target positions after attention in the last block, and the kept positions elsewhere.
+at those: the target positions after attention in the last block, and the kept positions elsewhere. Of packed
+rows it first lays the examples out as rows of their own (`fast/segments.py`), and so are the masks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_impl.data import Batch
+from mlx_impl.fast.segments import examples_of, groups_of, places
 from mlx_impl.lora import Dropout, lora_layers
 from mlx_impl.model import CausalLM
 from mlx_impl.train import PLAIN, Arrays, Loss, Nats
@@ -25,6 +28,7 @@ class Computed:
 
     kept_S: mx.array | None = None
     positions_N: mx.array | None = None
+    place_M: mx.array | None = None  # of packed rows laid out anew: where each position was
 
 
 class GivenDropout(Dropout):
@@ -37,11 +41,17 @@ class GivenDropout(Dropout):
     def __call__(self, x_BTI: mx.array) -> mx.array:
         if not self.training:
             return x_BTI
-        keep_BTI = self.keep_BTI
-        positions = self._computed.positions_N if self._is_at_targets else self._computed.kept_S
-        if positions is not None:
-            keep_BTI = keep_BTI.flatten(0, 1)[positions][None]
-        return x_BTI * keep_BTI / (1 - self.p)
+        keep_LI, computed = self.keep_BTI.flatten(0, 1), self._computed
+        positions = computed.positions_N if self._is_at_targets else computed.kept_S
+        for chosen in (computed.place_M, positions):
+            keep_LI = keep_LI if chosen is None else keep_LI[chosen]
+        return x_BTI * keep_LI.reshape(*x_BTI.shape[:2], -1) / (1 - self.p)
+
+
+def places_of(batch: Batch) -> np.ndarray:
+    """Where in the flattened (B, T) each position of `segments.examples_apart` was."""
+    starts, lengths = examples_of(batch)
+    return places(starts, lengths, groups_of(lengths, batch.inputs_BT.size, batch.inputs_BT.shape[1]))[0]
 
 
 def with_given_masks(model: CausalLM, masks: Named, loss: Loss) -> Loss:
@@ -51,10 +61,15 @@ def with_given_masks(model: CausalLM, masks: Named, loss: Loss) -> Loss:
         is_at_targets = last in name and name.endswith(AFTER_ATTENTION)
         layer.dropout = GivenDropout(layer.dropout.p, masks[name], computed, is_at_targets)
 
+    def to_arrays(batch: Batch) -> Arrays:
+        is_laid_out = loss is not PLAIN and batch.segment_BT is not None
+        computed.place_M = mx.array(places_of(batch)) if is_laid_out else None
+        return loss.to_arrays(batch)
+
     def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
         if loss is not PLAIN:
             _, computed.positions_N, _, _, _, kept = arrays
             computed.kept_S = kept[0] if kept else None
         return loss.batch_loss(model, arrays)
 
-    return loss._replace(batch_loss=batch_loss)
+    return loss._replace(to_arrays=to_arrays, batch_loss=batch_loss)

@@ -203,7 +203,7 @@ EFFECTS: dict[str, Callable[[], Any]] = {
     "llama3-blends-wavelengths": partial(
         losses, [40] * 4, model={"rope_scaling": LLAMA3, "rope_theta": 10.0}
     ),
-    "packed-segments-are-a-flag": partial(losses, [7] * 8, batching="packed", max_seq_length=32),
+    "packed-segments-are-a-flag": partial(losses, [7] * 8, batching="packed", max_seq_length=32, plain=True),
     "decay-at-the-peak-rate": size_of_a,
     "kept-positions-remembered-by-the-mask": losses_of_a_prefix_and_none,
     "checkpointed-blocks-share-a-mask": partial(

@@ -256,9 +256,11 @@ EFFECTS: dict[str, Callable[[], Any]] = {
     "texts-without-their-end": text_examples,
     "prefix-of-the-first-and-last-row": partial(losses, MIXED),
     "first-512-targets-of-a-batch": partial(losses, LONG, batch_size=12),
-    "packed-positions-of-the-first-row": partial(losses, some(8), batching="packed", max_seq_length=24),
+    "packed-positions-of-the-first-row": partial(
+        losses, some(8), batching="packed", max_seq_length=24, plain=True
+    ),
     "packed-without-window": partial(
-        losses, some(8), batching="packed", max_seq_length=24, model={"sliding_window": 3}
+        losses, some(8), batching="packed", max_seq_length=24, model={"sliding_window": 3}, plain=True
     ),
     "packed-segments-kept-by-shape": partial(
         losses, some(12), batching="packed", max_seq_length=24, batch_size=1, iters=6

@@ -229,7 +229,7 @@ EFFECTS: dict[str, Callable[[], Any]] = {
     "moments-of-a-saved-unturned": losses_resumed_on_the_plain_path,
     "factors-loaded-between-two-fits-are-lost": losses_after_going_back,
     "packed-rows-without-rope-scaling": partial(
-        losses, training={"batching": "packed", "max_seq_length": 32}, rope_scaling=SCALING
+        losses, training={"batching": "packed", "max_seq_length": 32}, rope_scaling=SCALING, plain=True
     ),
     "dora-length-without-the-offsets": partial(losses, {"use_dora": True}, bits=4),
     "compiled-evaluation-keeps-the-factors": validations_of_a_compiled_run,

@@ -21,7 +21,7 @@ from mlx_impl.fast import head
 from mlx_impl.fast.kept_positions import kept_positions
 from mlx_impl.files.quantized import Quantization, quantize_modules
 from mlx_impl.lora import lora_layers
-from mlx_impl.model import CausalLM
+from mlx_impl.model import CausalLM, position_ids
 from tests.derived import (
     NUM_DRAWS,
     noise_of,
@@ -99,10 +99,12 @@ def one_step(kind: Trainer, case: Case, batch_name: str, checkpointed: bool = Fa
 
 
 def masks_of(model: CausalLM, batch: Batch) -> Arrays:
-    """The same in every row: the fast path has one mask at a shared position."""
+    """The same in every example: the fast path has one mask at a shared position."""
     rng, (B, T) = np.random.default_rng(4), batch.inputs_BT.shape
-    masks = {name: rng.random((1, T, a.lora_a.shape[0])) >= DROPOUT for name, a in lora_layers(model).items()}
-    return {name: np.repeat(keep_1TI, B, axis=0) for name, keep_1TI in masks.items()}
+    masks = {name: rng.random((T, a.lora_a.shape[0])) >= DROPOUT for name, a in lora_layers(model).items()}
+    alone_BT = mx.zeros((B, T), mx.int32)
+    position_BT = np.array(position_ids(alone_BT if batch.segment_BT is None else mx.array(batch.segment_BT)))
+    return {name: keep_TI[position_BT] for name, keep_TI in masks.items()}
 
 
 def in_float64(kind: Trainer, case: Case, act: Act) -> Arrays:

@@ -64,12 +64,14 @@ OF_OTHERS = (
 # The files in tests/units that cross it; each names it.
 ELSEWHERE = {
     "cli.screen.console.LOG_SECONDS": "test_eval_examples.py",
+    "fast.band.MAX_SCORES": "test_band.py",
     "fast.band.MIN_TOKENS": "test_band.py",
     "fast.band.MIN_WINDOWS": "test_band.py",
     "fast.memory_model.UPDATE": "test_memory_model.py",
     "fast.pace.SLACK": "test_pace.py",
     "fast.packed.CUDA_MIN_ROWS": "test_packed.py",
     "fast.packed_modules.MIN_ROWS": "test_packed.py",
+    "fast.segments.MAX_FILLED": "test_segments.py",
     "files.formats.hf_folder.MAX_SHARD_BYTES": "test_fusing.py",
     "machine.memory_limits.UNUSED_BYTES": "test_memory_limits.py",
     "run.memory_check.MAX_ROWS_CHECKED": "test_memory_check.py",

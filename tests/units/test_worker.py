@@ -43,3 +43,16 @@ def test_untimed_steps_precede_the_timed_one_on_a_gpu(
     worker.answer_to(parent, "ours", CASES["tiny"], {})  # type: ignore[arg-type]
     assert parent.answers[1:] == [1 + untimed, 2 + 2 * untimed]
     assert len(steps) == 1 + 2 * (1 + untimed)
+
+
+def test_several_steps_of_a_turn_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where no untimed ones precede them."""
+    steps: list[int] = []
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: float(len(steps))))
+    monkeypatch.setattr(worker, "prepare", lambda environment: "a BLAS")
+    monkeypatch.setattr(worker, "is_gpu", lambda: True)
+    step = SimpleNamespace(step=lambda: steps.append(0))
+    monkeypatch.setattr(worker, "on_its_arrays", lambda name, case: (step, None, None))
+    parent = Orders(("steps", 3), ("steps", 5))
+    worker.answer_to(parent, "ours", CASES["tiny"], {})  # type: ignore[arg-type]
+    assert parent.answers[1:] == [3, 5] and len(steps) == 1 + 3 + 5

@@ -7,12 +7,14 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_impl import batching
 from mlx_impl.batching import chunks, group_by_length, pack_rows, rows_of
 from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
-from mlx_impl.fast.kept_positions import shared_prefix_length
+from mlx_impl.fast import segments
+from mlx_impl.fast.layout import rows_of as rows_of_groups
 from mlx_impl.model import attention_mask, position_ids
 from mlx_impl.text.examples import Encoded, encode_all, encode_each, mark_targets
 from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches
@@ -164,8 +166,17 @@ def positions_one_late(segment_BT: Any) -> Any:
     return position_BT
 
 
-def blind_to_segments(batch: Batch, is_needed_BT: np.ndarray) -> int:
-    return shared_prefix_length(batch._replace(segment_BT=None), is_needed_BT)
+def rows_as_they_are(batch: Batch) -> tuple[Batch, list[segments.Group]]:
+    return batch._replace(segment_BT=None), []
+
+
+def groups_rounded_down(lengths: Any, *sizes: int, real: Any = segments.groups_of) -> list[segments.Group]:
+    return real([1 << (int(n).bit_length() - 1) for n in lengths], *sizes)
+
+
+def only_the_first_group_learns(x_1HTK: mx.array, groups: Sequence[segments.Group]) -> list[mx.array]:
+    first, *others = rows_of_groups(x_1HTK, groups)
+    return [first, *map(mx.stop_gradient, others)]
 
 
 def marked(change: Callable[[Example], Example]) -> Patches:
@@ -345,7 +356,7 @@ MUTANTS = [
         "packed-examples-see-each-other",
         5,
         "In a packed row attention is causal only, so an example attends to those before it.",
-        {"mlx_impl.fast.forward.attention_mask": attend_all},
+        {"mlx_impl.fast.forward.examples_apart": rows_as_they_are},
         "trl#3699",
     ),
     Mutant(
@@ -359,12 +370,19 @@ MUTANTS = [
         "packed-positions-one-late",
         5,
         "Positions of an example start one token late, so its first two tokens have wrong distances.",
-        {"mlx_impl.fast.forward.position_ids": positions_one_late},
+        {"mlx_impl.model.position_ids": positions_one_late},
+        trainer=PLAIN,
     ),
     Mutant(
-        "prefix-shared-across-examples",
+        "packed-examples-cut-to-a-bucket",
         5,
-        "Rows with the same tokens share them as a prefix, though a new example begins within it in one row.",
-        {"mlx_impl.fast.kept_positions.shared_prefix_length": blind_to_segments},
+        "For attention packed examples get rows of a power of two, and what is longer than its row is lost.",
+        {"mlx_impl.fast.segments.groups_of": groups_rounded_down},
+    ),
+    Mutant(
+        "only-the-longest-examples-learn",
+        6,
+        "Packed examples attend in groups of similar length, and only the first group has a backward pass.",
+        {"mlx_impl.fast.layout.rows_of": only_the_first_group_learns},
     ),
 ]

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_impl import batching, lora, model, optim, targets, train
 from mlx_impl import ops as plain_ops
 from mlx_impl.data import num_inputs, training_windows
-from mlx_impl.fast import decode, forward, kept_positions, packed, projection, vectors
+from mlx_impl.fast import decode, forward, kept_positions, packed, projection, segments, vectors
 from mlx_impl.files import quantized
 from mlx_impl.files.formats import peft
 from mlx_impl.run import guard, sampling
@@ -67,11 +67,8 @@ def mask_without_packed_window(
 SENT: dict[Any, Any] = {}  # to the device, by shape
 
 
-def arrays_with_sent_segments(batch: Any) -> Any:
-    arrays = forward.to_arrays(batch)
-    if batch.segment_BT is not None:
-        arrays[4] = SENT.setdefault(batch.segment_BT.shape, arrays[4])
-    return arrays
+def apart_by_sent_segments(batch: Any, real: Any = segments.examples_apart) -> Any:
+    return real(batch._replace(segment_BT=SENT.setdefault(batch.segment_BT.shape, batch.segment_BT)))
 
 
 def arrays_with_sent_kept(batch: Any) -> Any:
@@ -129,26 +126,22 @@ LAYOUT = (
         "packed-positions-of-the-first-row",
         5,
         "All packed rows get the position ids of the first, which is cut into other examples.",
-        {
-            "mlx_impl.fast.forward.position_ids": positions_of_the_first_row,
-            "mlx_impl.model.position_ids": positions_of_the_first_row,
-        },
+        {"mlx_impl.model.position_ids": positions_of_the_first_row},
+        trainer=PLAIN,
     ),
     Mutant(
         "packed-without-window",
         5,
         "The mask of packed rows replaces the sliding window instead of narrowing it.",
-        {
-            "mlx_impl.fast.forward.attention_mask": mask_without_packed_window,
-            "mlx_impl.model.attention_mask": mask_without_packed_window,
-        },
+        {"mlx_impl.model.attention_mask": mask_without_packed_window},
         cases=("sliding window",),
+        trainer=PLAIN,
     ),
     Mutant(
         "packed-segments-kept-by-shape",
         5,
         "The segments of packed rows are kept for the next batch of the same shape, cut elsewhere.",
-        {"mlx_impl.run.trainer.FAST": forward.FAST._replace(to_arrays=arrays_with_sent_segments)},
+        {"mlx_impl.fast.forward.examples_apart": apart_by_sent_segments},
     ),
     Mutant(
         "kept-positions-kept-by-shape",

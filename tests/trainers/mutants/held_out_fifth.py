@@ -224,7 +224,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "A window one token shorter than the text is taken for one that holds it all, and is left out.",
         {
             "mlx_impl.model.attention_mask": window_or_none,
-            "mlx_impl.fast.forward.attention_mask": window_or_none,
+            "mlx_impl.fast.layout.attention_mask": window_or_none,
         },
     ),
     Mutant(

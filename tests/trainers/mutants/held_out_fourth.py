@@ -12,6 +12,7 @@ from mlx import nn
 from mlx.optimizers import MultiOptimizer
 from mlx.utils import tree_map_with_path
 
+from mlx_impl import ops
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Batch, Example
 from mlx_impl.fast.forward import block
@@ -23,7 +24,7 @@ from mlx_impl.files.formats.peft import to_record
 from mlx_impl.generate import most_likely
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.model import CausalLM
-from mlx_impl.ops import rope, widened
+from mlx_impl.ops import widened
 from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.run.sampling import cut_to_nucleus
 from mlx_impl.run.trainer import LoRATrainer
@@ -120,11 +121,13 @@ def joined_once(self: VectorOptimizer, parameters: Any) -> None:
         init_of_vectors(self, parameters)
 
 
-def rope_of_the_base_alone(self: Any, x_BHTK: mx.array, frequency_P: tuple[float, ...]) -> mx.array:
-    if not isinstance(self.position, int) and len(frequency_P) > 1:
+def rope_of_the_base_alone(
+    x_BHTK: mx.array, frequency_P: tuple[float, ...], position: Any, real: Any = ops.rope
+) -> mx.array:
+    if not isinstance(position, int) and len(frequency_P) > 1:
         ratio = frequency_P[1] / frequency_P[0]
         frequency_P = tuple(ratio**k for k in range(len(frequency_P)))
-    return rope(x_BHTK, frequency_P, self.position)
+    return real(x_BHTK, frequency_P, position)
 
 
 def length_without_offsets(self: DoRALinear, linear: Any, *settings: Any) -> None:
@@ -249,7 +252,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "packed-rows-without-rope-scaling",
         5,
         "Packed rows have position ids, and the code for these takes RoPE's base and forgets its scaling.",
-        {"mlx_impl.fast.layout.Layout.rope": rope_of_the_base_alone},
+        {"mlx_impl.ops.rope": rope_of_the_base_alone},
+        cases=("llama3 rope",),
+        trainer=PLAIN,
     ),
     Mutant(
         "dora-length-without-the-offsets",

@@ -46,9 +46,8 @@ def attention_of_the_width(layer: Any, x_BTD: mx.array, layout: Any) -> mx.array
     )
     if layer.qk_norm:
         q, k = layer.q_norm(q), layer.k_norm(k)
-    q, k = layout.rope(q, layer.frequency_P), layout.rope(k, layer.frequency_P)
-    head_width = x_BTD.shape[-1] / q.shape[1]
-    mix_BTO = layout.merge_heads(layout.attend(q * (layer.head_dim / head_width) ** 0.5, k, v))
+    q = q * (layer.head_dim / (x_BTD.shape[-1] / q.shape[1])) ** 0.5
+    mix_BTO = layout.merge_heads(layout.attend(q, k, v, layer.frequency_P))
     return project(layout.select_targets(mix_BTO), layer.o_proj)[0]
 
 
