@@ -1,7 +1,8 @@
-"""`generate.generate` in less time: a cache in blocks, long prompts in parts, and a GPU that does not wait.
+"""`generate.generate` in less time: a cache in blocks, long prompts in parts, a device that does not wait.
 
-On a GPU the next token is computed while this one is read. Tokens that are drawn are not: a draw that no
-answer needs would change the ones after it.
+The next token is under way while this one is read. Tokens that are drawn are not: a draw that no answer needs
+would change the ones after it. Nor are those of a large cache on a CPU, which MLX copies while a step still
+uses it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from . import ops
 from .key_blocks import BlockCache
 from .reading import Gap, read, read_prompt
 
+MAX_AHEAD = 1024  # tokens in the cache of a CPU
 REFUSED = -1  # in place of the next token of a row whose logits are not finite
 
 
@@ -26,7 +28,7 @@ def generate(
     stop_ids: Collection[int],
     choose: Callable[[mx.array], mx.array] = most_likely,
 ) -> Iterator[int]:
-    """The same tokens and errors; on a GPU an update shows from the second token after it on."""
+    """The same tokens and errors, but an update may show one token later."""
     if not prompt:
         raise ValueError("the prompt must have at least one token, got none")
     caches = [BlockCache() for _ in model.model.layers]
@@ -52,21 +54,25 @@ def steps(
         mx.async_eval(next_B)  # type: ignore[no-untyped-call]
         return next_B
 
-    is_ahead = ops.on_gpu() and choose is most_likely
+    def is_ahead() -> bool:
+        is_small = len(tokens_BT) * caches[0].num_tokens <= MAX_AHEAD
+        return choose is most_likely and (is_small or ops.on_gpu())
+
     next_B = after(read_prompt(model, tokens_BT, caches, gap)) if max_tokens > 0 else None
     for left in range(max_tokens - 1, -1, -1):
         assert next_B is not None
         if model.training:  # an update was made since the last token
             model.eval()
-        following_B = after(read(model, next_B[:, None], caches, gap)) if is_ahead and left else None
+        following_B = after(read(model, next_B[:, None], caches, gap)) if left and is_ahead() else None
         tokens = next_B.tolist()
         if REFUSED in tokens:
             raise ValueError("logits must be finite, got infinity or NaN")
         yield tokens
         if model.training:
             model.eval()
-        if left:
-            next_B = following_B if is_ahead else after(read(model, next_B[:, None], caches, gap))
+        if left and following_B is None:
+            following_B = after(read(model, next_B[:, None], caches, gap))
+        next_B = following_B
 
 
 def finite_or_refused(logits_BV: mx.array, choose: Callable[[mx.array], mx.array]) -> mx.array:

@@ -59,10 +59,11 @@ def test_every_stop_token_ends_the_answer_and_is_not_part_of_it(model: CausalLM)
 def test_tokens_depend_neither_on_blocks_nor_on_parts_of_a_prompt(
     model: CausalLM, monkeypatch: pytest.MonkeyPatch, size: int, on_gpu: bool
 ) -> None:
-    """BLOCK, PROMPT_POSITIONS and PROMPT_POSITIONS_ON_A_GPU; also while the next token is under way."""
+    """BLOCK, PROMPT_POSITIONS, PROMPT_POSITIONS_ON_A_GPU and MAX_AHEAD."""
     expected = [list(generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS]
     monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(key_blocks, "BLOCK", size)
+    monkeypatch.setattr(answer, "MAX_AHEAD", size)
     monkeypatch.setattr(reading, "PROMPT_POSITIONS", size)
     monkeypatch.setattr(reading, "PROMPT_POSITIONS_ON_A_GPU", size)
     assert [list(answer.generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS] == expected

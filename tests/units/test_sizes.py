@@ -64,6 +64,7 @@ OF_OTHERS = (
 # The files in tests/units that cross it; each names it.
 ELSEWHERE = {
     "cli.screen.console.LOG_SECONDS": "test_eval_examples.py",
+    "fast.answer.MAX_AHEAD": "test_generation.py",
     "fast.band.MIN_TOKENS": "test_band.py",
     "fast.band.MIN_WINDOWS": "test_band.py",
     "fast.key_blocks.BLOCK": "test_generation.py",
