@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..fast.answer import generate
 from ..fast.packed_modules import unpacking_first
 from ..files.checkpoint import LoadedModel
-from ..generate import generate
 from ..run.memory_check import require_generation_memory
 from ..run.sampling import Sampling
 from ..text.streaming import stream_text
@@ -30,7 +30,7 @@ class Answerer:
         stop_ids = self.tokenizer.stop_ids
         self.num_tokens = 0
         with unpacking_first(self.loaded.model):
-            for token in generate(self.loaded.model, prompt, self.max_tokens, stop_ids, self.sampling):
+            for token in generate(self.loaded.model, prompt, self.max_tokens, stop_ids, self.sampling.choose):
                 self.num_tokens += 1
                 yield token
 

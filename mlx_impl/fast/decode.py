@@ -1,7 +1,6 @@
 """Greedy decoding of many prompts together, their shared prefix read once.
 
-Prompts of unequal length need no padding and no mask: at each step a row reads its own next token, first of
-its prompt, then of its answer.
+Prompts of unequal length end together: a shorter one has a gap before it, which nothing attends.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from itertools import takewhile
 
 import mlx.core as mx
 
-from ..generate import KeyValueCache, next_tokens
 from ..model import CausalLM, in_evaluation
+from .answer import steps
+from .key_blocks import BlockCache
 from .packed_modules import unpacking_first
+from .reading import Gap, read_prompt
 
 MAX_ROWS = 64  # prompts decoded together
 
@@ -40,7 +41,7 @@ def generate_all(
         starts = range(0, len(by_length), MAX_ROWS)
         for start in watched(starts, len(starts)):
             rows = by_length[start : start + MAX_ROWS]
-            caches = [repeated(cache, len(rows)) for cache in prefix]
+            caches = [cache.for_rows(len(rows)) for cache in prefix]
             together = [prompts[row] for row in rows]
             replies = decode_batch(model, caches, together, max_tokens, stop_ids, watched_steps)
             for row, reply in zip(rows, replies, strict=True):
@@ -48,49 +49,43 @@ def generate_all(
     return answers
 
 
-def read_prefix(model: CausalLM, prompts: Prompts) -> list[KeyValueCache]:
+def read_prefix(model: CausalLM, prompts: Prompts) -> list[BlockCache]:
     """Caches of one row with the prefix that all prompts share; at least one token of each is left."""
     shortest = min(len(prompt) for prompt in prompts)
     columns = zip(*(prompt[: shortest - 1] for prompt in prompts), strict=True)
     num_shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-    caches = [KeyValueCache() for _ in model.model.layers]
+    caches = [BlockCache() for _ in model.model.layers]
     if num_shared:
-        mx.eval(model.model(mx.array([list(prompts[0][:num_shared])]), caches=caches))
+        mx.eval(read_prompt(model, mx.array([list(prompts[0][:num_shared])]), caches))
     return caches
-
-
-def repeated(cache: KeyValueCache, rows: int) -> KeyValueCache:
-    """The cache of one row for each of `rows` rows."""
-    copy = KeyValueCache()
-    if cache.keys_BGSK is not None and cache.values_BGSK is not None:
-        shape = (rows, *cache.keys_BGSK.shape[1:])
-        copy.keys_BGSK = mx.broadcast_to(cache.keys_BGSK, shape)
-        copy.values_BGSK = mx.broadcast_to(cache.values_BGSK, shape)
-    return copy
 
 
 def decode_batch(
     model: CausalLM,
-    caches: list[KeyValueCache],
+    caches: list[BlockCache],
     prompts: Prompts,
     max_tokens: int,
     stop_ids: Collection[int],
     watched_steps: Callable[[range], Iterable[int]] = lambda lengths: lengths,
 ) -> list[list[int]]:
     """The greedy answers; the caches hold what has been read of every prompt."""
-    texts = [list(prompt) for prompt in prompts]
-    limits = [len(prompt) + max_tokens for prompt in prompts]
-    shortest = min(map(len, prompts))
+    longest, num_read = max(map(len, prompts)), caches[0].num_tokens
+    gaps = [longest - len(prompt) for prompt in prompts]
+    gap = Gap(num_read, mx.array(gaps)) if any(gaps) else None
+    # A gap holds tokens of its own row: should they give NaN, only that row has it.
+    rows = [
+        [prompt[num_read]] * num + list(prompt[num_read:]) for prompt, num in zip(prompts, gaps, strict=True)
+    ]
     replies: list[list[int]] = [[] for _ in prompts]
-    tokens_BT = mx.array([text[caches[0].num_tokens : shortest] for text in texts])
-    for length in watched_steps(range(shortest, max(limits))):
-        for text, token in zip(texts, next_tokens(model, tokens_BT, caches).tolist(), strict=True):
-            if len(text) == length:  # its prompt has been read, so this token is its answer's
-                text.append(token)
-        replies = [text[limit - max_tokens : limit] for text, limit in zip(texts, limits, strict=True)]
-        if all(len(reply) == max_tokens or any(token in stop_ids for token in reply) for reply in replies):
+    ended: set[int] = set()
+    found = steps(model, caches, mx.array(rows), max_tokens, gap)
+    for _, tokens in zip(watched_steps(range(longest, longest + max_tokens)), found, strict=False):
+        for row, token in enumerate(tokens):
+            replies[row].append(token)
+            if token in stop_ids:
+                ended.add(row)
+        if len(ended) == len(prompts):
             break
-        tokens_BT = mx.array([[text[length]] for text in texts])
     return [before_stop(reply, stop_ids) for reply in replies]
 
 

@@ -7,6 +7,7 @@ gradient goes to its input alone, and each chunk's part of it can be formed whil
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +21,16 @@ CHUNK_LOGITS = 2**25  # logits in memory at once: 128 MiB in float32
 Head = Callable[[mx.array], mx.array]  # hidden states to logits
 
 
+@dataclass(frozen=True)
+class EvaluationHead:
+    """A head in an evaluation, for which `head_nats` forms no gradient."""
+
+    head: Head
+
+    def __call__(self, x_ND: mx.array) -> mx.array:
+        return self.head(x_ND)
+
+
 def head_module(model: CausalLM) -> nn.Module:
     """The module that holds the head's weight."""
     return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
@@ -27,6 +38,11 @@ def head_module(model: CausalLM) -> nn.Module:
 
 def head_of(model: CausalLM, after: mx.array) -> Head:
     """`model.head`; a packed weight is unpacked for it once `after` has been computed, for all its calls."""
+    head = unpacking_head(model, after)
+    return head if model.training else EvaluationHead(head)
+
+
+def unpacking_head(model: CausalLM, after: mx.array) -> Head:
     packed = packed_of(head_module(model))
     if packed is None or not is_unpacked_for(len(after)):
         return model.head
@@ -39,26 +55,32 @@ def head_nats(
 ) -> tuple[mx.array, mx.array]:
     """`loss.next_token_nats` of head(x_ND), CHUNK_LOGITS logits at a time; differentiable by x_ND.
 
-    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass.
+    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass; not by an EvaluationHead.
     """
+    is_formed = not isinstance(head, EvaluationHead)
 
-    @mx.custom_function
     def nats_and_gradient(x_ND: mx.array) -> tuple[mx.array, mx.array]:
         chunk = max(1, CHUNK_LOGITS // vocab_size)
         nats, gradients = mx.array(0.0, ops.widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
-            x_CD = mx.depends([x_ND[part]], [nats, *gradients[-1:]])[0]  # one chunk after the other
+            x_CD = mx.depends([x_ND[part]], [nats, *gradients[-1:]] if is_formed else [nats])[
+                0
+            ]  # one chunk after the other
             part_nats, gradient_CD = chunk_nats(head, x_CD, targets_N[part], mask_N[part])
             nats = nats + part_nats
             gradients.append(gradient_CD)
         return nats, mx.concatenate(gradients)
 
-    @nats_and_gradient.vjp
+    if not is_formed:
+        return nats_and_gradient(x_ND)[0], mask_N.sum()
+    formed_ahead = mx.custom_function(nats_and_gradient)
+
+    @formed_ahead.vjp
     def gradient(_: mx.array, cotangents: tuple, outputs: tuple) -> mx.array:
         return cotangents[0].astype(outputs[1].dtype) * outputs[1]
 
-    return nats_and_gradient(x_ND)[0], mask_N.sum()
+    return formed_ahead(x_ND)[0], mask_N.sum()
 
 
 def chunk_nats(

@@ -44,8 +44,10 @@ from . import ops
 from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
 from .kept_positions import kept_in_groups, kept_positions
+from .key_blocks import whole_blocks
 from .packed import packed_of
 from .projection import low_rank_of
+from .reading import part_width
 from .segments import Group, examples_apart
 
 STATE = 5  # numbers beside each factor: two moments, and the factor and its moments of the update before
@@ -198,8 +200,10 @@ def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
     """Of reading the prompts and then writing so many tokens: a longer cache is a new one beside the old."""
     c = sizes.config
     a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
-    cache = 2 * prompts.rows * (prompts.keys + max_tokens) * a_token
-    return evaluation_bytes(sizes, prompts) + cache
+    cache = 2 * prompts.rows * whole_blocks(prompts.keys + max_tokens) * a_token
+    width = min(prompts.width, part_width(prompts.rows))  # a long prompt is read in parts
+    part = replace(prompts, width=width, computed=prompts.rows * width, seen=prompts.keys - width)
+    return evaluation_bytes(sizes, part) + cache
 
 
 def computed_shape(sizes: Sizes, shape: Shape) -> Shape:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import mlx.core as mx
 import numpy as np
 
@@ -35,6 +37,42 @@ def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: m
         T, S = q_BHTK.shape[2], k_BGSK.shape[2]
         mask_B1TS = mx.arange(S) <= mx.arange(S - T, S)[:, None]
     return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+
+
+def rope_from(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:
+    """`rope` of tokens that follow one another from `position` on, a number, or one for each row."""
+    K, wavelength_P = x_BHTK.shape[-1], wavelengths(frequency_P)
+    return mx.fast.rope(
+        x_BHTK, K, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelength_P
+    )
+
+
+@cache
+def wavelengths(frequency_P: tuple[float, ...]) -> mx.array:
+    """What `mx.fast.rope` calls freqs, made once for a model."""
+    wavelength_P = mx.array([1 / frequency for frequency in frequency_P])
+    mx.eval(wavelength_P)
+    return wavelength_P
+
+
+def attention_of_any(
+    q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array | None
+) -> mx.array:
+    """`attention` without a gradient: of one query in MLX's kernel, which needs no causal mask for it."""
+    if q_BHTK.shape[2] > 1:
+        return attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+    scale = q_BHTK.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, scale=scale, mask=mask_B1TS)
+
+
+def gated_once(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    """`gated` without a gradient: on a GPU in one kernel."""
+    return _gated_in_one(gate_BTF, up_BTF) if on_gpu() else cpu_ops.gate(gate_BTF, up_BTF)[0]
+
+
+@partial(mx.compile, shapeless=True)
+def _gated_in_one(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    return gate_BTF * mx.sigmoid(gate_BTF) * up_BTF
 
 
 def gated(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:

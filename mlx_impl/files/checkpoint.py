@@ -64,11 +64,7 @@ def load_model(
     """
     kind, path = to_dtype(dtype), locate(model, ALL_FILES)
     if path.is_file():
-        config, arrays, metadata = read_gguf(path)
-        weights = {  # pop: only one array is held twice at a time
-            name: cast_finite(f"{path}: the tensor {name}", mx.array(arrays.pop(name)), kind)
-            for name in list(arrays)
-        }
+        config, weights, metadata = read_gguf(path, lambda name, array: of_finite(name, array, kind))
         tokenizer = tokenizer_from_gguf(metadata, path, template)
         quantizations: dict[str, Quantization] = {}
     else:
@@ -91,6 +87,13 @@ def load_model(
         mx.eval(built.parameters())
     is_from_hub = model is not None and path != Path(model)
     return LoadedModel(str(model) if is_from_hub else path.name, built, tokenizer, path)
+
+
+def of_finite(name: str, array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """The array, which is finite in float32, in this dtype; ValueError if it is not finite there."""
+    return (
+        mx.array(array) if dtype == mx.float32 else cast_finite(f"the tensor {name}", mx.array(array), dtype)
+    )
 
 
 def load_tokenizer(model: str | Path | None, template: TemplateChoice = OWN) -> ChatTokenizer:

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import require_seed
+from ..fast.answer import generate
 from ..fast.packed_modules import unpacking_first
 from ..files.checkpoint import LoadedModel
-from ..generate import generate
 from .sampling import Sampling
 
 
@@ -36,7 +36,7 @@ def answer(
         mx.random.seed(seed)
     tokens = encode_prompt(loaded, prompt)
     with unpacking_first(loaded.model):
-        reply = list(generate(loaded.model, tokens, max_tokens, loaded.tokenizer.stop_ids, sampling))
+        reply = list(generate(loaded.model, tokens, max_tokens, loaded.tokenizer.stop_ids, sampling.choose))
     return loaded.tokenizer.decode(reply)
 
 

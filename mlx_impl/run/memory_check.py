@@ -100,13 +100,9 @@ def require_generation_memory(
     if not prompts:
         return []
     sizes = sizes_of(model)
-    longest = sorted(prompts, key=len)[-rows:]
-    single = Shape(1, len(longest[-1]), len(longest[-1]), 1)
-    shortest = len(longest[0])
-    together = Shape(len(longest), shortest, len(longest) * shortest, len(longest))
-    more = len(longest[-1]) - shortest + max_tokens
-    need = max(answer_bytes(sizes, single, max_tokens), answer_bytes(sizes, together, more))
-    name = f"the longest prompt, of {len(longest[-1])} tokens,"
+    rows, longest = min(rows, len(prompts)), max(map(len, prompts))
+    need = answer_bytes(sizes, Shape(rows, longest, rows * longest, rows), max_tokens)
+    name = f"the longest prompt, of {longest} tokens,"
     return check_limits(name, need, memory_limits(), lambda _: "")
 
 

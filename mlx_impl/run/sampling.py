@@ -6,6 +6,7 @@ Source: nucleus sampling (top-p), Holtzman et al. 2020, section 3.1; temperature
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -25,6 +26,11 @@ class Sampling:
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    @property
+    def choose(self) -> Callable[[mx.array], mx.array]:
+        """As `generate` takes it; at temperature 0 `most_likely`, by which it sees that nothing is drawn."""
+        return self if self.temperature else most_likely
 
     def __call__(self, logits_BV: mx.array) -> mx.array:
         """The next token of each row.

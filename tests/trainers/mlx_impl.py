@@ -26,13 +26,14 @@ import mlx_impl.fast.ops
 import mlx_impl.ops
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch, Example
+from mlx_impl.fast.answer import generate
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
 from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_tokenizer
 from mlx_impl.files.quantized import Quantization, quantize_modules
-from mlx_impl.generate import generate
+from mlx_impl.generate import generate as plain_generate
 from mlx_impl.lora import add_lora, dense_weight_OI, lora_layers, lora_parameters
 from mlx_impl.loss import next_token_nats
 from mlx_impl.model import CausalLM
@@ -489,5 +490,8 @@ class PlainTrainer(MlxTrainer):
         nats, num_targets = next_token_nats(self.base_array(logits_BTV), targets_BT, mask_BT)
         return nats.item(), num_targets.item()
 
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        return list(plain_generate(self.model, prompt, num_tokens, stop_ids=()))
+
     def greedy_all(self, prompts: list[list[int]], num_tokens: int, end: int) -> list[list[int]]:
-        return [list(generate(self.model, prompt, num_tokens, stop_ids={end})) for prompt in prompts]
+        return [list(plain_generate(self.model, prompt, num_tokens, {end})) for prompt in prompts]

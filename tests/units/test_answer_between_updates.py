@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import pytest
 
 from mlx_impl import LoRAConfig, LoRATrainer, TrainConfig
 from mlx_impl.data import Example
+from mlx_impl.fast import answer as fast
 from mlx_impl.generate import generate
 from mlx_impl.lora import lora_layers
 from mlx_impl.model import CausalLM
@@ -34,15 +35,24 @@ def losses(trainer: LoRATrainer, answer: Iterator[int] | None = None) -> list[fl
     return found
 
 
+each_generate = pytest.mark.parametrize("generate", [generate, fast.generate], ids=["plain", "fast"])
+
+
+@each_generate
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
-def test_an_answer_read_in_part_leaves_dropout_on_for_the_next_update(plain: bool) -> None:
+def test_an_answer_read_in_part_leaves_dropout_on_for_the_next_update(
+    plain: bool, generate: Callable[..., Iterator[int]]
+) -> None:
     """The same losses, to the bit, as without the answer."""
     trainer = trainer_of(0.5, plain=plain)
     answer = generate(trainer.model, PROMPT, NUM_TOKENS, ())
     assert losses(trainer, answer) == losses(trainer_of(0.5, plain=plain))
 
 
-def test_an_update_while_an_answer_is_read_does_not_drop_its_inputs() -> None:
+@each_generate
+def test_an_update_while_an_answer_is_read_does_not_drop_its_inputs(
+    generate: Callable[..., Iterator[int]],
+) -> None:
     """At rate 0 the model is the same after every update, so the answer is too."""
     trainer = trainer_of(0.9, learning_rate=0.0)
     for layer in lora_layers(trainer.model).values():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from mlx_impl.fast import answer, key_blocks, ops, reading
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.generate import generate
@@ -38,6 +39,7 @@ def test_the_cache_changes_no_token(model: CausalLM, prompt: list[int]) -> None:
     expected = without_a_cache(model, prompt, NUM_TOKENS)
     assert len(set(expected)) > 1
     assert list(generate(model, prompt, NUM_TOKENS, NEVER)) == expected
+    assert list(answer.generate(model, prompt, NUM_TOKENS, NEVER)) == expected
     assert generate_all(model, PROMPTS, NUM_TOKENS, NEVER)[PROMPTS.index(prompt)] == expected
 
 
@@ -48,7 +50,55 @@ def test_every_stop_token_ends_the_answer_and_is_not_part_of_it(model: CausalLM)
     for stop_ids in ({early}, {early, late}, {late, early, *PROMPTS[2]}):
         expected = free[: min(free.index(token) for token in stop_ids if token in free)]
         assert list(generate(model, PROMPTS[2], NUM_TOKENS, stop_ids)) == expected
+        assert list(answer.generate(model, PROMPTS[2], NUM_TOKENS, stop_ids)) == expected
         assert generate_all(model, [PROMPTS[0], PROMPTS[2]], NUM_TOKENS, stop_ids)[1] == expected
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 7, 25])
+def test_tokens_depend_neither_on_blocks_nor_on_parts_of_a_prompt(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch, size: int, on_gpu: bool
+) -> None:
+    """BLOCK, PROMPT_POSITIONS, PROMPT_POSITIONS_ON_A_GPU and MAX_AHEAD."""
+    expected = [list(generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS]
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(key_blocks, "BLOCK", size)
+    monkeypatch.setattr(answer, "MAX_AHEAD", size)
+    monkeypatch.setattr(reading, "PROMPT_POSITIONS", size)
+    monkeypatch.setattr(reading, "PROMPT_POSITIONS_ON_A_GPU", size)
+    assert [list(answer.generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS] == expected
+    assert generate_all(model, PROMPTS, NUM_TOKENS, NEVER) == expected
+    shared = [[*PROMPTS[3], *prompt] for prompt in PROMPTS]
+    alone = [list(generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in shared]
+    assert generate_all(model, shared, NUM_TOKENS, NEVER) == alone
+
+
+def test_a_cache_is_written_in_place_within_a_block() -> None:
+    """Of 257 tokens, one at a time, two make a new array; a copy a token would make 257."""
+    cache, made = key_blocks.BlockCache(), set()
+    for number in range(key_blocks.BLOCK + 1):
+        token_BGTK = mx.full((1, 2, 1, 4), number)
+        keys_BGSK, _ = cache.extend(token_BGTK, token_BGTK)
+        assert cache.keys_BGCK is not None
+        made.add(cache.keys_BGCK.shape[2])
+        assert keys_BGSK[0, 1, :, 3].tolist() == list(range(number + 1))
+    assert made == {key_blocks.BLOCK, 2 * key_blocks.BLOCK}
+
+
+def test_drawn_tokens_are_those_of_the_plain_code(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a second answer, on a GPU too: no draw is made ahead."""
+
+    def two_answers(how: Callable[..., Iterator[int]], end: int) -> list[list[int]]:
+        mx.random.seed(4)
+        limits = ((NUM_TOKENS, {end}), (NUM_TOKENS, NEVER))
+        return [list(how(model, PROMPTS[2], *limit, mx.random.categorical)) for limit in limits]
+
+    end = two_answers(generate, -1)[0][3]
+    expected = two_answers(generate, end)
+    assert len(expected[0]) == 3 and expected[0] != expected[1][:3]
+    for on_gpu in (False, True):
+        monkeypatch.setattr(ops, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        assert two_answers(answer.generate, end) == expected
 
 
 def byte_level(*tokens: str) -> Tokenizer:

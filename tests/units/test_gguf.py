@@ -13,8 +13,9 @@ import pytest
 
 from mlx_impl.config import ModelConfig, RopeScaling
 from mlx_impl.files.checkpoint import load_model, to_numpy
+from mlx_impl.files.formats import gguf as ours
 from mlx_impl.files.formats.gguf import read_gguf
-from mlx_impl.files.formats.gguf_file import read_container
+from mlx_impl.files.formats.gguf_file import StoredTensor, read_container
 from tests.gguf_files import FAMILIES, LLAMA, GGMLType, random_weights, write_family
 
 LONG = replace(LLAMA, head_dim=16, rope_theta=500000.0)  # some frequencies kept, some blended, some divided
@@ -55,6 +56,18 @@ def test_a_family_gives_its_configuration_and_weights_bit_for_bit(tmp_path: Path
     assert weights.keys() == random_weights(spec).keys()
     for name, expected in random_weights(spec).items():
         np.testing.assert_array_equal(weights[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("part", [1, 100, 10**6])
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"])
+def test_a_tensor_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch, kind: str, part: int) -> None:
+    """PART_BYTES at a time, to the bit as the `gguf` package dequantizes the whole."""
+    monkeypatch.setattr(ours, "PART_BYTES", part)
+    type_, shape = gguf.GGMLQuantizationType[kind], (7, 3, 64)
+    numbers = np.random.default_rng(1).standard_normal(shape, np.float32)
+    data = gguf.quants.quantize(numbers, type_).view(np.uint8)
+    expected = gguf.quants.dequantize(data, type_).reshape(shape)
+    np.testing.assert_array_equal(ours.dequantize("x", StoredTensor(type_, shape, data)), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ The oracle is `loss.next_token_nats(model.head(x))` under automatic differentiat
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -233,3 +234,33 @@ def test_the_loss_of_a_model_holds_no_more_logits_than_a_chunk_has(monkeypatch: 
         batch = Batch(tokens_BT, tokens_BT, np.ones((2, 13), bool), 26)
         mx.eval(FAST.batch_loss(model, FAST.to_arrays(batch)))
     assert max(held) <= 4 * SPEC.vocab_size < 26 * SPEC.vocab_size
+
+
+def num_products(model: CausalLM, x_ND: mx.array, targets_N: mx.array) -> int:
+    """Matrix multiplications in the graph of the loss alone."""
+    nats, _ = head_nats(head_module.head_of(model, x_ND), V, x_ND, targets_N, mx.ones(len(x_ND), mx.bool_))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, nats=nats)
+    return graph.getvalue().count('"Matmul"')
+
+
+def test_an_evaluation_forms_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four chunks it has four times the products of one. In training a chunk waits for a gradient."""
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 4 * V)
+    model, x_ND, targets_N = model_of("untied"), mx.random.normal((16, D)), mx.arange(16)
+    model.eval()
+    of_one, of_four = num_products(model, x_ND[:4], targets_N[:4]), num_products(model, x_ND, targets_N)
+    assert of_four == 4 * of_one > 0
+    model.train()
+    assert num_products(model, x_ND, targets_N) > of_four
+
+
+def test_a_loss_in_evaluation_has_a_gradient_all_the_same() -> None:
+    model, x_ND, targets_N = model_of("tied"), mx.random.normal((N, D)), mx.arange(N)
+
+    def gradient(is_training: bool) -> mx.array:
+        model.train(is_training)
+        mask_N = mx.ones(N, mx.bool_)
+        return mx.grad(lambda x: head_nats(head_module.head_of(model, x), V, x, targets_N, mask_N)[0])(x_ND)
+
+    assert mx.allclose(gradient(False), gradient(True), rtol=1e-4, atol=1e-6)

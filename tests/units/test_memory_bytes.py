@@ -12,6 +12,7 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, evaluation_batches, training_windows
+from mlx_impl.fast.key_blocks import BLOCK
 from mlx_impl.fast.memory_model import (
     Shape,
     Sizes,
@@ -132,6 +133,9 @@ def test_checkpointing_and_evaluation_hold_the_attention_weights_of_one_block() 
 
 
 def test_an_answer_needs_its_cache_twice() -> None:
+    """In whole blocks; that of a long prompt beside the scores of a part of it."""
     shape, keys = Shape(1, 8, 8, 1), SPEC.num_key_value_heads * SPEC.head_dim
-    hundred, none = (answer_bytes(SIZES, shape, tokens) for tokens in (100, 0))
-    assert hundred - none == 2 * 100 * 2 * keys * SPEC.num_hidden_layers * 4
+    more, none = (answer_bytes(SIZES, shape, tokens) for tokens in (BLOCK, 0))
+    assert more - none == 2 * BLOCK * 2 * keys * SPEC.num_hidden_layers * 4
+    once, twice = (answer_bytes(SIZES, Shape(1, n, n, 1), 0) for n in (1 << 16, 1 << 17))
+    assert twice < 2.1 * once

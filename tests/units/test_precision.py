@@ -16,7 +16,7 @@ from mlx_impl.cli.settings.config_file import read_config
 from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.files.adapters import load_adapter, save_adapter
 from mlx_impl.files.checkpoint import load_model, to_numpy
-from mlx_impl.files.formats.safetensors import load, tensor_dtypes
+from mlx_impl.files.formats.safetensors import load, loading_bytes, read_folder, tensor_dtypes
 from mlx_impl.files.fusing import fuse
 from mlx_impl.files.precision import dtype_of
 from mlx_impl.lora import lora_parameters
@@ -181,3 +181,17 @@ def test_float16_is_refused_in_one_sentence_with_the_reason(
     *others, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: dtype must be 'float32' or 'bfloat16', got 'float16', whose largest")
     assert not any("error" in line for line in others)
+
+
+def test_a_folder_is_read_tensor_by_tensor(tmp_path: Path) -> None:
+    """The peak is the result and one tensor more; never all tensors as stored, which are twice as large."""
+    stored = {f"model.layers.{n}.mlp.up_proj.weight": mx.full((512, 512), n, mx.float32) for n in range(16)}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), stored)
+    a_tensor = stored.popitem()[1].nbytes
+    del stored
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    weights = read_folder(tmp_path, mx.bfloat16)
+    peak = mx.get_peak_memory() - before
+    assert len(weights) == 16 and 8 * a_tensor < peak <= loading_bytes(tmp_path, mx.bfloat16) < 11 * a_tensor

@@ -68,7 +68,7 @@ def test_train_with_half_the_memory_ends_in_one_sentence(
 
 def test_evaluate_and_generate_check_memory_too(model: Path, long_data: Path) -> None:
     evaluation = ("evaluate", "--data", long_data, "--max-seq-length", 10**5)
-    prompt = ("generate", "--prompt", "x" * TOKENS)
+    prompt = ("generate", "--prompt", "x" * 16 * TOKENS)  # read in parts, each beside all keys before it
     for command in (evaluation, prompt):
         code, text = run_under(HALF, *command, "--model", model, "--blas", "off")
         assert code == 2, text

@@ -8,7 +8,7 @@ architecture `llama` the script reorders the rows of Q and K, since llama.cpp ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ HUGGING_FACE_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+PART_BYTES = 2**15  # of quantized numbers at a time: fits a cache; measured
 ROPE_FACTORS = "rope_freqs.weight"
 HEADS = {".attn_q.": "num_attention_heads", ".attn_k.": "num_key_value_heads"}  # whose rows are reordered
 
@@ -57,17 +58,24 @@ def told(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: not a usable GGUF file: {one_line(error)}") from None
 
 
-def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, Any]]:
-    """Configuration, dequantized float32 weights, metadata; ValueError if the file cannot be used."""
+def read_gguf(
+    path: Path, kept: Callable[[str, np.ndarray], Any] = lambda _, weight: weight
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """Configuration, dequantized float32 weights, metadata; ValueError if the file cannot be used.
+
+    `kept(name, weight)` is what is kept of each weight as soon as it has been read.
+    """
     with told(path):
         metadata, tensors = read_container(path)
         config = described(metadata, tensors)
         require_tensors(tensors, config)
         require_bytes(f"reading {path.name}", loading_bytes(tensors))
-        weights = {
-            hugging_face_name(name): restore_row_order(name, dequantize(name, tensor), metadata, config)
-            for name, tensor in tensors.items()
-        }
+        weights: dict[str, Any] = {}
+        for stored, tensor in tensors.items():
+            name = hugging_face_name(stored)
+            weights[name] = kept(
+                name, restore_row_order(stored, dequantize(stored, tensor), metadata, config)
+            )
     return config, weights, metadata
 
 
@@ -141,9 +149,14 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def dequantize(name: str, tensor: StoredTensor) -> np.ndarray:
     """The tensor in float32; ValueError for an unsupported type or a value that is not finite."""
+    weight = np.empty(math.prod(tensor.shape), np.float32)
+    end = 0
     try:
-        with np.errstate(all="ignore"):  # damaged scales are found below
-            weight = gguf.quants.dequantize(tensor.data, tensor.type).astype(np.float32, copy=False)
+        for part in parts(tensor.data):
+            with np.errstate(all="ignore"):  # damaged scales are found below
+                numbers = gguf.quants.dequantize(part, tensor.type).ravel()
+            start, end = end, end + numbers.size
+            weight[start:end] = numbers
     except NotImplementedError:
         raise ValueError(
             f"the tensor {name} is of type {tensor.type.name}, which the gguf package does not dequantize"
@@ -153,6 +166,17 @@ def dequantize(name: str, tensor: StoredTensor) -> np.ndarray:
             f"the tensor {name} must be finite, and {np.sum(~np.isfinite(weight))} values are not"
         )
     return weight.reshape(tensor.shape)
+
+
+def parts(data: np.ndarray) -> Iterator[np.ndarray]:
+    """The same rows of blocks, a few at a time; short rows are joined.
+
+    Of a whole tensor the `gguf` package would make two copies, 16 rows at a time, however short they are.
+    """
+    rows = data.reshape(-1, data.shape[-1])
+    together = max(1, min(len(rows), PART_BYTES // rows.shape[1]))
+    for start in range(0, len(rows), together):
+        yield rows[start : start + together].reshape(1, -1)
 
 
 def restore_row_order(

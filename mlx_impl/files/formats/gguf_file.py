@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 
 STRING, ARRAY = 8, 9  # numbers of value types in the file
+LENGTH_BYTES = 8  # before a text
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
 SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 MAX_ARRAY = 2**24  # elements; the longest arrays of real models, tokenizer merges, have under a million
@@ -55,6 +56,21 @@ class Cursor:
         except UnicodeDecodeError:
             raise ValueError(f"the text that ends at byte {self.offset} must be UTF-8, and is not") from None
 
+    def texts(self, count: int) -> list[str]:
+        """So many texts; ends soon on a damaged count, because each takes 8 bytes or more."""
+        view, texts = self.data.data, []
+        for _ in range(count):
+            start = self.offset + LENGTH_BYTES
+            end = start + int.from_bytes(view[self.offset : start], "little")
+            if end > self.data.size or start > self.data.size:
+                self.text()  # raises
+            try:
+                texts.append(str(view[start:end], "utf-8"))
+            except UnicodeDecodeError:
+                self.text()  # raises
+            self.offset = end
+        return texts
+
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
             return self.number(SCALARS[kind])
@@ -73,7 +89,7 @@ class Cursor:
             raise ValueError(
                 f"the array at byte {self.offset} has elements of value type {kind}, which is not supported"
             )
-        return [self.text() for _ in range(count)]  # ends soon: each takes 8 bytes or more
+        return self.texts(count)
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

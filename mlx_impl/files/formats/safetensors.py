@@ -36,15 +36,17 @@ def read_folder(folder: Path, dtype: mx.Dtype = mx.float32) -> dict[str, mx.arra
 
 
 def loading_bytes(folder: Path, dtype: mx.Dtype) -> int:
-    """Peak memory of `read_folder`: all tensors in the larger of stored and final size, the largest twice."""
-    sizes = [0]
+    """Peak memory of `read_folder`: all tensors in their final size; one as stored, and its check."""
+    sizes, single = [0], 0
     for file in (file for file, _ in shards(folder) if file.is_file()):  # reading reports the others
         try:
-            arrays = mx.load(str(file), format="safetensors").values()  # lazy: no tensor is read
+            arrays = list(mx.load(str(file), format="safetensors").values())  # lazy: no tensor is read
         except (RuntimeError, ValueError):  # reading reports it
             continue
-        sizes += [max(a.nbytes, 0 if a.dtype == mx.uint32 else a.size * dtype.size) for a in arrays]
-    return sum(sizes) + max(sizes)
+        finals = [a.nbytes if a.dtype == mx.uint32 else a.size * dtype.size for a in arrays]
+        single = max(single, *(a.nbytes + 2 * final for a, final in zip(arrays, finals, strict=True)), 0)
+        sizes += finals
+    return sum(sizes) + single
 
 
 def shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
@@ -85,12 +87,13 @@ def is_file_name(value: object) -> bool:
 def read_file(
     file: Path, in_other_files: Collection[str] = (), dtype: mx.Dtype = mx.float32
 ) -> dict[str, mx.array]:
-    """The tensors of a file, floats in this dtype.
+    """The tensors of a file, floats in this dtype, read one by one.
 
     Quantized weights stay as stored: those of uint32 that have scales, here or in another file.
     """
-    weights = load(file)
+    weights, _ = load_lazily(file)
     for name, array in weights.items():
+        read(file, array)
         scales = f"{name.removesuffix('.weight')}.scales"
         is_quantized = array.dtype == mx.uint32 and (scales in weights or scales in in_other_files)
         if not is_quantized and not mx.issubdtype(array.dtype, mx.floating):
@@ -106,19 +109,37 @@ def load(file: Path) -> dict[str, mx.array]:
 
 def load_with_metadata(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """Tensors and metadata as stored; ValueError if it is not a safetensors file."""
+    weights, metadata = load_lazily(file)
+    read(file, weights)
+    return weights, metadata
+
+
+def load_lazily(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The same; a tensor is read when it is evaluated."""
     if not file.exists():
         raise ValueError(f"{file}: there is no such safetensors file")
     require_file(file)
     require_no_pointer(file)
     try:
         weights, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
-        mx.eval(weights)  # MLX loads lazily: a truncated file raises only here
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {one_line(error)}") from None
+        raise unreadable(file, error) from None
     for name in weights:
         if not name.isprintable():
             raise ValueError(f"{file}: the names of tensors must be printable, got {name!r}")
     return weights, metadata
+
+
+def read(file: Path, tensors: mx.array | dict[str, mx.array]) -> None:
+    """Read these lazy tensors of the file; ValueError if it has been truncated."""
+    try:
+        mx.eval(tensors)
+    except (RuntimeError, ValueError) as error:
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file}: not a readable safetensors file: {one_line(error)}")
 
 
 def require_no_pointer(file: Path) -> None:

@@ -217,7 +217,7 @@ MUTANTS = [
         14,
         "After an answer the model is in training, also when it was in evaluation before.",
         {
-            "mlx_impl.generate.in_evaluation": training_afterwards,
+            "mlx_impl.fast.answer.in_evaluation": training_afterwards,
             "mlx_impl.fast.decode.in_evaluation": training_afterwards,
         },
     ),
@@ -227,7 +227,7 @@ MUTANTS = [
         "An answer turns off the dropout of each adapter, and nothing turns it on again, because the model's "
         "own mode still says training.",
         {
-            "mlx_impl.generate.in_evaluation": without_dropout_for_good,
+            "mlx_impl.fast.answer.in_evaluation": without_dropout_for_good,
             "mlx_impl.fast.decode.in_evaluation": without_dropout_for_good,
         },
     ),

@@ -8,9 +8,10 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl.fast import cpu_ops
+from mlx_impl.fast import cpu_ops, ops
+from mlx_impl.fast.answer import generate
 from mlx_impl.fast.decode import before_stop, generate_all
-from mlx_impl.generate import KeyValueCache, generate, most_likely
+from mlx_impl.fast.key_blocks import BlockCache
 from mlx_impl.lora import lora_layers
 from mlx_impl.model import attention_mask, rope_frequencies
 from mlx_impl.ops import rms_norm
@@ -43,8 +44,8 @@ def first_five(frequency_P: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(frequency if p < 5 else 1e-30 for p, frequency in enumerate(frequency_P))
 
 
-def one_position_late(cache: Any) -> int:
-    return max(0, cache.keys_BGSK.shape[2] - 1) if cache.keys_BGSK is not None else 0
+def one_position_late(x_BHTK: mx.array, frequency_P: Any, position: Any) -> mx.array:
+    return rope_from(x_BHTK, frequency_P, position - 1 if x_BHTK.shape[2] == 1 else position)
 
 
 def forgetting_the_first(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
@@ -52,11 +53,7 @@ def forgetting_the_first(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple
     return (k_BGSK[:, :, -16:], v_BGSK[:, :, -16:]) if k_BGTK.shape[2] == 1 else (k_BGSK, v_BGSK)
 
 
-extend = KeyValueCache.extend
-
-
-def whatever_the_logits(model: Any, tokens_BT: mx.array, caches: Any, choose: Any = most_likely) -> mx.array:
-    return choose(model.head(model.model(tokens_BT, caches=caches)[:, -1]))
+extend, rope_from = BlockCache.extend, ops.rope_from
 
 
 def without_window_in_decoding(T: int, offset: int, window: int | None, segment_BT: Any) -> mx.array | None:
@@ -126,13 +123,13 @@ MUTANTS = [
         "cache-one-position-late",
         19,
         "After the prompt, RoPE's positions are one too small, so answers are nearly right.",
-        {"mlx_impl.generate.KeyValueCache.num_tokens": property(one_position_late)},
+        {"mlx_impl.fast.ops.rope_from": one_position_late},
     ),
     Mutant(
         "cache-forgets-the-beginning",
         19,
         "The key/value cache silently keeps only the last 16 tokens.",
-        {"mlx_impl.generate.KeyValueCache.extend": forgetting_the_first},
+        {"mlx_impl.fast.key_blocks.BlockCache.extend": forgetting_the_first},
     ),
     Mutant(
         "window-not-in-decoding",
@@ -145,7 +142,7 @@ MUTANTS = [
         "answers-from-nan",
         19,
         "The logits are NaN, and generation answers with the argmax all the same: token 0, again and again.",
-        {f"mlx_impl.{module}.next_tokens": whatever_the_logits for module in ("generate", "fast.decode")},
+        {"mlx_impl.fast.answer.finite_or_refused": lambda logits_BV, choose: choose(logits_BV)},
     ),
     Mutant(
         "sampled-for-greedy",

@@ -296,7 +296,7 @@ MUTANTS: tuple[Mutant, ...] = (
         14,
         "After an answer the model stays in evaluation: a loop of one's own goes on without dropout.",
         {
-            "mlx_impl.generate.in_evaluation": left_in_evaluation,
+            "mlx_impl.fast.answer.in_evaluation": left_in_evaluation,
             "mlx_impl.fast.decode.in_evaluation": left_in_evaluation,
         },
     ),

@@ -14,7 +14,8 @@ from mlx_impl.fast import band, head
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.kept_positions import target_positions
-from mlx_impl.generate import KeyValueCache, generate
+from mlx_impl.fast.key_blocks import BlockCache
+from mlx_impl.generate import generate
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import learning_rate_of
 from mlx_impl.run import state
@@ -23,7 +24,7 @@ from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches
 from tests.trainers.mutants.ops import fast_op, op
 from tests.trainers.mutants.step import adamw, scheduled
 
-rope, attention, extend, call = ops.rope, ops.attention, KeyValueCache.extend, CausalLM.__call__
+rope, attention, extend, call = ops.rope, ops.attention, BlockCache.extend, CausalLM.__call__
 attention_mask, state_arrays = model.attention_mask, state.state_arrays
 with_block_before = band.with_block_before
 TABLE = 1024
@@ -135,9 +136,8 @@ def padded_on_the_left(of: Any, prompts: Any, *limits: Any, **more: Any) -> Any:
 
 def grown_by_blocks(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
     """When a block of 256 is full, its last place is overwritten instead of a new block begun."""
-    full = self.num_tokens > 0 and self.num_tokens % 256 == 0
-    if full:
-        self.keys_BGSK, self.values_BGSK = self.keys_BGSK[:, :, :-1], self.values_BGSK[:, :, :-1]
+    if self.num_tokens > 0 and self.num_tokens % 256 == 0:
+        self.num_tokens -= 1
         k_BGTK, v_BGTK = (mx.concatenate([x, x], axis=2) for x in (k_BGTK, v_BGTK))
     return extend(self, k_BGTK, v_BGTK)
 
@@ -260,13 +260,13 @@ MUTANTS = [
         "cache-overwritten-at-a-block",
         19,
         "The key/value cache grows in blocks of 256, and the first token of a new block overwrites another.",
-        {"mlx_impl.generate.KeyValueCache.extend": grown_by_blocks},
+        {"mlx_impl.fast.key_blocks.BlockCache.extend": grown_by_blocks},
     ),
     Mutant(
         "long-prompt-cut",
         19,
         "A prompt of more than 512 tokens silently loses its beginning.",
-        {"tests.trainers.mlx_impl.generate": of_the_end},
+        {"tests.trainers.mlx_impl.plain_generate": of_the_end},
         trainer=PLAIN,
     ),
 ]
