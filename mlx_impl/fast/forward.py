@@ -29,7 +29,8 @@ from .vectors import Vectors, as_vectors
 def to_arrays(batch: Batch) -> Arrays:
     """inputs_BT; positions_N, targets_N and mask_N of the targets; the groups of rows; the kept positions.
 
-    Packed examples are rows of their own; of several groups (`segments.py`) the batch is one row.
+    positions_N is None where every position has a target. Packed examples are rows of their own; of several
+    groups (`segments.py`) the batch is one row.
     """
     groups: list[Group] = []
     if batch.segment_BT is not None:
@@ -37,7 +38,10 @@ def to_arrays(batch: Batch) -> Arrays:
     several = groups if len(groups) > 1 else []
     kept = kept_in_groups(batch, several) if several else kept_positions(batch)
     kept_arrays = [mx.array(array) for array in kept or () if array is not None]
-    return [mx.array(batch.inputs_BT), *map(mx.array, target_positions(batch)), several, kept_arrays]
+    positions_N, targets_N, mask_N = target_positions(batch)
+    is_everywhere = batch.mask_BT.all() and mask_N.all() and not kept_arrays
+    positions = None if is_everywhere else mx.array(positions_N)
+    return [mx.array(batch.inputs_BT), positions, mx.array(targets_N), mx.array(mask_N), several, kept_arrays]
 
 
 def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
@@ -58,11 +62,11 @@ FAST = Loss(to_arrays, batch_loss, flatten_grads)
 def hidden_at_targets(
     decoder: Decoder,
     tokens_BT: mx.array,
-    positions_N: mx.array,
+    positions_N: mx.array | None,
     groups: Sequence[Group] = (),
     kept: Sequence[mx.array] = (),
 ) -> mx.array:
-    """(N, D): the final hidden states at these positions of the flattened (B, T).
+    """(N, D): the final hidden states at these positions of the flattened (B, T), or at all of them.
 
     `kept` are the fields of `kept_positions.KeptPositions`; without them every position is computed.
     `groups` are those of a batch that is one row (`segments.py`).
@@ -74,8 +78,8 @@ def hidden_at_targets(
     x_BTD = decoder.embed_tokens(tokens_BT)
     for layer in decoder.layers[:-1]:
         x_BTD = forward_block(decoder, layer, x_BTD, layout)
-    x_1ND = forward_block(decoder, decoder.layers[-1], x_BTD, replace(layout, targets_N=positions_N))
-    return decoder.norm(x_1ND).squeeze(0)  # a view, where [0] copies
+    x_BTD = forward_block(decoder, decoder.layers[-1], x_BTD, replace(layout, targets_N=positions_N))
+    return decoder.norm(x_BTD).flatten(0, 1)  # (1, N, D) of the selected, a view where [0] copies
 
 
 def forward_block(decoder: Decoder, layer: Block, x_BTD: mx.array, layout: Layout) -> mx.array:

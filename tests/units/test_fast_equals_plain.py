@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_impl.data import Batch, Example, make_packed_batch
+from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
 from mlx_impl.fast import head
+from mlx_impl.fast.forward import to_arrays
 from mlx_impl.fast.kept_positions import kept_positions
 from mlx_impl.files.quantized import Quantization, quantize_modules
 from mlx_impl.lora import lora_layers
@@ -73,6 +74,13 @@ BATCHES: dict[str, Callable[[Case], Batch]] = {
     "packed rows": lambda case: packed_rows(case.spec.vocab_size),
 }
 every_batch = pytest.mark.parametrize("batch_name", BATCHES)
+
+
+def every_position_a_target(case: Case) -> Batch:
+    rows = random_rows(case.spec.vocab_size, (9, 9))
+    return make_batch([Example(tuple(row), (False,) + (True,) * 8) for row in rows])
+
+
 every_case = pytest.mark.parametrize("name", [*ARCHITECTURES, *list(VARIANTS)[1:], BIASED_DORA])
 LINEAR_AND_DORA = pytest.mark.parametrize("name", ["untied", "dora"])
 
@@ -136,6 +144,18 @@ def require_within_rounding(case: Case, act: Act, in_float32: Act | None = None)
 @every_case
 def test_in_float64_loss_and_gradients_are_equal_to_1e_12(name: str, batch_name: str) -> None:
     require_exact(named_case(name), partial(one_step, batch_name=batch_name))
+
+
+@LINEAR_AND_DORA
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_where_every_position_has_a_target_none_is_selected(
+    name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX compiles kernels of gathers and scatters, for seconds each."""
+    case = named_case(name)
+    monkeypatch.setitem(BATCHES, "all", every_position_a_target)
+    assert to_arrays(every_position_a_target(case))[1] is None
+    require_exact(case, partial(one_step, batch_name="all", checkpointed=checkpointed))
 
 
 @every_case
