@@ -38,7 +38,8 @@ def head_module(model: CausalLM) -> nn.Module:
 
 def head_of(model: CausalLM, after: mx.array) -> Head:
     """`model.head`; a packed weight is unpacked for it once `after` has been computed, for all its calls."""
-    packed, head = packed_of(head_module(model)), model.head
+    packed = packed_of(head_module(model))
+    head: Head = model.head
     if packed is not None:
         weight_VD = packed.unpacked_OI(mx.stop_gradient(after))
         head = lambda x_ND: x_ND @ weight_VD.T  # noqa: E731
@@ -50,7 +51,7 @@ def head_nats(
 ) -> tuple[mx.array, mx.array]:
     """`loss.next_token_nats` of head(x_ND), CHUNK_LOGITS logits at a time; differentiable by x_ND.
 
-    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass, but for an EvaluationHead.
+    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass, except in an evaluation.
     """
     is_formed = not isinstance(head, EvaluationHead)
 
