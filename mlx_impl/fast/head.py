@@ -55,7 +55,7 @@ def head_nats(
 ) -> tuple[mx.array, mx.array]:
     """`loss.next_token_nats` of head(x_ND), CHUNK_LOGITS logits at a time; differentiable by x_ND.
 
-    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass; not by an EvaluationHead.
+    d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass, except in an evaluation.
     """
     is_formed = not isinstance(head, EvaluationHead)
 

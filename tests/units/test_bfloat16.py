@@ -102,7 +102,7 @@ def computed_in(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, mx.Dtype]]:
         monkeypatch.setattr(kind, "__call__", noting(kind.__call__, kind.__name__))
     for name in FAST_STEPS:
         monkeypatch.setattr(forward, name, noting(getattr(forward, name), name))
-    monkeypatch.setattr(reading, "block", noting(reading.block, "block of an answer"))
+    monkeypatch.setattr(reading, "block", noting(reading.block, "reading.block"))
     return found
 
 
@@ -155,7 +155,7 @@ def test_every_hidden_state_of_an_answer_is_bfloat16(
     case = bfloat16_case(name).with_dropout(0.2)
     model = in_bfloat16(case)
     act(model, case)
-    assert {kind for kind, _ in computed_in} >= {"RMSNorm", "block of an answer"}
+    assert {kind for kind, _ in computed_in} >= {"RMSNorm", "reading.block"}
     assert {dtype for _, dtype in computed_in} == {mx.bfloat16}
     assert model(mx.array([[1, 2]])).dtype == mx.bfloat16
 
@@ -168,7 +168,7 @@ def test_one_float32_weight_is_noticed(module: str, computed_in: set[tuple[str, 
     wrong: Any = dict(model.named_modules())[f"model.layers.1.{module}"]
     wrong.weight = wrong.weight.astype(mx.float32)
     decode(model, case)
-    assert ("block of an answer", mx.float32) in computed_in
+    assert ("reading.block", mx.float32) in computed_in
 
 
 @fast_and_plain

@@ -38,7 +38,7 @@ HUGGING_FACE_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-PART_BYTES = 2**15  # of quantized numbers at a time: fits a cache; measured
+PART_BYTES = 2**17  # of quantized numbers at a time: fits a cache; measured
 ROPE_FACTORS = "rope_freqs.weight"
 HEADS = {".attn_q.": "num_attention_heads", ".attn_k.": "num_key_value_heads"}  # whose rows are reordered
 
