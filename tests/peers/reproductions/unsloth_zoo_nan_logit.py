@@ -1,6 +1,6 @@
-"""unsloth-zoo 2026.10.9 loses the loss, on MLX, where a logit is NaN at a position that is no target: NaN times 0.
+"""unsloth-zoo 2026.10.9 has a loss of NaN, on MLX, where a logit is NaN at a position that is no target.
 
-Three positions, the second not a target. Prints:
+It is taken times 0. Three positions, the second not a target. Prints:
 
 expected: loss 1.386
 got: loss nan
