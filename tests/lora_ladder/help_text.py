@@ -24,8 +24,8 @@ bias_correction=False; pad_targets=n; accumulation="mean of means"; equal="withi
 that computes the same twice but adds in another order, where the ladder otherwise compares to the bit."""
 
 WHAT_IT_COSTS = """\
-How long: with the small PyTorch reference, `lora-ladder reference --quick` took 255 seconds of CPU time
-on one core, and rung 18, which --quick leaves out, 29; a trainer that is slower takes as much longer.
+How long: with the small PyTorch reference, `lora-ladder reference --quick` took 112 seconds of CPU time
+on one core, and rung 18, which --quick leaves out, 12; a trainer that is slower takes as much longer.
 Ctrl-C or SIGTERM ends a climb, and --json and --html are still written."""
 
 EXIT_STATUS = """\

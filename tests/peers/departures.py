@@ -93,7 +93,9 @@ def figure(reason: str) -> str:
     number = re.search(r"\|error\| (\S+), (?:\S+ of the )?tolerance (\S+)", reason)
     if number:
         return f"{number[1]} / {number[2]}"
-    first = reason.splitlines()[0]
+    first, *others = reason.splitlines()
+    if first.endswith("the first is") and others:  # of the tensors
+        return others[0].strip()
     sentence = re.sub(r"^test_\w+(\[[^]]*\])?: ", "", first)  # without the claim's name
     return sentence.split(". ")[0]
 

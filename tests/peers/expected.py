@@ -38,7 +38,18 @@ REPLACEMENT = "rows are drawn with replacement: each step takes the first batch 
 SAME_ROWS = "every rank gets the same rows, and the others are never trained on"
 RANKS = "the ranks' means are averaged, whatever their numbers of targets"
 LAST_BATCH = "the examples of an incomplete last batch are not trained on"
+NAN_LOGIT = "a logit that is NaN or infinite where there is no target makes the loss NaN: it is taken times 0"
+STOPS = "a micro-batch without targets, beside others that have some, stops the run with an error"
+MAGNITUDE = "LoRA+ gives DoRA's magnitude the learning rate of A; PEFT gives it that of B"
 
+NAN_LOGIT_CLAIMS = tuple(
+    f"test_05_loss_extremes.py::test_a_logit_that_ends_at_no_target_does_not_matter[{number}]"
+    for number in ("nan", "inf")
+)
+STOPS_CLAIMS = tuple(
+    f"test_10_equivalences_extremes.py::test_a_micro_batch_without_targets_adds_nothing_to_an_update[{place}]"
+    for place in range(3)
+)
 MASK_CLAIMS = (
     f"{EQUAL}the_backward_pass_uses_the_dropout_masks_of_the_forward_pass[train_checkpointed]",
     "test_14_randomness.py::test_the_seed_decides_the_masks_whatever_the_way[checkpointed]",
@@ -116,7 +127,12 @@ UNSLOTH = Peer(
     "unsloth-zoo",
     "2026.10.9",
     "tests.peers.adapters.unsloth_zoo:UnslothTrainer",
-    (Departure(MASKS, MASK_CLAIMS, "unsloth_zoo_checkpointed_dropout"),),
+    (
+        Departure(MASKS, MASK_CLAIMS, "unsloth_zoo_checkpointed_dropout"),
+        Departure(NAN_LOGIT, NAN_LOGIT_CLAIMS, "unsloth_zoo_nan_logit"),
+        Departure(STOPS, STOPS_CLAIMS, "unsloth_zoo_no_targets"),
+        Departure(MAGNITUDE, combinations(0), "unsloth_zoo_loraplus_dora"),
+    ),
 )
 
 PEFT = Peer(

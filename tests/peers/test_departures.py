@@ -117,6 +117,7 @@ def test_the_document_has_a_row_for_each_departure(peer: Peer) -> None:
         ("x: expected 14\n  |error| 2, tolerance 0 = to the bit", "2 / 0"),
         ("logits must be refused\n  replay: lora-ladder", "logits must be refused"),
         ("test_a_claim[case-2]: nan must be refused\n  loss: 0", "nan must be refused"),
+        ("x: 1 of 2 tensors; the first is\n  nats: expected 0, got nan", "nats: expected 0, got nan"),
         ("ValueError: SiLU() is not supported. Only these are", "ValueError: SiLU() is not supported"),
     ],
 )
