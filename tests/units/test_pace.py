@@ -13,7 +13,7 @@ import pytest
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Example, make_batch
 from mlx_impl.fast import ops, pace
-from mlx_impl.fast.memory_model import sizes_of, state_bytes
+from mlx_impl.fast.memory_model import Shape, block_bytes, sizes_of, state_bytes, training_bytes
 from mlx_impl.fast.pace import paced, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
@@ -50,8 +50,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_each_window_has_the_limit_of_its_own_largest_batch(limits: list[int]) -> None:
     model = adapted()
     for window in paced([SHORT, SHORT + LONG], model, checkpointed=False):
-        needed = max(step_bytes(sizes_of(model), batch, False) for batch in window)
-        assert limits[-1] == int(pace.SLACK * needed)
+        assert limits[-1] == max(step_bytes(sizes_of(model), batch, False) for batch in window)
     assert limits[-3] < limits[-2]
 
 
@@ -65,7 +64,14 @@ def test_what_others_hold_is_added_to_the_limit(
     active = sizes.weights + state_bytes(sizes) + others
     monkeypatch.setattr("mlx_impl.fast.pace.mx.get_active_memory", lambda: active)
     for _ in paced([LONG], model, checkpointed=False):
-        assert limits[-1] == others + int(pace.SLACK * step_bytes(sizes, LONG[0], False))
+        assert limits[-1] == others + step_bytes(sizes, LONG[0], False)
+
+
+def test_the_host_may_run_ahead_by_four_blocks() -> None:
+    sizes, (batch,) = sizes_of(adapted()), LONG
+    shape = Shape(*batch.inputs_BT.shape, batch.inputs_BT.size, int(batch.mask_BT.sum()))
+    more = step_bytes(sizes, batch, False) - training_bytes(sizes, shape, False)
+    assert more == pace.BLOCKS_AHEAD * block_bytes(sizes, shape) == 4 * block_bytes(sizes, shape) > 0
 
 
 def test_a_model_is_measured_once(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

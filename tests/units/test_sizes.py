@@ -70,7 +70,7 @@ ELSEWHERE = {
     "fast.band.MIN_WINDOWS": "test_band.py",
     "fast.key_blocks.BLOCK": "test_generation.py",
     "fast.memory_model.UPDATE": "test_memory_model.py",
-    "fast.pace.SLACK": "test_pace.py",
+    "fast.pace.BLOCKS_AHEAD": "test_pace.py",
     "fast.packed.CUDA_MIN_ROWS": "test_packed.py",
     "fast.packed_modules.MIN_ROWS": "test_packed.py",
     "fast.segments.MAX_FILLED": "test_segments.py",
