@@ -69,7 +69,8 @@ def test_what_others_hold_is_added_to_the_limit(
 
 def test_the_host_may_run_ahead_by_four_blocks() -> None:
     sizes, (batch,) = sizes_of(adapted()), LONG
-    shape = Shape(*batch.inputs_BT.shape, batch.inputs_BT.size, int(batch.mask_BT.sum()))
+    rows, width = batch.inputs_BT.shape
+    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()))
     more = step_bytes(sizes, batch, False) - training_bytes(sizes, shape, False)
     assert more == pace.BLOCKS_AHEAD * block_bytes(sizes, shape) == 4 * block_bytes(sizes, shape) > 0
 
