@@ -41,11 +41,14 @@ class GivenDropout(Dropout):
     def __call__(self, x_BTI: mx.array) -> mx.array:
         if not self.training:
             return x_BTI
-        keep_LI, computed = self.keep_BTI.flatten(0, 1), self._computed
+        keep_BTI, computed = self.keep_BTI, self._computed  # (1, 1, I) where all positions have one mask
         positions = computed.positions_N if self._is_at_targets else computed.kept_S
         for chosen in (computed.place_M, positions):
-            keep_LI = keep_LI if chosen is None else keep_LI[chosen]
-        return x_BTI * keep_LI.reshape(*x_BTI.shape[:2], -1) / (1 - self.p)
+            if chosen is not None:
+                keep_BTI = keep_BTI.flatten(0, 1)[chosen].reshape(1, len(chosen), -1)
+        if keep_BTI.size == x_BTI.size:
+            keep_BTI = keep_BTI.reshape(x_BTI.shape)
+        return x_BTI * keep_BTI / (1 - self.p)
 
 
 def places_of(batch: Batch) -> np.ndarray:

@@ -117,7 +117,7 @@ def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: 
     model.train()
     model.model.grad_checkpoint = checkpointed
     tokens_BT = mx.array(random_rows(SPEC.vocab_size, [T] * B))
-    arrays: Arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), None, []]
+    arrays: Arrays = [tokens_BT, mx.arange(B * T), tokens_BT.flatten(), mx.ones(B * T, mx.bool_), [], []]
     mx.eval(model.parameters(), arrays)
     run = nn.value_and_grad(model, lambda arrays: batch_loss(model, arrays))
     state = [model.state, mx.random.state]
