@@ -71,9 +71,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def contestants(case: Case, only: str | None) -> list[str]:
-    """The requested trainers, else those of the device; only installed ones."""
+    """The requested trainers, else those of the device; only installed ones that can run the case."""
     names = only.split(",") if only else ON_A_GPU if case.needs_gpu else ON_A_CPU
-    return [name for name in names if named_entry(name).is_installed]
+    entries = {name: named_entry(name) for name in names}
+    return [name for name, entry in entries.items() if entry.is_installed and entry.can_run(case)]
 
 
 def show_table(args: argparse.Namespace) -> None:

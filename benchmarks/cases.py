@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 
+GROUP_SIZE = 32  # of quantized weights
 GEOGRAPHY = Path(__file__).resolve().parents[1] / "fixtures" / "geography" / "train.jsonl"
 
 TINYLLAMA = ModelConfig(
@@ -57,6 +58,9 @@ class Case:
     batching: str = "plain"  # of that epoch; rows of at most `tokens` where packed
     target_share: float = 1.0  # of the positions of a row
     rank: int = 8
+    dropout: float = 0.0
+    use_dora: bool = False
+    bits: int = 0  # of quantized weights, in groups of GROUP_SIZE; 0: in `dtype`
     dtype: str = "float32"  # of the frozen weights
     checkpointed: bool = False
     micro_batches: int = 1  # per update
@@ -65,7 +69,7 @@ class Case:
 
     @property
     def lora(self) -> LoRAConfig:
-        return LoRAConfig(rank=self.rank, alpha=2.0 * self.rank)
+        return LoRAConfig(rank=self.rank, alpha=2.0 * self.rank, dropout=self.dropout, use_dora=self.use_dora)
 
     @property
     def training(self) -> TrainConfig:
@@ -84,12 +88,27 @@ CASES = {
     case.name: case
     for case in (
         Case("smollm2", None, num_windows=5),
+        Case("smollm2-dropout", None, num_windows=5, dropout=0.1),
+        Case("smollm2-dora", None, num_windows=5, use_dora=True),
         Case("small", SMALL, tokens=128, target_share=0.25),
         Case("tiny", TINY, tokens=32, target_share=0.5),
         Case("tinyllama", TINYLLAMA, tokens=1024, dtype="bfloat16", needs_gpu=True),
         Case("tinyllama-16", TINYLLAMA, batch_size=16, tokens=1024, dtype="bfloat16", needs_gpu=True),
         Case("tinyllama-25", TINYLLAMA, tokens=1024, target_share=0.25, dtype="bfloat16", needs_gpu=True),
         Case("tinyllama-ckpt", TINYLLAMA, tokens=1024, dtype="bfloat16", checkpointed=True, needs_gpu=True),
+        Case("tinyllama-8192", TINYLLAMA, batch_size=1, tokens=8192, dtype="bfloat16", needs_gpu=True),
+        Case("tinyllama-4-bits", TINYLLAMA, 8, 256, dtype="bfloat16", bits=4, needs_gpu=True),
+        Case("tinyllama-4-bits-8192", TINYLLAMA, 1, 8192, dtype="bfloat16", bits=4, needs_gpu=True),
+        Case(
+            "tinyllama-4-bits-8192-ckpt",
+            TINYLLAMA,
+            1,
+            8192,
+            dtype="bfloat16",
+            bits=4,
+            checkpointed=True,
+            needs_gpu=True,
+        ),
     )
 }
 

@@ -31,6 +31,10 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     memory: str = "mlx"  # the allocator that counts bytes: "mlx" or "torch"
 
+    def can_run(self, case: Case) -> bool:
+        """Only the MLX trainers have a quantized base here."""
+        return not case.bits or self.memory == "mlx"
+
     @property
     def is_installed(self) -> bool:
         return all(importlib.util.find_spec(package) is not None for package in self.needs)

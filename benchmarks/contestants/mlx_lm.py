@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from benchmarks.cases import Case
+from benchmarks.cases import GROUP_SIZE, Case
 from benchmarks.inputs import Inputs
 from tests.peers.mlx_lm_terms import make_model, make_optimizer, their_batch
 
@@ -26,10 +26,12 @@ class MlxLm:
         self.model = make_model(inputs.config)
         self.model.load_weights([(name, mx.array(array)) for name, array in inputs.weights.items()])
         self.model.set_dtype(getattr(mx, case.dtype))
+        if case.bits:
+            nn.quantize(self.model, GROUP_SIZE, case.bits)
         mx.eval(self.model.parameters())
         self.model.freeze()
-        lora = {"rank": case.rank, "scale": case.lora.alpha / case.rank, "dropout": 0.0}
-        linear_to_lora_layers(self.model, inputs.config.num_hidden_layers, lora)
+        lora = {"rank": case.rank, "scale": case.lora.alpha / case.rank, "dropout": case.dropout}
+        linear_to_lora_layers(self.model, inputs.config.num_hidden_layers, lora, use_dora=case.use_dora)
         if case.checkpointed:  # replaces __call__ of the class, for good
             trainer.grad_checkpoint(self.model.layers[0])
         self.optimizer = make_optimizer(case.training)

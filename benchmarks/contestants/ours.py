@@ -7,13 +7,11 @@ from itertools import cycle
 import mlx.core as mx
 import mlx.nn as nn
 
-from benchmarks.cases import Case
+from benchmarks.cases import GROUP_SIZE, Case
 from benchmarks.inputs import Inputs
 from mlx_impl.model import CausalLM
 from mlx_impl.run.ranks import Ranks
 from mlx_impl.run.trainer import LoRATrainer
-
-GROUP_SIZE = 32  # of quantized weights
 
 
 class Ours:
@@ -25,11 +23,11 @@ class Ours:
         bits: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
-        model = CausalLM(inputs.config)
+        self.model = model = CausalLM(inputs.config)
         model.load_weights([(name, mx.array(array)) for name, array in inputs.weights.items()])
         model.set_dtype(getattr(mx, case.dtype))
-        if bits:
-            nn.quantize(model, GROUP_SIZE, bits)
+        if bits or case.bits:
+            nn.quantize(model, GROUP_SIZE, bits or case.bits)
         mx.eval(model.parameters())
         trainer = LoRATrainer(model, case.lora, case.training, compiled, ranks=ranks)
         self.records = trainer.fit_windows(cycle(inputs.windows))

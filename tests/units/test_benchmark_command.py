@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 
 import benchmarks.__main__ as command
+from benchmarks.cases import CASES
+from benchmarks.contestants import Entry
+from benchmarks.contestants.ours import Ours
+from benchmarks.inputs import read_inputs
+from mlx_impl.lora import DoRALinear, lora_layers
 
 REFUSED = {
     "--steps 0": "--steps must be 1 or more, got 0",
@@ -64,3 +71,20 @@ def test_a_case_for_a_gpu_needs_one(
     monkeypatch.setattr(command, "call", lambda function: False)
     assert command.main(["--case", "tinyllama"]) == 2
     assert "the case tinyllama needs a GPU, and MLX has none here" in capsys.readouterr().err
+
+
+def test_only_mlx_trainers_run_a_case_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Entry, "is_installed", True)
+    case = CASES["tiny"]
+    assert command.contestants(case, "ours,mlx-lm,peft") == ["ours", "mlx-lm", "peft"]
+    assert command.contestants(replace(case, bits=4), "ours,mlx-lm,peft") == ["ours", "mlx-lm"]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_case_says_of_what_kind_base_and_adapter_are() -> None:
+    case = replace(CASES["tiny"], bits=4, dropout=0.5, use_dora=True)
+    ours = Ours(read_inputs(case), case)
+    layers = lora_layers(ours.model).values()
+    assert {(type(layer), type(layer.linear), layer.dropout.p) for layer in layers} == {
+        (DoRALinear, nn.QuantizedLinear, 0.5)
+    }
