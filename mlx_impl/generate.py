@@ -1,8 +1,8 @@
 """Decoding one answer with a key/value cache.
 
 Differs from reference/generate.py: the cache, without which every step reads the whole text again; `mx.eval`,
-without which the graph would grow with every token; `choose` and `next_tokens` take several rows, for
-`fast/decode.py`; an empty prompt is refused.
+without which the graph would grow with every token; `choose` takes several rows, which `fast/answer.py` has;
+an empty prompt is refused.
 """
 
 from __future__ import annotations

@@ -29,14 +29,18 @@ def generate(
     choose: Callable[[mx.array], mx.array] = most_likely,
 ) -> Iterator[int]:
     """The same tokens and errors, but an update may show one token later."""
-    if not prompt:
-        raise ValueError("the prompt must have at least one token, got none")
+    require_tokens(prompt)
     caches = [BlockCache() for _ in model.model.layers]
     with in_evaluation(model):
         for (token,) in steps(model, caches, mx.array([list(prompt)]), max_tokens, choose=choose):
             if token in stop_ids:
                 return
             yield token
+
+
+def require_tokens(prompt: Sequence[int]) -> None:
+    if not prompt:
+        raise ValueError("the prompt must have at least one token, got none")
 
 
 def steps(
@@ -61,14 +65,12 @@ def steps(
     next_B = after(read_prompt(model, tokens_BT, caches, gap)) if max_tokens > 0 else None
     for left in range(max_tokens - 1, -1, -1):
         assert next_B is not None
-        if model.training:  # an update was made since the last token
-            model.eval()
         following_B = after(read(model, next_B[:, None], caches, gap)) if left and is_ahead() else None
         tokens = next_B.tolist()
         if REFUSED in tokens:
             raise ValueError("logits must be finite, got infinity or NaN")
         yield tokens
-        if model.training:
+        if model.training:  # an update was made since
             model.eval()
         if left and following_B is None:
             following_B = after(read(model, next_B[:, None], caches, gap))

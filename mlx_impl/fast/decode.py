@@ -11,7 +11,7 @@ from itertools import takewhile
 import mlx.core as mx
 
 from ..model import CausalLM, in_evaluation
-from .answer import steps
+from .answer import require_tokens, steps
 from .key_blocks import BlockCache
 from .packed_modules import unpacking_first
 from .reading import Gap, read_prompt
@@ -29,11 +29,13 @@ def generate_all(
     watched: Callable[[range, int], Iterable[int]] = lambda groups, count: groups,
     watched_steps: Callable[[range], Iterable[int]] = lambda lengths: lengths,
 ) -> list[list[int]]:
-    """The greedy answer to every prompt, in the order of the prompts.
+    """The greedy answer to every prompt, in the order of the prompts; ValueError for an empty one.
 
     `watched(groups, how many)` passes on the groups of prompts that are decoded together, to show progress;
     `watched_steps(lengths)` the lengths of text that a group grows to, a token each.
     """
+    for prompt in prompts:
+        require_tokens(prompt)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     with in_evaluation(model), unpacking_first(model):

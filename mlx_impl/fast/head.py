@@ -64,9 +64,8 @@ def head_nats(
         nats, gradients = mx.array(0.0, ops.widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
-            x_CD = mx.depends([x_ND[part]], [nats, *gradients[-1:]] if is_formed else [nats])[
-                0
-            ]  # one chunk after the other
+            before = [nats, *gradients[-1:]] if is_formed else [nats]
+            (x_CD,) = mx.depends([x_ND[part]], before)  # one chunk after the other
             part_nats, gradient_CD = chunk_nats(head, x_CD, targets_N[part], mask_N[part])
             nats = nats + part_nats
             gradients.append(gradient_CD)

@@ -197,8 +197,12 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
 
 
 def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
-    """Of reading the prompts and then writing so many tokens: a longer cache is a new one beside the old."""
-    c = sizes.config
+    """Of reading the prompts and then writing so many tokens: a longer cache is a new one beside the old.
+
+    A prompt is read without a band: with a window too, its queries have scores for every key.
+    """
+    c = replace(sizes.config, sliding_window=None)
+    sizes = replace(sizes, config=c)
     a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
     cache = 2 * prompts.rows * whole_blocks(prompts.keys + max_tokens) * a_token
     width = min(prompts.width, part_width(prompts.rows))  # a long prompt is read in parts

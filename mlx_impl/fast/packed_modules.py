@@ -52,7 +52,10 @@ UNPACKING: dict[Any, type[nn.Module]] = {
 
 @contextmanager
 def unpacking_first(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's quantized modules are of the classes above; on a GPU nothing changes."""
+    """Within the block the model's quantized modules are of the classes above.
+
+    On a GPU `packed.is_unpacked_for` leaves most products as they are.
+    """
     modules: list[Any] = [m for m in model.modules() if type(m) in UNPACKING and has_packed(m)]
     for module in modules:
         module.__class__ = UNPACKING[type(module)]

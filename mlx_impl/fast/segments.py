@@ -37,7 +37,7 @@ def examples_apart(batch: Batch) -> tuple[Batch, list[Group]]:
     The new batch is (R, W); of several groups it is (1, M), all their rows one after the other.
     """
     starts, lengths = examples_of(batch)
-    groups = groups_of(lengths, batch.inputs_BT.size, batch.inputs_BT.shape[1])
+    groups = groups_in(batch)
     place_M, is_token_M = places(starts, lengths, groups)
     shape = groups[0] if len(groups) == 1 else (1, -1)
 
@@ -59,6 +59,11 @@ def examples_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     has_target[0] |= not has_target.any()  # a batch without targets is one row
     order = np.argsort(-lengths[has_target], kind="stable")
     return starts[has_target][order], lengths[has_target][order]
+
+
+def groups_in(batch: Batch) -> list[Group]:
+    """The groups of rows of a packed batch."""
+    return groups_of(examples_of(batch)[1], batch.inputs_BT.size, batch.inputs_BT.shape[1])
 
 
 def groups_of(lengths: Sequence[int] | np.ndarray, positions: int, widest: int) -> list[Group]:

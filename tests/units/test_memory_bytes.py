@@ -12,6 +12,7 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, evaluation_batches, training_windows
+from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.key_blocks import BLOCK
 from mlx_impl.fast.memory_model import (
     Shape,
@@ -111,6 +112,19 @@ def test_the_need_is_near_what_mlx_counts(name: str, plain: bool) -> None:
     print({what: f"{needs[what] / peaks[what] - 1:+.1%} of {peaks[what]:,}" for what in needs})
     shares = {what: needs[what] / peaks[what] for what in needs}
     assert all(LEAST < share < MOST for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_the_need_of_an_answer_is_near_what_mlx_counts(window: int | None) -> None:
+    """A prompt is read with scores for every key, also in a window."""
+    before = mx.get_active_memory()
+    config = replace(NARROW, num_attention_heads=12, num_key_value_heads=4, sliding_window=window)
+    model = CausalLM(config)
+    mx.eval(model.parameters())
+    (prompt,) = random_rows(config.vocab_size, [512])
+    need = answer_bytes(sizes_of(model), Shape(1, len(prompt), len(prompt), 1), 2)
+    peak = max(measured(lambda: generate_all(model, [prompt], 2, ())) for _ in range(3)) - before
+    assert LEAST < need / peak < MOST, need / peak
 
 
 SIZES = Sizes(SPEC, weights=1000, trained=10, itemsize=4, more=0, unpacked=0, head=0, keeps_scores=True)
