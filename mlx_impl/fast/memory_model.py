@@ -124,17 +124,17 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
     unfused = not keeps_scores and mx.metal.is_available()  # MLX's ScaledDotProductAttention::use_fallback
     return Sizes(
-        model.config,
-        weights,
-        trained,
-        itemsize,
-        more,
-        unpacked,
-        head,
-        keeps_scores,
-        unfused,
-        plain,
-        (first, later),
+        config=model.config,
+        weights=weights,
+        trained=trained,
+        itemsize=itemsize,
+        more=more,
+        unpacked=unpacked,
+        head=head,
+        keeps_scores=keeps_scores,
+        unfused=unfused,
+        plain=plain,
+        evaluated=(first, later),
     )
 
 
