@@ -53,7 +53,10 @@ class Ranks:
         self.close()
 
     def close(self) -> None:
-        """End what watches over the waits, for a program that goes on without the others."""
+        """End what watches over the waits, for a program that goes on without the others.
+
+        Raises RuntimeError in another thread than the main one, where that has joined the ranks.
+        """
         self.watchdog.close()
 
     def gather(self, own: mx.array) -> mx.array:

@@ -7,7 +7,8 @@ for record in trainer.fit(examples):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -87,7 +88,7 @@ class LoRATrainer:
         """Train up to update `training.iters`; stop reading the iterator to stop earlier.
 
         Raises NotFinite, rolled back to the last good state, on NaN or infinity; on several ranks
-        KeyboardInterrupt on all of them after the same update, where Ctrl-C came to any.
+        KeyboardInterrupt on all of them after the same update, where Ctrl-C came to any (interrupts.py).
         """
         require_tokens(examples, self.model.config.vocab_size)
         if self.ranks:
@@ -106,13 +107,13 @@ class LoRATrainer:
             self.ranks.watchdog.begin_training()
             self.ranks.require_same({"the adapter or the optimizer's state": trained})
         self.guard.begin()
-        windows = with_targets(windows)
+        paced_windows = with_targets(windows)
         if not self.plain:
-            windows = paced(windows, self.model, self.training.grad_checkpoint)
+            paced_windows = paced(paced_windows, self.model, self.training.grad_checkpoint)
         records = train(
             self.model,
             self.optimizer,
-            windows,
+            paced_windows,
             self.training,
             first_step=self.step,
             compiled=self.compiled,
@@ -121,7 +122,8 @@ class LoRATrainer:
             check=self.guard.check,
         )
         try:
-            yield from stopping_together(self.ranks, records) if self.ranks else records
+            with closing(paced_windows):  # an exception would keep them, and the memory limit that they set
+                yield from stopping_together(self.ranks, records) if self.ranks else records
         except NotFinite:
             self.drop_undone_validations()
             raise
@@ -206,7 +208,7 @@ class LoRATrainer:
         return digest_of_base(self.model)  # which is frozen
 
 
-def with_targets(windows: Iterable[Window]) -> Iterator[Window]:
+def with_targets(windows: Iterable[Window]) -> Generator[Window]:
     """The same windows; ValueError for one without a target, whose mean loss would be 0 / 0."""
     for window in windows:
         if not any(batch.mask_BT.any() for batch in window):

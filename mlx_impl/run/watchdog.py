@@ -76,7 +76,13 @@ class Watchdog:
             thread.start()
 
     def close(self) -> None:
-        """End the threads. Of several in one process the last that was made is closed first."""
+        """End the threads. Of several in one process the last that was made is closed first.
+
+        Raises RuntimeError, and ends nothing, in another thread than the main one that made it.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if self.pipe is not None and not is_main:  # which alone may set the wake-up file descriptor
+            raise RuntimeError("only the main thread can close the ranks that it has joined")
         self.closed.set()
         if self.pipe is not None:
             signal.set_wakeup_fd(self.heard_before, warn_on_full_buffer=False)

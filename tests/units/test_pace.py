@@ -94,7 +94,7 @@ def test_the_limit_is_given_back_however_the_run_ends(num_read: int, limits: lis
     windows = paced([SHORT, LONG], adapted(), checkpointed=False)
     for _ in range(num_read):
         next(windows)
-    windows.close()  # type: ignore[attr-defined]
+    windows.close()
     assert limits[-1] == BEFORE
 
 

@@ -95,6 +95,30 @@ def test_a_closed_one_leaves_no_thread_no_file_and_the_wake_up_fd_as_it_was() ->
     assert (threading.active_count(), open_files(), wake_up_fd()) == before
 
 
+def test_only_the_main_thread_closes_what_it_made() -> None:
+    """It alone may give back the wake-up file descriptor, so nothing is ended before."""
+    dog, refused = Watchdog("rank 0", 600.0), list[str]()
+
+    def close() -> None:
+        try:
+            dog.close()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def in_another_thread() -> list[str]:
+        refused.clear()
+        thread = threading.Thread(target=close)
+        thread.start()
+        thread.join()
+        return refused
+
+    before = threading.active_count(), wake_up_fd()
+    assert in_another_thread() == ["only the main thread can close the ranks that it has joined"]
+    assert (threading.active_count(), wake_up_fd()) == before and not dog.closed.is_set()
+    dog.close()
+    assert in_another_thread() == []
+
+
 def test_every_one_of_a_process_and_who_listened_before_hears_a_signal() -> None:
     """Two groups of ranks in one program, or a program with an event loop of its own."""
     read, write = os.pipe()
