@@ -40,8 +40,14 @@ def test_each_of_many_prompts_gets_the_answer_that_it_gets_alone(candidate: Any,
 @pytest.mark.needs("greedy", "greedy_all")
 @pytest.mark.parametrize("case", ["untied", "sliding window"], indirect=True)
 def test_very_unequal_prompts_get_the_answers_that_they_get_alone(case: Case, candidate: Any) -> None:
-    """From one token to 129: neither padding nor a long neighbour changes an answer."""
+    """From one token to 129: neither padding nor a long neighbour changes an answer.
+
+    Nor do they after a common beginning, where a short prompt's window still sees the last of it.
+    """
     trainer, prompts = case.build(candidate), random_rows(case.spec.vocab_size, (129, 1, 40, 2))
+    assert trainer.greedy_all(prompts, 8, NO_TOKEN) == alone(trainer, prompts, 8)
+    (beginning,) = random_rows(case.spec.vocab_size, (20,), seed=47)
+    prompts = [beginning + prompt for prompt in prompts]
     assert trainer.greedy_all(prompts, 8, NO_TOKEN) == alone(trainer, prompts, 8)
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_impl import LoRAConfig, LoRATrainer, TrainConfig
 from mlx_impl.data import Example
 from mlx_impl.fast import answer as fast
-from mlx_impl.generate import generate
+from mlx_impl.generate import generate, most_likely
 from mlx_impl.lora import lora_layers
 from mlx_impl.model import CausalLM
 from tests.lora_ladder.cases import SPEC
@@ -49,16 +49,22 @@ def test_an_answer_read_in_part_leaves_dropout_on_for_the_next_update(
     assert losses(trainer, answer) == losses(trainer_of(0.5, plain=plain))
 
 
+def as_if_drawn(logits_BV: mx.array) -> mx.array:
+    """The likeliest token; the fast path reads ahead with `most_likely` alone."""
+    return mx.argmax(logits_BV, axis=-1)
+
+
 @each_generate
+@pytest.mark.parametrize("choose", [most_likely, as_if_drawn], ids=["read ahead", "not read ahead"])
 def test_an_update_while_an_answer_is_read_does_not_drop_its_inputs(
-    generate: Callable[..., Iterator[int]],
+    choose: Callable[[mx.array], mx.array], generate: Callable[..., Iterator[int]]
 ) -> None:
     """At rate 0 the model is the same after every update, so the answer is too."""
     trainer = trainer_of(0.9, learning_rate=0.0)
     for layer in lora_layers(trainer.model).values():
         layer.lora_b = mx.random.normal(layer.lora_b.shape)  # far from the base model
-    whole = list(generate(trainer.model, PROMPT, NUM_TOKENS, ()))
-    answer = generate(trainer.model, PROMPT, NUM_TOKENS, ())
+    whole = list(generate(trainer.model, PROMPT, NUM_TOKENS, (), choose))
+    answer = generate(trainer.model, PROMPT, NUM_TOKENS, (), choose)
     read = [next(answer)]
     for _ in trainer.fit(EXAMPLES):
         read += islice(answer, 1)

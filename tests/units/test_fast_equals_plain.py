@@ -76,11 +76,22 @@ BATCHES: dict[str, Callable[[Case], Batch]] = {
 every_batch = pytest.mark.parametrize("batch_name", BATCHES)
 
 
-def every_position_a_target(case: Case) -> Batch:
-    rows = random_rows(case.spec.vocab_size, (9, 9))
-    return make_batch([Example(tuple(row), (False,) + (True,) * 8) for row in rows])
+def rows_of_targets(*token_counts: int, is_alike: bool = False) -> Callable[[Case], Batch]:
+    """A target at every position of rows of so many tokens; alike: of one row, several times."""
+
+    def made(case: Case) -> Batch:
+        rows = random_rows(case.spec.vocab_size, token_counts)
+        rows = [rows[0]] * len(rows) if is_alike else rows
+        return make_batch([Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in rows])
+
+    return made
 
 
+every_position_a_target = rows_of_targets(9, 9)
+ALL_TARGETS = {
+    "72 targets, padded to 80": rows_of_targets(25, 25, 25),
+    "positions that are shared": rows_of_targets(9, 9, 9, 9, is_alike=True),
+}
 every_case = pytest.mark.parametrize("name", [*ARCHITECTURES, *list(VARIANTS)[1:], BIASED_DORA])
 LINEAR_AND_DORA = pytest.mark.parametrize("name", ["untied", "dora"])
 
@@ -156,6 +167,18 @@ def test_where_every_position_has_a_target_none_is_selected(
     monkeypatch.setitem(BATCHES, "all", every_position_a_target)
     assert to_arrays(every_position_a_target(case))[1] is None
     require_exact(case, partial(one_step, batch_name="all", checkpointed=checkpointed))
+
+
+@pytest.mark.parametrize("what", ALL_TARGETS)
+def test_where_every_position_has_a_target_some_are_selected_all_the_same(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head reads padding too, or what is computed is not every position."""
+    case = named_case("untied")
+    monkeypatch.setitem(BATCHES, what, ALL_TARGETS[what])
+    require_exact(case, partial(one_step, batch_name=what))
+    batch = ALL_TARGETS[what](case)
+    assert batch.mask_BT.all() and to_arrays(batch)[1] is not None
 
 
 @every_case

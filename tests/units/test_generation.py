@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from mlx_impl.fast import answer, key_blocks, ops, reading
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.files.checkpoint import load_model
-from mlx_impl.generate import generate
+from mlx_impl.generate import generate, most_likely
 from mlx_impl.model import CausalLM
 from mlx_impl.text.streaming import stream_text
 from tests.tiny_folder import write_folder
@@ -41,6 +42,17 @@ def test_the_cache_changes_no_token(model: CausalLM, prompt: list[int]) -> None:
     assert list(generate(model, prompt, NUM_TOKENS, NEVER)) == expected
     assert list(answer.generate(model, prompt, NUM_TOKENS, NEVER)) == expected
     assert generate_all(model, PROMPTS, NUM_TOKENS, NEVER)[PROMPTS.index(prompt)] == expected
+
+
+@pytest.mark.parametrize("window", [12, 24, 30])
+def test_a_window_is_counted_in_tokens_of_the_own_row(tmp_path: Path, window: int) -> None:
+    """After a prefix that all rows share: the gap of a shorter row is no part of its window."""
+    config = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    model = load_model(write_folder(tmp_path, **config)).model
+    assert model.model.window == window
+    prompts = [[*range(60, 80), *range(100 + count, 100 + 2 * count)] for count in (1, 2, 5, 40)]
+    alone = [list(generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in prompts]
+    assert generate_all(model, prompts, NUM_TOKENS, NEVER) == alone
 
 
 def test_every_stop_token_ends_the_answer_and_is_not_part_of_it(model: CausalLM) -> None:
@@ -99,6 +111,18 @@ def test_drawn_tokens_are_those_of_the_plain_code(model: CausalLM, monkeypatch: 
     for on_gpu in (False, True):
         monkeypatch.setattr(ops, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
         assert two_answers(answer.generate, end) == expected
+
+
+def test_one_logit_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    """Of one row of the head; the argmax of the others would be a token like any."""
+    model = load_model(write_folder(tmp_path)).model
+    model.lm_head.weight[9] = float("inf")
+    for how in (generate, answer.generate):
+        for choose in (most_likely, mx.random.categorical):
+            with pytest.raises(ValueError, match="logits must be finite, got infinity or NaN"):
+                list(how(model, PROMPTS[2], 3, NEVER, choose))
+    with pytest.raises(ValueError, match="logits must be finite, got infinity or NaN"):
+        generate_all(model, PROMPTS, 3, NEVER)
 
 
 def byte_level(*tokens: str) -> Tokenizer:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
-from mlx_impl.data import Example, evaluation_batches, training_windows
+from mlx_impl.data import Example, evaluation_batches, make_packed_batch, training_windows
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.key_blocks import BLOCK
 from mlx_impl.fast.memory_model import (
@@ -23,6 +23,7 @@ from mlx_impl.fast.memory_model import (
     sizes_of,
     training_bytes,
 )
+from mlx_impl.fast.segments import Group
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
 from tests.lora_ladder.cases import SPEC, random_rows
@@ -144,6 +145,18 @@ def test_checkpointing_and_evaluation_hold_the_attention_weights_of_one_block() 
     a_hidden_state = 2048 * SPEC.hidden_size * 4
     assert training_bytes(three, shape, True) - training_bytes(two, shape, True) == a_hidden_state
     assert evaluation_bytes(three, shape) == evaluation_bytes(two, shape)
+
+
+def test_attention_holds_the_padding_of_groups_too() -> None:
+    """Queries, keys, values and the mix of every place of their rows; kept once, and once in work."""
+    examples = [Example((1,) * (n + 1), (False,) + (True,) * n) for n in (40, 40, 40, 40)]
+    shape = shape_of(make_packed_batch(examples, [(0, 1, 2, 3)]))
+    ((rows, width),) = shape.groups
+    padding, on_a_gpu = rows * width - shape.computed, replace(SIZES, keeps_scores=False)
+    full = replace(shape, groups=(Group(1, shape.computed),))
+    heads = 2 * (SPEC.num_attention_heads + SPEC.num_key_value_heads)
+    more = training_bytes(on_a_gpu, shape, False) - training_bytes(on_a_gpu, full, False)
+    assert more >= 4 * SPEC.num_hidden_layers * heads * SPEC.head_dim * padding > 0
 
 
 def test_an_answer_needs_its_cache_twice() -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_impl.config import LoRAConfig
-from mlx_impl.data import Example, make_batch
+from mlx_impl.data import Example, make_batch, make_packed_batch
 from mlx_impl.fast import ops, pace
 from mlx_impl.fast.memory_model import Shape, block_bytes, sizes_of, state_bytes, training_bytes
 from mlx_impl.fast.pace import paced, step_bytes
@@ -65,6 +65,20 @@ def test_what_others_hold_is_added_to_the_limit(
     monkeypatch.setattr("mlx_impl.fast.pace.mx.get_active_memory", lambda: active)
     for _ in paced([LONG], model, checkpointed=False):
         assert limits[-1] == others + step_bytes(sizes, LONG[0], False)
+
+
+def test_packed_examples_attend_in_rows_of_their_own() -> None:
+    """Where attention keeps its weights, 16 examples of 64 tokens have a 16th of those of 1,024 tokens."""
+    many, one = (
+        make_packed_batch([Example((1,) * (n + 1), (False,) + (True,) * n)] * count, [tuple(range(count))])
+        for n, count in ((64, 16), (1024, 1))
+    )
+    assert many.inputs_BT.shape == one.inputs_BT.shape == (1, 1024)
+    sizes = replace(sizes_of(adapted()), keeps_scores=True)
+    weights = 4 * sizes.config.num_attention_heads * (1024**2 - 16 * 64**2)  # bytes more in each block
+    for checkpointed, blocks in ((False, sizes.config.num_hidden_layers), (True, 1)):
+        saved = step_bytes(sizes, one, checkpointed) - step_bytes(sizes, many, checkpointed)
+        assert saved > blocks * weights
 
 
 def test_the_host_may_run_ahead_by_four_blocks() -> None:

@@ -128,6 +128,14 @@ def test_as_shipped_these_rows_are_several_groups() -> None:
     assert len(examples_apart(PACKED)[1]) > 1
 
 
+def test_what_follows_the_last_target_of_a_row_is_not_computed() -> None:
+    """Of each example, not of its group: of 320 positions the 163 tokens and a dummy, in a bucket of 176."""
+    apart, groups = examples_apart(PACKED)
+    kept = kept_in_groups(apart, groups)
+    assert apart.inputs_BT.size == 4 * 48 + 8 * 16 and sum(LENGTHS) == 163
+    assert kept.is_needed_U.sum() == 163 and len(kept.kept_U) == 176
+
+
 def test_full_groups_need_no_dummy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place of both groups holds a token that a target depends on."""
     monkeypatch.setattr(segments, "MAX_FILLED", 0.0)
