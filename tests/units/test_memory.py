@@ -25,8 +25,9 @@ import mlx.nn as nn
 import pytest
 
 from mlx_impl.config import LoRAConfig
-from mlx_impl.fast import forward, ops, projection, recompute
+from mlx_impl.fast import forward, ops, projection, reading, recompute
 from mlx_impl.fast.forward import batch_loss
+from mlx_impl.fast.key_blocks import BlockCache
 from mlx_impl.fast.projection import project
 from mlx_impl.lora import LoRALinear, add_lora
 from mlx_impl.model import CausalLM
@@ -189,3 +190,18 @@ def test_a_linear_that_keeps_its_input_keeps_more(compiled: bool, monkeypatch: p
     kept = lambda gate, up, linear: projection.project(ops.gated(gate, up), linear)[0]  # noqa: E731
     monkeypatch.setattr(forward, "project_gated", kept)
     assert hidden_states_a_layer(PLAIN, False, compiled) > LISTED + MARGIN
+
+
+def test_a_prompt_in_parts_holds_the_scores_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 parts 4 at most; were the parts not computed one after the other, 7."""
+    parts, width = 16, 64
+    monkeypatch.setattr(reading, "PROMPT_POSITIONS", width)
+    model = CausalLM(NARROW).eval()
+    tokens_BT = mx.array(random_rows(NARROW.vocab_size, [parts * width]))
+    mx.eval(model.parameters(), tokens_BT)
+    scores = BYTES * NARROW.num_attention_heads * width * parts * width  # of the last part in one block
+
+    def read(tokens_BT: mx.array) -> mx.array:
+        return reading.read_prompt(model, tokens_BT, [BlockCache() for _ in model.model.layers])
+
+    assert peak_bytes(read, tokens_BT) < 4 * scores
