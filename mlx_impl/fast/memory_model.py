@@ -7,6 +7,7 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU, on Metal, and where a window is narrower than the row;
                    else 0: CUDA's fused attention keeps none; in a band (band.py) S is two windows.
+                   Many of causal rows on a CPU are computed in blocks and not kept (query_blocks.py)
                    Packed examples are B rows of their own, T wide, in groups (segments.py)
     work         = 2 scores + mask + one block without its scores
     evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F) + in full,
@@ -40,7 +41,7 @@ from ..data import Batch
 from ..lora import DoRALinear, lora_layers
 from ..model import CausalLM
 from ..targets import shape_OI
-from . import ops
+from . import ops, query_blocks
 from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
 from .kept_positions import kept_in_groups, kept_positions
@@ -57,6 +58,7 @@ LOGITS = 5  # arrays as large as the logits of one chunk
 # before there are moments, in a later one, in training.
 IN_FULL = {(True, False): (3, 3, 3), (False, True): (6, 6, 6), (True, True): (9, 7, 7)}
 PLAIN_IN_FULL = {(False, True): (7, 6, 7), (True, True): (14, 9, 0)}
+QUERY_BLOCKS = 2  # of scores at once: a CPU allocates those of the next one too
 PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
 PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits
 FLOAT = 4  # bytes of what is float32 whatever the model's type is
@@ -184,7 +186,7 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     """The most that the loss over this batch holds at once: of the blocks one at a time."""
     shape = computed_shape(sizes, shape)
-    c, scores = sizes.config, scores_bytes(sizes, shape)
+    c, scores = sizes.config, scores_bytes(sizes, shape, at_once=True)
     a_unit = shape.computed * sizes.itemsize
     rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
     copies, logits = (1, PLAIN_EVALUATED_LOGITS) if sizes.plain else (3, None)
@@ -236,13 +238,22 @@ def rows_of(sizes: Sizes, shape: Shape) -> tuple[Group, ...]:
     return (Group(shape.rows, shape.width),) if sizes.plain or not shape.groups else shape.groups
 
 
-def scores_bytes(sizes: Sizes, shape: Shape) -> int:
+def scores_bytes(sizes: Sizes, shape: Shape, at_once: bool = False) -> int:
+    """Of the scores that a block keeps, or of those that it computes at once."""
     window, heads = sizes.config.sliding_window, sizes.config.num_attention_heads
     scores = 0
     for rows, width in rows_of(sizes, shape):
         if sizes.keeps_scores or sizes.unfused or (window is not None and window < shape.seen + width):
-            scores += heads * rows * width * keys_of(sizes, width, shape.seen)
+            of_rows = heads * rows * width * keys_of(sizes, width, shape.seen)
+            in_blocks = in_query_blocks(sizes, shape, of_rows)
+            of_blocks = QUERY_BLOCKS * query_blocks.MAX_SCORES * at_once
+            scores += min(of_rows, of_blocks) if in_blocks else of_rows
     return scores * sizes.itemsize
+
+
+def in_query_blocks(sizes: Sizes, shape: Shape, scores: int) -> bool:
+    is_causal = sizes.config.sliding_window is None and not shape.seen
+    return sizes.keeps_scores and not sizes.plain and is_causal and query_blocks.are_needed(scores)
 
 
 def keys_of(sizes: Sizes, width: int, seen: int) -> int:
@@ -255,9 +266,9 @@ def keys_of(sizes: Sizes, width: int, seen: int) -> int:
 
 def work_bytes(sizes: Sizes, shape: Shape) -> int:
     """What the backward pass of one block works with beside what is kept."""
-    scores = scores_bytes(sizes, shape)
-    block = block_bytes(sizes, shape) - scores
-    return 2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block
+    kept, scores = scores_bytes(sizes, shape), scores_bytes(sizes, shape, at_once=True)
+    block = block_bytes(sizes, shape) - kept
+    return scores - kept + 2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block
 
 
 def packed_head_bytes(sizes: Sizes) -> int:
@@ -267,8 +278,11 @@ def packed_head_bytes(sizes: Sizes) -> int:
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
     """Booleans, the bias made of them, and its gradient."""
-    masks = shape.masks if sizes.plain else 1
-    pairs = sum(width * keys_of(sizes, width, shape.seen) for _, width in rows_of(sizes, shape))
+    masks, heads, pairs = shape.masks if sizes.plain else 1, sizes.config.num_attention_heads, 0
+    for rows, width in rows_of(sizes, shape):
+        of_row = width * keys_of(sizes, width, shape.seen)
+        in_blocks = in_query_blocks(sizes, shape, heads * rows * of_row)
+        pairs += query_blocks.MAX_SCORES // (heads * rows) if in_blocks else of_row
     return 6 * masks * pairs if sizes.keeps_scores else 0
 
 

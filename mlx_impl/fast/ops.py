@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import ops
 from ..ops import widened
-from . import cpu_ops
+from . import cpu_ops, query_blocks
 
 MAX_EXPONENT = 80.0  # e^80 = 5.5e34 is still a float32
 
@@ -34,7 +34,9 @@ def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: m
     if on_gpu():
         return ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
     if mask_B1TS is None:
-        T, S = q_BHTK.shape[2], k_BGSK.shape[2]
+        (B, H, T, _), S = q_BHTK.shape, k_BGSK.shape[2]
+        if T == S and query_blocks.are_needed(B * H * T * S):
+            return query_blocks.attention(q_BHTK, k_BGSK, v_BGSK)
         mask_B1TS = mx.arange(S) <= mx.arange(S - T, S)[:, None]
     return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
 

@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
-from mlx_impl.fast import head
+from mlx_impl.fast import head, query_blocks
 from mlx_impl.fast.forward import to_arrays
 from mlx_impl.fast.kept_positions import kept_positions
 from mlx_impl.files.quantized import Quantization, quantize_modules
@@ -195,6 +195,16 @@ def test_with_the_same_dropout_masks_and_checkpointing_too(
 ) -> None:
     case = named_case(name).with_dropout(dropout)
     require_exact(case, partial(one_step, batch_name=batch_name, checkpointed=checkpointed))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("name", ["untied", "qk norm"])
+def test_with_attention_in_blocks_of_queries_too(
+    name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query_blocks, "MAX_SCORES", 60)
+    for batch_name in BATCHES:
+        require_exact(named_case(name), partial(one_step, batch_name=batch_name, checkpointed=checkpointed))
 
 
 def test_with_a_real_vocabulary_in_chunks_of_four_targets_too(monkeypatch: pytest.MonkeyPatch) -> None:

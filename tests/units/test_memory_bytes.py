@@ -12,6 +12,7 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, evaluation_batches, make_packed_batch, training_windows
+from mlx_impl.fast import query_blocks
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.key_blocks import BLOCK
 from mlx_impl.fast.memory_model import (
@@ -113,6 +114,20 @@ def test_the_need_is_near_what_mlx_counts(name: str, plain: bool) -> None:
     print({what: f"{needs[what] / peaks[what] - 1:+.1%} of {peaks[what]:,}" for what in needs})
     shares = {what: needs[what] / peaks[what] for what in needs}
     assert all(LEAST < share < MOST for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_the_need_in_blocks_of_queries_is_near_what_mlx_counts(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tokens = replace(NARROW, num_attention_heads=12, num_key_value_heads=4), 1024
+    at_once = training_bytes(sizes_of(CausalLM(config)), Shape(1, tokens, tokens, tokens), checkpointed)
+    monkeypatch.setattr(query_blocks, "MAX_SCORES", 2**18)
+    name = "long, in blocks"
+    monkeypatch.setitem(CASES, name, case(config, tokens, grad_checkpoint=checkpointed))
+    test_the_need_is_near_what_mlx_counts(name, plain=False)
+    in_blocks = training_bytes(sizes_of(CausalLM(config)), Shape(1, tokens, tokens, tokens), checkpointed)
+    assert in_blocks < at_once / 2
 
 
 @pytest.mark.parametrize("window", [None, 64])
