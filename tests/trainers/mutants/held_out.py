@@ -563,7 +563,7 @@ RUNS = (
     ),
     Mutant(
         "merged-and-quantized-again",
-        15,
+        16,
         "A merged weight of a quantized base is quantized again, and a small update is rounded away.",
         {"mlx_impl.run.merging.plain_module": quantized_as_before},
     ),
