@@ -17,7 +17,7 @@ from ..data import Batch
 from ..model import Attention, Block, CausalLM, Decoder
 from ..train import Arrays, Loss, Nats
 from .head import head_nats, head_of
-from .kept_positions import kept_in_groups, kept_positions, target_positions
+from .kept_positions import kept_of, target_positions
 from .layout import Layout, looks_of
 from .projection import project, project_gated
 from .recompute import recomputed
@@ -36,7 +36,7 @@ def to_arrays(batch: Batch) -> Arrays:
     if batch.segment_BT is not None:
         batch, groups = examples_apart(batch)
     several = groups if len(groups) > 1 else []
-    kept = kept_in_groups(batch, several) if several else kept_positions(batch)
+    kept = kept_of(batch, groups)
     kept_arrays = [mx.array(array) for array in kept or () if array is not None]
     positions_N, targets_N, mask_N = target_positions(batch)
     is_everywhere = batch.mask_BT.all() and mask_N.all() and not kept_arrays

@@ -57,6 +57,11 @@ def kept_positions(batch: Batch) -> KeptPositions | None:
     return kept._replace(source_BT=source_BT, is_shared_U=np.arange(size) < num_shared)
 
 
+def kept_of(batch: Batch, groups: Sequence[Group]) -> KeptPositions | None:
+    """The positions to compute of rows, or of several groups of rows; None if all of them are."""
+    return kept_in_groups(batch, groups) if len(groups) > 1 else kept_positions(batch)
+
+
 def kept_in_groups(batch: Batch, groups: Sequence[Group]) -> KeptPositions:
     """The same of several groups of rows (`segments.py`), which are one row here; they share no prefix."""
     ends = np.cumsum([rows * width for rows, width in groups])

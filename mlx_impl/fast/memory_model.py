@@ -44,7 +44,7 @@ from ..targets import shape_OI
 from . import ops, query_blocks
 from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
-from .kept_positions import kept_in_groups, kept_positions
+from .kept_positions import kept_of
 from .key_blocks import whole_blocks
 from .packed import packed_of
 from .projection import low_rank_of
@@ -156,15 +156,14 @@ def numbers_in_full(model: CausalLM, plain: bool) -> tuple[int, int, int, int]:
 
 
 def shape_of(batch: Batch) -> Shape:
-    rows, width = batch.inputs_BT.shape
-    if batch.segment_BT is None:
-        kept = kept_positions(batch)
-        computed = batch.inputs_BT.size if kept is None else len(kept.kept_U)
-        return Shape(rows, width, computed, int(batch.mask_BT.sum()))
-    apart, groups = examples_apart(batch)
-    kept = kept_positions(apart) if len(groups) == 1 else kept_in_groups(apart, groups)
+    (rows, width), groups = batch.inputs_BT.shape, list[Group]()
+    apart = batch
+    if batch.segment_BT is not None:
+        apart, groups = examples_apart(batch)
+    kept = kept_of(apart, groups)
     computed = apart.inputs_BT.size if kept is None else len(kept.kept_U)
-    return Shape(rows, width, computed, int(batch.mask_BT.sum()), groups=tuple(groups), masks=rows)
+    masks = rows if groups else 1
+    return Shape(rows, width, computed, int(batch.mask_BT.sum()), groups=tuple(groups), masks=masks)
 
 
 def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:

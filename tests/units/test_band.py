@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -20,6 +19,7 @@ from mlx_impl.model import CausalLM, attention_mask
 from mlx_impl.train import PLAIN
 from tests.derived import compare, require
 from tests.lora_ladder.cases import SPEC, named_case
+from tests.units.peak import most_of_a_gradient
 from tests.units.test_fast_equals_plain import one_step, require_exact
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -137,20 +137,11 @@ def test_it_pays_for_long_rows_of_many_windows() -> None:
 
 
 def peak_of_a_gradient(tokens: int) -> int:
-    """The most of several times: how far MLX works ahead differs."""
     net = CausalLM(replace(SPEC, sliding_window=32, num_hidden_layers=1))
     add_lora(net, LoRAConfig(rank=2))
     mx.eval(net.parameters())
     batch = make_batch([Example((1,) * (tokens + 1), (False,) * tokens + (True,))])
-    arrays = FAST.to_arrays(batch)
-    mx.eval([a for a in arrays if isinstance(a, mx.array)])
-    before, peaks = mx.get_active_memory(), []
-    for _ in range(5):
-        mx.synchronize()
-        mx.reset_peak_memory()
-        mx.eval(nn.value_and_grad(net, FAST.batch_loss)(net, arrays))
-        peaks.append(mx.get_peak_memory() - before)
-    return max(peaks)
+    return most_of_a_gradient(net, batch)
 
 
 def test_twice_the_tokens_take_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from mlx_impl.model import CausalLM
 from mlx_impl.train import PLAIN
 from tests.derived import compare, require
 from tests.lora_ladder.cases import SPEC
+from tests.units.peak import most_of_a_gradient
 from tests.units.test_unpadding import example, hold_to_the_plain_path, model_of, results
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -172,19 +173,10 @@ def test_examples_of_several_packed_rows_share_a_prefix() -> None:
 
 
 def peak_of_a_gradient(batch: Batch) -> int:
-    """The most of several times: how far MLX works ahead differs."""
     net = CausalLM(replace(SPEC, num_hidden_layers=1))
     add_lora(net, LoRAConfig(rank=2))
     mx.eval(net.parameters())
-    arrays = FAST.to_arrays(batch)
-    mx.eval([a for a in arrays if isinstance(a, mx.array)])
-    before, peaks = mx.get_active_memory(), []
-    for _ in range(5):
-        mx.synchronize()
-        mx.reset_peak_memory()
-        mx.eval(nn.value_and_grad(net, FAST.batch_loss)(net, arrays))
-        peaks.append(mx.get_peak_memory() - before)
-    return max(peaks)
+    return most_of_a_gradient(net, batch)
 
 
 def one_row(lengths: Sequence[int]) -> Batch:

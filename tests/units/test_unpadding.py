@@ -209,7 +209,7 @@ def test_a_needed_position_in_the_place_of_a_dummy_is_noticed(monkeypatch: pytes
         kept = kept_of(batch)
         return kept._replace(own_BT=np.where(is_kept(kept), kept.own_BT, 0))
 
-    monkeypatch.setattr(forward, "kept_positions", careless)
+    monkeypatch.setattr("mlx_impl.fast.kept_positions.kept_positions", careless)
     with pytest.raises(Divergence):
         hold_to_the_plain_path(model_of(), BATCHES["unequal lengths"])
 

@@ -188,7 +188,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "kept-positions-remembered-by-the-mask",
         5,
         "The positions to compute are kept for the next batch of the same mask, whose rows share no prefix.",
-        {"mlx_impl.fast.forward.kept_positions": kept_by_mask},
+        {"mlx_impl.fast.kept_positions.kept_positions": kept_by_mask},
     ),
     Mutant(
         "checkpointed-blocks-share-a-mask",

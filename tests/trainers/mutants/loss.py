@@ -23,7 +23,7 @@ CHUNK = 9  # positions
 def batches(change: Callable[[Batch], Batch]) -> Patches:
     return {
         "mlx_impl.fast.forward.target_positions": lambda batch: target_positions(change(batch)),
-        "mlx_impl.fast.forward.kept_positions": lambda batch: kept_positions(change(batch)),
+        "mlx_impl.fast.kept_positions.kept_positions": lambda batch: kept_positions(change(batch)),
     }
 
 

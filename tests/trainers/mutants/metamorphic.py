@@ -60,7 +60,7 @@ MUTANTS = [
         "token-zero-not-computed",
         11,
         "Padding is recognized by the input token 0: a real token 0 is attended as if it were padding.",
-        {"mlx_impl.fast.forward.kept_positions": not_computed_at_token_0},
+        {"mlx_impl.fast.kept_positions.kept_positions": not_computed_at_token_0},
     ),
     Mutant(
         "token-zero-replaced",
