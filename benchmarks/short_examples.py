@@ -70,8 +70,8 @@ def epoch_of(case: Case) -> Epoch:
 
     batches = [batch for (batch,) in read_inputs(case).windows]
     shapes = {
-        (*(array.shape for array in (*arrays, *kept)), *groups)
-        for *arrays, groups, kept in map(FAST.to_arrays, batches)
+        (*(array.shape for array in (*arrays, *kept)), *sub_batches)
+        for *arrays, sub_batches, kept in map(FAST.to_arrays, batches)
     }
     sums = sum(b.num_tokens for b in batches), sum(b.inputs_BT.size for b in batches)
     return Epoch(len(batches), len(shapes), *sums)

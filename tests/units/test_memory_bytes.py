@@ -24,7 +24,7 @@ from mlx_impl.fast.memory_model import (
     sizes_of,
     training_bytes,
 )
-from mlx_impl.fast.segments import Group
+from mlx_impl.fast.segments import SubBatch
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
 from tests.lora_ladder.cases import SPEC, random_rows
@@ -162,13 +162,13 @@ def test_checkpointing_and_evaluation_hold_the_attention_weights_of_one_block() 
     assert evaluation_bytes(three, shape) == evaluation_bytes(two, shape)
 
 
-def test_attention_holds_the_padding_of_groups_too() -> None:
+def test_attention_holds_the_padding_of_sub_batches_too() -> None:
     """Queries, keys, values and the mix of every place of their rows; kept once, and once in work."""
     examples = [Example((1,) * (n + 1), (False,) + (True,) * n) for n in (40, 40, 40, 40)]
     shape = shape_of(make_packed_batch(examples, [(0, 1, 2, 3)]))
     ((rows, width),) = shape.groups
     padding, on_a_gpu = rows * width - shape.computed, replace(SIZES, keeps_scores=False)
-    full = replace(shape, groups=(Group(1, shape.computed),))
+    full = replace(shape, groups=(SubBatch(1, shape.computed),))
     heads = 2 * (SPEC.num_attention_heads + SPEC.num_key_value_heads)
     more = training_bytes(on_a_gpu, shape, False) - training_bytes(on_a_gpu, full, False)
     assert more >= 4 * SPEC.num_hidden_layers * heads * SPEC.head_dim * padding > 0

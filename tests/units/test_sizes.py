@@ -73,7 +73,7 @@ ELSEWHERE = {
     "fast.pace.BLOCKS_AHEAD": "test_pace.py",
     "fast.packed.CUDA_MIN_ROWS": "test_packed.py",
     "fast.packed_modules.MIN_ROWS": "test_packed.py",
-    "fast.segments.MAX_FILLED": "test_segments.py",
+    "fast.segments.MAX_SUB_BATCHES": "test_segments.py",
     "fast.query_blocks.MAX_SCORES": "test_query_blocks.py",
     "fast.reading.PROMPT_POSITIONS": "test_generation.py",
     "fast.reading.PROMPT_POSITIONS_ON_A_GPU": "test_generation.py",

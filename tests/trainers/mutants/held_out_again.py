@@ -75,8 +75,9 @@ class DecayAtThePeak(AdamW):
 REMEMBERED: dict[Any, KeptPositions | None] = {}
 
 
-def kept_by_mask(batch: Batch) -> KeptPositions | None:
-    return REMEMBERED.setdefault((batch.mask_BT.shape, batch.mask_BT.tobytes()), kept_positions(batch))
+def kept_by_mask(batch: Batch, is_packed: bool) -> KeptPositions | None:
+    by_mask = batch.mask_BT.shape, batch.mask_BT.tobytes()
+    return REMEMBERED.setdefault(by_mask, kept_positions(batch, is_packed))
 
 
 def prefix_of_two_rows(batch: Batch, is_needed_BT: np.ndarray) -> int:
@@ -101,8 +102,8 @@ def evaluate_cut(self: LoRATrainer, examples: Sequence[Example]) -> float:
     return EVALUATE(self, [Example(e.tokens[:size], e.is_target[:size]) for e in examples])
 
 
-def without_a_window_if_packed(T: int, groups: Any, window: int | None) -> Any:
-    return looks_of(T, groups, None if groups else window)
+def without_a_window_if_packed(T: int, sub_batches: Any, window: int | None) -> Any:
+    return looks_of(T, sub_batches, None if sub_batches else window)
 
 
 def only_b_is_faster(self: LoRAOptimizer, config: TrainConfig) -> None:
