@@ -311,8 +311,12 @@ def test_a_thousand_batches_have_few_shapes(batching: str, at_most: int) -> None
     """Counted once, 411, 264 and 81: a bound against growth, not a derivation."""
     batches = batches_of(batching)
     shapes = {shape_of(batch) for batch in batches}
-    places = sum(FAST.to_arrays(batch)[0].size for batch in batches)
-    print(f"{len(shapes)} shapes, {places / sum(batch.num_tokens for batch in batches):.2f} places a token")
+    inputs, kept = zip(
+        *((arrays[0].size, arrays[-1]) for arrays in map(FAST.to_arrays, batches)), strict=True
+    )
+    computed = [len(k[0]) if k else size for size, k in zip(inputs, kept, strict=True)]
+    of_a_token = np.array([sum(inputs), sum(computed)]) / sum(batch.num_tokens for batch in batches)
+    print(f"{len(shapes)} shapes; positions a token in attention and elsewhere: {of_a_token}")
     assert len(shapes) <= at_most
 
 
