@@ -14,8 +14,6 @@ from .. import ops
 from ..ops import widened
 from . import cpu_ops, query_blocks
 
-MAX_EXPONENT = 80.0  # e^80 = 5.5e34 is still a float32
-
 
 def on_gpu() -> bool:
     return mx.default_device() == mx.gpu
@@ -101,8 +99,8 @@ def _gated_recompute_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> t
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), the exponent capped before float32 overflows, where the gradient would be NaN."""
-    return 1 / (1 + mx.exp(mx.minimum(-x, MAX_EXPONENT)))
+    """1 / (1 + e^-x): one operation, a formula of several would take a GPU longer to compile."""
+    return mx.sigmoid(x)
 
 
 def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
@@ -113,7 +111,7 @@ def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) ->
     if not on_gpu():
         return cpu_ops.cross_entropy(widened(logits_NV), targets_N, mask_N)
     N, V = logits_NV.shape
-    target_logits_N = widened(logits_NV.flatten()[mx.arange(0, N * V, V) + targets_N])
+    target_logits_N = unfused(widened(logits_NV.flatten()[mx.arange(0, N * V, V) + targets_N]))
     logits_NV = widened(logits_NV)
     total_N = mx.logsumexp(logits_NV, axis=-1)
     is_target_NV = mx.arange(V) == targets_N[:, None]
@@ -126,6 +124,14 @@ def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) ->
 def unfused(x: mx.array) -> mx.array:
     """x by a kernel of its own, which MLX has ready; a fused one it would compile for seconds on a GPU."""
     return mx.depends([x], [])[0]
+
+
+def scaled(scale: float | mx.array, x: mx.array) -> mx.array:
+    """scale * x; `mx.compile` would fuse the product with the broadcast of the scale."""
+    if not on_gpu():
+        return scale * x
+    scale = scale if isinstance(scale, mx.array) else mx.array(scale, x.dtype)
+    return unfused(mx.broadcast_to(scale, x.shape)) * x
 
 
 __all__ = ["attention", "cross_entropy", "gated", "on_gpu", "rms_norm", "rope", "sigmoid", "widened"]

@@ -163,6 +163,6 @@ def cast_factors(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array
 def times_scale(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
     """Each linear's rows times its scale."""
     if len({part.scale for part in parts}) == 1:
-        return parts[0].scale * h_RN
+        return ops.scaled(parts[0].scale, h_RN)
     scale_R1 = [[part.scale] for part in parts for _ in range(part.a_IR.shape[1])]
-    return mx.array(scale_R1, h_RN.dtype) * h_RN
+    return ops.scaled(mx.array(scale_R1, h_RN.dtype), h_RN)
