@@ -24,6 +24,7 @@ import mlx.nn as nn
 from ..lora import LoRALinear
 from . import cpu_ops, ops, packed
 from .packed import Weight, add_gradient, add_product, packed_of
+from .rounded import Rounded, rounded_factors, rounded_of
 
 
 class LowRank(NamedTuple):
@@ -34,6 +35,7 @@ class LowRank(NamedTuple):
     a_IR: mx.array
     b_RO: mx.array
     scale: float
+    rounded: Rounded | None = None
 
 
 def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
@@ -69,7 +71,8 @@ def low_rank_of(linear: nn.Module) -> LowRank | None:
     weight_OI = base.weight if type(base) is nn.Linear else packed_of(base)
     if weight_OI is None:
         return None
-    return LowRank(weight_OI, base.get("bias"), linear.lora_a, linear.lora_b, linear.scale)
+    factors = linear.lora_a, linear.lora_b
+    return LowRank(weight_OI, base.get("bias"), *factors, linear.scale, rounded_of(linear))
 
 
 def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
@@ -121,7 +124,8 @@ class Group:
 
     def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
         """Each y; then what the backward pass needs: h, A^T and each B."""
-        a_RI, bs_RO = cast_factors(factors, x_NI.dtype)
+        places = [part.rounded for part in self.parts]
+        a_RI, bs_RO = rounded_factors(places, factors, x_NI.dtype) or cast_factors(factors, x_NI.dtype)
         h_RN = times_scale(a_RI @ x_NI.T, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO: list[mx.array] = []

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import ops
+from ..config import TrainConfig
 from ..optim import LoRAOptimizer
 
 Vectors = dict[str, mx.array]  # "lora_a", "lora_b", "magnitude" -> all factors of this kind
@@ -23,17 +24,33 @@ class VectorOptimizer(LoRAOptimizer):
 
     factors: Vectors
     flags: dict[str, mx.array]  # "finite": whether all factors are, computed within the update
+    rounded: Vectors  # the factors in another type (`rounded.py`), or empty
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.rounded = {}
 
     def init(self, parameters: Any) -> None:
         self.factors = as_vectors(parameters)
         self.flags = {"finite": all_finite(self.factors)}
+        self.round()
         super().init(self.factors)
 
     def update(self, model: nn.Module, gradients: Vectors) -> None:
         # In place: a compiled step captured these dictionaries, and would not notice others.
         self.factors.update(self.apply_gradients(gradients, self.factors))
         self.flags["finite"] = all_finite(self.factors)
+        self.round()
         self.write_back(model)
+
+    def keep_rounded(self, dtype: mx.Dtype) -> None:
+        """Round the factors to this type, now and in every update."""
+        self.rounded = {kind: vector.astype(dtype) for kind, vector in self.factors.items()}
+
+    def round(self) -> None:
+        """Make the rounded factors those of now; in place, as `update` says."""
+        for kind, old in self.rounded.items():
+            self.rounded[kind] = self.factors[kind].astype(old.dtype)
 
     def write_back(self, model: nn.Module) -> None:
         """Make the model's factors slices of the vectors."""
@@ -42,11 +59,12 @@ class VectorOptimizer(LoRAOptimizer):
     @property
     def state(self) -> dict[str, Any]:
         states = [optimizer.state for optimizer in self.optimizers]
-        return {"factors": self.factors, "flags": self.flags, "states": states}
+        return {"factors": self.factors, "flags": self.flags, "rounded": self.rounded, "states": states}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.factors, self.flags = state["factors"], state["flags"]
+        self.round()
         for optimizer, of_optimizer in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_optimizer
 
@@ -60,6 +78,7 @@ class VectorOptimizer(LoRAOptimizer):
         factors = model.trainable_parameters()
         self.factors = as_vectors(factors)
         self.flags = {"finite": all_finite(self.factors)}
+        self.round()
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_tree(tree, factors)
         self.write_back(model)
