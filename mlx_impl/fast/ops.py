@@ -95,7 +95,7 @@ def _gated_recompute_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> t
     s_BTF = sigmoid(gate_BTF)
     d_gate_BTF = d_BTF * up_BTF * s_BTF * (1 + gate_BTF * (1 - s_BTF))
     (gate_BTF,) = mx.depends([gate_BTF], [d_gate_BTF])
-    return d_gate_BTF, d_BTF * gate_BTF * sigmoid(gate_BTF)
+    return d_gate_BTF, gate_BTF * sigmoid(gate_BTF) * d_BTF  # the kernel of the forward pass
 
 
 def sigmoid(x: mx.array) -> mx.array:

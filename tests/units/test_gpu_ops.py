@@ -86,9 +86,8 @@ COMPILED: dict[str, Compiled] = {  # what a GPU has to compile, by the operation
         lambda gate, up: [ops.gated(gate, up)],
         [zeros(3, 8), zeros(3, 8)],
         {
-            "SigmoidMultiplyMultiply",
+            "SigmoidMultiplyMultiply",  # the gate, and the gradient of up
             "MultiplySigmoidMultiplyBroadcastSubtractMultiplyAddMultiply",  # its gradient
-            "MultiplySigmoidMultiply",  # that of up
         },
     ),
     "head": (head, [zeros(3, 8)], {"BroadcastBroadcastBroadcastEqualAsTypeSubtractBroadcastSelectAsType"}),
