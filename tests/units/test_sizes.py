@@ -145,6 +145,7 @@ NO_SIZE = {
     "fast.memory_model.QUERY_BLOCKS": MEASURED,
     "fast.memory_model.STATE": MEASURED,
     "fast.ops.MAX_EXPONENT": "an exponent, which the ladder's rung 1 crosses on a GPU",
+    "fast.row_lengths.UNIT_ROUNDOFF": "a property of float32",
     "files.checkpoint.DEQUANTIZING_EIGHTHS": MEASURED,
     "files.checkpoint.MAX_WEIGHTS_PER_WORD": MEASURED,
     "files.formats.gguf_config.FACTOR_TOLERANCE": "a tolerance",
