@@ -21,9 +21,9 @@ compute: inputs after dropout, DoRA's directions. The state is the moments, and 
 update before, which `guard.py` keeps: 5 numbers beside each factor. An update makes three new ones.
 
 `in full` are arrays as large as a weight. MLX's CPU backend allocates about ten operations ahead of what it
-computes, so that a product holds its own unpacked weight and those of the next two. DoRA also holds its
-update, the stretched weight and their squares. On the plain path a step keeps every unpacked
-weight of DoRA. How many there are at once is measured (IN_FULL, PLAIN_IN_FULL).
+computes, so that a product holds its own unpacked weight and those of the next two. DoRA also holds the
+squares of weights; on a GPU its update and the stretched weight too. On the plain path a step keeps every
+unpacked weight of DoRA. How many there are at once is measured (IN_FULL, PLAIN_IN_FULL).
 tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
 MLX queues ahead.
 """
@@ -56,7 +56,8 @@ UPDATE = 11  # more during an update: the gradient, the new factor and moments, 
 LOGITS = 5  # arrays as large as the logits of one chunk
 # Arrays as large as a weight, by whether weights are quantized and whether it is DoRA: in an evaluation
 # before there are moments, in a later one, in training.
-IN_FULL = {(True, False): (3, 3, 3), (False, True): (6, 6, 6), (True, True): (9, 7, 7)}
+IN_FULL = {(True, False): (3, 3, 3), (False, True): (3, 3, 3), (True, True): (6, 5, 3)}
+DORA_IN_FULL_ON_A_GPU = {(False, True): (6, 6, 6), (True, True): (9, 7, 7)}  # where V is formed
 PLAIN_IN_FULL = {(False, True): (7, 6, 7), (True, True): (14, 9, 0)}
 QUERY_BLOCKS = 2  # of scores at once: a CPU allocates those of the next one too
 PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
@@ -117,7 +118,8 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     for layer in layers:
         num_out, num_in = shape_OI(layer.linear)
         more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
-        more += num_out if low_rank_of(layer) is None else 0  # of DoRA its direction
+        has_direction = isinstance(layer, DoRALinear) or low_rank_of(layer) is None
+        more += num_out if has_direction else 0  # of DoRA its direction
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
     num_blocks = model.config.num_hidden_layers
     weights = sum(array.nbytes for array in arrays)
@@ -146,9 +148,9 @@ def numbers_in_full(model: CausalLM, plain: bool) -> tuple[int, int, int, int]:
     largest = max((prod(shape_OI(layer.linear)) for layer in layers), default=0)
     quantized = [layer for layer in layers if "scales" in layer.linear]
     kind = bool(quantized), any(isinstance(layer, DoRALinear) for layer in layers)
-    counts = PLAIN_IN_FULL if plain else IN_FULL
+    counts = PLAIN_IN_FULL if plain else IN_FULL | (DORA_IN_FULL_ON_A_GPU if ops.on_gpu() else {})
     first, later, trained = (largest * count for count in counts.get(kind, (0, 0, 0)))
-    if counts is IN_FULL:
+    if not plain:
         is_packed = packed_of(head_module(model)) is not None
         return first, later, trained, model.config.vocab_size * model.config.hidden_size * is_packed
     kept = sum(prod(shape_OI(layer.linear)) for layer in quantized if isinstance(layer, DoRALinear))

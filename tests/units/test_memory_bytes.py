@@ -67,6 +67,7 @@ CASES = {
     "many rows": case(WIDE, 64, 8, batch_size=8),
     "packed": case(WIDE, 100, 12, batching="packed", max_seq_length=512, batch_size=2),
     "DoRA": case(WIDE, 256, 2, dora=True),
+    "weights, DoRA": case(TIED, 16, 2, dora=True),
     "4 bits": case(TIED, 16, 2, bits=4),
     "4 bits, DoRA": case(TIED, 16, 2, dora=True, bits=4),
     "4 bits, a large head": case(replace(HEAVY, vocab_size=8192), 32, bits=4),

@@ -144,6 +144,7 @@ NO_SIZE = {
     "fast.memory_model.LOGITS": MEASURED,
     "fast.memory_model.QUERY_BLOCKS": MEASURED,
     "fast.memory_model.STATE": MEASURED,
+    "fast.row_lengths.UNIT_ROUNDOFF": "a property of float32",
     "files.checkpoint.DEQUANTIZING_EIGHTHS": MEASURED,
     "files.checkpoint.MAX_WEIGHTS_PER_WORD": MEASURED,
     "files.formats.gguf_config.FACTOR_TOLERANCE": "a tolerance",
