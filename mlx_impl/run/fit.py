@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from ..data import WIDTH_BUCKETS, bucket_size
 from ..fast.described import described_sizes
-from ..fast.memory_model import Shape, Sizes, evaluation_bytes, training_bytes
+from ..fast.memory_model import evaluation_bytes, training_bytes
+from ..fast.memory_sizes import Shape, Sizes
 from ..files.described import Description
 from ..files.quantized import Quantization
 

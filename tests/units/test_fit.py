@@ -14,9 +14,10 @@ import pytest
 from mlx_impl.__main__ import main
 from mlx_impl.cli.settings.memory_size import parse_memory
 from mlx_impl.config import LoRAConfig, ModelConfig
-from mlx_impl.fast import memory_model, ops
+from mlx_impl.fast import ops
 from mlx_impl.fast.described import described_sizes
-from mlx_impl.fast.memory_model import sizes_of
+from mlx_impl.fast.memory_model import training_bytes
+from mlx_impl.fast.memory_sizes import Shape, sizes_of
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.run.fit import Setting, largest_batch, longest_row, settings_of
@@ -85,8 +86,8 @@ def test_more_memory_never_fits_less_and_checkpointing_fits_more() -> None:
 
 def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     one = setting()
-    shape = memory_model.Shape(2, 64, 128, 128)
-    need = memory_model.training_bytes(one.sizes, shape, False)
+    shape = Shape(2, 64, 128, 128)
+    need = training_bytes(one.sizes, shape, False)
     assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
 
 
