@@ -5,9 +5,9 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     training     = weights + state + max(kept + gradients + in full + work, kept + 5 logits + head, update)
     kept         = L blocks;  checkpointed: L hidden states and one block
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
-    scores       = B H T S itemsize on a CPU, on Metal, and where a window is narrower than the row;
-                   else 0: CUDA's fused attention keeps none; in a band (band.py) S is two windows.
-                   Many of causal rows on a CPU are computed in blocks and not kept (query_blocks.py)
+    scores       = B H T S itemsize on a CPU, on Metal, and on CUDA in float32; fused attention keeps none.
+                   In a band (band.py) S is two windows, and many on a GPU are not kept.
+                   Many of causal rows on a CPU are computed in blocks and not kept (query_blocks.py).
                    Packed examples are B rows of their own, T wide, in groups (segments.py)
     work         = 2 scores + mask + one block without its scores
     evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F) + in full,
@@ -20,8 +20,9 @@ the loss; on the plain path those of every position. `more` is what linears keep
 compute: inputs after dropout, DoRA's directions. The state is the moments, and the factors and moments of the
 update before, which `guard.py` keeps: 5 numbers beside each factor. An update makes three new ones.
 
-`in full` are arrays as large as a weight (`memory_in_full.py`). What is kept is in `memory_kept.py`, the
-working sets are in `memory_work.py`, and what both depend on in `memory_sizes.py`.
+`in full` are arrays as large as a weight (`memory_in_full.py`). What is kept is in `memory_kept.py`, scores
+and masks are in `memory_scores.py`, working sets in `memory_work.py`, and what all depend on is in
+`memory_sizes.py`.
 tests/units/test_memory_bytes.py holds the estimate to a band around MLX's own peak, which includes work that
 MLX queues ahead.
 """
@@ -31,9 +32,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .key_blocks import whole_blocks
-from .memory_kept import block_bytes, scores_bytes
+from .memory_kept import block_bytes
+from .memory_scores import mask_bytes, scores_at_once_bytes
 from .memory_sizes import FLOAT, Shape, Sizes
-from .memory_work import PLAIN_EVALUATED_LOGITS, head_bytes, mask_bytes, packed_head_bytes, work_bytes
+from .memory_work import PLAIN_EVALUATED_LOGITS, head_bytes, packed_head_bytes, work_bytes
 from .reading import part_width
 
 STATE = 5  # numbers beside each factor: two moments, and the factor and its moments of the update before
@@ -59,7 +61,7 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     """The most that the loss over this batch holds at once: of the blocks one at a time."""
     shape = computed_shape(sizes, shape)
-    c, scores = sizes.config, scores_bytes(sizes, shape, at_once=True)
+    c, scores = sizes.config, scores_at_once_bytes(sizes, shape, backward=False)
     a_unit = shape.computed * sizes.itemsize
     rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
     copies, logits = (1, PLAIN_EVALUATED_LOGITS) if sizes.plain else (3, None)
@@ -76,7 +78,9 @@ def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
 
     A prompt is read without a band: with a window too, its queries have scores for every key.
     """
-    c = replace(sizes.config, sliding_window=None)
+    window = sizes.config.sliding_window
+    is_windowed = window is not None and window < prompts.keys
+    c = replace(sizes.config, sliding_window=prompts.keys - 1 if is_windowed else None)
     sizes = replace(sizes, config=c)
     a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
     cache = 2 * prompts.rows * whole_blocks(prompts.keys + max_tokens) * a_token

@@ -82,7 +82,7 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     keeps_scores = not ops.on_gpu()
     more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
     first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
-    unfused = not keeps_scores and mx.metal.is_available()  # MLX's ScaledDotProductAttention::use_fallback
+    unfused = not keeps_scores and not is_fused_in_training(model.config.head_dim, itemsize)
     return Sizes(
         config=model.config,
         weights=weights,
@@ -96,6 +96,11 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
         plain=plain,
         evaluated=(first, later),
     )
+
+
+def is_fused_in_training(head_dim: int, itemsize: int) -> bool:
+    """Whether a GPU's attention keeps no scores for the gradient: `use_fallback` in MLX's backends."""
+    return not mx.metal.is_available() and itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
 
 
 def shape_of(batch: Batch) -> Shape:

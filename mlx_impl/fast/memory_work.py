@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import query_blocks
 from .head import CHUNK_LOGITS
-from .memory_kept import block_bytes, in_query_blocks, keys_of, rows_of, scores_bytes
+from .memory_kept import block_bytes
+from .memory_scores import kept_scores_bytes, mask_bytes, scores_at_once_bytes
 from .memory_sizes import FLOAT, Shape, Sizes
 
 LOGITS = 5  # arrays as large as the logits of one chunk
@@ -13,19 +13,9 @@ PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits
 
 def work_bytes(sizes: Sizes, shape: Shape) -> int:
     """What the backward pass of one block works with beside what is kept."""
-    kept, scores = scores_bytes(sizes, shape), scores_bytes(sizes, shape, at_once=True)
+    kept, scores = kept_scores_bytes(sizes, shape), scores_at_once_bytes(sizes, shape)
     block = block_bytes(sizes, shape) - kept
     return scores - kept + 2 * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape) + block
-
-
-def mask_bytes(sizes: Sizes, shape: Shape) -> int:
-    """Booleans, the bias made of them, and its gradient."""
-    masks, heads, pairs = shape.masks if sizes.plain else 1, sizes.config.num_attention_heads, 0
-    for rows, width in rows_of(sizes, shape):
-        of_row = width * keys_of(sizes, width, shape.seen)
-        in_blocks = in_query_blocks(sizes, shape, heads * rows * of_row)
-        pairs += query_blocks.MAX_SCORES // (heads * rows) if in_blocks else of_row
-    return 6 * masks * pairs if sizes.keeps_scores else 0
 
 
 def head_bytes(sizes: Sizes, shape: Shape, plain_copies: float | None = None) -> int:

@@ -89,6 +89,7 @@ ELSEWHERE = {
     "text.template_process.MAX_SILENT_SECONDS": "test_template_limits.py",
 }
 
+IN_MLX = "a number in MLX's source"
 MEASURED = "part of a memory estimate, which tests/units/test_memory_bytes.py holds to MLX's own peak"
 MESSAGE = "how much of something a message shows"
 SCREEN = "what the screen shows, not what is computed"
@@ -142,7 +143,9 @@ NO_SIZE = {
     "fast.memory_work.PLAIN_LOGITS": MEASURED,
     "fast.memory_sizes.PLAIN_MORE": MEASURED,
     "fast.memory_work.LOGITS": MEASURED,
-    "fast.memory_kept.QUERY_BLOCKS": MEASURED,
+    "fast.memory_scores.CUDA_MASKS": IN_MLX,
+    "fast.memory_scores.CUDA_TILE": IN_MLX,
+    "fast.memory_scores.QUERY_BLOCKS": MEASURED,
     "fast.memory_model.STATE": MEASURED,
     "fast.ops.MAX_EXPONENT": "an exponent, which the ladder's rung 1 crosses on a GPU",
     "files.checkpoint.DEQUANTIZING_EIGHTHS": MEASURED,
