@@ -15,15 +15,8 @@ from mlx_impl.data import Example, evaluation_batches, make_packed_batch, traini
 from mlx_impl.fast import query_blocks
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.key_blocks import BLOCK
-from mlx_impl.fast.memory_model import (
-    Shape,
-    Sizes,
-    answer_bytes,
-    evaluation_bytes,
-    shape_of,
-    sizes_of,
-    training_bytes,
-)
+from mlx_impl.fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
+from mlx_impl.fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
 from mlx_impl.fast.segments import Group
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer

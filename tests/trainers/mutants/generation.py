@@ -85,7 +85,7 @@ def all_end_with_the_first(model: Any, prompts: Any, *limits: Any, **more: Any) 
     return [answer[: min(map(len, answers))] for answer in answers]
 
 
-def sampled(model: Any, prompt: Any, max_tokens: int, stop_ids: Any) -> Any:
+def sampled(model: Any, prompt: Any, max_tokens: int, stop_ids: Any, choose: Any = None) -> Any:
     return generate(model, prompt, max_tokens, stop_ids, choose=mx.random.categorical)
 
 
