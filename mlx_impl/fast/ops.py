@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import mlx.core as mx
@@ -41,7 +42,12 @@ def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: m
 
 def rope_from(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:
     """`rope` of tokens that follow one another from `position` on, a number, or one for each row."""
-    K, wavelength_P = x_BHTK.shape[-1], wavelengths(frequency_P)
+    return rotated(x_BHTK, wavelengths(frequency_P), position)
+
+
+def rotated(x_BHTK: mx.array, wavelength_P: mx.array, position: int | mx.array) -> mx.array:
+    """`rope_from`, with what `wavelengths` has made."""
+    K = x_BHTK.shape[-1]
     return mx.fast.rope(
         x_BHTK, K, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelength_P
     )
@@ -67,7 +73,16 @@ def attention_of_any(
 
 def gated_once(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     """`gated` without a gradient: on a GPU in one kernel."""
-    return _gated_in_one(gate_BTF, up_BTF) if on_gpu() else cpu_ops.gate(gate_BTF, up_BTF)[0]
+    return gated_here()(gate_BTF, up_BTF)
+
+
+def gated_here() -> Callable[[mx.array, mx.array], mx.array]:
+    """The `gated_once` of the default device."""
+    return _gated_in_one if on_gpu() else _gated_by_powers
+
+
+def _gated_by_powers(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    return cpu_ops.gate(gate_BTF, up_BTF)[0]
 
 
 @partial(mx.compile, shapeless=True)

@@ -136,7 +136,6 @@ NO_SIZE = {
     "disk.journal.MAX_BYTES": REFUSED,
     "disk.journal.MAX_IDLE_SECONDS": TIME,
     "disk.journal.MAX_NAME": "how much of a file's name its temporary name repeats, beside 64 random bits",
-    "fast.answer.REFUSED": "stands for no token",
     "fast.described.END": REFUSED,
     "fast.memory_sizes.FLOAT": MEASURED,
     "fast.memory_work.PLAIN_EVALUATED_LOGITS": MEASURED,
