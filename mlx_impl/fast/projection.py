@@ -25,7 +25,7 @@ import mlx.nn as nn
 from ..lora import DoRALinear, LoRALinear
 from . import cpu_ops, ops, packed
 from .packed import Weight, add_gradient, add_product, packed_of, ready, unpacked
-from .rounded import Rounded, rounded_factors, rounded_of
+from .rounded import Rounded, RoundedFactors, rounded_factors, rounded_of
 from .row_lengths import row_lengths
 
 
@@ -137,9 +137,9 @@ class Group:
 
     def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
         """Each x V^T; then what the backward pass needs: h, A^T, each B; then the lengths of DoRA's rows."""
-        places = [part.rounded for part in self.parts]
-        a_RI, bs_RO = rounded_factors(places, factors, x_NI.dtype) or cast_factors(factors, x_NI.dtype)
-        h_RN = times_scale(a_RI @ x_NI.T, self.parts)
+        rounded = self.rounded_in(x_NI.dtype)
+        a_RI, bs_RO = (rounded.a_RI, rounded.bs_RO) if rounded else cast_factors(factors, x_NI.dtype)
+        h_RN = rounded.scaled_a_RI @ x_NI.T if rounded else times_scale(a_RI @ x_NI.T, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO: list[mx.array] = []
         lengths_O: list[mx.array] = []
@@ -153,7 +153,12 @@ class Group:
                 lengths_O.append(row_lengths(full_OI, a_IR, b_RO, part.scale))
                 (y_NO,) = mx.depends([y_NO], [lengths_O[-1]])
             ys_NO.append(y_NO)
-        return [*ys_NO, h_RN, a_RI, *bs_RO, *lengths_O]
+        return [*ys_NO, h_RN, a_RI, *(rounded.scaled_bs_RO if rounded else bs_RO), *lengths_O]
+
+    def rounded_in(self, dtype: mx.Dtype) -> RoundedFactors | None:
+        num = len(self.parts)
+        places = [part.rounded for part in self.parts]
+        return rounded_factors(places, self.factors[:num], self.factors[num:], dtype)
 
     def finish(self, outputs: Sequence[mx.array]) -> list[mx.array]:
         """Each y, of the outputs of `forward`."""
@@ -167,7 +172,8 @@ class Group:
         num = len(self.parts)
         dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        dh_RN = times_scale(dh_RN, self.parts)
+        if not self.rounded_in(x_NI.dtype):  # whose B are scaled
+            dh_RN = times_scale(dh_RN, self.parts)
         da_RI = dh_RN @ x_NI
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
         gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]

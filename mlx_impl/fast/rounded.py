@@ -1,8 +1,9 @@
 """The factors in the type of the frozen weights, rounded once an update and not in each product.
 
-Without this, a block of seven linears joins all A of one input and casts every factor: some 16 of its 45
-kernels forward, which a host takes as long to launch as large ones. The vectors of `vectors.py` are rounded
-as a whole instead, and as linears of one input follow one another in them, all their A are one slice.
+Without this, a block of seven linears joins all A of one input, casts every factor and scales each x A and
+B dy: some 20 of its 45 kernels forward, which a host takes as long to launch as large ones. The vectors of
+`vectors.py` are rounded as a whole instead, as they are and times the scale, and as linears of one input
+follow one another in them, all their A are one slice.
 The rounded vectors belong to the optimizer's state, so that a compiled step knows of them.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -33,15 +34,31 @@ class Rounded:
     start_of: dict[str, int]
 
 
+class RoundedFactors(NamedTuple):
+    """Of linears of one input, in the type of that input."""
+
+    a_RI: mx.array  # all A^T
+    bs_RO: list[mx.array]
+    scaled_a_RI: mx.array
+    scaled_bs_RO: list[mx.array]
+
+
 @contextmanager
 def rounded_once(model: CausalLM, optimizer: LoRAOptimizer) -> Iterator[None]:
-    """On a GPU, linears in training use factors that a `VectorOptimizer` rounds in every update."""
-    dtype = model.model.norm.weight.dtype
-    if not (isinstance(optimizer, VectorOptimizer) and ops.on_gpu()) or dtype == mx.float32:
+    """On a GPU linears in training use factors that a `VectorOptimizer` rounds in every update.
+
+    All must have the same scale, and the model another type than the factors.
+    """
+    dtype, layers = model.model.norm.weight.dtype, lora_layers(model)
+    scales = {layer.scale for layer in layers.values()}
+    if (
+        not (isinstance(optimizer, VectorOptimizer) and ops.on_gpu())
+        or dtype == mx.float32
+        or len(scales) > 1
+    ):
         yield
         return
-    layers = lora_layers(model)
-    optimizer.keep_rounded(dtype)
+    optimizer.keep_rounded(dtype, *scales)
     try:
         for name, start_of in starts(model).items():
             vars(layers[name])[ATTRIBUTE] = Rounded(optimizer.rounded, start_of)
@@ -68,21 +85,27 @@ def starts(model: CausalLM) -> dict[str, dict[str, int]]:
 
 
 def rounded_factors(
-    places: Sequence[Rounded | None], factors: Sequence[mx.array], dtype: mx.Dtype
-) -> tuple[mx.array, list[mx.array]] | None:
-    """`projection.cast_factors` of linears that follow one another, as slices; None where they do not."""
+    places: Sequence[Rounded | None], as_IR: Sequence[mx.array], bs_RO: Sequence[mx.array], dtype: mx.Dtype
+) -> RoundedFactors | None:
+    """Slices of the rounded vectors; None if they have another type, or other linears are in between."""
     known = [place for place in places if place is not None]
     if len(known) < len(places) or known[0].vectors["lora_a"].dtype != dtype:
         return None
-    as_IR, bs_RO = factors[: len(places)], factors[len(places) :]
     starts = [place.start_of["lora_a"] for place in known]
-    if any(start + a_IR.size != after for (start, after), a_IR in zip(pairwise(starts), as_IR, strict=False)):
+    ends = [start + a_IR.size for start, a_IR in zip(starts, as_IR, strict=True)]
+    if ends[:-1] != starts[1:]:
         return None
-    end = starts[-1] + as_IR[-1].size
-    a_RI = known[0].vectors["lora_a"][starts[0] : end].reshape(-1, as_IR[0].shape[0])
-    return a_RI, [slice_of(place, "lora_b", b_RO) for place, b_RO in zip(known, bs_RO, strict=True)]
+    vectors, num_in = known[0].vectors, as_IR[0].shape[0]
+    a_RI, scaled_a_RI = (
+        vectors[kind][starts[0] : ends[-1]].reshape(-1, num_in) for kind in ("lora_a", "scaled lora_a")
+    )
+    of_b = [
+        [slice_of(place, vectors[kind], b_RO) for place, b_RO in zip(known, bs_RO, strict=True)]
+        for kind in ("lora_b", "scaled lora_b")
+    ]
+    return RoundedFactors(a_RI, of_b[0], scaled_a_RI, of_b[1])
 
 
-def slice_of(place: Rounded, kind: str, like: mx.array) -> mx.array:
-    start = place.start_of[kind]
-    return place.vectors[kind][start : start + like.size].reshape(like.shape)
+def slice_of(place: Rounded, vector: mx.array, b_RO: mx.array) -> mx.array:
+    start = place.start_of["lora_b"]
+    return vector[start : start + b_RO.size].reshape(b_RO.shape)

@@ -15,6 +15,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from .. import ops
 from ..config import TrainConfig
 from ..optim import LoRAOptimizer
+from . import ops as fast_ops
+
+SCALED = "scaled "  # before the kind of a factor
 
 Vectors = dict[str, mx.array]  # "lora_a", "lora_b", "magnitude" -> all factors of this kind
 
@@ -24,7 +27,8 @@ class VectorOptimizer(LoRAOptimizer):
 
     factors: Vectors
     flags: dict[str, mx.array]  # "finite": whether all factors are, computed within the update
-    rounded: Vectors  # the factors in another type (`rounded.py`), or empty
+    rounded: Vectors  # the factors in another type, as they are and times `scale` (`rounded.py`), or empty
+    scale: float
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -43,14 +47,19 @@ class VectorOptimizer(LoRAOptimizer):
         self.round()
         self.write_back(model)
 
-    def keep_rounded(self, dtype: mx.Dtype) -> None:
-        """Round the factors to this type, now and in every update."""
-        self.rounded = {kind: vector.astype(dtype) for kind, vector in self.factors.items()}
+    def keep_rounded(self, dtype: mx.Dtype, scale: float) -> None:
+        """Round the factors to this type, as they are and times the scale, now and in every update."""
+        self.scale = scale
+        kinds = [kind for kind in self.factors if kind != "magnitude"]
+        self.rounded = dict.fromkeys([*kinds, *(SCALED + kind for kind in kinds)], mx.array([], dtype))
+        self.round()
 
     def round(self) -> None:
         """Make the rounded factors those of now; in place, as `update` says."""
-        for kind, old in self.rounded.items():
-            self.rounded[kind] = self.factors[kind].astype(old.dtype)
+        for name, old in self.rounded.items():
+            factor = fast_ops.unfused(self.factors[name.removeprefix(SCALED)])
+            factor = fast_ops.scaled(self.scale, factor) if name.startswith(SCALED) else factor
+            self.rounded[name] = fast_ops.unfused(factor).astype(old.dtype)
 
     def write_back(self, model: nn.Module) -> None:
         """Make the model's factors slices of the vectors."""
