@@ -8,6 +8,7 @@ the targets.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
@@ -84,6 +85,8 @@ class Case:
         )
 
 
+on_a_gpu = partial(Case, model=TINYLLAMA, dtype="bfloat16", needs_gpu=True)
+
 CASES = {
     case.name: case
     for case in (
@@ -92,23 +95,16 @@ CASES = {
         Case("smollm2-dora", None, num_windows=5, use_dora=True),
         Case("small", SMALL, tokens=128, target_share=0.25),
         Case("tiny", TINY, tokens=32, target_share=0.5),
-        Case("tinyllama", TINYLLAMA, tokens=1024, dtype="bfloat16", needs_gpu=True),
-        Case("tinyllama-16", TINYLLAMA, batch_size=16, tokens=1024, dtype="bfloat16", needs_gpu=True),
-        Case("tinyllama-25", TINYLLAMA, tokens=1024, target_share=0.25, dtype="bfloat16", needs_gpu=True),
-        Case("tinyllama-ckpt", TINYLLAMA, tokens=1024, dtype="bfloat16", checkpointed=True, needs_gpu=True),
-        Case("tinyllama-8192", TINYLLAMA, batch_size=1, tokens=8192, dtype="bfloat16", needs_gpu=True),
-        Case("tinyllama-4-bits", TINYLLAMA, 8, 256, dtype="bfloat16", bits=4, needs_gpu=True),
-        Case("tinyllama-4-bits-8192", TINYLLAMA, 1, 8192, dtype="bfloat16", bits=4, needs_gpu=True),
-        Case(
-            "tinyllama-4-bits-8192-ckpt",
-            TINYLLAMA,
-            1,
-            8192,
-            dtype="bfloat16",
-            bits=4,
-            checkpointed=True,
-            needs_gpu=True,
-        ),
+        on_a_gpu("tinyllama", tokens=1024),
+        on_a_gpu("tinyllama-16", batch_size=16, tokens=1024),
+        on_a_gpu("tinyllama-25", tokens=1024, target_share=0.25),
+        on_a_gpu("tinyllama-ckpt", tokens=1024, checkpointed=True),
+        on_a_gpu("tinyllama-8192", batch_size=1, tokens=8192),
+        on_a_gpu("tinyllama-16384-ckpt", batch_size=1, tokens=16384, checkpointed=True),
+        on_a_gpu("tinyllama-32768-ckpt", batch_size=1, tokens=32768, checkpointed=True),
+        on_a_gpu("tinyllama-4-bits", batch_size=8, tokens=256, bits=4),
+        on_a_gpu("tinyllama-4-bits-8192", batch_size=1, tokens=8192, bits=4),
+        on_a_gpu("tinyllama-4-bits-8192-ckpt", batch_size=1, tokens=8192, bits=4, checkpointed=True),
     )
 }
 

@@ -62,12 +62,13 @@ def fit_of(model: str | None, memory: str | None, tokens: int) -> dict[str, Any]
     ]
     return {
         "model": found.path.name if found.path.suffix == ".gguf" else found.path.resolve().parent.name,
-        "num_weights": settings[0].sizes.weights // 4 - settings[0].sizes.trained,
+        "num_weights": fit.num_weights(settings),
         "memory_bytes": limit.num_bytes,
         "limit": limit.name,
         "device": "GPU" if mx.default_device() == mx.gpu else "CPU",
         "rank": LoRAConfig().rank,
         "tokens": tokens,
+        "max_tokens": found.max_tokens,
         "margin_percent": fit.MARGIN_PERCENT,
         "settings": rows,
     }

@@ -2,8 +2,9 @@
 
 With an attention window of w tokens, the w queries of a block see only keys of their own block and of the
 block before it: each block of w queries attends 2 w keys. The scores are (B T / w, H, w, 2 w), 2 T w for each
-head, in place of T T. MLX's attention with an array as its mask keeps the scores for the gradient, on a GPU
-too. Source: Beltagy et al. 2020, "Longformer", section 3.1 and appendix A (chunks of a sliding window).
+head, in place of T T. MLX's attention with an array as its mask keeps the scores for the gradient on a CPU;
+on CUDA it makes the mask a number for each of them. Source: Beltagy et al. 2020, "Longformer", section 3.1
+and appendix A (chunks of a sliding window).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from ..config import LoRAConfig, ModelConfig
 from ..lora import add_lora
 from ..model import CausalLM
-from .memory_model import Sizes, sizes_of
+from .memory_sizes import Sizes, sizes_of
 
 END = 2**31  # of an axis: MLX counts along it in 32 bits
 

@@ -77,7 +77,7 @@ def head_nats(
 
     @formed_ahead.vjp
     def gradient(_: mx.array, cotangents: tuple, outputs: tuple) -> mx.array:
-        return cotangents[0].astype(outputs[1].dtype) * outputs[1]
+        return ops.scaled(cotangents[0].astype(outputs[1].dtype), outputs[1])
 
     return formed_ahead(x_ND)[0], mask_N.sum()
 

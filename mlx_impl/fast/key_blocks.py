@@ -23,13 +23,15 @@ class BlockCache:
     def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
         """All keys and values, the new ones last."""
         start, end = self.num_tokens, self.num_tokens + k_BGTK.shape[2]
-        self.keys_BGCK = with_room(self.keys_BGCK, start, end, k_BGTK)
-        self.values_BGCK = with_room(self.values_BGCK, start, end, v_BGTK)
-        self.keys_BGCK[:, :, start:end], self.values_BGCK[:, :, start:end] = k_BGTK, v_BGTK
+        keys_BGCK, values_BGCK = self.keys_BGCK, self.values_BGCK
+        if keys_BGCK is None or values_BGCK is None or end > keys_BGCK.shape[2]:
+            keys_BGCK = self.keys_BGCK = with_room(keys_BGCK, start, end, k_BGTK)
+            values_BGCK = self.values_BGCK = with_room(values_BGCK, start, end, v_BGTK)
+        keys_BGCK[:, :, start:end], values_BGCK[:, :, start:end] = k_BGTK, v_BGTK
         self.num_tokens = end
         if not start:
             return k_BGTK, v_BGTK
-        return self.keys_BGCK[:, :, :end], self.values_BGCK[:, :, :end]
+        return keys_BGCK[:, :, :end], values_BGCK[:, :, :end]
 
     def for_rows(self, rows: int) -> BlockCache:
         """The cache of one row for each of `rows` rows; the copy is made when it grows."""
@@ -46,9 +48,7 @@ class BlockCache:
 
 
 def with_room(held_BGCK: mx.array | None, start: int, end: int, like_BGTK: mx.array) -> mx.array:
-    """The same, or a copy of the first `start` tokens with room for `end` tokens or more."""
-    if held_BGCK is not None and end <= held_BGCK.shape[2]:
-        return held_BGCK
+    """A copy of the first `start` tokens with room for `end` tokens or more."""
     B, G, _, K = like_BGTK.shape
     room_BGCK = mx.zeros((B, G, whole_blocks(end) - start, K), like_BGTK.dtype)
     return room_BGCK if held_BGCK is None else mx.concatenate([held_BGCK[:, :, :start], room_BGCK], axis=2)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import mlx.core as mx
@@ -13,8 +14,6 @@ import numpy as np
 from .. import ops
 from ..ops import widened
 from . import cpu_ops, query_blocks
-
-MAX_EXPONENT = 80.0  # e^80 = 5.5e34 is still a float32
 
 
 def on_gpu() -> bool:
@@ -43,7 +42,12 @@ def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: m
 
 def rope_from(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:
     """`rope` of tokens that follow one another from `position` on, a number, or one for each row."""
-    K, wavelength_P = x_BHTK.shape[-1], wavelengths(frequency_P)
+    return rotated(x_BHTK, wavelengths(frequency_P), position)
+
+
+def rotated(x_BHTK: mx.array, wavelength_P: mx.array, position: int | mx.array) -> mx.array:
+    """`rope_from`, with what `wavelengths` has made."""
+    K = x_BHTK.shape[-1]
     return mx.fast.rope(
         x_BHTK, K, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelength_P
     )
@@ -69,7 +73,16 @@ def attention_of_any(
 
 def gated_once(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
     """`gated` without a gradient: on a GPU in one kernel."""
-    return _gated_in_one(gate_BTF, up_BTF) if on_gpu() else cpu_ops.gate(gate_BTF, up_BTF)[0]
+    return gated_here()(gate_BTF, up_BTF)
+
+
+def gated_here() -> Callable[[mx.array, mx.array], mx.array]:
+    """The `gated_once` of the default device."""
+    return _gated_in_one if on_gpu() else _gated_by_powers
+
+
+def _gated_by_powers(gate_BTF: mx.array, up_BTF: mx.array) -> mx.array:
+    return cpu_ops.gate(gate_BTF, up_BTF)[0]
 
 
 @partial(mx.compile, shapeless=True)
@@ -97,12 +110,12 @@ def _gated_recompute_gradient(primals: tuple, d_BTF: mx.array, _: mx.array) -> t
     s_BTF = sigmoid(gate_BTF)
     d_gate_BTF = d_BTF * up_BTF * s_BTF * (1 + gate_BTF * (1 - s_BTF))
     (gate_BTF,) = mx.depends([gate_BTF], [d_gate_BTF])
-    return d_gate_BTF, d_BTF * gate_BTF * sigmoid(gate_BTF)
+    return d_gate_BTF, gate_BTF * sigmoid(gate_BTF) * d_BTF  # the kernel of the forward pass
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), the exponent capped before float32 overflows, where the gradient would be NaN."""
-    return 1 / (1 + mx.exp(mx.minimum(-x, MAX_EXPONENT)))
+    """1 / (1 + e^-x): one operation, a formula of several would take a GPU longer to compile."""
+    return mx.sigmoid(x)
 
 
 def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) -> tuple[mx.array, mx.array]:
@@ -113,7 +126,7 @@ def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) ->
     if not on_gpu():
         return cpu_ops.cross_entropy(widened(logits_NV), targets_N, mask_N)
     N, V = logits_NV.shape
-    target_logits_N = widened(logits_NV.flatten()[mx.arange(0, N * V, V) + targets_N])
+    target_logits_N = unfused(widened(logits_NV.flatten()[mx.arange(0, N * V, V) + targets_N]))
     logits_NV = widened(logits_NV)
     total_N = mx.logsumexp(logits_NV, axis=-1)
     is_target_NV = mx.arange(V) == targets_N[:, None]
@@ -126,6 +139,14 @@ def cross_entropy(logits_NV: mx.array, targets_N: mx.array, mask_N: mx.array) ->
 def unfused(x: mx.array) -> mx.array:
     """x by a kernel of its own, which MLX has ready; a fused one it would compile for seconds on a GPU."""
     return mx.depends([x], [])[0]
+
+
+def scaled(scale: float | mx.array, x: mx.array) -> mx.array:
+    """scale * x; `mx.compile` would fuse the product with the broadcast of the scale."""
+    if not on_gpu():
+        return scale * x
+    scale = scale if isinstance(scale, mx.array) else mx.array(scale, x.dtype)
+    return unfused(mx.broadcast_to(scale, x.shape)) * x
 
 
 __all__ = ["attention", "cross_entropy", "gated", "on_gpu", "rms_norm", "rope", "sigmoid", "widened"]

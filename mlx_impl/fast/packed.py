@@ -60,21 +60,27 @@ def packed_of(module: nn.Module) -> Packed | None:
     return Packed(module.weight, module.scales, module.biases, module.group_size, module.bits)
 
 
-def add_product(y_NO: mx.array, x_NI: mx.array, weight: Weight, after: mx.array) -> mx.array:
-    """y + x W^T; a packed W is unpacked once `after` has been computed."""
+def unpacked(weight: Weight, after: mx.array) -> mx.array:
+    return weight.unpacked_OI(after) if isinstance(weight, Packed) else weight
+
+
+def ready(weight: Weight, num_rows: int, after: mx.array) -> Weight:
+    """As a product of so many rows takes it: a packed one is unpacked, once `after` has been computed."""
+    return unpacked(weight, after) if is_unpacked_for(num_rows) else weight
+
+
+def add_product(y_NO: mx.array, x_NI: mx.array, weight: Weight) -> mx.array:
+    """y + x W^T, the weight as `ready` gave it."""
     if isinstance(weight, Packed):
-        if not is_unpacked_for(len(x_NI)):
-            return y_NO + weight.times(x_NI, transpose=True)
-        weight = weight.unpacked_OI(after)
+        return y_NO + weight.times(x_NI, transpose=True)
     return mx.addmm(y_NO, x_NI, weight.T)
 
 
 def add_gradient(dx_NI: mx.array, dy_NO: mx.array, weight: Weight) -> mx.array:
     """dx + dy W; a packed W is unpacked once dx has been computed."""
+    weight = ready(weight, len(dy_NO), after=dx_NI)
     if isinstance(weight, Packed):
-        if not is_unpacked_for(len(dy_NO)):
-            return dx_NI + weight.times(dy_NO, transpose=False)
-        weight = weight.unpacked_OI(after=dx_NI)
+        return dx_NI + weight.times(dy_NO, transpose=False)
     return mx.addmm(dx_NI, dy_NO, weight)
 
 

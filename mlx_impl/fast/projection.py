@@ -9,31 +9,42 @@ For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021
 Automatic differentiation of `LoRALinear.__call__` gives the same numbers with more passes over memory. Here
 `mx.addmm` adds within the matmul, the factors are cast to the type of x (x is not widened to theirs), and h
 and dh are kept transposed, so that each linear's slice is contiguous. The factors' gradients have the type of
-x, and are widened all at once (`vectors.as_vectors`).
+x, and are widened all at once (`vectors.as_vectors`). On a CPU linears of DoRA are among them: y_j m / |V|,
+with the length of each row of V (`row_lengths.py`), then the bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..lora import LoRALinear
+from ..lora import DoRALinear, LoRALinear
 from . import cpu_ops, ops, packed
-from .packed import Weight, add_gradient, add_product, packed_of
+from .packed import Weight, add_gradient, add_product, packed_of, ready, unpacked
+from .rounded import Rounded, RoundedFactors, rounded_factors, rounded_of
+from .row_lengths import row_lengths
 
 
 class LowRank(NamedTuple):
-    """y = x W^T + bias + scale * (x A) B."""
+    """y = x V^T + bias with V = W + scale * (A B)^T; with a magnitude m, y = x V^T m / |V| + bias."""
 
     weight_OI: Weight
     bias_O: mx.array | None
     a_IR: mx.array
     b_RO: mx.array
     scale: float
+    magnitude_O: mx.array | None = None
+    rounded: Rounded | None = None
+
+    def finish(self, y_NO: mx.array, lengths_O: Iterator[mx.array]) -> mx.array:
+        """y of x V^T; the next of the lengths, which are constants, is that of V's rows."""
+        if self.magnitude_O is not None:
+            y_NO = (self.magnitude_O / mx.stop_gradient(next(lengths_O))).astype(y_NO.dtype) * y_NO
+        return y_NO if self.bias_O is None else y_NO + self.bias_O
 
 
 def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
@@ -62,14 +73,19 @@ def plain_call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
-    """Its parts, if it is plain LoRA; None for DoRA, active dropout, no adapter."""
-    if type(linear) is not LoRALinear or (linear.training and linear.dropout.p > 0):
+    """Its parts, if it is LoRA, or DoRA on a CPU; None for active dropout, no adapter."""
+    kinds = (LoRALinear,) if ops.on_gpu() else (LoRALinear, DoRALinear)
+    if not isinstance(linear, LoRALinear) or type(linear) not in kinds:
+        return None
+    if linear.training and linear.dropout.p > 0:
         return None
     base = linear.linear
     weight_OI = base.weight if type(base) is nn.Linear else packed_of(base)
     if weight_OI is None:
         return None
-    return LowRank(weight_OI, base.get("bias"), linear.lora_a, linear.lora_b, linear.scale)
+    factors = linear.lora_a, linear.lora_b
+    magnitude_O, rounded = linear.get("magnitude"), rounded_of(linear)
+    return LowRank(weight_OI, base.get("bias"), *factors, linear.scale, magnitude_O, rounded)
 
 
 def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
@@ -91,8 +107,8 @@ def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx
         d_NF, *gradients = group.backward(product_NF, cotangents, outputs)
         return [*cpu_ops.gate_gradient(gate_NF, up_NF, outputs[-1], d_NF), *gradients]
 
-    y_NO = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *group.factors)[0]
-    return mx.unflatten(y_NO, 0, gate_BTF.shape[:-1])
+    outputs = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *group.factors)
+    return mx.unflatten(group.finish(outputs)[0], 0, gate_BTF.shape[:-1])
 
 
 def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
@@ -107,7 +123,7 @@ def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         return group.backward(primals[0], cotangents, outputs)
 
-    return list(forward(x_NI, *group.factors))[: len(parts)]
+    return group.finish(forward(x_NI, *group.factors))
 
 
 class Group:
@@ -120,16 +136,35 @@ class Group:
         self.rows = [slice(*of_part) for of_part in pairwise(ends)]
 
     def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
-        """Each y; then what the backward pass needs: h, A^T and each B."""
-        a_RI, bs_RO = cast_factors(factors, x_NI.dtype)
-        h_RN = times_scale(a_RI @ x_NI.T, self.parts)
+        """Each x V^T; then what the backward pass needs: h, A^T, each B; then the lengths of DoRA's rows."""
+        rounded = self.rounded_in(x_NI.dtype)
+        a_RI, bs_RO = (rounded.a_RI, rounded.bs_RO) if rounded else cast_factors(factors, x_NI.dtype)
+        h_RN = rounded.scaled_a_RI @ x_NI.T if rounded else times_scale(a_RI @ x_NI.T, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO: list[mx.array] = []
-        for low_NO, part in zip(lows_NO, self.parts, strict=True):
+        lengths_O: list[mx.array] = []
+        for j, part in enumerate(self.parts):
             before = ys_NO[-1] if ys_NO else x_NI  # one weight in full at a time
-            y_NO = add_product(low_NO, x_NI, part.weight_OI, after=before)
-            ys_NO.append(y_NO if part.bias_O is None else y_NO + part.bias_O)
-        return [*ys_NO, h_RN, a_RI, *bs_RO]
+            weight = ready(part.weight_OI, len(x_NI), after=before)
+            y_NO = add_product(lows_NO[j], x_NI, weight)
+            if part.magnitude_O is not None:
+                full_OI = unpacked(weight, after=y_NO)
+                a_IR, b_RO = factors[j], factors[len(self.parts) + j]  # not rounded
+                lengths_O.append(row_lengths(full_OI, a_IR, b_RO, part.scale))
+                (y_NO,) = mx.depends([y_NO], [lengths_O[-1]])
+            ys_NO.append(y_NO)
+        return [*ys_NO, h_RN, a_RI, *(rounded.scaled_bs_RO if rounded else bs_RO), *lengths_O]
+
+    def rounded_in(self, dtype: mx.Dtype) -> RoundedFactors | None:
+        num = len(self.parts)
+        places = [part.rounded for part in self.parts]
+        return rounded_factors(places, self.factors[:num], self.factors[num:], dtype)
+
+    def finish(self, outputs: Sequence[mx.array]) -> list[mx.array]:
+        """Each y, of the outputs of `forward`."""
+        num = len(self.parts)
+        lengths_O = iter(outputs[2 * num + 2 :])
+        return [part.finish(y_NO, lengths_O) for part, y_NO in zip(self.parts, outputs[:num], strict=True)]
 
     def backward(
         self, x_NI: mx.array, dys: Sequence[mx.array], outputs: Sequence[mx.array]
@@ -137,7 +172,8 @@ class Group:
         num = len(self.parts)
         dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        dh_RN = times_scale(dh_RN, self.parts)
+        if not self.rounded_in(x_NI.dtype):  # whose B are scaled
+            dh_RN = times_scale(dh_RN, self.parts)
         da_RI = dh_RN @ x_NI
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
         gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]
@@ -163,6 +199,6 @@ def cast_factors(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array
 def times_scale(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
     """Each linear's rows times its scale."""
     if len({part.scale for part in parts}) == 1:
-        return parts[0].scale * h_RN
+        return ops.scaled(parts[0].scale, h_RN)
     scale_R1 = [[part.scale] for part in parts for _ in range(part.a_IR.shape[1])]
-    return mx.array(scale_R1, h_RN.dtype) * h_RN
+    return ops.scaled(mx.array(scale_R1, h_RN.dtype), h_RN)

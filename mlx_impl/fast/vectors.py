@@ -13,7 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import ops
+from ..config import TrainConfig
 from ..optim import LoRAOptimizer
+from . import ops as fast_ops
+
+SCALED = "scaled "  # before the kind of a factor
 
 Vectors = dict[str, mx.array]  # "lora_a", "lora_b", "magnitude" -> all factors of this kind
 
@@ -23,17 +27,39 @@ class VectorOptimizer(LoRAOptimizer):
 
     factors: Vectors
     flags: dict[str, mx.array]  # "finite": whether all factors are, computed within the update
+    rounded: Vectors  # the factors in another type, as they are and times `scale` (`rounded.py`), or empty
+    scale: float
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.rounded = {}
 
     def init(self, parameters: Any) -> None:
         self.factors = as_vectors(parameters)
         self.flags = {"finite": all_finite(self.factors)}
+        self.round()
         super().init(self.factors)
 
     def update(self, model: nn.Module, gradients: Vectors) -> None:
         # In place: a compiled step captured these dictionaries, and would not notice others.
         self.factors.update(self.apply_gradients(gradients, self.factors))
         self.flags["finite"] = all_finite(self.factors)
+        self.round()
         self.write_back(model)
+
+    def keep_rounded(self, dtype: mx.Dtype, scale: float) -> None:
+        """Round the factors to this type, as they are and times the scale, now and in every update."""
+        self.scale = scale
+        kinds = [kind for kind in self.factors if kind != "magnitude"]
+        self.rounded = dict.fromkeys([*kinds, *(SCALED + kind for kind in kinds)], mx.array([], dtype))
+        self.round()
+
+    def round(self) -> None:
+        """Make the rounded factors those of now; in place, as `update` says."""
+        for name, old in self.rounded.items():
+            factor = fast_ops.unfused(self.factors[name.removeprefix(SCALED)])
+            factor = fast_ops.scaled(self.scale, factor) if name.startswith(SCALED) else factor
+            self.rounded[name] = fast_ops.unfused(factor).astype(old.dtype)
 
     def write_back(self, model: nn.Module) -> None:
         """Make the model's factors slices of the vectors."""
@@ -42,11 +68,12 @@ class VectorOptimizer(LoRAOptimizer):
     @property
     def state(self) -> dict[str, Any]:
         states = [optimizer.state for optimizer in self.optimizers]
-        return {"factors": self.factors, "flags": self.flags, "states": states}
+        return {"factors": self.factors, "flags": self.flags, "rounded": self.rounded, "states": states}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.factors, self.flags = state["factors"], state["flags"]
+        self.round()
         for optimizer, of_optimizer in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_optimizer
 
@@ -60,6 +87,7 @@ class VectorOptimizer(LoRAOptimizer):
         factors = model.trainable_parameters()
         self.factors = as_vectors(factors)
         self.flags = {"finite": all_finite(self.factors)}
+        self.round()
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = of_tree(tree, factors)
         self.write_back(model)

@@ -3,8 +3,8 @@
 LoRA factors, optimizer moments and the loss are float32 with either. Gradients are computed in the model's
 dtype and converted to float32 before they are summed.
 float16 is not offered because its largest number is 65504: the small SmolLM2-135M already has an activation
-of 24926, `ops.sigmoid` computes e^80, and small gradients would need loss scaling (Micikevicius et al. 2018,
-"Mixed Precision Training", section 3.2). bfloat16 has the range of float32.
+of 24926, and small gradients would need loss scaling (Micikevicius et al. 2018, "Mixed Precision Training",
+section 3.2). bfloat16 has the range of float32.
 No twin in reference/, which gets the rounded weights and computes in float64.
 """
 

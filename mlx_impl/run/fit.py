@@ -6,14 +6,16 @@ and 10% more; the lowest estimate that was measured was 4.4% low (benchmarks/NOT
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..data import WIDTH_BUCKETS, bucket_size
 from ..fast.described import described_sizes
-from ..fast.memory_model import Shape, Sizes, evaluation_bytes, training_bytes
+from ..fast.memory_model import evaluation_bytes, training_bytes
+from ..fast.memory_scores import turning_rows
+from ..fast.memory_sizes import FLOAT, Shape, Sizes
 from ..files.described import Description
 from ..files.quantized import Quantization
 
@@ -38,6 +40,19 @@ class Setting:
         shape = Shape(rows, width, rows * width, rows * width)
         update = training_bytes(self.sizes, shape, self.checkpointed)
         return max(update, evaluation_bytes(self.sizes, shape)) * (100 + MARGIN_PERCENT) // 100
+
+    def most_needed(self, rows: int, tokens: int) -> int:
+        """Of any batch of at most so many rows of at most so many tokens.
+
+        A larger batch may need less, as too many scores are not kept (`memory_scores.turning_rows`). Up to
+        there a need grows with the rows; beyond it is convex in them, and so largest at an end.
+        """
+        return max(
+            self.bytes_needed(number, width)
+            for width in widths(tokens)
+            for turn in (turning_rows(self.sizes, width),)
+            for number in {1, min(max(turn, 1), rows), min(turn + 1, rows), rows}
+        )
 
 
 def settings_of(model: Description) -> list[Setting]:
@@ -75,13 +90,27 @@ def sizes_in(model: Description, dtype: str, how: Quantization | None) -> Sizes:
 
 
 def longest_row(setting: Setting, limit: int, most: int = END) -> int:
-    """Tokens of the longest row that fits alone; 0 where none does."""
-    return largest(lambda tokens: setting.bytes_needed(1, tokens) <= limit, most)
+    """Tokens of the longest row that fits alone, as every shorter one does; 0 where none does."""
+    return largest(lambda tokens: setting.most_needed(1, tokens) <= limit, most)
 
 
 def largest_batch(setting: Setting, limit: int, tokens: int) -> int:
-    """How many rows of so many tokens fit together; 0 where not even one does."""
-    return largest(lambda rows: setting.bytes_needed(rows, tokens) <= limit, END)
+    """How many rows of at most so many tokens fit together, as fewer do; 0 where not even one does."""
+    return largest(lambda rows: setting.most_needed(rows, tokens) <= limit, END)
+
+
+def widths(tokens: int) -> list[int]:
+    """Those of batches whose longest row has at most so many tokens."""
+    found = [bucket_size(1, WIDTH_BUCKETS)]
+    while found[-1] < tokens:
+        found.append(bucket_size(found[-1] + 1, WIDTH_BUCKETS))
+    return found
+
+
+def num_weights(settings: Sequence[Setting]) -> int:
+    """Of the model without an adapter: in the first setting all numbers are float32."""
+    sizes = settings[0].sizes
+    return sizes.weights // FLOAT - sizes.trained
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -24,15 +24,8 @@ from ..data import (
     num_inputs,
 )
 from ..fast.kept_positions import KEPT_BUCKETS
-from ..fast.memory_model import (
-    Shape,
-    Sizes,
-    answer_bytes,
-    evaluation_bytes,
-    shape_of,
-    sizes_of,
-    training_bytes,
-)
+from ..fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
+from ..fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
 from ..machine.memory_limits import Limit, TooLittleMemory, format_bytes, memory_limits, shortage
 from ..model import CausalLM
 from .trainer import LoRATrainer

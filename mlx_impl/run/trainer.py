@@ -20,6 +20,7 @@ from ..config import LoRAConfig, TrainConfig
 from ..data import Batch, Example, Window, evaluation_batches, require_tokens, training_windows
 from ..fast.forward import FAST
 from ..fast.pace import paced
+from ..fast.rounded import rounded_once
 from ..fast.vectors import VectorOptimizer, make_contiguous
 from ..files.adapters import is_same_adapter
 from ..lora import add_lora, lora_layers, lora_parameters
@@ -122,7 +123,8 @@ class LoRATrainer:
             check=self.guard.check,
         )
         try:
-            with closing(paced_windows):  # an exception would keep them, and the memory limit that they set
+            # closing: an exception would keep the windows, and the memory limit that they set
+            with closing(paced_windows), rounded_once(self.model, self.optimizer):
                 yield from stopping_together(self.ranks, records) if self.ranks else records
         except NotFinite:
             self.drop_undone_validations()

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, target
@@ -20,7 +19,7 @@ from mlx_impl import model as model_module
 from mlx_impl import targets
 from mlx_impl.config import ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from mlx_impl.lora import DoRALinear, LoRALinear
+from mlx_impl.fast.projection import LowRank
 from mlx_impl.model import CausalLM
 from mlx_impl.targets import AnyLinear, linears_of_last_blocks
 from tests.derived import NUM_DRAWS, UNIT_ROUNDOFF, Divergence, noise_of, require_same_bits
@@ -28,6 +27,7 @@ from tests.lora_ladder.protocol import Arrays
 from tests.properties.agreement import require_agreement, require_exact_agreement, verdicts
 from tests.properties.strategies import HUNT, Drawn, cases, train_configs, windows
 from tests.trainers.mlx_impl import MlxTrainer
+from tests.trainers.mutants.gradient import with_trained_length
 from tests.trainers.reference import ReferenceTrainer
 
 Windows = list[list[Batch]]
@@ -119,10 +119,6 @@ def test_merged_weights_act_as_the_adapter_did_and_unmerging_restores_every_byte
         assert found.used <= 1, f"{what}: {found.report}"
 
 
-def without_detaching(layer: DoRALinear) -> mx.array:
-    return mx.linalg.norm(layer.linear.weight + LoRALinear.delta_OI(layer), axis=1)
-
-
 def without_scaling(config: ModelConfig) -> list[float]:
     return [config.rope_theta ** (-k / config.head_dim) for k in range(0, config.head_dim, 2)]
 
@@ -133,7 +129,7 @@ def of_the_first_blocks(model: CausalLM, num_layers: int) -> dict[str, AnyLinear
 
 
 PLANTED = {
-    "DoRA's length is not detached": (DoRALinear, "length_O", without_detaching),
+    "DoRA's length is not detached": (LowRank, "finish", with_trained_length),
     "rope is never stretched": (model_module, "rope_frequencies", without_scaling),
     "the first blocks for the last": (targets, "linears_of_last_blocks", of_the_first_blocks),
 }

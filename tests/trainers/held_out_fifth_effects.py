@@ -1,6 +1,7 @@
 """What a user loses by each bug: a small run through the public API, without the bug and with it.
 
-python -m held_out_fifth_effects prints a line for each, and exits with 1 if a result does not change.
+`python -m tests.trainers.held_out_fifth_effects` prints a line for each, and exits with 1 if a result does
+not change.
 """
 
 from __future__ import annotations

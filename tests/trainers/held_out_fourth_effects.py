@@ -1,6 +1,7 @@
 """What a user loses by each bug: the result of a small run without it and with it.
 
-`python -m held_out_fourth_effects` prints a line for each bug, and exits with 1 if one changes nothing.
+`python -m tests.trainers.held_out_fourth_effects` prints a line for each bug, and exits with 1 if one changes
+nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import mlx_impl as ml
 from mlx_impl.data import make_batch
-from mlx_impl.generate import generate
+from mlx_impl.fast.answer import generate
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import LoRAOptimizer

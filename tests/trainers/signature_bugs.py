@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -98,7 +99,16 @@ def targets(scale: Callable[[Any, Any], float]) -> Patches:
 
 
 def of_dora(length: Callable[[Any], Any]) -> Patches:
-    return {"mlx_impl.lora.DoRALinear.length_O": lambda self: stop(length(self))}
+    """In the pattern, and in the fast path on a CPU."""
+
+    def row_lengths(weight_OI: mx.array, a_IR: mx.array, b_RO: mx.array, scale: float) -> mx.array:
+        base = SimpleNamespace(weight=weight_OI)
+        return length(SimpleNamespace(linear=base, lora_a=a_IR, lora_b=b_RO, scale=scale))
+
+    return {
+        "mlx_impl.lora.DoRALinear.length_O": lambda self: stop(length(self)),
+        "mlx_impl.fast.projection.row_lengths": row_lengths,
+    }
 
 
 def merged(self: Any) -> mx.array:

@@ -7,7 +7,12 @@ HYPOTHESIS_PROFILE=nightly all are planted, and tried on every rung from the low
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from inspect import isfunction, signature
 from pathlib import Path
+from types import FunctionType
+from unittest.mock import patch
 
 import pytest
 
@@ -61,6 +66,33 @@ def test_every_rung_has_its_mutants() -> None:
 def test_no_two_mutants_share_a_name_and_there_are_at_least_forty() -> None:
     """A name in the table means one bug."""
     assert len(ALL) == len(MUTANTS) >= 40
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_takes_what_the_function_that_it_replaces_takes(name: str) -> None:
+    """Else it would end in a TypeError. `real` is the sound function, bound as a default."""
+    for target, broken in MUTANTS[name].patches.items():
+        found = patch(target, broken)
+        sound = getattr(found.getter(), found.attribute)
+        if isfunction(sound) and isfunction(broken):
+            assert taken_by(broken) >= taken_by(sound), target
+
+
+def taken_by(function: FunctionType) -> float:
+    """How many arguments; infinity where it takes any more."""
+    parameters = signature(function).parameters.values()
+    takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return float("inf") if takes_any else sum(p.name != "real" for p in parameters)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "bugs", ["held_out", *(f"held_out_{n}" for n in ("again", "third", "fourth", "fifth"))]
+)
+def test_a_user_sees_every_bug_by_others(bugs: str) -> None:
+    program = [sys.executable, "-m", f"tests.trainers.{bugs}_effects"]
+    found = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_the_table_in_the_readme_is_that_of_the_mutants() -> None:

@@ -69,3 +69,20 @@ def test_an_update_while_an_answer_is_read_does_not_drop_its_inputs(
     for _ in trainer.fit(EXAMPLES):
         read += islice(answer, 1)
     assert [*read, *answer] == whole
+
+
+def test_an_answer_follows_the_updates_made_while_it_is_read() -> None:
+    """The next token is of the new factors, as in the plain code, and not of what was looked up before."""
+
+    def tokens(how: Callable[..., Iterator[int]], learning_rate: float) -> list[int]:
+        trainer = trainer_of(0.0, learning_rate)
+        for number, layer in enumerate(lora_layers(trainer.model).values()):
+            layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
+        answer = how(trainer.model, PROMPT, NUM_TOKENS, (), as_if_drawn)
+        read = [next(answer)]
+        for _ in trainer.fit(EXAMPLES):
+            read += islice(answer, 1)
+        return [*read, *answer]
+
+    followed = tokens(generate, 1.0)
+    assert tokens(fast.generate, 1.0) == followed != tokens(generate, 0.0)

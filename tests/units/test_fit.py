@@ -14,9 +14,11 @@ import pytest
 from mlx_impl.__main__ import main
 from mlx_impl.cli.settings.memory_size import parse_memory
 from mlx_impl.config import LoRAConfig, ModelConfig
-from mlx_impl.fast import memory_model, ops
+from mlx_impl.data import WIDTH_BUCKETS, bucket_size
+from mlx_impl.fast import band, memory_work, ops, query_blocks
 from mlx_impl.fast.described import described_sizes
-from mlx_impl.fast.memory_model import sizes_of
+from mlx_impl.fast.memory_model import training_bytes
+from mlx_impl.fast.memory_sizes import Shape, sizes_of
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.run.fit import Setting, largest_batch, longest_row, settings_of
@@ -62,8 +64,8 @@ def test_describing_a_large_model_computes_no_array() -> None:
     assert 35e9 < weights < 45e9  # 70.6e9 weights of 4.5 bits, and the adapter
 
 
-def setting(checkpointed: bool = False, config: ModelConfig = WIDE) -> Setting:
-    return Setting(32, "float32", checkpointed, described_sizes(config, mx.float32))
+def setting(checkpointed: bool = False, config: ModelConfig = WIDE, dtype: mx.Dtype = mx.float32) -> Setting:
+    return Setting(8 * dtype.size, "", checkpointed, described_sizes(config, dtype))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -83,22 +85,82 @@ def test_more_memory_never_fits_less_and_checkpointing_fits_more() -> None:
         assert all(a <= b for a, b in zip(kept, checkpointed, strict=True))
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("window", [None, 32])
+def test_no_smaller_batch_than_the_one_that_is_named_needs_more_than_there_is(
+    window: int | None, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A need falls where scores become so many that they are no longer kept."""
+    monkeypatch.setattr(query_blocks, "MAX_SCORES", 2**21)
+    monkeypatch.setattr("mlx_impl.run.fit.END", 12)
+    one = setting(checkpointed, replace(WIDE, num_hidden_layers=24, sliding_window=window))
+    tokens = [bucket_size(n, WIDTH_BUCKETS) for n in (8, 100, 300, 500, 600, 700, 800, 1000)]
+    widths = sorted({bucket_size(n, WIDTH_BUCKETS) for n in range(1, 1025)})
+    needs = {(r, t): one.bytes_needed(r, t) for r in range(1, 13) for t in widths}
+    assert window or checkpointed or needs[6, 384] < needs[3, 384]  # 3.5 rows have so many scores
+    for limit in sorted(needs.values())[::10]:
+        too_large = [size for size, need in needs.items() if need > limit]
+        for most in tokens:
+            smallest = min((r for r, t in too_large if t <= most), default=13)
+            assert largest_batch(one, limit, most) == smallest - 1
+        first = min((t for r, t in too_large if r == 1), default=2000)
+        assert longest_row(one, limit, 1024) == max((t for t in widths if t < first), default=0)
+
+
 def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     one = setting()
-    shape = memory_model.Shape(2, 64, 128, 128)
-    need = memory_model.training_bytes(one.sizes, shape, False)
+    shape = Shape(2, 64, 128, 128)
+    need = training_bytes(one.sizes, shape, False)
     assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
 
 
-def test_a_gpu_keeps_attention_weights_only_of_rows_beyond_the_window(
+SCORES = WIDE.num_attention_heads * 256 * 256  # numbers, of a row of 256 tokens
+
+
+def needs_of_blocks(numbers: tuple[int, ...], dtype: mx.Dtype, window: int | None, tokens: int) -> list[int]:
+    configs = [replace(WIDE, num_hidden_layers=n, sliding_window=window) for n in numbers]
+    return [setting(config=config, dtype=dtype).bytes_needed(1, tokens) for config in configs]
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_cuda_keeps_attention_weights_in_32_bits_and_none_in_16(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's attention has 16 bits only, and the backward pass makes them again (fast.cpp in MLX 0.32)."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    few, many = needs_of_blocks((1, 9), mx.float32, window, 256)
+    few16, many16 = needs_of_blocks((1, 9), mx.bfloat16, window, 256)
+    none16 = needs_of_blocks((1, 9), mx.bfloat16, None, 256)
+    assert many - few - (many16 - few16) >= 8 * SCORES * 4
+    assert many16 - few16 == pytest.approx(none16[1] - none16[0], abs=2)
+
+
+def test_on_cuda_a_window_is_an_array_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all blocks: cuDNN takes no booleans, and MLX makes a number for each score; three at once."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    windowed, full = (setting(config=replace(WIDE, sliding_window=w), dtype=mx.bfloat16) for w in (64, None))
+    assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
+    assert windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) >= 3 * SCORES * 2
+
+
+def test_on_cuda_rows_not_of_whole_tiles_have_attention_weights_of_one_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A mask of a window is an array, and MLX's attention with one keeps them for its gradient."""
+    """cuDNN's backward pass has tiles of 128 (`ScaledDotProductAttentionVJP::use_fallback`)."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    windowed, full = (setting(config=replace(WIDE, sliding_window=w)) for w in (64, None))
-    assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
-    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 256 * 256 * 4
-    assert windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) > scores
+    sizes = described_sizes(WIDE, mx.bfloat16)
+    whole, broken = (memory_work.work_bytes(sizes, Shape(1, n, 256, 256)) for n in (256, 320))
+    assert broken - whole >= 5 * WIDE.num_attention_heads * 320 * 320 * 2
+
+
+def test_on_a_gpu_a_band_has_the_attention_weights_of_some_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`band.in_turn`: on Metal too none are kept, though its attention in training keeps them."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    at_once = needs_of_blocks((9,), mx.bfloat16, 64, 512)
+    monkeypatch.setattr(band, "MAX_SCORES", 2**15)
+    in_turn = needs_of_blocks((9,), mx.bfloat16, 64, 512)
+    assert at_once[0] - in_turn[0] >= 9 * WIDE.num_attention_heads * 512 * 128 * 2
 
 
 def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
@@ -111,10 +173,10 @@ def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
 def test_attention_on_metal_keeps_its_weights_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's Metal backend trains with unfused attention (`ScaledDotProductAttention::use_fallback`)."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    cuda = setting().bytes_needed(1, 512)
+    cuda = setting(dtype=mx.bfloat16).bytes_needed(1, 512)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 512 * 512 * 4
-    assert setting().bytes_needed(1, 512) - cuda > scores
+    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 512 * 512 * 2
+    assert setting(dtype=mx.bfloat16).bytes_needed(1, 512) - cuda > scores
 
 
 @pytest.mark.parametrize(
@@ -163,6 +225,31 @@ def test_the_json_has_every_row_of_the_table(tmp_path: Path, capsys: pytest.Capt
 def test_without_an_amount_it_is_this_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(config_folder(tmp_path), "--json") == 0
     assert 2**28 < json.loads(capsys.readouterr().out)["memory_bytes"] < 2**46
+
+
+def test_the_weights_are_counted_without_the_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Embedding and head of 61 x 32, two norms and seven linears a block, the last norm."""
+    folder = config_folder(tmp_path, vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+    assert fit(folder, "--json", "--memory", "1GB") == 0
+    c = json.loads((folder / "config.json").read_text())
+    keys = c["num_key_value_heads"] * 32 // c["num_attention_heads"]
+    block = 2 * 32 + 2 * 32 * 32 + 2 * 32 * keys + 3 * 32 * 64
+    tables = 61 * 32 * (1 if c.get("tie_word_embeddings") else 2)
+    assert json.loads(capsys.readouterr().out)["num_weights"] == tables + 3 * block + 32
+
+
+def test_more_tokens_than_the_model_was_made_for_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = config_folder(tmp_path, max_position_embeddings=100)
+    for tokens, is_named in (("101", True), ("100", False)):
+        assert fit(folder, "--memory", "1GB", "--max-seq-length", tokens) == 0
+        sentence = f"the model was made for rows of at most 100 tokens, --max-seq-length is {tokens}"
+        assert (sentence in capsys.readouterr().out) == is_named
+    assert fit(folder, "--memory", "1GB", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["max_tokens"] == 100
 
 
 def test_a_model_too_large_fits_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_impl.fast import ops
+from mlx_impl.fast.head import head_nats
+from mlx_impl.fast.projection import LowRank, products
 from tests.derived import compare, require
 from tests.lora_ladder import numpy_ops
 from tests.lora_ladder.cases import random_array
@@ -45,3 +51,53 @@ def test_cross_entropy_and_its_gradient_are_numpys(dtype: mx.Dtype, compiled: bo
 def test_an_unfused_array_is_the_same_to_the_bit() -> None:
     x = mx.array(random_array("x", (7,), 1.0))
     assert mx.array_equal(mx.compile(lambda x: 2 * ops.unfused(3 * x))(x), 2 * (3 * x))
+
+
+def gradients_of(function: Callable[..., list[mx.array]]) -> Callable[..., list[mx.array]]:
+    """The function's values, and the gradients of the sum of each."""
+
+    def values_and_gradients(*arguments: mx.array) -> list[mx.array]:
+        ones = [mx.ones(value.shape, value.dtype) for value in function(*arguments)]
+        values, gradients = mx.vjp(function, [*arguments], ones)
+        return [*values, *gradients]
+
+    return values_and_gradients
+
+
+def linears(scales: tuple[float, ...]) -> Callable[..., list[mx.array]]:
+    parts = [LowRank(zeros(6, 8), None, a_IR=zeros(8, 2), b_RO=zeros(2, 6), scale=scale) for scale in scales]
+    return lambda x_NI: products(x_NI, parts)
+
+
+def head(x_ND: mx.array) -> list[mx.array]:
+    weight_VD, targets_N, mask_N = zeros(V, 8), mx.array([0, 1, 2]), mx.array([True, False, True])
+    return [head_nats(lambda x: x @ weight_VD.T, V, x_ND, targets_N, mask_N)[0]]
+
+
+def zeros(*shape: int) -> mx.array:
+    return mx.zeros(shape, mx.bfloat16)
+
+
+Compiled = tuple[Callable[..., list[mx.array]], list[mx.array], set[str]]
+COMPILED: dict[str, Compiled] = {  # what a GPU has to compile, by the operations in it
+    "linears of one scale": (linears((2.0, 2.0)), [zeros(3, 8)], set()),
+    "linears of several scales": (linears((2.0, 1.5)), [zeros(3, 8)], set()),
+    "gate": (
+        lambda gate, up: [ops.gated(gate, up)],
+        [zeros(3, 8), zeros(3, 8)],
+        {
+            "SigmoidMultiplyMultiply",  # the gate, and the gradient of up
+            "MultiplySigmoidMultiplyBroadcastSubtractMultiplyAddMultiply",  # its gradient
+        },
+    ),
+    "head": (head, [zeros(3, 8)], {"BroadcastBroadcastBroadcastEqualAsTypeSubtractBroadcastSelectAsType"}),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_gpu_compiles_few_kernels(name: str) -> None:
+    """A fused kernel takes 2 to 7 seconds, once on a machine. MLX brings those of single operations."""
+    function, arguments, expected = COMPILED[name]
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *mx.compile(gradients_of(function))(*arguments))
+    assert set(re.findall(r'label ?= ?"Compiled(\w+)"', graph.getvalue())) == expected

@@ -15,15 +15,8 @@ from mlx_impl.data import Example, evaluation_batches, make_packed_batch, traini
 from mlx_impl.fast import query_blocks
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.key_blocks import BLOCK
-from mlx_impl.fast.memory_model import (
-    Shape,
-    Sizes,
-    answer_bytes,
-    evaluation_bytes,
-    shape_of,
-    sizes_of,
-    training_bytes,
-)
+from mlx_impl.fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
+from mlx_impl.fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
 from mlx_impl.fast.segments import SubBatch
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
@@ -67,6 +60,7 @@ CASES = {
     "many rows": case(WIDE, 64, 8, batch_size=8),
     "packed": case(WIDE, 100, 12, batching="packed", max_seq_length=512, batch_size=2),
     "DoRA": case(WIDE, 256, 2, dora=True),
+    "weights, DoRA": case(TIED, 16, 2, dora=True),
     "4 bits": case(TIED, 16, 2, bits=4),
     "4 bits, DoRA": case(TIED, 16, 2, dora=True, bits=4),
     "4 bits, a large head": case(replace(HEAVY, vocab_size=8192), 32, bits=4),

@@ -9,7 +9,8 @@ import pytest
 
 from mlx_impl.config import TrainConfig
 from mlx_impl.data import Example, training_windows
-from mlx_impl.fast.memory_model import Sizes, shape_of, training_bytes
+from mlx_impl.fast.memory_model import training_bytes
+from mlx_impl.fast.memory_sizes import Sizes, shape_of
 from mlx_impl.machine.memory_limits import Limit, TooLittleMemory
 from mlx_impl.model import CausalLM
 from mlx_impl.run import memory_check

@@ -13,7 +13,9 @@ import pytest
 from mlx_impl.config import LoRAConfig
 from mlx_impl.data import Example, make_batch, make_packed_batch
 from mlx_impl.fast import ops, pace
-from mlx_impl.fast.memory_model import Shape, block_bytes, sizes_of, state_bytes, training_bytes
+from mlx_impl.fast.memory_kept import block_bytes
+from mlx_impl.fast.memory_model import state_bytes, training_bytes
+from mlx_impl.fast.memory_sizes import Shape, sizes_of
 from mlx_impl.fast.pace import paced, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM

@@ -202,6 +202,19 @@ def test_few_rows_on_a_gpu_unpack_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert head_of(model, given("x", (2, I), mx.float32)) == model.head
 
 
+def test_dora_unpacks_a_weight_once_for_its_product_and_its_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more for the gradient of x."""
+    count, real = [0], Packed.unpacked_OI
+
+    def counted(weight: Packed, after: mx.array) -> mx.array:
+        count[0] += 1
+        return real(weight, after)
+
+    monkeypatch.setattr(Packed, "unpacked_OI", counted)
+    of("DoRA", 4, 32, mx.float32, project)
+    assert count[0] == 2 * 3
+
+
 def test_a_device_and_the_number_of_rows_decide_whether_weights_are_unpacked_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

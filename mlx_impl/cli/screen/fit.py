@@ -29,6 +29,9 @@ def print_fit(result: dict[str, Any], console: Console) -> None:
             *(fits if row["longest_row"] else ("does not fit", "-")),
         )
     console.print(table)
+    tokens, most = result["tokens"], result["max_tokens"]
     console.print("longest row: the most tokens of a row that is a batch by itself")
-    console.print(f"--batch-size: the most rows of {result['tokens']:,} tokens (--max-seq-length)")
+    console.print(f"--batch-size: the most rows of up to {tokens:,} tokens (--max-seq-length)")
+    if most is not None and tokens > most:
+        console.print(f"the model was made for rows of at most {most} tokens, --max-seq-length is {tokens}")
     console.print(f"estimates, {result['margin_percent']}% added because they may be too low by so much")

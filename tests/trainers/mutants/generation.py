@@ -44,8 +44,8 @@ def first_five(frequency_P: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(frequency if p < 5 else 1e-30 for p, frequency in enumerate(frequency_P))
 
 
-def one_position_late(x_BHTK: mx.array, frequency_P: Any, position: Any) -> mx.array:
-    return rope_from(x_BHTK, frequency_P, position - 1 if x_BHTK.shape[2] == 1 else position)
+def one_position_late(x_BHTK: mx.array, wavelength_P: mx.array, position: Any) -> mx.array:
+    return rotated(x_BHTK, wavelength_P, position - 1 if x_BHTK.shape[2] == 1 else position)
 
 
 def forgetting_the_first(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
@@ -53,7 +53,7 @@ def forgetting_the_first(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple
     return (k_BGSK[:, :, -16:], v_BGSK[:, :, -16:]) if k_BGTK.shape[2] == 1 else (k_BGSK, v_BGSK)
 
 
-extend, rope_from = BlockCache.extend, ops.rope_from
+extend, rotated = BlockCache.extend, ops.rotated
 
 
 def without_window_in_decoding(T: int, offset: int, window: int | None, segment_BT: Any) -> mx.array | None:
@@ -85,7 +85,7 @@ def all_end_with_the_first(model: Any, prompts: Any, *limits: Any, **more: Any) 
     return [answer[: min(map(len, answers))] for answer in answers]
 
 
-def sampled(model: Any, prompt: Any, max_tokens: int, stop_ids: Any) -> Any:
+def sampled(model: Any, prompt: Any, max_tokens: int, stop_ids: Any, choose: Any = None) -> Any:
     return generate(model, prompt, max_tokens, stop_ids, choose=mx.random.categorical)
 
 
@@ -123,7 +123,7 @@ MUTANTS = [
         "cache-one-position-late",
         19,
         "After the prompt, RoPE's positions are one too small, so answers are nearly right.",
-        {"mlx_impl.fast.ops.rope_from": one_position_late},
+        {"mlx_impl.fast.ops.rotated": one_position_late},
     ),
     Mutant(
         "cache-forgets-the-beginning",
@@ -142,7 +142,7 @@ MUTANTS = [
         "answers-from-nan",
         19,
         "The logits are NaN, and generation answers with the argmax all the same: token 0, again and again.",
-        {"mlx_impl.fast.answer.finite_or_refused": lambda logits_BV, choose: choose(logits_BV)},
+        {"mlx_impl.fast.answer.zero_if_finite": lambda logits_BV: mx.zeros(len(logits_BV))},
     ),
     Mutant(
         "sampled-for-greedy",

@@ -9,7 +9,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.fast.head import head_nats
+from mlx_impl.fast.packed import unpacked
 from mlx_impl.fast.projection import LowRank, products, project
+from mlx_impl.fast.row_lengths import row_lengths
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
@@ -17,7 +19,7 @@ from mlx_impl.train import train
 from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, lora_call, training
 
 init, head, update = LoRATrainer.__init__, CausalLM.head, VectorOptimizer.update
-stop = mx.stop_gradient
+stop, finish = mx.stop_gradient, LowRank.finish
 
 
 def lora(update_of: Callable[[Any, mx.array], mx.array]) -> Patches:
@@ -84,8 +86,13 @@ def passing_back_the_first(x_BTI: mx.array, *linears: Any) -> list[mx.array]:
     return [*project(x_BTI, linears[0]), *project(stop(x_BTI), *linears[1:])]
 
 
-def with_trained_length(self: Any) -> mx.array:
-    return mx.linalg.norm(self.linear.weight + self.scale * (self.lora_a @ self.lora_b).T, axis=1)
+def with_trained_length(self: LowRank, y_NO: mx.array, lengths_O: Iterator[mx.array]) -> mx.array:
+    if self.magnitude_O is None:
+        return finish(self, y_NO, lengths_O)
+    next(lengths_O)
+    length_O = row_lengths(unpacked(self.weight_OI, y_NO), self.a_IR, self.b_RO, self.scale)
+    y_NO = self.magnitude_O / length_O * y_NO
+    return y_NO if self.bias_O is None else y_NO + self.bias_O
 
 
 def begun(change: Callable[[Any], object]) -> Patches:
@@ -195,7 +202,7 @@ MUTANTS = [
         "dora-length-trained",
         6,
         "DoRA's length gets a gradient; the paper (section 4.3) treats it as a constant.",
-        {"mlx_impl.lora.DoRALinear.length_O": with_trained_length},
+        {"mlx_impl.fast.projection.LowRank.finish": with_trained_length},
         cases=("dora",),
     ),
     Mutant(

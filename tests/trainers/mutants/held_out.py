@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,8 @@ from mlx_impl import batching, lora, model, optim, targets, train
 from mlx_impl import ops as plain_ops
 from mlx_impl.data import num_inputs, training_windows
 from mlx_impl.fast import decode, forward, kept_positions, packed, projection, segments, vectors
+from mlx_impl.fast import ops as fast_ops
+from mlx_impl.fast.projection import low_rank_of
 from mlx_impl.files import quantized
 from mlx_impl.files.formats import peft
 from mlx_impl.run import guard, sampling
@@ -412,12 +415,14 @@ def begun_again(self: Any, model: Any, *others: Any, real: Any = LoRATrainer.__i
     real(self, model, *others, **more)
 
 
-def length_once(self: Any, real: Any = lora.DoRALinear.length_O) -> mx.array:
-    if self.training:
-        return real(self)
-    if "length" not in vars(self):
-        object.__setattr__(self, "length", real(self))
-    return self.length
+def length_once(linear: Any, real: Any = low_rank_of) -> Any:
+    """By a magnitude that makes up for the change of the length."""
+    part = real(linear)
+    if part is None or part.magnitude_O is None or linear.training:
+        return part
+    if "length" not in vars(linear):
+        object.__setattr__(linear, "length", linear.length_O())
+    return part._replace(magnitude_O=part.magnitude_O * linear.length_O() / linear.length)
 
 
 @contextmanager
@@ -472,9 +477,15 @@ def mask_of_many(T: int, offset: int, window: Any, segment_BT: Any, real: Any = 
 
 
 def ended_by_the_prompt(
-    model: Any, caches: Any, prompts: Any, max_tokens: int, stop_ids: Any, real: Any = decode.decode_batch
+    model: Any,
+    caches: Any,
+    prompts: Any,
+    max_tokens: int,
+    stop_ids: Any,
+    watched: Any,
+    real: Any = decode.decode_batch,
 ) -> Any:
-    replies = real(model, caches, prompts, max_tokens, stop_ids)
+    replies = real(model, caches, prompts, max_tokens, stop_ids, watched)
     return [
         reply[: 1 if set(prompt) & set(stop_ids) else None]
         for prompt, reply in zip(prompts, replies, strict=True)
@@ -539,7 +550,7 @@ RUNS = (
         "dora-length-of-the-first-evaluation",
         9,
         "The lengths of DoRA's rows are kept at the first evaluation, and later ones use them again.",
-        {"mlx_impl.lora.DoRALinear.length_O": length_once},
+        {"mlx_impl.fast.projection.low_rank_of": length_once},
         cases=("dora",),
     ),
     Mutant(
@@ -585,7 +596,12 @@ RUNS = (
         "causal-from-the-top-left",
         19,
         "Behind a cache the causal mask of several tokens begins at the first key, as in PyTorch.",
-        {"mlx_impl.ops.attention": causal_from_the_top_left},
+        {
+            "mlx_impl.ops.attention": causal_from_the_top_left,
+            "mlx_impl.fast.ops.attention_of_any": partial(
+                causal_from_the_top_left, real=fast_ops.attention_of_any
+            ),
+        },
     ),
     Mutant(
         "one-token-needs-no-mask",

@@ -150,7 +150,12 @@ def no_mask_for_one_query(T: int, offset: int, window: int | None, segment_BT: A
 
 
 def stopped_by_the_prompt(
-    model: Any, caches: list, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Collection[int]
+    model: Any,
+    caches: list,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    stop_ids: Collection[int],
+    watched: Any,
 ) -> list[list[int]]:
     texts, shortest = [list(prompt) for prompt in prompts], min(map(len, prompts))
     tokens_BT = mx.array([text[caches[0].num_tokens : shortest] for text in texts])

@@ -89,6 +89,18 @@ def of_whole_chunks(*arrays: mx.array) -> tuple:
     return tuple(array[: len(array) - len(array) % CHUNK] for array in arrays)
 
 
+def lengths(with_cross: float, scale_of: Callable[[float], float]) -> Patches:
+    """DoRA's lengths by a wrong expansion of |w + s A b|^2."""
+
+    def lengths_O(weight_OI: mx.array, a_IR: mx.array, b_RO: mx.array, scale: float) -> mx.array:
+        cross_O = (b_RO * (a_IR.T @ weight_OI.T)).sum(axis=0)
+        update_O = (b_RO * (a_IR.T @ a_IR @ b_RO)).sum(axis=0)
+        base_O = mx.square(weight_OI).sum(axis=1)
+        return mx.sqrt(mx.abs(base_O + with_cross * scale * cross_O + scale_of(scale) * update_O))
+
+    return {"mlx_impl.fast.projection.row_lengths": lengths_O}
+
+
 MUTANTS = [
     Mutant(
         "pad-target-counted",
@@ -182,5 +194,19 @@ MUTANTS = [
         "The validation loss leaves out the last batch.",
         evaluations(lambda model, parts, loss: evaluate(model, parts[:-1] or parts, loss)[0]),
         "mlx-examples#752",
+    ),
+    Mutant(
+        "dora-cross-term-once",
+        5,
+        "DoRA's length is the root of |w|^2 + w.d + |d|^2, which lacks the factor 2 of the cross term.",
+        lengths(1, lambda scale: scale**2),
+        cases=("dora",),
+    ),
+    Mutant(
+        "dora-scale-not-squared",
+        5,
+        "DoRA's length is the root of |w|^2 + 2 s w.d + s |d|^2, whose last scale should be squared.",
+        lengths(2, lambda scale: scale),
+        cases=("dora",),
     ),
 ]

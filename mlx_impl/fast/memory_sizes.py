@@ -1,0 +1,115 @@
+"""What the need of memory depends on: the sizes of a model, and the shape of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..config import ModelConfig
+from ..data import Batch
+from ..lora import DoRALinear, lora_layers
+from ..model import CausalLM
+from ..targets import shape_OI
+from . import ops
+from .kept_positions import kept_of
+from .memory_in_full import numbers_in_full
+from .projection import low_rank_of
+from .segments import Group, examples_apart
+
+FLOAT = 4  # bytes of what is float32 whatever the model's type is
+PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model brings: bytes, and numbers a position."""
+
+    config: ModelConfig
+    weights: int  # bytes of all parameters, the factors too
+    trained: int  # numbers
+    itemsize: int  # of a hidden state
+    more: int  # numbers a position of a block that only unfused linears keep
+    unpacked: int  # bytes of arrays as large as a weight, in training
+    head: int  # bytes of a quantized head in full
+    keeps_scores: bool  # attention on a CPU
+    unfused: bool = False  # a GPU whose attention keeps them too, in training
+    plain: bool = False  # the pattern alone, without unpadding and chunked cross-entropy
+    evaluated: tuple[int, int] = (0, 0)  # as `unpacked`, in an evaluation: before there are moments, later
+
+    @property
+    def a_position(self) -> int:
+        """Numbers that a block keeps: x and its norm, twice; q, the mix, both orders; k, v; the gate's."""
+        c = self.config
+        queries, keys = (c.head_dim * n for n in (c.num_attention_heads, c.num_key_value_heads))
+        return 4 * c.hidden_size + 3 * queries + 2 * keys + 3 * c.intermediate_size + self.more
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one batch."""
+
+    rows: int
+    width: int  # of a row, with padding
+    computed: int  # positions outside of attention
+    targets: int  # positions that the head reads
+    seen: int = 0  # tokens in the cache before these
+    groups: tuple[Group, ...] = ()  # of packed examples: the rows of attention
+    masks: int = 1  # of the plain path: one for all rows, or of packed rows one each
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.width
+
+    @property
+    def keys(self) -> int:
+        return self.seen + self.width
+
+
+def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
+    layers = lora_layers(model).values()
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    itemsize = model.model.norm.weight.itemsize
+    more = 0
+    for layer in layers:
+        num_out, num_in = shape_OI(layer.linear)
+        more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
+        has_direction = isinstance(layer, DoRALinear) or low_rank_of(layer) is None
+        more += num_out if has_direction else 0  # of DoRA its direction
+    trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
+    num_blocks = model.config.num_hidden_layers
+    weights = sum(array.nbytes for array in arrays)
+    keeps_scores = not ops.on_gpu()
+    more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
+    first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
+    unfused = not keeps_scores and not is_fused_in_training(model.config.head_dim, itemsize)
+    return Sizes(
+        config=model.config,
+        weights=weights,
+        trained=trained,
+        itemsize=itemsize,
+        more=more,
+        unpacked=unpacked,
+        head=head,
+        keeps_scores=keeps_scores,
+        unfused=unfused,
+        plain=plain,
+        evaluated=(first, later),
+    )
+
+
+def is_fused_in_training(head_dim: int, itemsize: int) -> bool:
+    """Whether a GPU's attention keeps no scores for the gradient: `use_fallback` in MLX's backends."""
+    return not mx.metal.is_available() and itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+
+
+def shape_of(batch: Batch) -> Shape:
+    (rows, width), groups = batch.inputs_BT.shape, list[Group]()
+    apart = batch
+    if batch.segment_BT is not None:
+        apart, groups = examples_apart(batch)
+    kept = kept_of(apart, groups)
+    computed = apart.inputs_BT.size if kept is None else len(kept.kept_U)
+    masks = rows if groups else 1
+    return Shape(rows, width, computed, int(batch.mask_BT.sum()), groups=tuple(groups), masks=masks)

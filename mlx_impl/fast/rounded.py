@@ -1,0 +1,111 @@
+"""The factors in the type of the frozen weights, rounded once an update and not in each product.
+
+Without this, a block of seven linears joins all A of one input, casts every factor and scales each x A and
+B dy: some 20 of its 45 kernels forward, which a host takes as long to launch as large ones. The vectors of
+`vectors.py` are rounded as a whole instead, as they are and times the scale, and as linears of one input
+follow one another in them, all their A are one slice.
+The rounded vectors belong to the optimizer's state, so that a compiled step knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..lora import LoRALinear, lora_layers
+from ..model import CausalLM
+from ..optim import LoRAOptimizer
+from . import ops
+from .vectors import VectorOptimizer, Vectors
+
+ATTRIBUTE = "rounded"  # of a LoRALinear; not an entry of the module, which would be in `model.state` too
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The rounded vectors of all linears, and where the factors of one begin in them."""
+
+    vectors: Vectors
+    start_of: dict[str, int]
+
+
+class RoundedFactors(NamedTuple):
+    """Of linears of one input, in the type of that input."""
+
+    a_RI: mx.array  # all A^T
+    bs_RO: list[mx.array]
+    scaled_a_RI: mx.array
+    scaled_bs_RO: list[mx.array]
+
+
+@contextmanager
+def rounded_once(model: CausalLM, optimizer: LoRAOptimizer) -> Iterator[None]:
+    """On a GPU linears in training use factors that a `VectorOptimizer` rounds in every update.
+
+    All must have the same scale, and the model another type than the factors.
+    """
+    dtype, layers = model.model.norm.weight.dtype, lora_layers(model)
+    scales = {layer.scale for layer in layers.values()}
+    if (
+        not (isinstance(optimizer, VectorOptimizer) and ops.on_gpu())
+        or dtype == mx.float32
+        or len(scales) > 1
+    ):
+        yield
+        return
+    optimizer.keep_rounded(dtype, *scales)
+    try:
+        for name, start_of in starts(model).items():
+            vars(layers[name])[ATTRIBUTE] = Rounded(optimizer.rounded, start_of)
+        yield
+    finally:
+        optimizer.rounded = {}
+        for layer in layers.values():
+            vars(layer).pop(ATTRIBUTE, None)
+
+
+def rounded_of(linear: LoRALinear) -> Rounded | None:
+    return vars(linear).get(ATTRIBUTE) if linear.training else None
+
+
+def starts(model: CausalLM) -> dict[str, dict[str, int]]:
+    """Where the factors of each linear begin in `as_vectors`, by the linear's name and by kind."""
+    start_of: dict[str, dict[str, int]] = {}
+    ends: dict[str, int] = {}
+    for name, array in tree_flatten(model.trainable_parameters()):
+        path, _, kind = name.rpartition(".")
+        start_of.setdefault(path, {})[kind] = ends.get(kind, 0)
+        ends[kind] = ends.get(kind, 0) + array.size
+    return start_of
+
+
+def rounded_factors(
+    places: Sequence[Rounded | None], as_IR: Sequence[mx.array], bs_RO: Sequence[mx.array], dtype: mx.Dtype
+) -> RoundedFactors | None:
+    """Slices of the rounded vectors; None if they have another type, or other linears are in between."""
+    known = [place for place in places if place is not None]
+    if len(known) < len(places) or known[0].vectors["lora_a"].dtype != dtype:
+        return None
+    starts = [place.start_of["lora_a"] for place in known]
+    ends = [start + a_IR.size for start, a_IR in zip(starts, as_IR, strict=True)]
+    if ends[:-1] != starts[1:]:
+        return None
+    vectors, num_in = known[0].vectors, as_IR[0].shape[0]
+    a_RI, scaled_a_RI = (
+        vectors[kind][starts[0] : ends[-1]].reshape(-1, num_in) for kind in ("lora_a", "scaled lora_a")
+    )
+    of_b = [
+        [slice_of(place, vectors[kind], b_RO) for place, b_RO in zip(known, bs_RO, strict=True)]
+        for kind in ("lora_b", "scaled lora_b")
+    ]
+    return RoundedFactors(a_RI, of_b[0], scaled_a_RI, of_b[1])
+
+
+def slice_of(place: Rounded, vector: mx.array, b_RO: mx.array) -> mx.array:
+    start = place.start_of["lora_b"]
+    return vector[start : start + b_RO.size].reshape(b_RO.shape)
