@@ -18,7 +18,7 @@ from ..model import Attention, Block, CausalLM, Decoder
 from ..train import Arrays, Loss, Nats
 from .head import head_nats, head_of
 from .kept_positions import kept_of, target_positions
-from .layout import Layout, looks_of
+from .layout import Layout, masks_of
 from .projection import project, project_gated
 from .recompute import recomputed
 from .segments import SubBatch, examples_apart
@@ -72,7 +72,7 @@ def hidden_at_targets(
     `sub_batches` are those of a batch that is one row (`segments.py`).
     """
     unpadding = Unpadding(*kept) if kept else None
-    layout = Layout(looks_of(tokens_BT.shape[1], sub_batches, decoder.window), unpadding, sub_batches)
+    layout = Layout(masks_of(tokens_BT.shape[1], sub_batches, decoder.window), unpadding, sub_batches)
     if unpadding:
         tokens_BT = tokens_BT.flatten()[unpadding.kept_U][None]
     x_BTD = decoder.embed_tokens(tokens_BT)

@@ -47,5 +47,5 @@ def step_bytes(sizes: Sizes, batch: Batch, checkpointed: bool) -> int:
     """What this batch needs and what may be queued; as if padding were computed too, which is enough."""
     rows, width = batch.inputs_BT.shape
     sub_batches = () if batch.segment_BT is None else tuple(sub_batches_in(batch))
-    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()), groups=sub_batches)
+    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()), sub_batches=sub_batches)
     return training_bytes(sizes, shape, checkpointed) + BLOCKS_AHEAD * block_bytes(sizes, shape)

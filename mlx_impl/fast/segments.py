@@ -34,9 +34,6 @@ class SubBatch(NamedTuple):
     width: int
 
 
-Group = SubBatch  # its name in `memory_model.py`
-
-
 def examples_apart(batch: Batch) -> tuple[Batch, list[SubBatch]]:
     """The examples of a packed batch that have a target, one a row, the longest first.
 
