@@ -3,7 +3,9 @@
 Epochs of 64 examples of 40 to 120 random tokens, the last half of them targets, with as many examples an
 update on average: ours in batches of four in random order (plain) or of like length (grouped), and packed
 into one row of 320; and mlx-lm, which groups by length, on the grouped batches. Epochs take turns (ABCDDCBA).
-Padding is no token. On a GPU: `--case tinyllama`; in the first epoch every shape is new, and is compiled.
+Padding is no token. In the first epoch every shape is new, and on a GPU is compiled.
+On a GPU: `--case tinyllama`, about a minute. There the four start together, because most of a start is the
+compiling of kernels, and each epoch but the first has a few untimed updates before it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6, help="timed epochs of each; default: 6")
     args = parser.parse_args()
     sides = sides_of(named_case(args.case))
-    epochs = {name: call(epoch_of, case) for name, (_, case) in sides.items()}
+    epochs = dict(zip(sides, call(epochs_of, [case for _, case in sides.values()]), strict=True))
     measured = measure(sides, epochs, args.epochs)
     print(markdown(HEADINGS, [line(name, epochs[name], measured) for name in sides]))
 
@@ -63,15 +65,20 @@ def sides_of(base: Case) -> dict[str, tuple[str, Case]]:
     return sides | ({"mlx-lm, grouped": ("mlx-lm", grouped)} if named_entry("mlx-lm").is_installed else {})
 
 
+def epochs_of(cases: list[Case]) -> list[Epoch]:
+    return [epoch_of(case) for case in cases]
+
+
 def epoch_of(case: Case) -> Epoch:
     from mlx_impl.fast.forward import FAST
 
-    from .inputs import read_inputs
+    from .inputs import random_windows
 
-    batches = [batch for (batch,) in read_inputs(case).windows]
+    assert case.model
+    batches = [batch for (batch,) in random_windows(case, case.model)]
     shapes = {
-        (*(array.shape for array in (*arrays, *kept)), *groups)
-        for *arrays, groups, kept in map(FAST.to_arrays, batches)
+        (*(array.shape for array in (*arrays, *kept)), *sub_batches)
+        for *arrays, sub_batches, kept in map(FAST.to_arrays, batches)
     }
     sums = sum(b.num_tokens for b in batches), sum(b.inputs_BT.size for b in batches)
     return Epoch(len(batches), len(shapes), *sums)
@@ -81,12 +88,19 @@ def measure(
     sides: dict[str, tuple[str, Case]], epochs: dict[str, Epoch], num_epochs: int
 ) -> dict[str, Measured]:
     with ExitStack() as stack:
-        running = {name: stack.enter_context(Side(*side)) for name, side in sides.items()}
+        together = any(case.needs_gpu for _, case in sides.values())
+        running = {
+            name: stack.enter_context(Side(trainer, case, waits=not together))
+            for name, (trainer, case) in sides.items()
+        }
+        hellos = {name: side.hello for name, side in running.items()}
         firsts = {
-            name: side.hello.first_step_seconds + side.seconds_of(epochs[name].updates - 1)
+            name: hellos[name].first_step_seconds + side.seconds_of(epochs[name].updates - 1)
             for name, side in running.items()
         }
-        turns = {name: partial(side.seconds_of, epochs[name].updates) for name, side in running.items()}
+        turns = {
+            name: partial(side.seconds_of, epochs[name].updates, warm=True) for name, side in running.items()
+        }
         seconds = interleave(turns, num_epochs)
         peaks = {name: side.peak(epochs[name].updates).peak_bytes for name, side in running.items()}
     return {name: Measured(firsts[name], seconds[name], peaks[name]) for name in sides}

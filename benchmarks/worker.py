@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -78,8 +79,11 @@ def answer_to(connection: Connection, name: str, case: Case, environment: dict[s
             contestant.step()
             connection.send(time.perf_counter() - start)
         elif isinstance(order, tuple):
+            num_steps, is_warm = order
+            for _ in range(num_untimed if is_warm else 0):
+                contestant.step()
             start = time.perf_counter()
-            for _ in range(order[1]):
+            for _ in range(num_steps):
                 contestant.step()
             connection.send(time.perf_counter() - start)
         else:
@@ -101,9 +105,14 @@ def is_gpu() -> bool:
 
 
 class Side(AbstractContextManager["Side"]):
-    """The parent's handle on a contestant. Raises RuntimeError with its traceback if it fails."""
+    """The parent's handle on a contestant. Raises RuntimeError with its traceback if it fails.
 
-    def __init__(self, name: str, case: Case, environment: dict[str, str] | None = None) -> None:
+    Unless it `waits`, others can start beside it; `hello` is then to be read before anything is asked.
+    """
+
+    def __init__(
+        self, name: str, case: Case, environment: dict[str, str] | None = None, waits: bool = True
+    ) -> None:
         self.name = name
         is_of_torch = (
             named_entry(name).memory == "torch"
@@ -114,15 +123,22 @@ class Side(AbstractContextManager["Side"]):
         self.process.start()
         atexit.register(self.process.kill)
         theirs.close()
-        self.hello: Hello = self.answer()
+        if waits:
+            self.hello  # noqa: B018
+
+    @cached_property
+    def hello(self) -> Hello:
+        """What the process reports once its first step is done."""
+        hello: Hello = self.answer()
+        return hello
 
     def seconds(self) -> float:
         """The seconds of one step."""
         return float(self.ask("step"))
 
-    def seconds_of(self, num_steps: int) -> float:
-        """The seconds of so many steps, one after the other, without untimed ones before."""
-        return float(self.ask(("steps", num_steps)))
+    def seconds_of(self, num_steps: int, warm: bool = False) -> float:
+        """The seconds of so many steps, one after the other; where `warm`, after a GPU's untimed ones."""
+        return float(self.ask((num_steps, warm)))
 
     def peak(self, num_steps: int) -> Peak:
         peak: Peak = self.ask(num_steps)

@@ -1,10 +1,10 @@
-"""Attention in which no query looks back far, as a band of blocks: memory grows with T, not with T S.
+"""Attention with a sliding window, in chunks as long as the window: memory grows with T, not with T^2.
 
-With an attention window of w tokens, the w queries of a block see only keys of their own block and of the
-block before it: each block of w queries attends 2 w keys. The scores are (B T / w, H, w, 2 w), 2 T w for each
-head, in place of T T. MLX's attention with an array as its mask keeps the scores for the gradient on a CPU;
-on CUDA it makes the mask a number for each of them. Source: Beltagy et al. 2020, "Longformer", section 3.1
-and appendix A (chunks of a sliding window).
+With a window of w tokens a query sees its own key and the w - 1 before it. Rows are cut into chunks of w
+tokens; the queries of a chunk see keys of it and of the chunk before, 2 w of them. The scores, of shape
+(B T / w, H, w, 2 w), are a band along the diagonal of T x T. With a mask of T x T MLX's attention keeps T T
+scores for the gradient on a CPU; on CUDA it makes the mask a number for each of them.
+Source: Beltagy et al. 2020, "Longformer", section 3.1 and appendix A (chunks of a sliding window).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 from . import ops
 
 MIN_TOKENS = 512  # of a row: below, a mask of (T, T) is small
-MIN_WINDOWS = 3  # windows in a row: two have as many keys in a band as without one
+MIN_WINDOWS = 3  # in a row: with two, a band has as many scores as T x T
 MAX_SCORES = 2**27  # in the backward pass at once, on a GPU: 256 MiB in bfloat16
 
 
@@ -26,7 +26,7 @@ def pays(tokens: int, window: int) -> bool:
 
 @dataclass(frozen=True)
 class Band:
-    """N blocks of `window` positions in each row, the last one filled up."""
+    """N chunks of `window` positions in each row, the last one filled up."""
 
     window: int
     mask_N1WS: mx.array
@@ -34,23 +34,23 @@ class Band:
     def attend(self, q_BHTK: mx.array, k_BGTK: mx.array, v_BGTK: mx.array) -> mx.array:
         """`ops.attention` with `model.attention_mask` of this window; (B, H, T, K)."""
         B, H, T, K = q_BHTK.shape
-        keys, values = (with_block_before(blocks(x, self.window)) for x in (k_BGTK, v_BGTK))
-        queries = blocks(q_BHTK, self.window).flatten(0, 1)
+        keys, values = (with_chunk_before(chunks_of(x, self.window)) for x in (k_BGTK, v_BGTK))
+        queries = chunks_of(q_BHTK, self.window).flatten(0, 1)
         mix = in_turn(queries, keys, values, mx.tile(self.mask_N1WS, (B, 1, 1, 1)))
         return mix.reshape(B, -1, H, self.window, K).swapaxes(1, 2).reshape(B, H, -1, K)[:, :, :T]
 
 
 def band_of(tokens: int, window: int) -> Band:
-    """The mask of each block: the key is at most window - 1 before the query."""
-    num_blocks = -(-tokens // window)
+    """The mask of each chunk: the key is at most window - 1 before the query."""
+    num_chunks = -(-tokens // window)
     query_W1, key_S = mx.arange(window)[:, None], mx.arange(-window, window)
     in_window_WS = (key_S <= query_W1) & (query_W1 - key_S < window)
-    exists_N1S = (mx.arange(num_blocks)[:, None] > 0)[..., None] | (key_S >= 0)
+    exists_N1S = (mx.arange(num_chunks)[:, None] > 0)[..., None] | (key_S >= 0)
     return Band(window, (in_window_WS & exists_N1S)[:, None])
 
 
 def in_turn(q_NHWK: mx.array, k_NGSK: mx.array, v_NGSK: mx.array, mask_N1WS: mx.array) -> mx.array:
-    """`ops.attention`; on a GPU its backward pass computes the scores of some blocks after those of others.
+    """`ops.attention`; on a GPU its backward pass computes the scores of some chunks after those of others.
 
     A CPU keeps the scores of the forward pass, all of them.
     """
@@ -77,15 +77,15 @@ def in_turn(q_NHWK: mx.array, k_NGSK: mx.array, v_NGSK: mx.array, mask_N1WS: mx.
     return forward(q_NHWK, k_NGSK, v_NGSK)
 
 
-def blocks(x_BHTK: mx.array, window: int) -> mx.array:
-    """(B, N, H, W, K), the last block filled up with zeros."""
+def chunks_of(x_BHTK: mx.array, window: int) -> mx.array:
+    """(B, N, H, W, K), the last chunk filled up with zeros."""
     padding = -x_BHTK.shape[2] % window
     if padding:
         x_BHTK = mx.pad(x_BHTK, [(0, 0), (0, 0), (0, padding), (0, 0)])
     return mx.unflatten(x_BHTK, 2, (-1, window)).swapaxes(1, 2)
 
 
-def with_block_before(x_BNGWK: mx.array) -> mx.array:
-    """(B N, G, 2 W, K): each block after the one before it; before the first there are zeros."""
+def with_chunk_before(x_BNGWK: mx.array) -> mx.array:
+    """(B N, G, 2 W, K): each chunk after the one before it; before the first there are zeros."""
     before = mx.pad(x_BNGWK[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])
     return mx.concatenate([before, x_BNGWK], axis=3).flatten(0, 1)

@@ -46,7 +46,7 @@ def _mixed(
     q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, bias_B1TS: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The mix of values and the weights; X = T H / G are the queries that share a key/value head."""
-    scores_BGXS = in_groups(q_BHTK, k_BGSK) * q_BHTK.shape[-1] ** -0.5 @ k_BGSK.swapaxes(-1, -2)
+    scores_BGXS = by_key_head(q_BHTK, k_BGSK) * q_BHTK.shape[-1] ** -0.5 @ k_BGSK.swapaxes(-1, -2)
     scores_BHTS = widened(scores_BGXS.reshape(*q_BHTK.shape[:3], -1) + bias_B1TS)
     e_BHTS = exp(scores_BHTS - scores_BHTS.max(axis=-1, keepdims=True))
     w_BGXS = (e_BHTS / row_sums(e_BHTS)).astype(scores_BGXS.dtype).reshape(scores_BGXS.shape)
@@ -57,7 +57,7 @@ def _mixed(
 def _mixed_gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
     """dv = w^T d;  dw = d v^T;  dscores = w (dw - <w, dw>)."""
     q_BHTK, k_BGSK, v_BGSK, bias_B1TS = primals
-    q_BGXK, d_BGXK, w_BGXS = in_groups(q_BHTK, k_BGSK), in_groups(cotangents[0], k_BGSK), outputs[1]
+    q_BGXK, d_BGXK, w_BGXS = by_key_head(q_BHTK, k_BGSK), by_key_head(cotangents[0], k_BGSK), outputs[1]
     dw_BGXS = d_BGXK @ v_BGSK.swapaxes(-1, -2)
     w_dw_BGXS = w_BGXS * dw_BGXS
     dscores_BGXS = (w_dw_BGXS - w_BGXS * row_sums(w_dw_BGXS)) * q_BHTK.shape[-1] ** -0.5
@@ -66,7 +66,8 @@ def _mixed_gradient(primals: tuple, cotangents: tuple, outputs: tuple) -> list[m
     return [dq_BHTK, dk_BGSK, dv_BGSK, mx.zeros_like(bias_B1TS)]
 
 
-def in_groups(x_BHTK: mx.array, k_BGSK: mx.array) -> mx.array:
+def by_key_head(x_BHTK: mx.array, k_BGSK: mx.array) -> mx.array:
+    """x_BGXK: the heads that share a key/value head one after the other, X = T H / G."""
     B, G, _, K = k_BGSK.shape
     return x_BHTK.reshape(B, G, -1, K)
 

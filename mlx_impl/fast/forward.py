@@ -18,25 +18,25 @@ from ..model import Attention, Block, CausalLM, Decoder
 from ..train import Arrays, Loss, Nats
 from .head import head_nats, head_of
 from .kept_positions import kept_of, target_positions
-from .layout import Layout, looks_of
+from .layout import Layout, masks_of
 from .projection import project, project_gated
 from .recompute import recomputed
-from .segments import Group, examples_apart
+from .segments import SubBatch, examples_apart
 from .unpadding import Unpadding
 from .vectors import Vectors, as_vectors
 
 
 def to_arrays(batch: Batch) -> Arrays:
-    """inputs_BT; positions_N, targets_N and mask_N of the targets; the groups of rows; the kept positions.
+    """inputs_BT; positions_N, targets_N and mask_N of the targets; the sub-batches; the kept positions.
 
     positions_N is None where every position has a target. Packed examples are rows of their own; of several
-    groups (`segments.py`) the batch is one row.
+    sub-batches (`segments.py`) the batch is one row.
     """
-    groups: list[Group] = []
+    sub_batches: list[SubBatch] = []
     if batch.segment_BT is not None:
-        batch, groups = examples_apart(batch)
-    several = groups if len(groups) > 1 else []
-    kept = kept_of(batch, groups)
+        batch, sub_batches = examples_apart(batch)
+    several = sub_batches if len(sub_batches) > 1 else []
+    kept = kept_of(batch, sub_batches)
     kept_arrays = [mx.array(array) for array in kept or () if array is not None]
     positions_N, targets_N, mask_N = target_positions(batch)
     is_everywhere = batch.mask_BT.all() and mask_N.all() and not kept_arrays
@@ -46,8 +46,8 @@ def to_arrays(batch: Batch) -> Arrays:
 
 def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
     """The sum of nats over the targets, and their number, as `train.batch_loss`."""
-    inputs_BT, positions_N, targets_N, mask_N, groups, kept = arrays
-    x_ND = hidden_at_targets(model.model, inputs_BT, positions_N, groups, kept)
+    inputs_BT, positions_N, targets_N, mask_N, sub_batches, kept = arrays
+    x_ND = hidden_at_targets(model.model, inputs_BT, positions_N, sub_batches, kept)
     return head_nats(head_of(model, after=x_ND), model.config.vocab_size, x_ND, targets_N, mask_N)
 
 
@@ -63,16 +63,16 @@ def hidden_at_targets(
     decoder: Decoder,
     tokens_BT: mx.array,
     positions_N: mx.array | None,
-    groups: Sequence[Group] = (),
+    sub_batches: Sequence[SubBatch] = (),
     kept: Sequence[mx.array] = (),
 ) -> mx.array:
     """(N, D): the final hidden states at these positions of the flattened (B, T), or at all of them.
 
     `kept` are the fields of `kept_positions.KeptPositions`; without them every position is computed.
-    `groups` are those of a batch that is one row (`segments.py`).
+    `sub_batches` are those of a batch that is one row (`segments.py`).
     """
     unpadding = Unpadding(*kept) if kept else None
-    layout = Layout(looks_of(tokens_BT.shape[1], groups, decoder.window), unpadding, groups)
+    layout = Layout(masks_of(tokens_BT.shape[1], sub_batches, decoder.window), unpadding, sub_batches)
     if unpadding:
         tokens_BT = tokens_BT.flatten()[unpadding.kept_U][None]
     x_BTD = decoder.embed_tokens(tokens_BT)

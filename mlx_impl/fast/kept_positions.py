@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import Batch, bucket_size
-from .segments import Group
+from ..data import SMALLEST_BUCKET, Batch, bucket_size
+from .segments import SubBatch
 
 KEPT_BUCKETS = 8  # from n to 2n; finer than for rows and targets, because most of a step's work is on them
 TARGET_BUCKETS = 4
@@ -36,7 +36,7 @@ class KeptPositions(NamedTuple):
     is_shared_U: np.ndarray | None  # True: one for all rows with a target; None if none is shared
 
 
-def kept_positions(batch: Batch) -> KeptPositions | None:
+def kept_positions(batch: Batch, is_packed: bool = False) -> KeptPositions | None:
     """The positions to compute; None if all of them are."""
     mask_BT, T = batch.mask_BT, batch.mask_BT.shape[1]
     is_needed_BT = needed_positions(mask_BT)
@@ -47,7 +47,7 @@ def kept_positions(batch: Batch) -> KeptPositions | None:
     )  # those of the first row; the others
     needed = np.append(shared, np.flatnonzero(is_needed_BT & ~is_shared_BT))
     dummies = np.append(repeated, np.flatnonzero(~is_needed_BT))
-    size = bucket_size(len(needed) + 1, KEPT_BUCKETS)
+    size = kept_size(len(needed), is_packed)
     if size >= mask_BT.size:
         return None
     kept = each_its_own(needed, dummies, size, mask_BT.shape)
@@ -57,19 +57,28 @@ def kept_positions(batch: Batch) -> KeptPositions | None:
     return kept._replace(source_BT=source_BT, is_shared_U=np.arange(size) < num_shared)
 
 
-def kept_of(batch: Batch, groups: Sequence[Group]) -> KeptPositions | None:
-    """The positions to compute of rows, or of several groups of rows; None if all of them are."""
-    return kept_in_groups(batch, groups) if len(groups) > 1 else kept_positions(batch)
+def kept_of(batch: Batch, sub_batches: Sequence[SubBatch]) -> KeptPositions | None:
+    """The positions to compute of rows, or of several sub-batches; None if all of them are."""
+    if len(sub_batches) > 1:
+        return kept_in_sub_batches(batch, sub_batches)
+    return kept_positions(batch, is_packed=len(sub_batches) == 1)
 
 
-def kept_in_groups(batch: Batch, groups: Sequence[Group]) -> KeptPositions:
-    """The same of several groups of rows (`segments.py`), which are one row here; they share no prefix."""
-    ends = np.cumsum([rows * width for rows, width in groups])
-    parts = zip(np.split(batch.mask_BT[0], ends[:-1]), groups, strict=True)
-    is_needed_M = np.concatenate([needed_positions(mask_M.reshape(group)).ravel() for mask_M, group in parts])
+def kept_in_sub_batches(batch: Batch, sub_batches: Sequence[SubBatch]) -> KeptPositions:
+    """The same of several sub-batches (`segments.py`), which are one row here; they share no prefix."""
+    ends = np.cumsum([rows * width for rows, width in sub_batches])
+    parts = zip(np.split(batch.mask_BT[0], ends[:-1]), sub_batches, strict=True)
+    is_needed_M = np.concatenate([needed_positions(mask_M.reshape(of)).ravel() for mask_M, of in parts])
     needed, dummies = np.flatnonzero(is_needed_M), np.flatnonzero(~is_needed_M)
-    size = min(bucket_size(len(needed) + 1, KEPT_BUCKETS), len(is_needed_M))
+    size = min(kept_size(len(needed), is_packed=True), len(is_needed_M))
     return each_its_own(needed, dummies, size, batch.mask_BT.shape)
+
+
+def kept_size(num_needed: int, is_packed: bool) -> int:
+    """A shape bucket with room for a dummy. Packed rows fill buckets, so their dummies come on top of one."""
+    if is_packed:
+        return bucket_size(num_needed, KEPT_BUCKETS) + SMALLEST_BUCKET
+    return bucket_size(num_needed + 1, KEPT_BUCKETS)
 
 
 def needed_positions(mask_BT: np.ndarray) -> np.ndarray:

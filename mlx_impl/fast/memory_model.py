@@ -7,8 +7,8 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     block        = U (4 D + 3 H K + 2 G K + 3 F + more) itemsize + scores
     scores       = B H T S itemsize on a CPU, on Metal, and on CUDA in float32; fused attention keeps none.
                    In a band (band.py) S is two windows, and many on a GPU are not kept.
-                   Many of causal rows on a CPU are computed in blocks and not kept (query_blocks.py).
-                   Packed examples are B rows of their own, T wide, in groups (segments.py)
+                   Many of causal rows on a CPU are computed in chunks and not kept (query_chunks.py).
+                   Packed examples are B rows of their own, T wide, in sub-batches (segments.py)
     work         = 2 scores + mask + one block without its scores
     evaluation   = weights + state + max(rest + max(3 scores + mask + 2 U F, 5 U F) + in full,
                                          5 logits + head)

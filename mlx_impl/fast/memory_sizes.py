@@ -16,7 +16,7 @@ from . import ops
 from .kept_positions import kept_of
 from .memory_in_full import numbers_in_full
 from .projection import low_rank_of
-from .segments import Group, examples_apart
+from .segments import SubBatch, examples_apart
 
 FLOAT = 4  # bytes of what is float32 whatever the model's type is
 PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
@@ -55,7 +55,7 @@ class Shape:
     computed: int  # positions outside of attention
     targets: int  # positions that the head reads
     seen: int = 0  # tokens in the cache before these
-    groups: tuple[Group, ...] = ()  # of packed examples: the rows of attention
+    sub_batches: tuple[SubBatch, ...] = ()  # of packed examples: the rows of attention
     masks: int = 1  # of the plain path: one for all rows, or of packed rows one each
 
     @property
@@ -105,11 +105,11 @@ def is_fused_in_training(head_dim: int, itemsize: int) -> bool:
 
 
 def shape_of(batch: Batch) -> Shape:
-    (rows, width), groups = batch.inputs_BT.shape, list[Group]()
+    (rows, width), sub_batches = batch.inputs_BT.shape, list[SubBatch]()
     apart = batch
     if batch.segment_BT is not None:
-        apart, groups = examples_apart(batch)
-    kept = kept_of(apart, groups)
+        apart, sub_batches = examples_apart(batch)
+    kept = kept_of(apart, sub_batches)
     computed = apart.inputs_BT.size if kept is None else len(kept.kept_U)
-    masks = rows if groups else 1
-    return Shape(rows, width, computed, int(batch.mask_BT.sum()), groups=tuple(groups), masks=masks)
+    masks = rows if sub_batches else 1
+    return Shape(rows, width, computed, int(batch.mask_BT.sum()), sub_batches=tuple(sub_batches), masks=masks)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import ops
 from ..ops import widened
-from . import cpu_ops, query_blocks
+from . import cpu_ops, query_chunks
 
 
 def on_gpu() -> bool:
@@ -34,8 +34,8 @@ def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: m
         return ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
     if mask_B1TS is None:
         (B, H, T, _), S = q_BHTK.shape, k_BGSK.shape[2]
-        if T == S and query_blocks.are_needed(B * H * T * S):
-            return query_blocks.attention(q_BHTK, k_BGSK, v_BGSK)
+        if T == S and query_chunks.are_needed(B * H * T * S):
+            return query_chunks.attention(q_BHTK, k_BGSK, v_BGSK)
         mask_B1TS = mx.arange(S) <= mx.arange(S - T, S)[:, None]
     return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
 

@@ -17,7 +17,7 @@ from ..model import CausalLM
 from .memory_kept import block_bytes
 from .memory_model import state_bytes, training_bytes
 from .memory_sizes import Shape, Sizes, sizes_of
-from .segments import groups_in
+from .segments import sub_batches_in
 
 BLOCKS_AHEAD = 4  # on an H200 steps take 8% to 16% less than with none, and little more than with many
 
@@ -46,6 +46,6 @@ def other_bytes(sizes: Sizes) -> int:
 def step_bytes(sizes: Sizes, batch: Batch, checkpointed: bool) -> int:
     """What this batch needs and what may be queued; as if padding were computed too, which is enough."""
     rows, width = batch.inputs_BT.shape
-    groups = () if batch.segment_BT is None else tuple(groups_in(batch))
-    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()), groups=groups)
+    sub_batches = () if batch.segment_BT is None else tuple(sub_batches_in(batch))
+    shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()), sub_batches=sub_batches)
     return training_bytes(sizes, shape, checkpointed) + BLOCKS_AHEAD * block_bytes(sizes, shape)

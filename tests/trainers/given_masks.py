@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_impl.data import Batch
-from mlx_impl.fast.segments import examples_of, groups_of, places
+from mlx_impl.fast.segments import examples_of, places, sub_batches_in
 from mlx_impl.lora import Dropout, lora_layers
 from mlx_impl.model import CausalLM
 from mlx_impl.train import PLAIN, Arrays, Loss, Nats
@@ -53,8 +53,7 @@ class GivenDropout(Dropout):
 
 def places_of(batch: Batch) -> np.ndarray:
     """Where in the flattened (B, T) each position of `segments.examples_apart` was."""
-    starts, lengths = examples_of(batch)
-    return places(starts, lengths, groups_of(lengths, batch.inputs_BT.size, batch.inputs_BT.shape[1]))[0]
+    return places(*examples_of(batch), sub_batches_in(batch))[0]
 
 
 def with_given_masks(model: CausalLM, masks: Named, loss: Loss) -> Loss:

@@ -1,4 +1,4 @@
-"""Attention of a window as a band of blocks: equal to attention with the mask, in memory linear in T."""
+"""Attention of a window as a band of chunks: equal to attention with the mask, in memory linear in T."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def exact_attention(
 
 @pytest.mark.parametrize("window", [1, 3, 8, 11, 32, 33, 50])
 def test_it_equals_attention_with_the_mask(window: int) -> None:
-    """Rows of 33 positions: a last block that is filled up, one block, a window larger than the row."""
+    """Rows of 33 positions: a last chunk that is filled up, one chunk, a window larger than the row."""
     random = np.random.default_rng(window)
     q, k, v = (random.standard_normal((3, heads, 33, K)) for heads in (H, G, G))
     mask = np.array(mx.broadcast_to(full_mask(33, window), (3, 1, 33, 33)))
@@ -49,10 +49,10 @@ def test_it_equals_attention_with_the_mask(window: int) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2 * H * 8 * 16, 3 * H * 8 * 16, 10**9])
-def test_on_a_gpu_the_gradients_of_some_blocks_at_a_time_are_those_of_all(
+def test_on_a_gpu_the_gradients_of_some_chunks_at_a_time_are_those_of_all(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five blocks of each of three rows: one, two or three at a time, the last ones alone, or all."""
+    """Five chunks of each of three rows: one, two or three at a time, the last ones alone, or all."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     monkeypatch.setattr(band, "MAX_SCORES", most)
     random, mask = np.random.default_rng(most), full_mask(33, 8)
@@ -76,7 +76,7 @@ def backward_bytes(tokens: int, window: int) -> int:
     return mx.get_peak_memory() - before
 
 
-def test_on_a_gpu_the_scores_of_one_block_at_a_time_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_scores_of_one_chunk_at_a_time_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     at_once = backward_bytes(2048, 256)
     monkeypatch.setattr(band, "MAX_SCORES", 1)

@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
-from mlx_impl.fast import head, query_blocks
+from mlx_impl.fast import head, query_chunks
 from mlx_impl.fast.forward import to_arrays
 from mlx_impl.fast.kept_positions import kept_positions
 from mlx_impl.files.quantized import Quantization, quantize_modules
@@ -202,7 +202,7 @@ def test_with_the_same_dropout_masks_and_checkpointing_too(
 def test_with_attention_in_blocks_of_queries_too(
     name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(query_blocks, "MAX_SCORES", 60)
+    monkeypatch.setattr(query_chunks, "MAX_SCORES", 60)
     for batch_name in BATCHES:
         require_exact(named_case(name), partial(one_step, batch_name=batch_name, checkpointed=checkpointed))
 

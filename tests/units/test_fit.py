@@ -15,7 +15,7 @@ from mlx_impl.__main__ import main
 from mlx_impl.cli.settings.memory_size import parse_memory
 from mlx_impl.config import LoRAConfig, ModelConfig
 from mlx_impl.data import WIDTH_BUCKETS, bucket_size
-from mlx_impl.fast import band, memory_work, ops, query_blocks
+from mlx_impl.fast import band, memory_work, ops, query_chunks
 from mlx_impl.fast.described import described_sizes
 from mlx_impl.fast.memory_model import training_bytes
 from mlx_impl.fast.memory_sizes import Shape, sizes_of
@@ -91,7 +91,7 @@ def test_no_smaller_batch_than_the_one_that_is_named_needs_more_than_there_is(
     window: int | None, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A need falls where scores become so many that they are no longer kept."""
-    monkeypatch.setattr(query_blocks, "MAX_SCORES", 2**21)
+    monkeypatch.setattr(query_chunks, "MAX_SCORES", 2**21)
     monkeypatch.setattr("mlx_impl.run.fit.END", 12)
     one = setting(checkpointed, replace(WIDE, num_hidden_layers=24, sliding_window=window))
     tokens = [bucket_size(n, WIDTH_BUCKETS) for n in (8, 100, 300, 500, 600, 700, 800, 1000)]
@@ -153,7 +153,7 @@ def test_on_cuda_rows_not_of_whole_tiles_have_attention_weights_of_one_block(
     assert broken - whole >= 5 * WIDE.num_attention_heads * 320 * 320 * 2
 
 
-def test_on_a_gpu_a_band_has_the_attention_weights_of_some_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_a_band_has_the_attention_weights_of_some_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`band.in_turn`: on Metal too none are kept, though its attention in training keeps them."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
@@ -164,7 +164,7 @@ def test_on_a_gpu_a_band_has_the_attention_weights_of_some_blocks(monkeypatch: p
 
 
 def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
-    """Its attention is a band of blocks (`fast/band.py`)."""
+    """Its attention is a band of chunks (`fast/band.py`)."""
     one = setting(config=replace(WIDE, sliding_window=64))
     four, eight = one.bytes_needed(1, 4096), one.bytes_needed(1, 8192)
     assert eight < 2.05 * four

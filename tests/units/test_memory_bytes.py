@@ -12,12 +12,12 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, evaluation_batches, make_packed_batch, training_windows
-from mlx_impl.fast import query_blocks
+from mlx_impl.fast import query_chunks
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.key_blocks import BLOCK
 from mlx_impl.fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
 from mlx_impl.fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
-from mlx_impl.fast.segments import Group
+from mlx_impl.fast.segments import SubBatch
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
 from tests.lora_ladder.cases import SPEC, random_rows
@@ -116,7 +116,7 @@ def test_the_need_in_blocks_of_queries_is_near_what_mlx_counts(
 ) -> None:
     config, tokens = replace(NARROW, num_attention_heads=12, num_key_value_heads=4), 1024
     at_once = training_bytes(sizes_of(CausalLM(config)), Shape(1, tokens, tokens, tokens), checkpointed)
-    monkeypatch.setattr(query_blocks, "MAX_SCORES", 2**18)
+    monkeypatch.setattr(query_chunks, "MAX_SCORES", 2**18)
     name = "long, in blocks"
     monkeypatch.setitem(CASES, name, case(config, tokens, grad_checkpoint=checkpointed))
     test_the_need_is_near_what_mlx_counts(name, plain=False)
@@ -156,13 +156,13 @@ def test_checkpointing_and_evaluation_hold_the_attention_weights_of_one_block() 
     assert evaluation_bytes(three, shape) == evaluation_bytes(two, shape)
 
 
-def test_attention_holds_the_padding_of_groups_too() -> None:
+def test_attention_holds_the_padding_of_sub_batches_too() -> None:
     """Queries, keys, values and the mix of every place of their rows; kept once, and once in work."""
     examples = [Example((1,) * (n + 1), (False,) + (True,) * n) for n in (40, 40, 40, 40)]
     shape = shape_of(make_packed_batch(examples, [(0, 1, 2, 3)]))
-    ((rows, width),) = shape.groups
+    ((rows, width),) = shape.sub_batches
     padding, on_a_gpu = rows * width - shape.computed, replace(SIZES, keeps_scores=False)
-    full = replace(shape, groups=(Group(1, shape.computed),))
+    full = replace(shape, sub_batches=(SubBatch(1, shape.computed),))
     heads = 2 * (SPEC.num_attention_heads + SPEC.num_key_value_heads)
     more = training_bytes(on_a_gpu, shape, False) - training_bytes(on_a_gpu, full, False)
     assert more >= 4 * SPEC.num_hidden_layers * heads * SPEC.head_dim * padding > 0

@@ -14,7 +14,7 @@ from mlx_impl import batching
 from mlx_impl.batching import chunks, group_by_length, pack_rows, rows_of
 from mlx_impl.data import Batch, Example, make_batch, make_packed_batch
 from mlx_impl.fast import segments
-from mlx_impl.fast.layout import rows_of as rows_of_groups
+from mlx_impl.fast.layout import rows_of as rows_of_sub_batches
 from mlx_impl.model import attention_mask, position_ids
 from mlx_impl.text.examples import Encoded, encode_all, encode_each, mark_targets
 from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches
@@ -166,16 +166,18 @@ def positions_one_late(segment_BT: Any) -> Any:
     return position_BT
 
 
-def rows_as_they_are(batch: Batch) -> tuple[Batch, list[segments.Group]]:
+def rows_as_they_are(batch: Batch) -> tuple[Batch, list[segments.SubBatch]]:
     return batch._replace(segment_BT=None), []
 
 
-def groups_rounded_down(lengths: Any, *sizes: int, real: Any = segments.groups_of) -> list[segments.Group]:
-    return real([1 << (int(n).bit_length() - 1) for n in lengths], *sizes)
+def cut_to_powers_of_two(
+    lengths: Any, *shape: int, real: Any = segments.sub_batches_of
+) -> list[segments.SubBatch]:
+    return real([1 << (int(n).bit_length() - 1) for n in lengths], *shape)
 
 
-def only_the_first_group_learns(x_1HTK: mx.array, groups: Sequence[segments.Group]) -> list[mx.array]:
-    first, *others = rows_of_groups(x_1HTK, groups)
+def only_the_first_learns(x_1HTK: mx.array, sub_batches: Sequence[segments.SubBatch]) -> list[mx.array]:
+    first, *others = rows_of_sub_batches(x_1HTK, sub_batches)
     return [first, *map(mx.stop_gradient, others)]
 
 
@@ -377,12 +379,12 @@ MUTANTS = [
         "packed-examples-cut-to-a-bucket",
         5,
         "For attention packed examples get rows of a power of two, and what is longer than its row is lost.",
-        {"mlx_impl.fast.segments.groups_of": groups_rounded_down},
+        {"mlx_impl.fast.segments.sub_batches_of": cut_to_powers_of_two},
     ),
     Mutant(
         "only-the-longest-examples-learn",
         6,
-        "Packed examples attend in groups of similar length, and only the first group has a backward pass.",
-        {"mlx_impl.fast.layout.rows_of": only_the_first_group_learns},
+        "Packed examples attend in sub-batches of like length, of which only the first has a backward pass.",
+        {"mlx_impl.fast.layout.rows_of": only_the_first_learns},
     ),
 ]

@@ -18,7 +18,7 @@ from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Batch, Example, make_packed_batch
 from mlx_impl.fast.decode import before_stop
 from mlx_impl.fast.kept_positions import KeptPositions, kept_positions, shared_prefix_length
-from mlx_impl.fast.layout import looks_of
+from mlx_impl.fast.layout import masks_of
 from mlx_impl.fast.vectors import of_tree
 from mlx_impl.files.formats.factors import CONFIG, write_files
 from mlx_impl.files.quantized import plain_module
@@ -75,8 +75,9 @@ class DecayAtThePeak(AdamW):
 REMEMBERED: dict[Any, KeptPositions | None] = {}
 
 
-def kept_by_mask(batch: Batch) -> KeptPositions | None:
-    return REMEMBERED.setdefault((batch.mask_BT.shape, batch.mask_BT.tobytes()), kept_positions(batch))
+def kept_by_mask(batch: Batch, is_packed: bool) -> KeptPositions | None:
+    by_mask = batch.mask_BT.shape, batch.mask_BT.tobytes()
+    return REMEMBERED.setdefault(by_mask, kept_positions(batch, is_packed))
 
 
 def prefix_of_two_rows(batch: Batch, is_needed_BT: np.ndarray) -> int:
@@ -101,8 +102,8 @@ def evaluate_cut(self: LoRATrainer, examples: Sequence[Example]) -> float:
     return EVALUATE(self, [Example(e.tokens[:size], e.is_target[:size]) for e in examples])
 
 
-def without_a_window_if_packed(T: int, groups: Any, window: int | None) -> Any:
-    return looks_of(T, groups, None if groups else window)
+def without_a_window_if_packed(T: int, sub_batches: Any, window: int | None) -> Any:
+    return masks_of(T, sub_batches, None if sub_batches else window)
 
 
 def only_b_is_faster(self: LoRAOptimizer, config: TrainConfig) -> None:
@@ -229,7 +230,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "window-lost-in-packed-rows",
         5,
         "The mask of packed rows knows segments and causality only: a Mistral attends all of its example.",
-        {"mlx_impl.fast.forward.looks_of": without_a_window_if_packed},
+        {"mlx_impl.fast.forward.masks_of": without_a_window_if_packed},
         cases=("sliding window",),
     ),
     Mutant(

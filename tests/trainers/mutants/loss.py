@@ -23,7 +23,9 @@ CHUNK = 9  # positions
 def batches(change: Callable[[Batch], Batch]) -> Patches:
     return {
         "mlx_impl.fast.forward.target_positions": lambda batch: target_positions(change(batch)),
-        "mlx_impl.fast.kept_positions.kept_positions": lambda batch: kept_positions(change(batch)),
+        "mlx_impl.fast.kept_positions.kept_positions": lambda batch, **more: kept_positions(
+            change(batch), **more
+        ),
     }
 
 

@@ -23,8 +23,8 @@ def prepared(change: Any) -> Patches:
     return {"mlx_impl.run.trainer.FAST": FAST._replace(to_arrays=lambda batch: to_arrays(change(batch)))}
 
 
-def not_computed_at_token_0(batch: Batch) -> KeptPositions | None:
-    kept = kept_positions(batch)
+def not_computed_at_token_0(batch: Batch, is_packed: bool) -> KeptPositions | None:
+    kept = kept_positions(batch, is_packed)
     if kept is None:
         return None
     dummy = int(kept.is_needed_U.sum())

@@ -26,12 +26,12 @@ from tests.trainers.mutants.step import adamw, scheduled
 
 rope, attention, extend, call = ops.rope, ops.attention, BlockCache.extend, CausalLM.__call__
 attention_mask, state_arrays = model.attention_mask, state.state_arrays
-with_block_before = band.with_block_before
+with_chunk_before = band.with_chunk_before
 TABLE = 1024
 
 
-def without_block_before(x_BNGWK: mx.array) -> mx.array:
-    keys = with_block_before(x_BNGWK)
+def without_chunk_before(x_BNGWK: mx.array) -> mx.array:
+    keys = with_chunk_before(x_BNGWK)
     return mx.where(mx.arange(keys.shape[2])[:, None] < keys.shape[2] // 2, 0, keys)
 
 
@@ -43,8 +43,8 @@ def of_the_last_512(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: 
     return attention(q_BHTK, k_BGSK, v_BGSK, cut if S > 512 else mask)
 
 
-def of_blocks_apart(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
-    """Over 256 keys, blocks are normalized alone, and their mixes averaged."""
+def of_chunks_apart(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
+    """Over 256 keys, chunks are normalized alone, and their mixes averaged."""
     S = k_BGSK.shape[2]
     if mask is not None or S <= 256 or q_BHTK.shape[2] > 8:
         return attention(q_BHTK, k_BGSK, v_BGSK, mask)
@@ -155,10 +155,10 @@ MUTANTS = [
         fast_op("attention", of_the_last_512),
     ),
     Mutant(
-        "attention-of-blocks-apart",
+        "attention-of-chunks-apart",
         1,
-        "Attention goes over the keys in blocks of 256, and averages the blocks' results without their sums.",
-        fast_op("attention", of_blocks_apart),
+        "Attention goes over the keys in chunks of 256, and averages the chunks' results without their sums.",
+        fast_op("attention", of_chunks_apart),
     ),
     Mutant(
         "rope-table-of-1024-positions",
@@ -245,10 +245,10 @@ MUTANTS = [
         answered(later_ones_by_length),
     ),
     Mutant(
-        "blocks-of-a-window-forget-the-one-before",
+        "chunks-of-a-window-forget-the-one-before",
         5,
-        "Long rows attend in blocks of a window, and a block does not see the one before it.",
-        {"mlx_impl.fast.band.with_block_before": without_block_before},
+        "Long rows attend in chunks of a window, and a chunk does not see the one before it.",
+        {"mlx_impl.fast.band.with_chunk_before": without_chunk_before},
     ),
     Mutant(
         "padding-of-short-prompts-attended",

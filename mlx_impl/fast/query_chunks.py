@@ -1,6 +1,6 @@
-"""Causal attention of long rows on a CPU, a block of queries after the other: memory grows with T, not T^2.
+"""Causal attention of long rows on a CPU, one chunk of queries after another: memory grows with T, not T^2.
 
-The scores of a block are computed, used and dropped; the backward pass computes them again.
+The scores of a chunk are computed, used and dropped; the backward pass computes them again.
 Source: Dao et al. 2022, "FlashAttention", section 3.1 (recomputation); of it only the order is used here.
 """
 
