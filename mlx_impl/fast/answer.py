@@ -19,7 +19,9 @@ from .one_token import OneToken
 from .reading import Gap, read_prompt
 
 MAX_AHEAD = 1024  # tokens in the cache of a CPU
-MAX_BYTES_AHEAD = 2**29  # of the cache of a GPU: to copy more takes longer than the GPU has to wait
+MAX_BYTES_AHEAD = (
+    2**29
+)  # of the cache of a GPU; an estimate, not measured: to copy more takes longer than to wait
 
 Chosen = tuple[mx.array, mx.array]  # the next token of each row, and its `zero_if_finite`
 
