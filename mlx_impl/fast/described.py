@@ -1,7 +1,7 @@
 """The sizes of a model from its configuration alone.
 
-MLX's arrays are lazy: a model is made, measured and dropped, and none of its arrays is computed. The
-difference between models of one and of two blocks is a block.
+MLX's arrays are lazy: a model is made, measured and dropped, and none of its arrays is computed. It has one
+block, and then two: the difference is what each further block adds.
 """
 
 from __future__ import annotations

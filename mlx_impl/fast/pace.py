@@ -2,7 +2,7 @@
 
 MLX queues up to ten graphs of kernels, and what a kernel used is free only when its graph is done: a step
 that needs 8 GiB can hold 15. At MLX's memory limit it waits for the GPU instead. Here the limit is what the
-step itself needs and that of BLOCKS_AHEAD blocks: with less the host stops too often, and the GPU runs dry.
+step needs, and BLOCKS_AHEAD blocks more: with a lower one the host waits too often, and the GPU has no work.
 Source: `eval_impl` in MLX's transforms.cpp (0.32.4).
 """
 

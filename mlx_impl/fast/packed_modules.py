@@ -52,7 +52,7 @@ UNPACKING: dict[Any, type[nn.Module]] = {
 
 @contextmanager
 def unpacking_first(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's quantized modules are of the classes above.
+    """Inside the `with` the model's quantized modules are of the classes above.
 
     On a GPU `packed.is_unpacked_for` leaves most products as they are.
     """

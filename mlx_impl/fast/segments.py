@@ -79,10 +79,10 @@ def sub_batches_of(lengths: Sequence[int] | np.ndarray, rows: int, widest: int) 
 
 @cache
 def layouts(positions: int, widest: int, at_most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The widths, which fall; of each layout the rows of every width; and those of it or a wider one.
+    """width_W, the widest first; rows_LW, the rows of each width in a layout; and those that wide or wider.
 
     A layout is a choice of widths and a size. Each of its sub-batches has so many positions, or one row where
-    that is more. The smallest layout is first; the last has `positions` rows of the widest and fits anything.
+    that is more. The smallest layout is first; one of the last has room for `positions` of the widest rows.
     """
     widths, sizes = powers_of_two(widest)[::-1], powers_of_two(positions * 2 * widest)
     choices = [choice for n in range(at_most) for choice in combinations(widths[::-1], n + 1)]

@@ -1,8 +1,9 @@
 """`mx.dequantize` on a CPU, to the bit and several times as fast: a table in place of shifts and masks.
 
-Source of the layout: MLX documentation, `mlx.core.quantize`, mode "affine". The numbers q of a row follow one
-another, lowest bit first, and w = scale * q + bias with a scale and a bias for each group. Some bits of a
-row, 8 where numbers do not straddle bytes, are an index into a table of the numbers that they hold.
+w = scale * q + bias, with a scale and a bias for each group of weights. The numbers q of a row follow one
+another, lowest bit first. The table has a line for each value of a byte: the numbers that it holds. Numbers
+of 3, 5 and 6 bits straddle bytes; there it has a line for each value of 10 or 12 bits.
+Source of the layout: MLX documentation, `mlx.core.quantize`, mode "affine".
 """
 
 from __future__ import annotations
