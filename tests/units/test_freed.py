@@ -38,11 +38,11 @@ def train(plain: bool, compiled: bool, grad_checkpoint: bool) -> None:
         pass
 
 
-@pytest.mark.parametrize(("plain", "compiled", "grad_checkpoint"), product([False, True], repeat=3))
+@pytest.mark.parametrize(("plain", "compiled", "grad_checkpoint"), [*product([False, True], repeat=3)])
 def test_a_training_that_is_over_leaves_no_array_behind(
     plain: bool, compiled: bool, grad_checkpoint: bool
 ) -> None:
-    """A tracer that is kept ties a compiled step to itself, where Python's garbage collector cannot see it."""
+    """A tracer that is kept ties a compiled step to itself, in a cycle that no garbage collector sees."""
     train(plain, compiled, grad_checkpoint)
     gc.collect()
     before = mx.get_active_memory()
