@@ -114,6 +114,12 @@ def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
 
 
+def test_on_a_cpu_the_norms_of_16_bits_keep_their_inputs_in_float32() -> None:
+    """Two a block, each of twice the bytes: `fast::rms_norm`'s fallback in MLX."""
+    in_32, in_16 = (described_sizes(WIDE, dtype).a_position for dtype in (mx.float32, mx.bfloat16))
+    assert in_16 - in_32 == 2 * WIDE.hidden_size
+
+
 SCORES = WIDE.num_attention_heads * 256 * 256  # numbers, of a row of 256 tokens
 
 
