@@ -12,7 +12,7 @@ def block_bytes(sizes: Sizes, shape: Shape) -> int:
 
 
 def padded_numbers(sizes: Sizes, shape: Shape) -> int:
-    """Queries, keys, values and mixes of the places in sub-batches where no computed position is."""
+    """Queries, keys, values and mixes of the places in attention where no computed position is."""
     c, places = sizes.config, sum(rows * width for rows, width in rows_of(sizes, shape))
     heads = 2 * (c.num_attention_heads + c.num_key_value_heads)
-    return heads * c.head_dim * max(0, places - shape.computed) if shape.sub_batches else 0
+    return heads * c.head_dim * max(0, places - shape.computed)

@@ -17,8 +17,10 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
 
 L is the number of blocks; the other letters are those of the shape names. `logits` are those of one chunk of
 the loss; on the plain path those of every position. `more` is what linears keep that `projection.py` does not
-compute: inputs after dropout, DoRA's directions. The state is the moments, and the factors and moments of the
-update before, which `guard.py` keeps: 5 numbers beside each factor. An update makes three new ones.
+compute: inputs after dropout, DoRA's directions; and on a CPU in 16 bits the norms' inputs in float32. Places
+of a row that are not computed have queries, keys, values and mixes too. The state is the moments, and the
+factors and moments of the update before, which `guard.py` keeps: 5 numbers beside each factor. An update
+makes three new ones.
 
 `in full` are arrays as large as a weight (`memory_in_full.py`). What is kept is in `memory_kept.py`, scores
 and masks are in `memory_scores.py`, working sets in `memory_work.py`, and what all depend on is in
@@ -32,7 +34,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .key_blocks import whole_blocks
-from .memory_kept import block_bytes
+from .memory_kept import block_bytes, padded_numbers
 from .memory_scores import mask_bytes, scores_at_once_bytes
 from .memory_sizes import FLOAT, Shape, Sizes
 from .memory_work import PLAIN_EVALUATED_LOGITS, head_bytes, packed_head_bytes, work_bytes
@@ -64,6 +66,7 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     c, scores = sizes.config, scores_at_once_bytes(sizes, shape, backward=False)
     a_unit = shape.computed * sizes.itemsize
     rest = a_unit * (sizes.a_position - sizes.more - 3 * c.intermediate_size)
+    rest += padded_numbers(sizes, shape) * sizes.itemsize
     copies, logits = (1, PLAIN_EVALUATED_LOGITS) if sizes.plain else (3, None)
     attention = copies * scores * FLOAT // sizes.itemsize + mask_bytes(sizes, shape)
     first, later = sizes.evaluated

@@ -3,7 +3,7 @@
 A CPU keeps the scores for the gradient, but for those of `query_chunks.py`. So does a GPU whose attention is
 not fused in training: all of Metal, and CUDA in float32. Fused attention keeps none. Its backward pass makes
 them again where rows are not of whole tiles, and takes a mask that is an array as a number for each score.
-Source: `scaled_dot_product_attention` in MLX's fast.cpp, and the CUDA backend's (0.32).
+Source: `scaled_dot_product_attention` in MLX's fast.cpp, and the CUDA backend's (0.32.2).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Sizes:
     weights: int  # bytes of all parameters, the factors too
     trained: int  # numbers
     itemsize: int  # of a hidden state
-    more: int  # numbers a position of a block that only unfused linears keep
+    more: int  # numbers a position of a block that not every model keeps: `sizes_of`
     unpacked: int  # bytes of arrays as large as a weight, in training
     head: int  # bytes of a quantized head in full
     keeps_scores: bool  # attention on a CPU
@@ -82,6 +82,8 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
     more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
+    if keeps_scores and itemsize < FLOAT:
+        more += 2 * model.config.hidden_size  # the norms of MLX's CPU backend keep x in float32
     first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
     unfused = not keeps_scores and not is_fused_in_training(model.config.head_dim, itemsize)
     return Sizes(

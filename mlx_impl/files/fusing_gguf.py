@@ -29,7 +29,7 @@ from .fusing import Fusion, Progress, Survival, base_tensors, require_finite, un
 from .precision import dtype_of
 from .quantized import Quantized
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DTYPES = {str(dtype).removeprefix("mlx.core."): dtype for dtype in TYPES}
 FIRST_MATRIX = "blk.0.attn_q.weight"  # its type is the file's
 DEFAULT_CONTEXT = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}  # transformers'
 # Of the base's file: how it was quantized, which the new one is not.

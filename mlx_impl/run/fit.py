@@ -1,7 +1,7 @@
 """Which rows and batches fit into so much memory, of a model of which only the configuration is read.
 
 The need is that of memory_model.py for an update and an evaluation in which every position is a target,
-and 10% more; the lowest estimate that was measured was 4.4% low (benchmarks/NOTES.md).
+and 10% more; the lowest estimate that was measured was 6.0% low (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

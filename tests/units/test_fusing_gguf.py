@@ -173,6 +173,7 @@ def test_a_quantized_base_is_written_unquantized_or_refused(tmp_path: Path) -> N
     [
         ("qwen3", WINDOW, "a sliding window of qwen3 cannot be written to a GGUF file, got 4 tokens"),
         ("qwen2-narrow", {}, "of qwen2 must be hidden_size to be written to a GGUF file, got 60 and 30"),
+        ("llama", {"max_position_embeddings": 2**64}, "_length cannot be written to a GGUF file, got 18"),
         ("qwen2", MODELS["llama3-rope"][2], "type llama3 cannot be written to a GGUF file of qwen2"),
     ],
 )  # fmt: skip

@@ -168,6 +168,16 @@ def test_attention_holds_the_padding_of_sub_batches_too() -> None:
     assert more >= 4 * SPEC.num_hidden_layers * heads * SPEC.head_dim * padding > 0
 
 
+def test_attention_holds_what_is_not_computed_of_a_row_too() -> None:
+    """Of padding and of a prefix that rows share: queries, keys, values and the mix."""
+    shape, on_a_gpu = Shape(4, 64, 256, 8), replace(SIZES, keeps_scores=False)
+    shared = replace(shape, computed=112)
+    heads = 2 * (SPEC.num_attention_heads + SPEC.num_key_value_heads) * SPEC.head_dim
+    all_but_heads = on_a_gpu.a_position - heads
+    less = training_bytes(on_a_gpu, shape, False) - training_bytes(on_a_gpu, shared, False)
+    assert less == 4 * (SPEC.num_hidden_layers + 1) * all_but_heads * (256 - 112)  # and once in work
+
+
 def test_an_answer_needs_its_cache_twice() -> None:
     """In whole blocks; that of a long prompt beside the scores of a part of it."""
     shape, keys = Shape(1, 8, 8, 1), SPEC.num_key_value_heads * SPEC.head_dim

@@ -59,10 +59,12 @@ def write_gguf(
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """Add a key in the type that llama.cpp reads it in."""
+    """Add a key in the type that llama.cpp reads it in; ValueError for an integer of more than 64 bits."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"{key} cannot be written to a GGUF file, got {value}: integers have 64 bits")
         add = (
             writer.add_int64 if value < 0 else writer.add_uint32 if value <= MAX_UINT32 else writer.add_uint64
         )

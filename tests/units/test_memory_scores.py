@@ -1,0 +1,86 @@
+"""What a need counts of attention's scores and mask, on a CPU, on CUDA and on Metal; and of norms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_impl.fast import band, memory_work, ops
+from mlx_impl.fast.described import described_sizes
+from mlx_impl.fast.memory_sizes import Shape
+from tests.units.test_fit import WIDE, setting
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+
+def test_on_a_cpu_the_norms_of_16_bits_keep_their_inputs_in_float32() -> None:
+    """Two a block, each of twice the bytes: `fast::rms_norm`'s fallback in MLX."""
+    in_32, in_16 = (described_sizes(WIDE, dtype).a_position for dtype in (mx.float32, mx.bfloat16))
+    assert in_16 - in_32 == 2 * WIDE.hidden_size
+
+
+SCORES = WIDE.num_attention_heads * 256 * 256  # numbers, of a row of 256 tokens
+
+
+def needs_of_blocks(numbers: tuple[int, ...], dtype: mx.Dtype, window: int | None, tokens: int) -> list[int]:
+    configs = [replace(WIDE, num_hidden_layers=n, sliding_window=window) for n in numbers]
+    return [setting(config=config, dtype=dtype).bytes_needed(1, tokens) for config in configs]
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_cuda_keeps_attention_weights_in_32_bits_and_none_in_16(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's attention has 16 bits only, and the backward pass makes them again (fast.cpp in MLX 0.32)."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    few, many = needs_of_blocks((1, 9), mx.float32, window, 256)
+    few16, many16 = needs_of_blocks((1, 9), mx.bfloat16, window, 256)
+    none16 = needs_of_blocks((1, 9), mx.bfloat16, None, 256)
+    assert many - few - (many16 - few16) >= 8 * SCORES * 4
+    assert many16 - few16 == pytest.approx(none16[1] - none16[0], abs=2)
+
+
+def test_on_cuda_a_window_is_an_array_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all blocks: cuDNN takes no booleans, and MLX makes a number for each score; three at once."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    windowed, full = (setting(config=replace(WIDE, sliding_window=w), dtype=mx.bfloat16) for w in (64, None))
+    assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
+    assert windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) >= 3 * SCORES * 2
+
+
+def test_on_cuda_rows_not_of_whole_tiles_have_attention_weights_of_one_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuDNN's backward pass has tiles of 128 (`ScaledDotProductAttentionVJP::use_fallback`)."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    sizes = described_sizes(WIDE, mx.bfloat16)
+    whole, broken = (memory_work.work_bytes(sizes, Shape(1, n, 256, 256)) for n in (256, 320))
+    assert broken - whole >= 5 * WIDE.num_attention_heads * 320 * 320 * 2
+
+
+def test_on_a_gpu_a_band_has_the_attention_weights_of_some_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`band.in_turn`: on Metal too none are kept, though its attention in training keeps them."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    at_once = needs_of_blocks((9,), mx.bfloat16, 64, 512)
+    monkeypatch.setattr(band, "MAX_SCORES", 2**15)
+    in_turn = needs_of_blocks((9,), mx.bfloat16, 64, 512)
+    assert at_once[0] - in_turn[0] >= 9 * WIDE.num_attention_heads * 512 * 128 * 2
+
+
+def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
+    """Its attention is a band of blocks (`fast/band.py`)."""
+    one = setting(config=replace(WIDE, sliding_window=64))
+    four, eight = one.bytes_needed(1, 4096), one.bytes_needed(1, 8192)
+    assert eight < 2.05 * four
+
+
+def test_attention_on_metal_keeps_its_weights_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's Metal backend trains with unfused attention (`ScaledDotProductAttention::use_fallback`)."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    cuda = setting(dtype=mx.bfloat16).bytes_needed(1, 512)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    scores = WIDE.num_hidden_layers * WIDE.num_attention_heads * 512 * 512 * 2
+    assert setting(dtype=mx.bfloat16).bytes_needed(1, 512) - cuda > scores
