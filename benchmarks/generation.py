@@ -20,7 +20,7 @@ from typing import Any
 
 from .cases import SMALL, TINYLLAMA
 from .gate import ratio_of
-from .host import milliseconds_of_a_token
+from .host import host_of_a_token
 from .interleave import abba, timed
 from .table import shown_seconds
 from .worker import call, is_gpu
@@ -40,7 +40,16 @@ MODELS = {"smollm2": SMOLLM2, "tinyllama": TINYLLAMA, "small": SMALL}
 GROUP_SIZE = 64  # of quantized weights
 WARM_UP = 4  # tokens, on a CPU
 HOST_TOKENS = 24
-HEADINGS = ("answers", "ours", "mlx-lm", "ours / its", "tokens/s", "its", "host ms a token: ours", "its")
+HEADINGS = (
+    "answers",
+    "ours",
+    "mlx-lm",
+    "ours / its",
+    "tokens/s",
+    "its",
+    "host ms a token, steps: ours",
+    "its",
+)
 
 Answer = Callable[[int], list[list[int]]]  # of so many new tokens
 
@@ -141,7 +150,7 @@ def measure(settings: Sequence[Setting], rounds: int, most_seconds: float | None
         pairs = paired_seconds(ours, theirs, setting.tokens, rounds, most_seconds)
         medians = [statistics.median(side) for side in pairs]
         rates = [f"{setting.rows * setting.tokens / seconds:.0f}" for seconds in medians]
-        host = [milliseconds_of_a_token(answer, HOST_TOKENS) for answer in (ours, theirs)]
+        host = [host_of_a_token(answer, HOST_TOKENS) for answer in (ours, theirs)]
         row = (str(setting), *map(shown_seconds, medians), str(ratio_of(*pairs)), *rates, *host)
         print(f"| {' | '.join(row)} |", flush=True)
 

@@ -1,8 +1,8 @@
 """`generate.generate` in less time: a cache in blocks, long prompts in parts, a device that does not wait.
 
 The next token is under way while this one is read. Tokens that are drawn are not: a draw that no answer needs
-would change the ones after it. Nor are those of a large cache on a CPU, which MLX copies while a step still
-uses it.
+would change the ones after it. MLX copies a cache into which it writes while an earlier step still uses it,
+so with a large one the next token waits for this one; for a GPU its graph is built before.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from .one_token import OneToken
 from .reading import Gap, read_prompt
 
 MAX_AHEAD = 1024  # tokens in the cache of a CPU
+MAX_BYTES_AHEAD = (
+    2**29
+)  # of the cache of a GPU; an estimate, not measured: to copy more takes longer than to wait
 
 Chosen = tuple[mx.array, mx.array]  # the next token of each row, and its `zero_if_finite`
 
@@ -55,26 +58,43 @@ def steps(
 ) -> Iterator[list[int]]:
     """`max_tokens` times the next token of each row; ValueError for logits that are not finite."""
 
-    def chosen(logits_BV: mx.array) -> Chosen:
-        found = choose(logits_BV), zero_if_finite(logits_BV)
-        mx.async_eval(*found)  # type: ignore[no-untyped-call]
-        return found
-
-    def is_ahead() -> bool:
-        is_small = len(tokens_BT) * caches[0].num_tokens <= MAX_AHEAD
-        return choose is most_likely and (is_small or ops.on_gpu())
+    def after(token_B: mx.array) -> Chosen:
+        return chosen(one.logits_BV(token_B, caches, gap), choose)
 
     if max_tokens > 0:
-        now = chosen(model.head(read_prompt(model, tokens_BT, caches, gap)))
+        now = queued(chosen(model.head(read_prompt(model, tokens_BT, caches, gap)), choose))
         one = OneToken(model, len(tokens_BT))
     for left in range(max_tokens - 1, -1, -1):
-        following = chosen(one.logits_BV(now[0], caches, gap)) if left and is_ahead() else None
-        yield finite_tokens(*now)
+        is_small, is_ahead = fits_ahead(caches, len(tokens_BT)), choose is most_likely
+        following = after(now[0]) if left and is_ahead and (is_small or ops.on_gpu()) else None
+        if following and is_small:
+            queued(following)
+        tokens = finite_tokens(*now)
+        if following and not is_small:
+            queued(following)
+        yield tokens
         if model.training:  # an update was made since
             model.eval()
             one = OneToken(model, len(tokens_BT))
         if left:
-            now = following or chosen(one.logits_BV(now[0], caches, gap))
+            now = following or queued(after(now[0]))
+
+
+def fits_ahead(caches: Sequence[BlockCache], rows: int) -> bool:
+    """Whether a token is queued while the one before is under way."""
+    if not ops.on_gpu():
+        return rows * caches[0].num_tokens <= MAX_AHEAD
+    return sum(cache.nbytes for cache in caches) <= MAX_BYTES_AHEAD
+
+
+def chosen(logits_BV: mx.array, choose: Callable[[mx.array], mx.array]) -> Chosen:
+    return choose(logits_BV), zero_if_finite(logits_BV)
+
+
+def queued(found: Chosen) -> Chosen:
+    """The same, on its way."""
+    mx.async_eval(*found)  # type: ignore[no-untyped-call]
+    return found
 
 
 def zero_if_finite(logits_BV: mx.array) -> mx.array:

@@ -20,6 +20,10 @@ class BlockCache:
         self.values_BGCK: mx.array | None = None
         self.num_tokens = 0
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys_BGCK is None else 2 * self.keys_BGCK.nbytes
+
     def extend(self, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple[mx.array, mx.array]:
         """All keys and values, the new ones last."""
         start, end = self.num_tokens, self.num_tokens + k_BGTK.shape[2]

@@ -71,11 +71,12 @@ def test_every_stop_token_ends_the_answer_and_is_not_part_of_it(model: CausalLM)
 def test_tokens_depend_neither_on_blocks_nor_on_parts_of_a_prompt(
     model: CausalLM, monkeypatch: pytest.MonkeyPatch, size: int, on_gpu: bool
 ) -> None:
-    """BLOCK, PROMPT_POSITIONS, PROMPT_POSITIONS_ON_A_GPU and MAX_AHEAD."""
+    """BLOCK, PROMPT_POSITIONS, PROMPT_POSITIONS_ON_A_GPU, MAX_AHEAD and MAX_BYTES_AHEAD."""
     expected = [list(generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS]
     monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(key_blocks, "BLOCK", size)
     monkeypatch.setattr(answer, "MAX_AHEAD", size)
+    monkeypatch.setattr(answer, "MAX_BYTES_AHEAD", 2**29 if size == 1 else 1000 * size)
     monkeypatch.setattr(reading, "PROMPT_POSITIONS", size)
     monkeypatch.setattr(reading, "PROMPT_POSITIONS_ON_A_GPU", size)
     assert [list(answer.generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS] == expected
@@ -95,6 +96,38 @@ def test_a_cache_is_written_in_place_within_a_block() -> None:
         made.add(cache.keys_BGCK.shape[2])
         assert keys_BGSK[0, 1, :, 3].tolist() == list(range(number + 1))
     assert made == {key_blocks.BLOCK, 2 * key_blocks.BLOCK}
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "most", "expected"),
+    [
+        (True, 2**29, "build queue build queue read build queue read read"),
+        (True, 0, "build queue build read queue build read queue read"),
+        (False, 2**29, "build queue build queue read build queue read read"),
+        (False, 0, "build queue read build queue read build queue read"),
+    ],
+)
+def test_a_token_is_queued_ahead_unless_the_cache_would_be_copied(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch, on_gpu: bool, most: int, expected: str
+) -> None:
+    """MLX copies a cache that an earlier step still uses; a GPU's next graph is built ahead all the same."""
+    done: list[str] = []
+
+    def logged(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object) -> object:
+            done.append(name)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(answer, "MAX_AHEAD", most)
+    monkeypatch.setattr(answer, "MAX_BYTES_AHEAD", most)
+    monkeypatch.setattr(mx, "async_eval", logged("queue", mx.async_eval))
+    for name, function in {"build": "chosen", "read": "finite_tokens"}.items():
+        monkeypatch.setattr(answer, function, logged(name, getattr(answer, function)))
+    list(answer.generate(model, PROMPTS[2], 3, NEVER))
+    assert " ".join(done) == expected
 
 
 def test_drawn_tokens_are_those_of_the_plain_code(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ ELSEWHERE = {
     "cli.screen.console.LOG_SECONDS": "test_eval_examples.py",
     "fast.band.MAX_SCORES": "test_band.py",
     "fast.answer.MAX_AHEAD": "test_generation.py",
+    "fast.answer.MAX_BYTES_AHEAD": "test_generation.py",
     "fast.band.MIN_TOKENS": "test_band.py",
     "fast.band.MIN_WINDOWS": "test_band.py",
     "fast.key_blocks.BLOCK": "test_generation.py",
