@@ -54,6 +54,7 @@ class RandomKeys:
             yield
         finally:
             _keys.pop()
+            del self.state  # a tracer: kept, it would tie the compiled step to itself, and never be freed
 
     def next(self) -> mx.array:
         self.num_drawn += 1
