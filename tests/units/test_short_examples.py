@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,25 @@ def test_an_update_has_as_many_tokens_on_every_side(name: str) -> None:
     assert epoch.tokens == plain.tokens
     assert epoch.tokens / epoch.updates == pytest.approx(plain.tokens / plain.updates, rel=0.1)
     assert epoch.positions >= epoch.tokens and 0 < epoch.shapes <= epoch.updates
+
+
+def test_a_process_begins_with_the_kernels_that_mlx_has_and_keeps_new_ones_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a.ptx").write_text("compiled")
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "kept"))
+    one, other = (short_examples.own_kernels(tmp_path / name) for name in ("one", "other"))
+    assert one != other
+    assert all(Path(e["MLX_PTX_CACHE_DIR"], "a.ptx").read_text() == "compiled" for e in (one, other))
+
+
+def test_sides_that_do_not_wait_start_together() -> None:
+    case = replace(CASES["tiny"], needs_gpu=True)
+    sides = dict.fromkeys(("one", "other"), ("ours", case))
+    epochs = dict.fromkeys(sides, short_examples.Epoch(updates=1, shapes=1, tokens=1, positions=1))
+    measured = short_examples.measure(sides, epochs, 1)
+    assert all(m.first > 0 and m.peak_bytes > 0 and len(m.seconds) == 1 for m in measured.values())
 
 
 def test_the_examples_are_of_these_lengths() -> None:
