@@ -16,9 +16,9 @@ Of B rows, T wide, of which U positions are computed outside of attention (`kept
     an answer    = an evaluation of the prompt + both copies of the key/value cache
 
 L is the number of blocks; the other letters are those of the shape names. `logits` are those of one chunk of
-the loss; on the plain path those of every position. `more` is what linears keep that `projection.py` does not
-compute: inputs after dropout, DoRA's directions. The state is the moments, and the factors and moments of the
-update before, which `guard.py` keeps: 5 numbers beside each factor. An update makes three new ones.
+the loss; on the plain path those of every position. `more` is what linears keep beside their inputs: what
+dropout left of them, DoRA's directions. The state is the moments, and the factors and moments of the update
+before, which `guard.py` keeps: 5 numbers beside each factor. An update makes three new ones.
 
 `in full` are arrays as large as a weight. MLX's CPU backend allocates about ten operations ahead of what it
 computes, so that a product holds its own unpacked weight and those of the next two. DoRA also holds the
@@ -46,8 +46,8 @@ from .band import pays as band_pays
 from .head import CHUNK_LOGITS, head_module
 from .kept_positions import kept_of
 from .key_blocks import whole_blocks
+from .low_rank import low_rank_of
 from .packed import packed_of
-from .projection import low_rank_of
 from .reading import part_width
 from .segments import Group, examples_apart
 
@@ -73,7 +73,7 @@ class Sizes:
     weights: int  # bytes of all parameters, the factors too
     trained: int  # numbers
     itemsize: int  # of a hidden state
-    more: int  # numbers a position of a block that only unfused linears keep
+    more: int  # numbers a position of a block that linears keep under dropout or DoRA
     unpacked: int  # bytes of arrays as large as a weight, in training
     head: int  # bytes of a quantized head in full
     keeps_scores: bool  # attention on a CPU
