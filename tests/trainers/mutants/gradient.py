@@ -203,7 +203,7 @@ MUTANTS = [
         "dora-length-trained",
         6,
         "DoRA's length gets a gradient; the paper (section 4.3) treats it as a constant.",
-        {"mlx_impl.fast.projection.LowRank.finish": with_trained_length},
+        {"mlx_impl.fast.low_rank.LowRank.finish": with_trained_length},
         cases=("dora",),
     ),
     Mutant(

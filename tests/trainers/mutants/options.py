@@ -318,7 +318,7 @@ MUTANTS = [
         "DoRA's magnitude is float32, and so is all that follows an adapted linear of a bfloat16 model.",
         {
             "mlx_impl.lora.DoRALinear.__call__": dora_in_float32,
-            "mlx_impl.fast.LowRank.finish": fast_dora_in_float32,
+            "mlx_impl.fast.low_rank.LowRank.finish": fast_dora_in_float32,
         },
     ),
     Mutant(
