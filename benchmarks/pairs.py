@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -102,16 +103,16 @@ def gate_and_up() -> tuple[Step, Step]:
     return gradients(ops.gated, gate_BTF, up_BTF), gradients(plain, gate_BTF, up_BTF)
 
 
-def linears_of_one_input() -> tuple[Step, Step]:
+def linears_of_one_input(use_dora: bool = False) -> tuple[Step, Step]:
     """Queries, keys and values at the width of SmolLM2, with the gradients of the factors."""
     import mlx.core as mx
     import mlx.nn as nn
 
     from mlx_impl.fast.projection import project
-    from mlx_impl.lora import LoRALinear
+    from mlx_impl.lora import DoRALinear, LoRALinear
 
-    x_BTD = mx.random.normal((4, 64, 576))
-    layers = [LoRALinear(nn.Linear(576, size, bias=False), 8, 2.0, 0.0) for size in (576, 192, 192)]
+    x_BTD, kind = mx.random.normal((4, 64, 576)), DoRALinear if use_dora else LoRALinear
+    layers = [kind(nn.Linear(576, size, bias=False), 8, 2.0, 0.0) for size in (576, 192, 192)]
     model = nn.Sequential(*layers)
     model.apply_to_modules(
         lambda _, module: module.freeze(recurse=False) if type(module) is nn.Linear else None
@@ -214,6 +215,9 @@ PAIRS = {
     "head-at-targets": Pair(head_at_targets, at_most=0.35, why="no logits for prompts and padding"),
     "gated": Pair(gate_and_up, at_most=1.0, why="takes the exponential once for value and gradient"),
     "projection": Pair(linears_of_one_input, at_most=1.0, why="one product for all A; addmm adds the update"),
+    "dora": Pair(
+        partial(linears_of_one_input, use_dora=True), at_most=0.9, why="lengths from small products"
+    ),
     "quantized": Pair(
         quantized_linear, at_most=0.25, why="unpacks the weight first, and multiplies with a BLAS"
     ),

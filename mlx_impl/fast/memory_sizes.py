@@ -14,8 +14,8 @@ from ..model import CausalLM
 from ..targets import shape_OI
 from . import ops
 from .kept_positions import kept_of
+from .low_rank import low_rank_of
 from .memory_in_full import numbers_in_full
-from .projection import low_rank_of
 from .segments import SubBatch, examples_apart
 
 FLOAT = 4  # bytes of what is float32 whatever the model's type is

@@ -76,12 +76,13 @@ def add_product(y_NO: mx.array, x_NI: mx.array, weight: Weight) -> mx.array:
     return mx.addmm(y_NO, x_NI, weight.T)
 
 
-def add_gradient(dx_NI: mx.array, dy_NO: mx.array, weight: Weight) -> mx.array:
-    """dx + dy W; a packed W is unpacked once dx has been computed."""
-    weight = ready(weight, len(dy_NO), after=dx_NI)
+def add_gradient(dx_NI: mx.array | None, dy_NO: mx.array, weight: Weight) -> mx.array:
+    """dx + dy W, or dy W; a packed W is unpacked once dx, or else dy, has been computed."""
+    weight = ready(weight, len(dy_NO), after=dy_NO if dx_NI is None else dx_NI)
     if isinstance(weight, Packed):
-        return dx_NI + weight.times(dy_NO, transpose=False)
-    return mx.addmm(dx_NI, dy_NO, weight)
+        of_weight_NI = weight.times(dy_NO, transpose=False)
+        return of_weight_NI if dx_NI is None else dx_NI + of_weight_NI
+    return dy_NO @ weight if dx_NI is None else mx.addmm(dx_NI, dy_NO, weight)
 
 
 def product(x_NI: mx.array, packed: Packed) -> mx.array:

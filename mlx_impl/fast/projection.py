@@ -10,41 +10,23 @@ Automatic differentiation of `LoRALinear.__call__` gives the same numbers with m
 `mx.addmm` adds within the matmul, the factors are cast to the type of x (x is not widened to theirs), and h
 and dh are kept transposed, so that each linear's slice is contiguous. The factors' gradients have the type of
 x, and are widened all at once (`vectors.as_vectors`). On a CPU linears of DoRA are among them: y_j m / |V|,
-with the length of each row of V (`row_lengths.py`), then the bias.
+with the length of each row of V (`row_lengths.py`), then the bias. Under dropout every A_j gets its own x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..lora import DoRALinear, LoRALinear
+from ..lora import LoRALinear
 from . import cpu_ops, ops, packed
-from .packed import Weight, add_gradient, add_product, packed_of, ready, unpacked
-from .rounded import Rounded, RoundedFactors, rounded_factors, rounded_of
+from .low_rank import LowRank, low_rank_of
+from .packed import add_gradient, add_product, ready, unpacked
+from .rounded import RoundedFactors, rounded_factors
 from .row_lengths import row_lengths
-
-
-class LowRank(NamedTuple):
-    """y = x V^T + bias with V = W + scale * (A B)^T; with a magnitude m, y = x V^T m / |V| + bias."""
-
-    weight_OI: Weight
-    bias_O: mx.array | None
-    a_IR: mx.array
-    b_RO: mx.array
-    scale: float
-    magnitude_O: mx.array | None = None
-    rounded: Rounded | None = None
-
-    def finish(self, y_NO: mx.array, lengths_O: Iterator[mx.array]) -> mx.array:
-        """y of x V^T; the next of the lengths, which are constants, is that of V's rows."""
-        if self.magnitude_O is not None:
-            y_NO = (self.magnitude_O / mx.stop_gradient(next(lengths_O))).astype(y_NO.dtype) * y_NO
-        return y_NO if self.bias_O is None else y_NO + self.bias_O
 
 
 def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
@@ -52,7 +34,7 @@ def project(x_BTI: mx.array, *linears: nn.Module) -> list[mx.array]:
     low_ranks = {j: parts for j, linear in enumerate(linears) if (parts := low_rank_of(linear))}
     y_of: dict[int, mx.array] = {}
     if low_ranks:
-        y_of = dict(zip(low_ranks, products(x_BTI.flatten(0, -2), [*low_ranks.values()]), strict=True))
+        y_of = dict(zip(low_ranks, products(x_BTI, [*low_ranks.values()]), strict=True))
     shape = x_BTI.shape[:-1]
     return [
         y_of[j].reshape(*shape, -1) if j in y_of else plain_call(linear, x_BTI)
@@ -72,58 +54,46 @@ def plain_call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
         linear.lora_a = a_IR
 
 
-def low_rank_of(linear: nn.Module) -> LowRank | None:
-    """Its parts, if it is LoRA, or DoRA on a CPU; None for active dropout, no adapter."""
-    kinds = (LoRALinear,) if ops.on_gpu() else (LoRALinear, DoRALinear)
-    if not isinstance(linear, LoRALinear) or type(linear) not in kinds:
-        return None
-    if linear.training and linear.dropout.p > 0:
-        return None
-    base = linear.linear
-    weight_OI = base.weight if type(base) is nn.Linear else packed_of(base)
-    if weight_OI is None:
-        return None
-    factors = linear.lora_a, linear.lora_b
-    magnitude_O, rounded = linear.get("magnitude"), rounded_of(linear)
-    return LowRank(weight_OI, base.get("bias"), *factors, linear.scale, magnitude_O, rounded)
-
-
 def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx.array:
     """linear(silu(gate) * up); on a CPU the product is recomputed for the gradient instead of kept."""
     low_rank = low_rank_of(linear)
-    if ops.on_gpu() or low_rank is None:
+    if ops.on_gpu() or low_rank is None or low_rank.dropout is not None:
         return project(ops.gated(gate_BTF, up_BTF), linear)[0]
     group = Group([low_rank])
 
     @mx.custom_function
     def forward(gate_NF: mx.array, up_NF: mx.array, *factors: mx.array) -> list[mx.array]:
         product_NF, s_NF = cpu_ops.gate(gate_NF, up_NF)
-        return [*group.forward(product_NF, factors), s_NF]
+        return [*group.forward(product_NF, [], factors), s_NF]
 
     @forward.vjp
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         gate_NF, up_NF = mx.depends(list(primals[:2]), [cotangents[0]])  # not before its gradient is here
         product_NF = cpu_ops.gate_product(gate_NF, up_NF, outputs[-1])
-        d_NF, *gradients = group.backward(product_NF, cotangents, outputs)
+        d_NF, *gradients = group.backward(product_NF, [], cotangents, outputs)
         return [*cpu_ops.gate_gradient(gate_NF, up_NF, outputs[-1], d_NF), *gradients]
 
     outputs = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *group.factors)
     return mx.unflatten(group.finish(outputs)[0], 0, gate_BTF.shape[:-1])
 
 
-def products(x_NI: mx.array, parts: list[LowRank]) -> list[mx.array]:
-    """y_j of each part; differentiable by x and by the factors, not by weights and biases."""
+def products(x_BTI: mx.array, parts: list[LowRank]) -> list[mx.array]:
+    """y_j (N, O) of each part; differentiable by x and by the factors, not by weights and biases."""
     group = Group(parts)
+    dropped: list[mx.array] = []
+    if any(part.dropout is not None for part in parts):
+        dropped = [x_BTI if part.dropout is None else part.dropout(x_BTI) for part in parts]
+    num = len(dropped)
 
     @mx.custom_function
-    def forward(x_NI: mx.array, *factors: mx.array) -> list[mx.array]:
-        return group.forward(x_NI, factors)
+    def forward(x_NI: mx.array, *others: mx.array) -> list[mx.array]:
+        return group.forward(x_NI, others[:num], others[num:])
 
     @forward.vjp
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        return group.backward(primals[0], cotangents, outputs)
+        return group.backward(primals[0], primals[1 : num + 1], cotangents, outputs)
 
-    return group.finish(forward(x_NI, *group.factors))
+    return group.finish(forward(x_BTI.flatten(0, -2), *(x.flatten(0, -2) for x in dropped), *group.factors))
 
 
 class Group:
@@ -135,11 +105,15 @@ class Group:
         ends = accumulate((part.a_IR.shape[1] for part in parts), initial=0)
         self.rows = [slice(*of_part) for of_part in pairwise(ends)]
 
-    def forward(self, x_NI: mx.array, factors: Sequence[mx.array]) -> list[mx.array]:
+    def forward(
+        self, x_NI: mx.array, dropped: Sequence[mx.array], factors: Sequence[mx.array]
+    ) -> list[mx.array]:
         """Each x V^T; then what the backward pass needs: h, A^T, each B; then the lengths of DoRA's rows."""
         rounded = self.rounded_in(x_NI.dtype)
         a_RI, bs_RO = (rounded.a_RI, rounded.bs_RO) if rounded else cast_factors(factors, x_NI.dtype)
-        h_RN = rounded.scaled_a_RI @ x_NI.T if rounded else times_scale(a_RI @ x_NI.T, self.parts)
+        first_RI = rounded.scaled_a_RI if rounded else a_RI
+        h_RN = self.of_rows(lambda rows, x_NI: first_RI[rows] @ x_NI.T, x_NI, dropped)
+        h_RN = h_RN if rounded else times_scale(h_RN, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO: list[mx.array] = []
         lengths_O: list[mx.array] = []
@@ -167,22 +141,36 @@ class Group:
         return [part.finish(y_NO, lengths_O) for part, y_NO in zip(self.parts, outputs[:num], strict=True)]
 
     def backward(
-        self, x_NI: mx.array, dys: Sequence[mx.array], outputs: Sequence[mx.array]
+        self,
+        x_NI: mx.array,
+        dropped: Sequence[mx.array],
+        dys: Sequence[mx.array],
+        outputs: Sequence[mx.array],
     ) -> list[mx.array]:
+        """The gradients of x, of what dropout left of it for each A, if it is on, and of the factors."""
         num = len(self.parts)
         dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
         if not self.rounded_in(x_NI.dtype):  # whose B are scaled
             dh_RN = times_scale(dh_RN, self.parts)
-        da_RI = dh_RN @ x_NI
+        da_RI = self.of_rows(lambda rows, x_NI: dh_RN[rows] @ x_NI, x_NI, dropped)
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
         gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]
         # The factors' gradients first: otherwise MLX keeps x and every dy until the backward pass ends.
-        (dh_RN,) = mx.depends([dh_RN], gradients)
-        dx_NI = dh_RN.T @ a_RI
+        (dh_NR,) = mx.depends([dh_RN.T], gradients)
+        of_dropped = [dh_NR[:, rows] @ a_RI[rows] for rows in self.rows] if dropped else []
+        dx_NI = None if dropped else dh_NR @ a_RI
         for dy_NO, part in zip(dys_NO, self.parts, strict=True):
             dx_NI = add_gradient(dx_NI, dy_NO, part.weight_OI)
-        return [dx_NI, *gradients]
+        return [dx_NI, *of_dropped, *gradients]
+
+    def of_rows(
+        self, product: Callable[[slice, mx.array], mx.array], x_NI: mx.array, dropped: Sequence[mx.array]
+    ) -> mx.array:
+        """A product of all ranks with x; under dropout of each part's ranks with what it left of x."""
+        if not dropped:
+            return product(slice(None), x_NI)
+        return mx.concatenate([product(*of_part) for of_part in zip(self.rows, dropped, strict=True)])
 
 
 def cast_factors(factors: Sequence[mx.array], dtype: mx.Dtype) -> tuple[mx.array, list[mx.array]]:

@@ -19,7 +19,7 @@ from mlx_impl import model as model_module
 from mlx_impl import targets
 from mlx_impl.config import ModelConfig, TrainConfig
 from mlx_impl.data import Batch
-from mlx_impl.fast.projection import LowRank
+from mlx_impl.fast.low_rank import LowRank
 from mlx_impl.model import CausalLM
 from mlx_impl.targets import AnyLinear, linears_of_last_blocks
 from tests.derived import NUM_DRAWS, UNIT_ROUNDOFF, Divergence, noise_of, require_same_bits

@@ -12,7 +12,8 @@ import pytest
 
 from mlx_impl.fast import ops
 from mlx_impl.fast.head import head_nats
-from mlx_impl.fast.projection import LowRank, products
+from mlx_impl.fast.low_rank import LowRank
+from mlx_impl.fast.projection import products
 from tests.derived import compare, require
 from tests.lora_ladder import numpy_ops
 from tests.lora_ladder.cases import random_array

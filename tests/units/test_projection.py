@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_impl.fast.projection import LowRank, low_rank_of, project, project_gated
+from mlx_impl.fast import ops
+from mlx_impl.fast.low_rank import LowRank, low_rank_of
+from mlx_impl.fast.projection import project, project_gated
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.targets import AnyLinear
 from tests.derived import Verdict, compare, require, require_same_names, within_bfloat16, within_exact
@@ -230,26 +232,33 @@ def test_a_linear_whose_result_is_not_used_gets_no_gradient(name: str) -> None:
     hold(name, ours, plain, lambda n: as_near(n, ours, plain))
 
 
-def test_dropout_is_computed_by_the_plain_call() -> None:
-    """To the bit, between two others; the gradient of their common input is the sum of all three."""
-    group = Group(GROUPS["alike"])
-    group.linears[1] = adapted(group.linears[1].linear, Part(9), LoRALinear, 0.5, 1)
-    assert [low_rank_of(linear) is None for linear in group.linears] == [False, True, False]
+@pytest.mark.parametrize("places", [(1,), (0, 1, 2)], ids=["in the middle", "everywhere"])
+@pytest.mark.parametrize("name", ["alike", "DoRA in the middle", "unequal ranks and scales"])
+def test_under_dropout_linears_together_draw_the_masks_of_one_by_one(
+    name: str, places: tuple[int, ...]
+) -> None:
+    """So in float64 they are equal; the gradient of the common input is the sum of all."""
+    group = Group(GROUPS[name]).in_type(mx.float64, mx.float64)
+    for place in places:
+        group.linears[place].dropout.p = 0.5
+    assert all(low_rank_of(linear) for linear in group.linears)
     mx.random.seed(1)
-    ours = numpy(results(group, project, mx.float32))
+    ours = numpy(results(group, project, mx.float64))
     mx.random.seed(1)
-    plain = numpy(results(group, one_by_one, mx.float32))
-    require_same_names("dropout", ours, plain)
-    for n in plain:
-        if "1" in n:
-            np.testing.assert_array_equal(ours[n], plain[n], err_msg=n)
-    hold("dropout", ours, plain, lambda n: as_near(n, ours, plain))
+    ref64 = numpy(results(group, one_by_one, mx.float64))
+    hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
 
 
-def test_dropout_is_computed_by_the_plain_call_in_training_only() -> None:
-    layer = adapted(make_linear(Part(9), 0), Part(9), LoRALinear, 0.5, 0)
+def test_on_a_gpu_dora_and_dropout_in_training_are_computed_by_the_plain_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, dora = (
+        adapted(make_linear(Part(9), 0), Part(9), kind, 0.5, 0) for kind in (LoRALinear, DoRALinear)
+    )
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
     assert low_rank_of(layer.train()) is None
     assert isinstance(low_rank_of(layer.eval()), LowRank)
+    assert low_rank_of(dora.eval()) is None
 
 
 @pytest.mark.parametrize("shape", [(3, I), (2, 1, 3, I)])

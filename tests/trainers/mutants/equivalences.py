@@ -11,12 +11,14 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_impl.fast.forward import FAST
+from mlx_impl.fast.low_rank import LowRank, low_rank_of
+from mlx_impl.fast.projection import products
 from mlx_impl.lora import Dropout
 from mlx_impl.optim import clip_gradients, learning_rate_of
 from mlx_impl.recompute import next_key
 from mlx_impl.train import add_up, train
 from tests.trainers.mutants.loss import batches
-from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, lora_call, training, with_add_up
+from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches, training, with_add_up
 
 compile_it, drop = mx.compile, Dropout.__call__
 
@@ -78,14 +80,18 @@ def recomputed_anew(block: Any, x_BTD: mx.array, *others: Any) -> mx.array:
     return mx.checkpoint(run)(parameters, x_BTD)
 
 
-def lora_of_dropped(self: Any, x_BTI: mx.array) -> mx.array:
-    x_BTI = self.dropout(x_BTI)
-    return self.linear(x_BTI) + self.scale * ((x_BTI @ self.lora_a) @ self.lora_b)
+def products_of_dropped(x_BTI: mx.array, parts: list[LowRank]) -> list[mx.array]:
+    if all(part.dropout is None for part in parts):
+        return products(x_BTI, parts)
+    return [
+        products(x_BTI if part.dropout is None else part.dropout(x_BTI), [part._replace(dropout=None)])[0]
+        for part in parts
+    ]
 
 
-def dora_without_dropout(self: Any, x_BTI: mx.array) -> mx.array:
-    direction_BTO = x_BTI @ self.linear.weight.T + self.scale * ((x_BTI @ self.lora_a) @ self.lora_b)
-    return self.magnitude / self.length_O() * direction_BTO
+def dora_without_dropout(linear: Any) -> LowRank | None:
+    part = low_rank_of(linear)
+    return part if part is None or part.magnitude_O is None else part._replace(dropout=None)
 
 
 def always_dropping(self: Any, x: mx.array) -> mx.array:
@@ -191,13 +197,13 @@ MUTANTS = [
         "dropout-on-the-base",
         10,
         "Dropout is applied to the input of the frozen layer too.",
-        lora_call(lora_of_dropped),
+        {"mlx_impl.fast.projection.products": products_of_dropped},
     ),
     Mutant(
         "dora-without-dropout",
         10,
         "DoRA accepts dropout but does not apply it.",
-        {"mlx_impl.lora.DoRALinear.__call__": dora_without_dropout},
+        {"mlx_impl.fast.projection.low_rank_of": dora_without_dropout},
         "peft#1806",
         ("dora",),
     ),

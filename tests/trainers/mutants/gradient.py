@@ -9,8 +9,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.fast.head import head_nats
+from mlx_impl.fast.low_rank import LowRank
 from mlx_impl.fast.packed import unpacked
-from mlx_impl.fast.projection import LowRank, products, project
+from mlx_impl.fast.projection import products, project
 from mlx_impl.fast.row_lengths import row_lengths
 from mlx_impl.fast.vectors import VectorOptimizer, as_factors
 from mlx_impl.model import CausalLM
@@ -202,7 +203,7 @@ MUTANTS = [
         "dora-length-trained",
         6,
         "DoRA's length gets a gradient; the paper (section 4.3) treats it as a constant.",
-        {"mlx_impl.fast.projection.LowRank.finish": with_trained_length},
+        {"mlx_impl.fast.low_rank.LowRank.finish": with_trained_length},
         cases=("dora",),
     ),
     Mutant(

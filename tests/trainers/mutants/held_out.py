@@ -20,7 +20,7 @@ from mlx_impl import ops as plain_ops
 from mlx_impl.data import num_inputs, training_windows
 from mlx_impl.fast import decode, forward, kept_positions, packed, projection, segments, vectors
 from mlx_impl.fast import ops as fast_ops
-from mlx_impl.fast.projection import low_rank_of
+from mlx_impl.fast.low_rank import low_rank_of
 from mlx_impl.files import quantized
 from mlx_impl.files.formats import peft
 from mlx_impl.run import guard, sampling
@@ -197,7 +197,7 @@ def quantized_base_detached(self: Any, x_BTI: mx.array, real: Any = lora.LoRALin
 
 
 def packed_base_detached(
-    self: Any, x_NI: mx.array, dys: Any, outputs: Any, real: Any = projection.Group.backward
+    self: Any, x_NI: mx.array, dropped: Any, dys: Any, outputs: Any, real: Any = projection.Group.backward
 ) -> Any:
     none = {
         j: part._replace(weight_OI=mx.zeros((dys[j].shape[1], x_NI.shape[1])))
@@ -205,7 +205,11 @@ def packed_base_detached(
         if isinstance(part.weight_OI, packed.Packed)
     }
     return real(
-        projection.Group([none.get(j, part) for j, part in enumerate(self.parts)]), x_NI, dys, outputs
+        projection.Group([none.get(j, part) for j, part in enumerate(self.parts)]),
+        x_NI,
+        dropped,
+        dys,
+        outputs,
     )
 
 

@@ -17,7 +17,8 @@ from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Batch, Example
 from mlx_impl.fast.forward import block
 from mlx_impl.fast.kept_positions import shared_prefix_length
-from mlx_impl.fast.projection import Group, LowRank, low_rank_of, project, times_scale
+from mlx_impl.fast.low_rank import LowRank, low_rank_of
+from mlx_impl.fast.projection import Group, project, times_scale
 from mlx_impl.fast.recompute import recomputed
 from mlx_impl.fast.vectors import VectorOptimizer, all_finite, as_tree, of_tree
 from mlx_impl.files.formats.peft import to_record
@@ -158,8 +159,8 @@ def scaled_by_float32(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
     return widened(scaled_RN) if len({part.scale for part in parts}) > 1 else scaled_RN
 
 
-def gradients_in_the_inputs_type(self: Group, x_NI: mx.array, dys: Any, outputs: Any) -> list[mx.array]:
-    return [gradient.astype(x_NI.dtype) for gradient in gradients_of_group(self, x_NI, dys, outputs)]
+def gradients_in_the_inputs_type(self: Group, x_NI: mx.array, *others: Any) -> list[mx.array]:
+    return [gradient.astype(x_NI.dtype) for gradient in gradients_of_group(self, x_NI, *others)]
 
 
 def delta_kept(self: LoRALinear) -> mx.array:

@@ -16,9 +16,9 @@ from mlx_impl.config import RopeScaling
 from mlx_impl.data import Batch, Window
 from mlx_impl.fast import projection
 from mlx_impl.fast import recompute as fast_recompute
-from mlx_impl.fast.projection import LowRank
+from mlx_impl.fast.low_rank import LowRank
 from mlx_impl.fast.vectors import VectorOptimizer, as_vectors
-from mlx_impl.lora import add_lora
+from mlx_impl.lora import add_lora, dense_weight_OI
 from mlx_impl.model import CausalLM, RMSNorm, rope_frequencies
 from mlx_impl.optim import LoRAOptimizer
 from mlx_impl.run import guard
@@ -62,7 +62,7 @@ def decaying_a_alone(self: Any, config: Any) -> None:
         self.optimizers[1].weight_decay = 0.0
 
 
-def scaled_by_the_first(h_RN: mx.array, parts: list[projection.LowRank]) -> mx.array:
+def scaled_by_the_first(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
     ranks = {part.a_IR.shape[1] for part in parts}
     return parts[0].scale * h_RN if len(ranks) == 1 else TIMES_SCALE(h_RN, parts)
 
@@ -145,7 +145,13 @@ def norm_in_float32(self: Any, x_BTD: mx.array) -> mx.array:
     return NORM(self, ops.widened(x_BTD))
 
 
-def dora_in_float32(self: LowRank, y_NO: mx.array, lengths_O: Iterator[mx.array]) -> mx.array:
+def dora_in_float32(self: Any, x_BTI: mx.array) -> mx.array:
+    direction_BTO = x_BTI @ dense_weight_OI(self.linear).T + self.scale * self.update_BTO(x_BTI)
+    y_BTO = self.magnitude / self.length_O() * direction_BTO
+    return y_BTO + self.linear.bias if "bias" in self.linear else y_BTO
+
+
+def fast_dora_in_float32(self: LowRank, y_NO: mx.array, lengths_O: Iterator[mx.array]) -> mx.array:
     if self.magnitude_O is not None:
         y_NO = self.magnitude_O / mx.stop_gradient(next(lengths_O)) * y_NO
     return y_NO if self.bias_O is None else y_NO + self.bias_O
@@ -310,7 +316,10 @@ MUTANTS = [
         "magnitude-widens",
         15,
         "DoRA's magnitude is float32, and so is all that follows an adapted linear of a bfloat16 model.",
-        {"mlx_impl.fast.projection.LowRank.finish": dora_in_float32},
+        {
+            "mlx_impl.lora.DoRALinear.__call__": dora_in_float32,
+            "mlx_impl.fast.low_rank.LowRank.finish": fast_dora_in_float32,
+        },
     ),
     Mutant(
         "adapter-widens-the-base",
