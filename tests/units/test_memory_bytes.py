@@ -63,6 +63,7 @@ CASES = {
     "weights, DoRA": case(TIED, 16, 2, dora=True),
     "4 bits": case(TIED, 16, 2, bits=4),
     "4 bits, DoRA": case(TIED, 16, 2, dora=True, bits=4),
+    "4 bits, a large head, DoRA": case(replace(HEAVY, vocab_size=8192), 32, dora=True, bits=4),
     "4 bits, a large head": case(replace(HEAVY, vocab_size=8192), 32, bits=4),
 }
 
