@@ -28,5 +28,5 @@ def head_bytes(sizes: Sizes, shape: Shape, plain_copies: float | None = None) ->
 
 
 def packed_head_bytes(sizes: Sizes) -> int:
-    """The head in full, while the last linear's weights still are: a third of what is there at once."""
+    """What is unpacked of the head, beside the last linear's weights: a third of what is there at once."""
     return sizes.head + sizes.unpacked // 3 if sizes.head else 0

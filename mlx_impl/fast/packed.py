@@ -39,6 +39,10 @@ class Packed(NamedTuple):
         unpack_here = mx.dequantize if ops.on_gpu() else unpack
         return unpack_here(words_OW, scales_OG, biases_OG, self.group_size, self.bits)
 
+    def part(self, rows: slice) -> Packed:
+        """These rows of W."""
+        return self._replace(**{name: getattr(self, name)[rows] for name in self._fields[:3]})
+
     def times(self, x: mx.array, transpose: bool) -> mx.array:
         """x W^T or x W as it is stored, for few rows on a GPU."""
         words, scales, biases, group_size, bits = self
@@ -97,6 +101,29 @@ def product(x_NI: mx.array, packed: Packed) -> mx.array:
     @forward.vjp
     def backward(_: mx.array, dy_NO: mx.array, __: mx.array) -> mx.array:
         return dy_NO @ packed.unpacked_OI(after=dy_NO)
+
+    return forward(x_NI)
+
+
+def product_in_parts(x_NI: mx.array, packed: Packed, rows: int) -> mx.array:
+    """x W^T, so many rows of W unpacked at a time, and again for the gradient; differentiable by x."""
+    slices = [slice(start, start + rows) for start in range(0, len(packed.words_OW), rows)]
+
+    @mx.custom_function
+    def forward(x_NI: mx.array) -> mx.array:
+        ys: list[mx.array] = []
+        for part in slices:
+            weight = packed.part(part).unpacked_OI(after=ys[-1] if ys else x_NI)
+            ys.append(x_NI @ weight.T)
+        return mx.concatenate(ys, axis=-1)
+
+    @forward.vjp
+    def backward(_: mx.array, dy_NO: mx.array, __: mx.array) -> mx.array:
+        dx_NI: mx.array | None = None
+        for part in slices:
+            dx_NI = add_gradient(dx_NI, dy_NO[:, part], packed.part(part))
+        assert dx_NI is not None
+        return dx_NI
 
     return forward(x_NI)
 

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_impl.config import LoRAConfig
 from mlx_impl.fast import head, ops, packed, packed_modules
+from mlx_impl.fast import head as head_module
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats, head_of
 from mlx_impl.fast.packed import Packed, packed_of
@@ -297,13 +298,15 @@ def test_without_waiting_a_compiled_step_would_keep_each_weight_in_full(
     assert weights_a_layer("LoRA", project, compiled=True) > 0.9
 
 
+@pytest.mark.parametrize("rows", [7, 10**6], ids=["in parts", "at once"])
 @pytest.mark.parametrize("head", [name for name in HEADS if name.endswith("quantized")])
 @pytest.mark.parametrize("group_size", [32])
 @each_bits
 def test_a_packed_head_equals_the_dequantized_one_within_rounding(
-    head: str, bits: int, group_size: int
+    head: str, bits: int, group_size: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sum of nats and its gradient by the hidden states."""
+    monkeypatch.setattr(head_module, "PACKED_ROWS", rows)
     name = "model.embed_tokens" if head.startswith("tied") else "lm_head"
     model = model_of(head.partition(",")[0])
     weight_VD = dict(tree_flatten(model.parameters()))[f"{name}.weight"]
@@ -326,6 +329,28 @@ def test_a_packed_head_equals_the_dequantized_one_within_rounding(
     model.load_weights([(n, a.astype(mx.float64)) for n, a in tree_flatten(model.parameters())])
     ref64 = nats_and_gradient(model, mx.float64)
     hold(head, ours, ref64, lambda n: compare(n, ours[n], ref32[n], ref64[n], V))
+
+
+def test_a_packed_head_is_never_in_memory_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: a few parts of it are, in loss and gradient."""
+    V, D = 40 * 512, 64
+    model = CausalLM(replace(SPEC, vocab_size=V, hidden_size=D, tie_word_embeddings=True))
+    quantize_modules(model, {"model.embed_tokens": Quantization(32, 4)})
+    x_ND, targets_N = given("x", (2, D), mx.float32), mx.arange(2)
+    mx.eval(model.parameters(), x_ND, targets_N)
+
+    def peak(rows: int) -> int:
+        monkeypatch.setattr(head_module, "PACKED_ROWS", rows)
+        loss = lambda x: head_nats(head_of(model, x), V, x, targets_N, mx.ones(2, mx.bool_))[0]  # noqa: E731
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(loss)(x_ND))
+        return mx.get_peak_memory() - before
+
+    in_full = V * D * 4
+    assert peak(V) > in_full
+    assert peak(512) < 0.25 * in_full
 
 
 def quantized_model(use_dora: bool) -> CausalLM:
