@@ -21,7 +21,7 @@ from .packed import packed_of
 # later one, in training.
 IN_FULL = {(True, False): (3, 3, 3), (False, True): (3, 3, 3), (True, True): (6, 5, 3)}
 DORA_IN_FULL_ON_A_GPU = {(False, True): (6, 6, 6), (True, True): (9, 7, 7)}  # where V is formed
-HEAD_ROWS = 4 * PACKED_ROWS  # on a CPU, of the next parts too
+HEAD_PARTS = 4  # of a packed head on a CPU
 PLAIN_IN_FULL = {(False, True): (7, 6, 7), (True, True): (14, 9, 0)}
 
 
@@ -35,7 +35,11 @@ def numbers_in_full(model: CausalLM, plain: bool) -> tuple[int, int, int, int]:
     first, later, trained = (largest * count for count in counts.get(kind, (0, 0, 0)))
     if not plain:
         is_packed = packed_of(head_module(model)) is not None
-        rows = model.config.vocab_size if ops.on_gpu() else min(model.config.vocab_size, HEAD_ROWS)
+        rows = (
+            model.config.vocab_size
+            if ops.on_gpu()
+            else min(model.config.vocab_size, HEAD_PARTS * PACKED_ROWS)
+        )
         return first, later, trained, rows * model.config.hidden_size * is_packed
     kept = sum(prod(shape_OI(layer.linear)) for layer in quantized if isinstance(layer, DoRALinear))
     return first, later, max(kept, trained), 0

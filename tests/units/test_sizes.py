@@ -147,7 +147,7 @@ NO_SIZE = {
     "fast.memory_scores.CUDA_MASKS": IN_MLX,
     "fast.memory_scores.CUDA_TILE": IN_MLX,
     "fast.memory_scores.QUERY_CHUNKS": MEASURED,
-    "fast.memory_in_full.HEAD_ROWS": MEASURED,
+    "fast.memory_in_full.HEAD_PARTS": MEASURED,
     "fast.memory_model.STATE": MEASURED,
     "fast.row_lengths.UNIT_ROUNDOFF": "a property of float32",
     "files.checkpoint.DEQUANTIZING_EIGHTHS": MEASURED,
