@@ -69,10 +69,10 @@ def is_fused(sizes: Sizes) -> bool:
 
 
 def scores_of(sizes: Sizes, shape: Shape, sub_batch: SubBatch) -> int:
-    """How many scores rows have: in a band (`band.py`) for each query those of two windows."""
+    """How many scores rows have; in a band for each query those of the keys of its chunk."""
     window, keys = sizes.config.sliding_window, shape.seen + sub_batch.width
     if window is not None and in_band(sizes, shape, sub_batch):
-        keys = 2 * window
+        keys = band.keys_of(window)
     return sizes.config.num_attention_heads * sub_batch.rows * sub_batch.width * keys
 
 
@@ -101,7 +101,8 @@ def in_query_chunks(sizes: Sizes, shape: Shape, scores: int) -> bool:
 def queries_of(sizes: Sizes, shape: Shape, sub_batch: SubBatch) -> int:
     """How many queries a call of attention has."""
     window = sizes.config.sliding_window
-    return window if window is not None and in_band(sizes, shape, sub_batch) else sub_batch.width
+    is_banded = window is not None and in_band(sizes, shape, sub_batch)
+    return band.chunk_of(window) if window is not None and is_banded else sub_batch.width
 
 
 def turning_rows(sizes: Sizes, width: int) -> int:

@@ -37,9 +37,13 @@ def exact_attention(
     return (weights / weights.sum(-1, keepdims=True)) @ v_BHTK
 
 
+@pytest.mark.parametrize("min_chunk", [1, 3, 64])
 @pytest.mark.parametrize("window", [1, 3, 8, 11, 32, 33, 50])
-def test_it_equals_attention_with_the_mask(window: int) -> None:
+def test_it_equals_attention_with_the_mask(
+    window: int, min_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of 33 positions: a last chunk that is filled up, one chunk, a window larger than the row."""
+    monkeypatch.setattr(band, "MIN_CHUNK", min_chunk)
     random = np.random.default_rng(window)
     q, k, v = (random.standard_normal((3, heads, 33, K)) for heads in (H, G, G))
     mask = np.array(mx.broadcast_to(full_mask(33, window), (3, 1, 33, 33)))
@@ -48,12 +52,14 @@ def test_it_equals_attention_with_the_mask(window: int) -> None:
     require("mix", [compare("mix", np.array(found), single, exact_attention(q, k, v, mask), 33)])
 
 
+@pytest.mark.parametrize("min_chunk", [1, 3, 64])
 @pytest.mark.parametrize("most", [1, 2 * H * 8 * 16, 3 * H * 8 * 16, 10**9])
 def test_on_a_gpu_the_gradients_of_some_chunks_at_a_time_are_those_of_all(
-    most: int, monkeypatch: pytest.MonkeyPatch
+    most: int, min_chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five chunks of each of three rows: one, two or three at a time, the last ones alone, or all."""
+    """Chunks of 2, 3 or 8 tokens of each of three rows: some at a time, the last ones alone, or all."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(band, "MIN_CHUNK", min_chunk)
     monkeypatch.setattr(band, "MAX_SCORES", most)
     random, mask = np.random.default_rng(most), full_mask(33, 8)
     arrays = [mx.array(random.standard_normal((3, heads, 33, K)), mx.float32) for heads in (H, G, G, H)]
@@ -68,7 +74,7 @@ def backward_bytes(tokens: int, window: int) -> int:
     """The most that attention's backward pass holds beside its inputs."""
     arrays = [mx.random.normal((1, heads, tokens, K)) for heads in (H, G, G, H)]
     banded = band_of(tokens, window)
-    mx.eval(arrays, banded.mask_N1WS)
+    mx.eval(arrays, banded.mask_N1CS)
     mx.synchronize()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -26,13 +26,13 @@ from tests.trainers.mutants.step import adamw, scheduled
 
 rope, attention, extend, call = ops.rope, ops.attention, BlockCache.extend, CausalLM.__call__
 attention_mask, state_arrays = model.attention_mask, state.state_arrays
-with_chunk_before = band.with_chunk_before
+with_chunks_before = band.with_chunks_before
 TABLE = 1024
 
 
-def without_chunk_before(x_BNGWK: mx.array) -> mx.array:
-    keys = with_chunk_before(x_BNGWK)
-    return mx.where(mx.arange(keys.shape[2])[:, None] < keys.shape[2] // 2, 0, keys)
+def without_chunks_before(x_BNGCK: mx.array, before: int) -> mx.array:
+    keys, C = with_chunks_before(x_BNGCK, before), x_BNGCK.shape[3]
+    return mx.where(mx.arange(keys.shape[2])[:, None] < keys.shape[2] - C, 0, keys)
 
 
 def of_the_last_512(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask: Any) -> mx.array:
@@ -245,10 +245,10 @@ MUTANTS = [
         answered(later_ones_by_length),
     ),
     Mutant(
-        "chunks-of-a-window-forget-the-one-before",
+        "chunks-of-a-window-forget-those-before",
         5,
-        "Long rows attend in chunks of a window, and a chunk does not see the one before it.",
-        {"mlx_impl.fast.band.with_chunk_before": without_chunk_before},
+        "Long rows attend in chunks of a window, and a chunk does not see those before it.",
+        {"mlx_impl.fast.band.with_chunks_before": without_chunks_before},
     ),
     Mutant(
         "padding-of-short-prompts-attended",
