@@ -19,9 +19,8 @@ from .one_token import OneToken
 from .reading import Gap, read_prompt
 
 MAX_AHEAD = 1024  # tokens in the cache of a CPU
-MAX_BYTES_AHEAD = (
-    2**29
-)  # of the cache of a GPU; an estimate, not measured: to copy more takes longer than to wait
+# Of the cache of a GPU; an estimate, not measured: to copy more takes longer than to wait.
+MAX_BYTES_AHEAD = 2**29
 
 Chosen = tuple[mx.array, mx.array]  # the next token of each row, and its `zero_if_finite`
 
@@ -75,6 +74,7 @@ def steps(
         yield tokens
         if model.training:  # an update was made since
             model.eval()
+        if left and not one.is_current():
             one = OneToken(model, len(tokens_BT))
         if left:
             now = following or queued(after(now[0]))

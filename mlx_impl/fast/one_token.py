@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import model as plain
-from ..lora import LoRALinear
+from ..lora import LoRALinear, lora_layers
 from ..model import Block, CausalLM, RMSNorm
 from . import ops
 from .key_blocks import BlockCache, whole_blocks
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 
 class OneToken:
-    """The model as it is now, in evaluation; a later update is not seen."""
+    """The model as it is now, in evaluation; later factors are not seen (`is_current`)."""
 
     def __init__(self, model: CausalLM, rows: int) -> None:
         decoder = model.model
@@ -50,6 +50,11 @@ class OneToken:
         if type(self.embed) is nn.Embedding and model.config.tie_word_embeddings:
             self.head = product_with(self.embed.weight)
         self.positions_N = mx.arange(0)
+        self.factors = [(linear, linear.lora_a) for linear in lora_layers(model).values()]
+
+    def is_current(self) -> bool:
+        """Whether the model has the factors that it had then."""
+        return all(linear["lora_a"] is lora_a for linear, lora_a in self.factors)
 
     def logits_BV(self, token_B: mx.array, caches: Sequence[BlockCache], gap: Gap | None = None) -> mx.array:
         """The logits after one more token of each row has been read into the caches."""

@@ -7,6 +7,7 @@ from itertools import islice
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_map
 
 from mlx_impl import LoRAConfig, LoRATrainer, TrainConfig
 from mlx_impl.data import Example
@@ -86,3 +87,25 @@ def test_an_answer_follows_the_updates_made_while_it_is_read() -> None:
 
     followed = tokens(generate, 1.0)
     assert tokens(fast.generate, 1.0) == followed != tokens(generate, 0.0)
+
+
+def two_answers_in_turn(generate: Callable[..., Iterator[int]]) -> list[list[int]]:
+    """Some tokens of each after every update, and after another adapter has been put into the model."""
+    trainer = trainer_of(0.0, learning_rate=0.3)
+    other = tree_map(lambda factor: mx.sin(1000 * factor + 1), trainer.model.trainable_parameters())
+    answers = [generate(trainer.model, PROMPT, 40, (), as_if_drawn) for _ in range(2)]
+    read = [list(islice(answer, 2)) for answer in answers]
+    for _ in trainer.fit(EXAMPLES):
+        for tokens, answer in zip(read, answers, strict=True):
+            tokens += islice(answer, 3)
+    trainer.model.update(other)
+    for tokens, answer in zip(read, answers, strict=True):
+        tokens += islice(answer, 8)
+    return read
+
+
+def test_each_of_two_answers_follows_the_factors_as_the_plain_ones_do() -> None:
+    """Whichever of them has turned dropout off first."""
+    first, second = two_answers_in_turn(generate)
+    assert first == second and len(set(first)) > 3
+    assert two_answers_in_turn(fast.generate) == [first, second]
