@@ -48,4 +48,10 @@ def step_bytes(sizes: Sizes, batch: Batch, checkpointed: bool) -> int:
     rows, width = batch.inputs_BT.shape
     sub_batches = () if batch.segment_BT is None else tuple(sub_batches_in(batch))
     shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()), sub_batches=sub_batches)
-    return training_bytes(sizes, shape, checkpointed) + BLOCKS_AHEAD * block_bytes(sizes, shape)
+    return update_bytes(sizes, shape, checkpointed)
+
+
+def update_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
+    """`training_bytes`, and on a GPU of what may be queued."""
+    queued = 0 if sizes.keeps_scores or sizes.plain else BLOCKS_AHEAD * block_bytes(sizes, shape)
+    return training_bytes(sizes, shape, checkpointed) + queued

@@ -23,6 +23,7 @@ from ..optim import LoRAOptimizer
 from . import ops
 from .vectors import VectorOptimizer, Vectors
 
+KINDS = ("lora_a", "lora_b")
 ATTRIBUTE = "rounded"  # of a LoRALinear; not an entry of the module, which would be in `model.state` too
 
 
@@ -32,6 +33,12 @@ class Rounded:
 
     vectors: Vectors
     start_of: dict[str, int]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model has factors of its own, that no optimizer rounds."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()
 
 
 class RoundedFactors(NamedTuple):
@@ -60,8 +67,9 @@ def rounded_once(model: CausalLM, optimizer: LoRAOptimizer) -> Iterator[None]:
         return
     optimizer.keep_rounded(dtype, *scales)
     try:
-        for name, start_of in starts(model).items():
-            vars(layers[name])[ATTRIBUTE] = Rounded(optimizer.rounded, start_of)
+        for name, start_of in factor_starts(model).items():
+            if start_of.keys() >= set(KINDS):  # neither A nor B is frozen
+                vars(layers[name])[ATTRIBUTE] = Rounded(optimizer.rounded, start_of)
         yield
     finally:
         optimizer.rounded = {}
@@ -73,7 +81,7 @@ def rounded_of(linear: LoRALinear) -> Rounded | None:
     return vars(linear).get(ATTRIBUTE) if linear.training else None
 
 
-def starts(model: CausalLM) -> dict[str, dict[str, int]]:
+def factor_starts(model: CausalLM) -> dict[str, dict[str, int]]:
     """Where the factors of each linear begin in `as_vectors`, by the linear's name and by kind."""
     start_of: dict[str, dict[str, int]] = {}
     ends: dict[str, int] = {}

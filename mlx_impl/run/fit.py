@@ -1,7 +1,8 @@
 """Which rows and batches fit into so much memory, of a model of which only the configuration is read.
 
-The need is that of memory_model.py for an update and an evaluation in which every position is a target,
-and 10% more; the lowest estimate that was measured was 6.0% low (benchmarks/NOTES.md).
+The need is that of memory_model.py for an update and an evaluation in which every position is a target, on
+a GPU with what pace.py lets it queue, and 10% more; the lowest estimate that was measured was 6.0% low
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import mlx.core as mx
 
 from ..data import WIDTH_BUCKETS, bucket_size
 from ..fast.described import described_sizes
-from ..fast.memory_model import evaluation_bytes, training_bytes
+from ..fast.memory_model import evaluation_bytes
 from ..fast.memory_scores import turning_rows
 from ..fast.memory_sizes import FLOAT, Shape, Sizes
+from ..fast.pace import update_bytes
 from ..files.described import Description
 from ..files.quantized import Quantization
 
@@ -38,7 +40,7 @@ class Setting:
         """Of a batch of so many rows of so many tokens."""
         width = bucket_size(tokens, WIDTH_BUCKETS)
         shape = Shape(rows, width, rows * width, rows * width)
-        update = training_bytes(self.sizes, shape, self.checkpointed)
+        update = update_bytes(self.sizes, shape, self.checkpointed)
         return max(update, evaluation_bytes(self.sizes, shape)) * (100 + MARGIN_PERCENT) // 100
 
     def most_needed(self, rows: int, tokens: int) -> int:

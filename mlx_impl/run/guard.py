@@ -22,9 +22,12 @@ Snapshot = dict[str, mx.array]
 
 
 def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> Snapshot:
-    """Every array that an update changes, by name; the factors of a `VectorOptimizer` as its vectors."""
+    """Every array that an update changes, by name; the factors of a `VectorOptimizer` as its vectors.
+
+    What it rounds follows from them.
+    """
     if isinstance(optimizer, VectorOptimizer):
-        return dict(tree_flatten(optimizer.state))
+        return dict(tree_flatten({**optimizer.state, "rounded": {}}))
     return dict(tree_flatten({"factors": model.trainable_parameters(), **optimizer.state}))
 
 

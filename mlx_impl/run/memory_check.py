@@ -24,8 +24,9 @@ from ..data import (
     num_inputs,
 )
 from ..fast.kept_positions import KEPT_BUCKETS
-from ..fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
+from ..fast.memory_model import answer_bytes, evaluation_bytes
 from ..fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
+from ..fast.pace import update_bytes
 from ..machine.memory_limits import Limit, TooLittleMemory, format_bytes, memory_limits, shortage
 from ..model import CausalLM
 from .trainer import LoRATrainer
@@ -46,7 +47,7 @@ class Workload:
 
     def bytes_needed(self) -> int:
         checkpointed = self.training.grad_checkpoint
-        update = largest_update_bytes(self, lambda shape: training_bytes(self.sizes, shape, checkpointed))
+        update = largest_update_bytes(self, lambda shape: update_bytes(self.sizes, shape, checkpointed))
         size = self.training.batch_size
         # Evaluation batches are sorted by length. The last one may be small, but the one before it is full.
         longest = [sorted(e, key=lambda example: len(example.tokens))[-2 * size :] for e in self.evaluated]

@@ -88,6 +88,7 @@ class LoRATrainer:
     def fit(self, examples: Sequence[Example]) -> Iterator[StepRecord]:
         """Train up to update `training.iters`; stop reading the iterator to stop earlier.
 
+        Factors that are put into the model meanwhile are lost in the next update.
         Raises NotFinite, rolled back to the last good state, on NaN or infinity; on several ranks
         KeyboardInterrupt on all of them after the same update, where Ctrl-C came to any (interrupts.py).
         """

@@ -15,7 +15,7 @@ from mlx_impl.__main__ import main
 from mlx_impl.cli.settings.memory_size import parse_memory
 from mlx_impl.config import LoRAConfig, ModelConfig
 from mlx_impl.data import WIDTH_BUCKETS, bucket_size
-from mlx_impl.fast import query_chunks
+from mlx_impl.fast import ops, query_chunks
 from mlx_impl.fast.described import described_sizes
 from mlx_impl.fast.memory_model import training_bytes
 from mlx_impl.fast.memory_sizes import Shape, sizes_of
@@ -112,6 +112,41 @@ def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     shape = Shape(2, 64, 128, 128)
     need = training_bytes(one.sizes, shape, False)
     assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
+
+
+TINYLLAMA = replace(
+    SPEC,
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=64,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "bits", "checkpointed", "measured"),  # GB on an H200: benchmarks/NOTES.md
+    [
+        (4, 1024, 0, False, 9.76),
+        (4, 1024, 0, True, 5.37),
+        (1, 8192, 0, False, 16.58),
+        (1, 16384, 0, True, 13.60),
+        (8, 256, 4, False, 5.00),
+        (1, 8192, 4, False, 15.17),
+        (1, 8192, 4, True, 6.54),
+    ],
+)
+def test_on_cuda_the_need_is_near_what_was_measured(
+    rows: int, tokens: int, bits: int, checkpointed: bool, measured: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what the host queues ahead, and without the margin."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    sizes = described_sizes(TINYLLAMA, mx.bfloat16, 32 if bits else 0, bits)
+    need = Setting(bits or 16, "bfloat16", checkpointed, sizes).bytes_needed(rows, tokens) / 1.1
+    assert 0.94 < need / (measured * 1e9) < 1.1
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def test_packed_examples_attend_in_rows_of_their_own() -> None:
         assert saved > blocks * weights
 
 
-def test_the_host_may_run_ahead_by_four_blocks() -> None:
+def test_the_host_may_run_ahead_by_four_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
     sizes, (batch,) = sizes_of(adapted()), LONG
     rows, width = batch.inputs_BT.shape
     shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()))

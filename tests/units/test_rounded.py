@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
 
@@ -19,7 +22,7 @@ from mlx_impl.fast import ops
 from mlx_impl.fast.forward import FAST
 from mlx_impl.fast.rounded import rounded_of, rounded_once
 from mlx_impl.fast.vectors import VectorOptimizer
-from mlx_impl.lora import lora_layers
+from mlx_impl.lora import LoRALinear, lora_layers
 from mlx_impl.model import CausalLM
 from mlx_impl.run import trainer
 from mlx_impl.run.guard import NotFinite
@@ -108,6 +111,48 @@ def test_training_is_the_same_to_the_bit(
     assert [record.loss_nats for record in records] == [record.loss_nats for record in without]
     for name, array in expected.items():
         assert mx.array_equal(factors[name], array), name
+
+
+def freeze_a(layer: LoRALinear) -> None:
+    layer.freeze(keys=["lora_a"], recurse=False)
+
+
+def drop(layer: LoRALinear) -> None:
+    """On a GPU the others of its input are then computed together, whose A do not follow one another."""
+    layer.dropout.p = 0.5
+
+
+@pytest.mark.parametrize("change", [freeze_a, drop])
+def test_linears_that_cannot_share_slices_train_all_the_same(
+    change: Callable[[LoRALinear], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def factors() -> dict[str, mx.array]:
+        first = make_trainer()
+        change(lora_layers(first.model)["model.layers.0.self_attn.k_proj"])
+        made = LoRATrainer(first.model, ADAPTERS["all linears"], first.training, compiled=False)
+        trained(made)
+        return {name: layer.lora_b for name, layer in lora_layers(made.model).items()}
+
+    found = factors()
+    monkeypatch.setattr(trainer, "rounded_once", lambda model, optimizer: nullcontext())
+    for name, expected in factors().items():
+        assert mx.array_equal(found[name], expected), name
+
+
+def test_a_copy_of_a_model_in_training_has_factors_of_its_own() -> None:
+    made = make_trainer()
+    for _ in made.fit(EXAMPLES):
+        for copied in (copy.deepcopy(made.model), pickle.loads(pickle.dumps(made.model))):
+            copied.train()
+            assert {rounded_of(layer) for layer in lora_layers(copied).values()} == {None}
+
+
+def test_the_guard_keeps_no_rounded_factors() -> None:
+    """They follow from the others."""
+    made = make_trainer()
+    for _ in made.fit(EXAMPLES):
+        assert vectors_of(made).rounded
+        assert not any("rounded" in name for name in [*made.guard.now, *made.guard.good[1]])
 
 
 def test_with_a_scale_that_is_no_power_of_two_gradients_are_as_accurate() -> None:
