@@ -8,6 +8,7 @@ references, and costs the memory of the old factors and moments only.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -32,13 +33,22 @@ def snapshot(model: CausalLM, optimizer: LoRAOptimizer) -> Snapshot:
 
 
 def restore(model: CausalLM, optimizer: LoRAOptimizer, before: Snapshot) -> None:
+    """In place: a compiled step captured these dictionaries, and would not notice others."""
     state = tree_unflatten(list(before.items()))
-    if isinstance(optimizer, VectorOptimizer):
-        optimizer.state = state
-        optimizer.write_back(model)
-    else:
+    if not isinstance(optimizer, VectorOptimizer):
         model.update(state.pop("factors"))
-        optimizer.state = state
+    put_back(optimizer.state, state)
+    if isinstance(optimizer, VectorOptimizer):
+        optimizer.round()
+        optimizer.write_back(model)
+
+
+def put_back(now: Any, before: Any) -> None:
+    for key, value in before.items() if isinstance(before, dict) else enumerate(before):
+        if isinstance(value, (dict, list)):
+            put_back(now[key], value)
+        else:
+            now[key] = value
 
 
 class NotFinite(ValueError):

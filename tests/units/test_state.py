@@ -220,6 +220,24 @@ def test_a_run_that_would_be_saved_with_a_ruined_adapter_goes_back(tmp_path: Pat
     ruined.save(tmp_path / "state.safetensors", EXAMPLES)
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+def test_updates_after_a_roll_back_between_two_of_them_begin_at_what_was_put_back(plain: bool) -> None:
+    """A loss between updates was NaN, and the caller goes on reading; compiled too."""
+
+    def losses(compiled: bool) -> list[float]:
+        lora = replace(LORA, dropout=0.0)
+        run = LoRATrainer(trainer(lora).model, lora, TRAINING, compiled, plain)
+        found = []
+        for record in run.fit(EXAMPLES):
+            found.append(record.loss_nats)
+            if record.step in (1, 4):
+                with pytest.raises(NotFinite):
+                    run.confirm_loss(np.nan)
+        return found
+
+    np.testing.assert_allclose(losses(compiled=True), losses(compiled=False), rtol=1e-5)
+
+
 def test_a_run_is_saved_whose_first_examples_have_no_target(tmp_path: Path) -> None:
     """They are trained on too, beside others; the check before a save needs some that have one."""
     without = [Example((1, 2, 3), (True, False, False))] * 3
