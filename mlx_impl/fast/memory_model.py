@@ -98,4 +98,6 @@ def computed_shape(sizes: Sizes, shape: Shape) -> Shape:
 
 
 def state_bytes(sizes: Sizes) -> int:
-    return STATE * FLOAT * sizes.trained
+    """The state; on a GPU in 16 bits also the factors rounded, as they are and scaled (`rounded.py`)."""
+    is_rounded = not (sizes.keeps_scores or sizes.plain) and sizes.itemsize < FLOAT
+    return (STATE * FLOAT + 2 * sizes.itemsize * is_rounded) * sizes.trained

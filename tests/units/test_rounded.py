@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 
 import mlx.core as mx
@@ -20,12 +21,14 @@ from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, training_windows
 from mlx_impl.fast import ops
 from mlx_impl.fast.forward import FAST
+from mlx_impl.fast.memory_model import state_bytes
+from mlx_impl.fast.memory_sizes import sizes_of
 from mlx_impl.fast.rounded import rounded_of, rounded_once
 from mlx_impl.fast.vectors import VectorOptimizer
 from mlx_impl.lora import LoRALinear, lora_layers
 from mlx_impl.model import CausalLM
 from mlx_impl.run import trainer
-from mlx_impl.run.guard import NotFinite
+from mlx_impl.run.guard import NotFinite, restore, snapshot
 from mlx_impl.run.trainer import LoRATrainer
 from mlx_impl.train import StepRecord
 from tests.nightly import mostly_at_night
@@ -147,6 +150,14 @@ def test_a_copy_of_a_model_in_training_has_factors_of_its_own() -> None:
             assert {rounded_of(layer) for layer in lora_layers(copied).values()} == {None}
 
 
+def test_the_memory_check_counts_them() -> None:
+    made = make_trainer()
+    with rounded_once(made.model, made.optimizer):
+        held = sum(vector.nbytes for vector in vectors_of(made).rounded.values())
+    sizes = sizes_of(made.model)
+    assert state_bytes(sizes) - state_bytes(replace(sizes, itemsize=4)) == held > 0
+
+
 def test_the_guard_keeps_no_rounded_factors() -> None:
     """They follow from the others."""
     made = make_trainer()
@@ -207,14 +218,13 @@ def test_the_rounded_factors_follow_every_change_of_the_factors() -> None:
             assert mx.array_equal(optimizer.rounded[kind], vector.astype(mx.bfloat16)), kind
             assert mx.array_equal(optimizer.rounded[f"scaled {kind}"], (2 * vector).astype(mx.bfloat16)), kind
 
-    before = optimizer.state
-    before = {**before, "factors": dict(before["factors"]), "flags": dict(before["flags"])}
+    before = snapshot(made.model, optimizer)
     with rounded_once(made.model, optimizer):
         hold()
         optimizer.update(made.model, {kind: mx.ones_like(v) for kind, v in optimizer.factors.items()})
         hold()
-        assert not mx.array_equal(optimizer.factors["lora_a"], before["factors"]["lora_a"])
-        optimizer.state = before
+        assert not mx.array_equal(optimizer.factors["lora_a"], before["factors.lora_a"])
+        restore(made.model, optimizer, before)
         hold()
         optimizer.init({"lora_a": mx.ones((2, 3)), "lora_b": mx.ones((3, 2))})
         assert mx.array_equal(optimizer.rounded["lora_b"], mx.ones(6))
