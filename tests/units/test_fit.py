@@ -107,6 +107,18 @@ def test_no_smaller_batch_than_the_one_that_is_named_needs_more_than_there_is(
         assert longest_row(one, limit, 1024) == max((t for t in widths if t < first), default=0)
 
 
+def test_of_rows_whose_scores_are_too_many_the_fewest_may_need_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a narrow model: the part of the mask that is there at once falls with the rows."""
+    monkeypatch.setattr(query_chunks, "MAX_SCORES", 1024 * 1024)  # of one row of 1,024 tokens and one head
+    narrow = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 8, "num_hidden_layers": 1}
+    one = setting(config=replace(WIDE, num_attention_heads=1, num_key_value_heads=1, **narrow))
+    first, second, third = (one.bytes_needed(rows, 1024) for rows in (1, 2, 3))
+    assert second > max(first, third)
+    assert one.most_needed(3, 1024) == second
+
+
 def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     one = setting()
     shape = Shape(2, 64, 128, 128)

@@ -29,7 +29,7 @@ from mlx_impl.fast import forward, ops, projection, reading, recompute
 from mlx_impl.fast.forward import batch_loss
 from mlx_impl.fast.key_blocks import BlockCache
 from mlx_impl.fast.projection import project
-from mlx_impl.lora import LoRALinear, add_lora
+from mlx_impl.lora import DoRALinear, LoRALinear, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.ops import silu
 from mlx_impl.train import Arrays
@@ -109,6 +109,14 @@ def test_the_factors_gradients_are_formed_before_that_of_the_input(
     with_depends = chain_bytes(8, compiled)
     without_depends(monkeypatch, projection, lambda arrays: True)
     assert chain_bytes(8, compiled) > 1.25 * with_depends
+
+
+def test_linears_of_dora_hold_one_weight_in_full_after_another() -> None:
+    """And its squares; were a length not computed before the next linear, every weight until the end."""
+    bases = [nn.QuantizedLinear.from_linear(nn.Linear(256, 1024, bias=False), 32, 4) for _ in range(6)]
+    layers, x_NI = [DoRALinear(base, R, 2.0, 0.0) for base in bases], mx.ones((8, 256))
+    mx.eval(x_NI, [layer.parameters() for layer in layers])
+    assert peak_bytes(lambda x_NI: project(x_NI, *layers), x_NI) < 3 * BYTES * 256 * 1024
 
 
 def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: bool) -> int:
