@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .settings.flags import add_switch, require_at_least
 from .settings.memory_size import parse_memory
+
+if TYPE_CHECKING:
+    from ..run.fit import Setting
 
 
 def add_fit_flags(group: Any) -> None:
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fit_of(model: str | None, memory: str | None, tokens: int) -> dict[str, Any]:
-    """For every setting its least need, the longest row and the largest batch of rows of so many tokens."""
+    """What fits in every setting; the largest batch is of rows of so many tokens."""
     import mlx.core as mx
 
     from ..config import LoRAConfig
@@ -49,17 +52,6 @@ def fit_of(model: str | None, memory: str | None, tokens: int) -> dict[str, Any]
     limit = whole_memory() if memory is None else Limit("--memory", parse_memory(memory), True)
     found = read_description(model)
     settings, most = fit.settings_of(found), found.max_tokens or fit.END
-    rows = [
-        {
-            "bits": one.bits,
-            "dtype": one.dtype,
-            "grad_checkpoint": one.checkpointed,
-            "least_bytes": one.bytes_needed(1, 1),
-            "longest_row": fit.longest_row(one, limit.num_bytes, most),
-            "largest_batch": fit.largest_batch(one, limit.num_bytes, tokens),
-        }
-        for one in settings
-    ]
     return {
         "model": found.path.name if found.path.suffix == ".gguf" else found.path.resolve().parent.name,
         "num_weights": fit.num_weights(settings),
@@ -70,5 +62,19 @@ def fit_of(model: str | None, memory: str | None, tokens: int) -> dict[str, Any]
         "tokens": tokens,
         "max_tokens": found.max_tokens,
         "margin_percent": fit.MARGIN_PERCENT,
-        "settings": rows,
+        "settings": [table_row(one, limit.num_bytes, tokens, most) for one in settings],
+    }
+
+
+def table_row(one: Setting, limit: int, tokens: int, most: int) -> dict[str, Any]:
+    """Of one setting its least need, the longest row and the largest batch."""
+    from ..run import fit
+
+    return {
+        "bits": one.bits,
+        "dtype": one.dtype,
+        "grad_checkpoint": one.checkpointed,
+        "least_bytes": one.bytes_needed(1, 1),
+        "longest_row": fit.longest_row(one, limit, most),
+        "largest_batch": fit.largest_batch(one, limit, tokens),
     }

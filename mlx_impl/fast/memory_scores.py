@@ -17,7 +17,7 @@ CUDA_TILE = 128  # queries, of cuDNN's backward pass
 CUDA_MASKS = 3  # zeros, minus infinities, and the mask made of them; once for all blocks of a compiled step
 
 
-def rows_of(sizes: Sizes, shape: Shape) -> tuple[SubBatch, ...]:
+def attention_rows(sizes: Sizes, shape: Shape) -> tuple[SubBatch, ...]:
     """The rows of attention."""
     return (SubBatch(shape.rows, shape.width),) if sizes.plain or not shape.sub_batches else shape.sub_batches
 
@@ -25,7 +25,7 @@ def rows_of(sizes: Sizes, shape: Shape) -> tuple[SubBatch, ...]:
 def kept_scores_bytes(sizes: Sizes, shape: Shape) -> int:
     """Of the scores that a block keeps for the backward pass."""
     scores = 0
-    for sub_batch in rows_of(sizes, shape):
+    for sub_batch in attention_rows(sizes, shape):
         of_rows = scores_of(sizes, shape, sub_batch)
         is_kept = sizes.keeps_scores or sizes.unfused
         in_turn = in_query_chunks(sizes, shape, of_rows) or in_band_in_turn(sizes, shape, sub_batch)
@@ -36,7 +36,7 @@ def kept_scores_bytes(sizes: Sizes, shape: Shape) -> int:
 def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> int:
     """Of the scores that are there at once."""
     scores = 0
-    for sub_batch in rows_of(sizes, shape):
+    for sub_batch in attention_rows(sizes, shape):
         of_rows = scores_of(sizes, shape, sub_batch)
         if in_query_chunks(sizes, shape, of_rows):
             of_rows = min(of_rows, QUERY_CHUNKS * query_chunks.MAX_SCORES)
@@ -51,7 +51,7 @@ def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> i
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
     """On a CPU booleans, the bias made of them, and its gradient; on CUDA a number for each score."""
     masks, heads, numbers = shape.masks if sizes.plain else 1, sizes.config.num_attention_heads, 0
-    for sub_batch in rows_of(sizes, shape):
+    for sub_batch in attention_rows(sizes, shape):
         of_rows = scores_of(sizes, shape, sub_batch)
         if is_fused(sizes):
             numbers += of_rows if is_windowed(sizes, shape, sub_batch) else 0

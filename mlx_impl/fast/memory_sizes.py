@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..config import ModelConfig
 from ..data import Batch
-from ..lora import DoRALinear, lora_layers
+from ..lora import DoRALinear, LoRALinear, lora_layers
 from ..model import CausalLM
 from ..targets import shape_OI
 from . import ops
@@ -71,17 +72,11 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     layers = lora_layers(model).values()
     arrays = [array for _, array in tree_flatten(model.parameters())]
     itemsize = model.model.norm.weight.itemsize
-    more = 0
-    for layer in layers:
-        num_out, num_in = shape_OI(layer.linear)
-        more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
-        has_direction = isinstance(layer, DoRALinear) or low_rank_of(layer) is None
-        more += num_out if has_direction else 0  # of DoRA its direction
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
     num_blocks = model.config.num_hidden_layers
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
-    more = more // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
+    more = more_of(layers) // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
     if keeps_scores and itemsize < FLOAT:
         more += 2 * model.config.hidden_size  # the norms of MLX's CPU backend keep x in float32
     first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
@@ -99,6 +94,17 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
         plain=plain,
         evaluated=(first, later),
     )
+
+
+def more_of(layers: Iterable[LoRALinear]) -> int:
+    """Numbers a position that linears keep beside their inputs."""
+    more = 0
+    for layer in layers:
+        num_out, num_in = shape_OI(layer.linear)
+        more += num_in if layer.dropout.p > 0 else 0  # what dropout left of the input
+        has_direction = isinstance(layer, DoRALinear) or low_rank_of(layer) is None
+        more += num_out if has_direction else 0  # of DoRA its direction
+    return more
 
 
 def is_fused_in_training(head_dim: int, itemsize: int) -> bool:

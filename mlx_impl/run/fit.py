@@ -25,6 +25,7 @@ MARGIN_PERCENT = 10  # how far below MLX's peak an estimate may be; benchmarks/N
 END = 2**20  # of tokens in a row, and of rows in a batch, where nothing else ends them
 GROUP_SIZES = (64, 32)  # of 4 bits: mlx-lm's default; what a narrower model needs
 BITS = 4
+WHOLE_BITS = {32: "float32", 16: "bfloat16"}  # of weights that are not quantized
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Setting:
 def settings_of(model: Description) -> list[Setting]:
     """In 32 and 16 bits, and quantized as it is stored, or else in 4 bits; ValueError for a wrong model."""
     try:
-        whole = [(32, "float32", None), (16, "bfloat16", None)]
+        whole = [(bits, dtype, None) for bits, dtype in WHOLE_BITS.items()]
         kinds = [*whole, *((how.bits, quantized_dtype(), how) for how in quantizations(model))]
         return [
             Setting(bits, dtype, checkpointed, sizes)

@@ -107,6 +107,18 @@ def test_no_smaller_batch_than_the_one_that_is_named_needs_more_than_there_is(
         assert longest_row(one, limit, 1024) == max((t for t in widths if t < first), default=0)
 
 
+def test_of_rows_whose_scores_are_too_many_the_fewest_may_need_the_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a narrow model: the part of the mask that is there at once falls with the rows."""
+    monkeypatch.setattr(query_chunks, "MAX_SCORES", 1024 * 1024)  # of one row of 1,024 tokens and one head
+    narrow = replace(WIDE, hidden_size=8, intermediate_size=8, head_dim=8, num_hidden_layers=1)
+    one = setting(config=replace(narrow, num_attention_heads=1, num_key_value_heads=1))
+    first, second, third = (one.bytes_needed(rows, 1024) for rows in (1, 2, 3))
+    assert second > max(first, third)
+    assert one.most_needed(3, 1024) == second
+
+
 def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     one = setting()
     shape = Shape(2, 64, 128, 128)
@@ -220,6 +232,30 @@ def test_more_tokens_than_the_model_was_made_for_are_named(
         assert (sentence in capsys.readouterr().out) == is_named
     assert fit(folder, "--memory", "1GB", "--json") == 0
     assert json.loads(capsys.readouterr().out)["max_tokens"] == 100
+
+
+@pytest.mark.parametrize(("most", "named"), [(1, "1 token,"), (2048, "2,048 tokens,")])
+def test_tokens_are_counted_as_in_the_table(
+    most: int, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = config_folder(tmp_path, max_position_embeddings=most)
+    assert fit(folder, "--memory", "1GB", "--max-seq-length", "100000") == 0
+    assert f"at most {named} --max-seq-length is 100,000" in capsys.readouterr().out
+    assert fit(folder, "--memory", "1GB", "--max-seq-length", "1") == 0
+    assert "rows of up to 1 token (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("heads", "is_told"), [(5, True), (4, False)])
+def test_why_4_bits_are_left_out_is_told(
+    heads: int, is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    width = 8 * heads
+    folder = config_folder(tmp_path, hidden_size=width, num_attention_heads=heads, num_key_value_heads=heads)
+    assert fit(folder, "--memory", "1GB") == 0
+    shown = capsys.readouterr().out
+    assert ("4 bits are left out: not every width of the model is a multiple of 32" in shown) == is_told
+    assert ("4 bits  " in shown) != is_told
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_a_model_too_large_fits_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

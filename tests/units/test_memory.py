@@ -29,7 +29,7 @@ from mlx_impl.fast import forward, ops, projection, reading, recompute
 from mlx_impl.fast.forward import batch_loss
 from mlx_impl.fast.key_blocks import BlockCache
 from mlx_impl.fast.projection import project
-from mlx_impl.lora import LoRALinear, add_lora
+from mlx_impl.lora import DoRALinear, LoRALinear, add_lora
 from mlx_impl.model import CausalLM
 from mlx_impl.ops import silu
 from mlx_impl.train import Arrays
@@ -111,6 +111,14 @@ def test_the_factors_gradients_are_formed_before_that_of_the_input(
     assert chain_bytes(8, compiled) > 1.25 * with_depends
 
 
+def test_linears_of_dora_hold_one_weight_in_full_after_another() -> None:
+    """And its squares; were a length not computed before the next linear, every weight until the end."""
+    bases = [nn.QuantizedLinear.from_linear(nn.Linear(256, 1024, bias=False), 32, 4) for _ in range(6)]
+    layers, x_NI = [DoRALinear(base, R, 2.0, 0.0) for base in bases], mx.ones((8, 256))
+    mx.eval(x_NI, [layer.parameters() for layer in layers])
+    assert peak_bytes(lambda x_NI: project(x_NI, *layers), x_NI) < 3 * BYTES * 256 * 1024
+
+
 def step_bytes(num_layers: int, lora: LoRAConfig, checkpointed: bool, compiled: bool) -> int:
     """The peak of a model's loss and gradients, beyond its weights."""
     model = CausalLM(replace(SPEC, num_hidden_layers=num_layers))
@@ -158,7 +166,8 @@ def test_a_block_is_not_recomputed_before_its_gradient_has_come(monkeypatch: pyt
 def test_a_blocks_factors_gradients_are_formed_before_that_of_its_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else they are computed at the end: with dropout a linear is computed by its plain call."""
+    """Else they are computed at the end, where a linear is computed by its plain call, as on a GPU."""
+    monkeypatch.setattr(projection, "low_rank_of", lambda _: None)
     with_depends = step_bytes(6, DROPPING, checkpointed=True, compiled=False)
     without_depends(monkeypatch, recompute, lambda arrays: len(arrays) == 1)  # d of a block's input
     assert step_bytes(6, DROPPING, checkpointed=True, compiled=False) > with_depends + LATE * UNIT

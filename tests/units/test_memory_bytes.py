@@ -12,8 +12,9 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
 from mlx_impl.data import Example, evaluation_batches, make_packed_batch, training_windows
-from mlx_impl.fast import query_chunks
+from mlx_impl.fast import ops, query_chunks
 from mlx_impl.fast.decode import generate_all
+from mlx_impl.fast.described import described_sizes
 from mlx_impl.fast.key_blocks import BLOCK
 from mlx_impl.fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
 from mlx_impl.fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
@@ -177,6 +178,29 @@ def test_attention_holds_what_is_not_computed_of_a_row_too() -> None:
     all_but_heads = on_a_gpu.a_position - heads
     less = training_bytes(on_a_gpu, shape, False) - training_bytes(on_a_gpu, shared, False)
     assert less == 4 * (SPEC.num_hidden_layers + 1) * all_but_heads * (256 - 112)  # and once in work
+
+
+def test_beside_a_packed_head_the_last_of_three_weights_is_still_there() -> None:
+    shape, weight = Shape(1, 64, 64, 64), 2**20
+    packed = replace(SIZES, head=2**24)  # which is the most that a step holds
+    one, none = (training_bytes(replace(packed, unpacked=n), shape, False) for n in (3 * weight, 0))
+    assert one - none == weight
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_on_a_gpu_dora_also_holds_its_update_and_the_stretched_weight(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large as the largest weight; in training, and in an evaluation before and after."""
+
+    def in_full() -> tuple[int, ...]:
+        sizes = described_sizes(HEAVY, mx.float32, 32, bits, LoRAConfig(use_dora=True))
+        return (sizes.unpacked, *sizes.evaluated)
+
+    on_a_cpu = in_full()
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    weight = HEAVY.hidden_size * HEAVY.intermediate_size * 4
+    assert all(gpu - cpu >= 2 * weight for gpu, cpu in zip(in_full(), on_a_cpu, strict=True))
 
 
 def test_an_answer_needs_its_cache_twice() -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from mlx_impl.data import Example, make_batch, make_packed_batch
 from mlx_impl.fast import band, memory_work, ops
 from mlx_impl.fast.described import described_sizes
-from mlx_impl.fast.memory_sizes import Shape
+from mlx_impl.fast.memory_scores import mask_bytes, scores_at_once_bytes
+from mlx_impl.fast.memory_sizes import Shape, shape_of
 from tests.units.test_fit import WIDE, setting
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -75,6 +77,27 @@ def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:
     one = setting(config=replace(WIDE, sliding_window=64))
     four, eight = one.bytes_needed(1, 4096), one.bytes_needed(1, 8192)
     assert eight < 2.05 * four
+
+
+def test_the_plain_path_has_a_mask_of_each_packed_row() -> None:
+    """Rows that are not packed share one: booleans, the bias made of them, and its gradient."""
+    sizes = replace(described_sizes(WIDE, mx.float32), plain=True)
+    examples = [Example((1,) * 33, (True,) * 33) for _ in range(6)]
+    packed, padded = make_packed_batch(examples, [(0, 1), (2, 3), (4, 5)]), make_batch(examples)
+    assert packed.inputs_BT.shape == (3, 64) and padded.inputs_BT.shape == (6, 32)
+    assert mask_bytes(sizes, shape_of(packed)) == 3 * 64 * 64 * (1 + 1 + 4)
+    assert mask_bytes(sizes, shape_of(padded)) == 32 * 32 * (1 + 1 + 4)
+
+
+@pytest.mark.parametrize(("window", "tokens", "keys"), [(64, 512, 128), (512, 1600, 0)])
+def test_on_cuda_the_queries_of_a_band_are_those_of_a_chunk(
+    window: int, tokens: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 64 are no whole tiles of 128, though the row is; chunks of 128 are, though it is not."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    sizes = described_sizes(replace(WIDE, sliding_window=window), mx.bfloat16)
+    at_once = scores_at_once_bytes(sizes, Shape(1, tokens, tokens, tokens))
+    assert at_once == WIDE.num_attention_heads * tokens * keys * 2
 
 
 def test_attention_on_metal_keeps_its_weights_in_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_impl.fast.low_rank import low_rank_of
+from mlx_impl.fast.projection import Group
 from mlx_impl.fast.row_lengths import row_lengths
+from mlx_impl.lora import DoRALinear
 from tests.derived import EXACT, UNIT_ROUNDOFF
 from tests.lora_ladder.cases import random_array
 
@@ -85,6 +89,22 @@ def test_a_bfloat16_weight_is_widened_first() -> None:
     drawn, computed_O = drawn._replace(weight_OI=rounded_OI), drawn.computed(base=mx.bfloat16)
     assert computed_O.dtype == mx.float32
     np.testing.assert_array_less(np.abs(np.array(computed_O) / drawn.lengths_O - 1), drawn.bound_O)
+
+
+def test_a_linear_in_bfloat16_has_the_lengths_of_factors_in_float32() -> None:
+    """Its products take the factors in the type of x; rounded first, V's rows would have other lengths."""
+    drawn = numbers()
+    rounded_OI = mx.array(drawn.weight_OI).astype(mx.bfloat16)
+    linear = nn.Linear(I, O, bias=False)
+    linear.weight = rounded_OI
+    layer = DoRALinear(linear, R, SCALE, 0.0)
+    layer.lora_a, layer.lora_b = mx.array(drawn.a_IR), mx.array(drawn.b_RO)
+    part = low_rank_of(layer)
+    assert part is not None
+    group, x_NI = Group([part]), mx.ones((3, I), mx.bfloat16)
+    *_, lengths_O = group.forward(x_NI, [], group.factors)
+    drawn = drawn._replace(weight_OI=np.array(rounded_OI.astype(mx.float32)))
+    np.testing.assert_array_less(np.abs(np.array(lengths_O) / drawn.lengths_O - 1), drawn.bound_O)
 
 
 def test_a_row_that_is_cancelled_entirely_is_as_long_as_the_rounding_of_the_weight_at_least() -> None:
