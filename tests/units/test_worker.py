@@ -46,13 +46,13 @@ def test_untimed_steps_precede_the_timed_one_on_a_gpu(
 
 
 def test_several_steps_of_a_turn_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a GPU, where no untimed ones precede them."""
+    """On a GPU after a few untimed ones, if asked for."""
     steps: list[int] = []
     monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: float(len(steps))))
     monkeypatch.setattr(worker, "prepare", lambda environment: "a BLAS")
     monkeypatch.setattr(worker, "is_gpu", lambda: True)
     step = SimpleNamespace(step=lambda: steps.append(0))
     monkeypatch.setattr(worker, "on_its_arrays", lambda name, case: (step, None, None))
-    parent = Orders(("steps", 3), ("steps", 5))
+    parent = Orders((3, False), (5, True))
     worker.answer_to(parent, "ours", CASES["tiny"], {})  # type: ignore[arg-type]
-    assert parent.answers[1:] == [3, 5] and len(steps) == 1 + 3 + 5
+    assert parent.answers[1:] == [3, 5] and len(steps) == 1 + 3 + worker.UNTIMED_ON_A_GPU + 5
