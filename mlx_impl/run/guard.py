@@ -44,11 +44,13 @@ def restore(model: CausalLM, optimizer: LoRAOptimizer, before: Snapshot) -> None
 
 
 def put_back(now: Any, before: Any) -> None:
-    for key, value in before.items() if isinstance(before, dict) else enumerate(before):
-        if isinstance(value, (dict, list)):
-            put_back(now[key], value)
+    """What is in both."""
+    both = now.keys() & before.keys() if isinstance(now, dict) else range(len(now))
+    for key in both:
+        if isinstance(now[key], (dict, list)):
+            put_back(now[key], before[key])
         else:
-            now[key] = value
+            now[key] = before[key]
 
 
 class NotFinite(ValueError):

@@ -170,7 +170,7 @@ MUTANTS = [
     ),
     Mutant(
         "merge-without-scale",
-        16,
+        15,
         "Merging adds A B without the factor alpha / rank.",
         delta(lambda self: (self.lora_a @ self.lora_b).T),
     ),
