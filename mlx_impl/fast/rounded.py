@@ -21,7 +21,7 @@ from ..lora import LoRALinear, lora_layers
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
 from . import ops
-from .vectors import VectorOptimizer, Vectors
+from .vectors import SCALED, VectorOptimizer, Vectors
 
 KINDS = ("lora_a", "lora_b")
 ATTRIBUTE = "rounded"  # of a LoRALinear; not an entry of the module, which would be in `model.state` too
@@ -105,11 +105,11 @@ def rounded_factors(
         return None
     vectors, num_in = known[0].vectors, as_IR[0].shape[0]
     a_RI, scaled_a_RI = (
-        vectors[kind][starts[0] : ends[-1]].reshape(-1, num_in) for kind in ("lora_a", "scaled lora_a")
+        vectors[kind][starts[0] : ends[-1]].reshape(-1, num_in) for kind in ("lora_a", SCALED + "lora_a")
     )
     of_b = [
         [slice_of(place, vectors[kind], b_RO) for place, b_RO in zip(known, bs_RO, strict=True)]
-        for kind in ("lora_b", "scaled lora_b")
+        for kind in ("lora_b", SCALED + "lora_b")
     ]
     return RoundedFactors(a_RI, of_b[0], scaled_a_RI, of_b[1])
 

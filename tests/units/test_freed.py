@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from itertools import product
 
 import mlx.core as mx
 import pytest
 
-from mlx_impl.config import LoRAConfig, ModelConfig, TrainConfig
+from mlx_impl.config import LoRAConfig, TrainConfig
 from mlx_impl.data import Example
 from mlx_impl.model import CausalLM
 from mlx_impl.run.trainer import LoRATrainer
+from tests.tiny_model import TINY_LLAMA
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-MODEL = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-)
+MODEL = replace(TINY_LLAMA, num_hidden_layers=2)
 EXAMPLES = [Example(tuple(range(start, start + 9)), (False,) * 4 + (True,) * 5) for start in (1, 20)]
 
 
