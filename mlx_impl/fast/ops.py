@@ -31,13 +31,25 @@ def rope(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.ar
 def attention(q_BHTK: mx.array, k_BGSK: mx.array, v_BGSK: mx.array, mask_B1TS: mx.array | None) -> mx.array:
     """softmax(q k^T / sqrt(K)) v over the keys where the mask is true; without one it is causal (T <= S)."""
     if on_gpu():
-        return ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+        return ops.attention(q_BHTK, k_BGSK, v_BGSK, added_mask(mask_B1TS, q_BHTK.dtype))
     if mask_B1TS is None:
         (B, H, T, _), S = q_BHTK.shape, k_BGSK.shape[2]
         if T == S and query_chunks.are_needed(B * H * T * S):
             return query_chunks.attention(q_BHTK, k_BGSK, v_BGSK)
         mask_B1TS = mx.arange(S) <= mx.arange(S - T, S)[:, None]
     return cpu_ops.attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
+
+
+def added_mask(mask_B1TS: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
+    """What attention adds to the scores: 0 where the mask is true, else less than any score; for a GPU.
+
+    All heads share it. Of a mask of booleans MLX's CUDA backend makes numbers for each head, in three arrays
+    of H T S (`scaled_dot_product_attention` in its fast.cpp).
+    Half of the type's least number, because cuDNN multiplies it by log2(e), and the whole one would overflow.
+    """
+    if mask_B1TS is None:
+        return None
+    return mx.where(mask_B1TS, mx.array(0, dtype), mx.array(mx.finfo(dtype).min / 2, dtype))
 
 
 def rope_from(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_impl import ops as pattern_ops
 from mlx_impl.fast import ops
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.low_rank import LowRank
@@ -47,6 +48,33 @@ def test_cross_entropy_and_its_gradient_are_numpys(dtype: mx.Dtype, compiled: bo
             for name, one, one32, one64 in zip(("nats", "gradient"), ours, single, double, strict=True)
         ],
     )
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_all_heads_share_a_mask_of_numbers_that_changes_no_bit(
+    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the mix and of gradients; where a query sees no key, which is padding, the mix is finite."""
+    heads = {"q": 4, "k": 2, "v": 2, "d": 4}
+    q, k, v, d = (mx.array(random_array(name, (2, h, 4, 8), 3.0), dtype) for name, h in heads.items())
+    mask_B1TS = mx.array(np.random.default_rng(0).random((2, 1, 4, 4)) < 0.6)
+    mask_B1TS[0, 0, 1], d[0, :, 1] = False, 0
+    expected = mx.vjp(lambda q, k, v: pattern_ops.attention(q, k, v, mask_B1TS), [q, k, v], [d])
+    masks: list[mx.array] = []
+    attend = pattern_ops.attention
+
+    def noted(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+        masks.append(mask)
+        return attend(q, k, v, mask)
+
+    monkeypatch.setattr(pattern_ops, "attention", noted)
+    found = mx.vjp(lambda q, k, v: ops.attention(q, k, v, mask_B1TS), [q, k, v], [d])
+    assert [(mask.shape, mask.dtype) for mask in masks] == [((2, 1, 4, 4), dtype)]
+    (mix,), (expected_mix,) = found[0], expected[0]
+    assert mx.isfinite(mix).all()
+    mix[0, :, 1] = expected_mix[0, :, 1]
+    for ours, theirs in zip([mix, *found[1]], [expected_mix, *expected[1]], strict=True):
+        assert mx.array_equal(ours, theirs)
 
 
 def test_an_unfused_array_is_the_same_to_the_bit() -> None:
