@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..lora import DoRALinear, LoRALinear
-from . import ops
 from .packed import Weight, packed_of
 from .rounded import Rounded, rounded_of
 
@@ -34,12 +33,10 @@ class LowRank(NamedTuple):
 
 
 def low_rank_of(linear: nn.Module) -> LowRank | None:
-    """Its parts; None without an adapter, and on a GPU for DoRA and active dropout."""
+    """Its parts; None without an adapter."""
     if not isinstance(linear, LoRALinear) or type(linear) not in (LoRALinear, DoRALinear):
         return None
     dropout = linear.dropout if linear.training and linear.dropout.p > 0 else None
-    if ops.on_gpu() and (dropout is not None or type(linear) is DoRALinear):
-        return None
     base = linear.linear
     weight_OI = base.weight if type(base) is nn.Linear else packed_of(base)
     if weight_OI is None:

@@ -9,8 +9,8 @@ For x of N rows, frozen W_j, trained A_j and B_j, and scales s_j (Hu et al. 2021
 Automatic differentiation of `LoRALinear.__call__` gives the same numbers with more passes over memory. Here
 `mx.addmm` adds within the matmul, the factors are cast to the type of x (x is not widened to theirs), and h
 and dh are kept transposed, so that each linear's slice is contiguous. The factors' gradients have the type of
-x, and are widened all at once (`vectors.as_vectors`). On a CPU linears of DoRA are among them: y_j m / |V|,
-with the length of each row of V (`row_lengths.py`), then the bias. Under dropout every A_j gets its own x.
+x, and are widened all at once (`vectors.as_vectors`). Linears of DoRA are among them: y_j m / |V|, with the
+length of each row of V (`row_lengths.py`), then the bias. Under dropout every A_j gets its own x.
 """
 
 from __future__ import annotations

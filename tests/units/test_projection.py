@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_impl.fast import ops
-from mlx_impl.fast.low_rank import LowRank, low_rank_of
+from mlx_impl.fast.low_rank import low_rank_of
 from mlx_impl.fast.projection import project, project_gated
 from mlx_impl.lora import DoRALinear, LoRALinear
 from mlx_impl.targets import AnyLinear
@@ -232,12 +232,14 @@ def test_a_linear_whose_result_is_not_used_gets_no_gradient(name: str) -> None:
     hold(name, ours, plain, lambda n: as_near(n, ours, plain))
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("places", [(1,), (0, 1, 2)], ids=["in the middle", "everywhere"])
 @pytest.mark.parametrize("name", ["alike", "DoRA in the middle", "unequal ranks and scales"])
 def test_under_dropout_linears_together_draw_the_masks_of_one_by_one(
-    name: str, places: tuple[int, ...]
+    name: str, places: tuple[int, ...], on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So in float64 they are equal; the gradient of the common input is the sum of all."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     group = Group(GROUPS[name]).in_type(mx.float64, mx.float64)
     for place in places:
         group.linears[place].dropout.p = 0.5
@@ -247,18 +249,6 @@ def test_under_dropout_linears_together_draw_the_masks_of_one_by_one(
     mx.random.seed(1)
     ref64 = numpy(results(group, one_by_one, mx.float64))
     hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
-
-
-def test_on_a_gpu_dora_and_dropout_in_training_are_computed_by_the_plain_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    layer, dora = (
-        adapted(make_linear(Part(9), 0), Part(9), kind, 0.5, 0) for kind in (LoRALinear, DoRALinear)
-    )
-    monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    assert low_rank_of(layer.train()) is None
-    assert isinstance(low_rank_of(layer.eval()), LowRank)
-    assert low_rank_of(dora.eval()) is None
 
 
 @pytest.mark.parametrize("shape", [(3, I), (2, 1, 3, I)])

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_impl.fast import ops
 from mlx_impl.fast.low_rank import low_rank_of
 from mlx_impl.fast.projection import Group
 from mlx_impl.fast.row_lengths import row_lengths
@@ -76,7 +77,9 @@ def test_cancelled_rows_are_that_much_shorter_and_change_no_other(t: float) -> N
     np.testing.assert_allclose(np.array(drawn.computed())[:10], np.array(plain.computed())[:10], rtol=1e-6)
 
 
-def test_in_float64_they_are_exact() -> None:
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_in_float64_they_are_exact(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     drawn = numbers()
     computed_O = np.array(drawn.computed(mx.float64, mx.float64))
     np.testing.assert_allclose(computed_O, drawn.lengths_O, rtol=EXACT)
