@@ -21,7 +21,7 @@ from ..lora import LoRALinear, lora_layers
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
 from . import ops
-from .vectors import SCALED, VectorOptimizer, Vectors
+from .vectors import SCALED, VectorOptimizer, Vectors, view
 
 KINDS = ("lora_a", "lora_b")
 ATTRIBUTE = "rounded"  # of a LoRALinear; not an entry of the module, which would be in `model.state` too
@@ -104,16 +104,13 @@ def rounded_factors(
     if ends[:-1] != starts[1:]:
         return None
     vectors, num_in = known[0].vectors, as_IR[0].shape[0]
-    a_RI, scaled_a_RI = (
-        vectors[kind][starts[0] : ends[-1]].reshape(-1, num_in) for kind in ("lora_a", SCALED + "lora_a")
-    )
+    shape_RI = ((ends[-1] - starts[0]) // num_in, num_in)
+    a_RI, scaled_a_RI = (view(vectors[kind], shape_RI, starts[0]) for kind in ("lora_a", SCALED + "lora_a"))
     of_b = [
-        [slice_of(place, vectors[kind], b_RO) for place, b_RO in zip(known, bs_RO, strict=True)]
+        [
+            view(vectors[kind], b_RO.shape, place.start_of["lora_b"])
+            for place, b_RO in zip(known, bs_RO, strict=True)
+        ]
         for kind in ("lora_b", SCALED + "lora_b")
     ]
     return RoundedFactors(a_RI, of_b[0], scaled_a_RI, of_b[1])
-
-
-def slice_of(place: Rounded, vector: mx.array, b_RO: mx.array) -> mx.array:
-    start = place.start_of["lora_b"]
-    return vector[start : start + b_RO.size].reshape(b_RO.shape)

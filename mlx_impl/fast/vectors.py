@@ -5,7 +5,7 @@ An update is then a few operations, where the tree of parameters takes a few for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -130,12 +130,18 @@ def as_factors(vectors: Vectors, like: Any) -> Any:
         kind = name.rpartition(".")[2]
         if kind not in vectors:
             continue
-        end = start[kind] + array.size
-        part = vectors[kind][start[kind] : end]
-        part = part.reshape(array.T.shape).T if kind == "lora_a" else part.reshape(array.shape)
-        factors.append((name, part))
-        start[kind] = end
+        factors.append((name, view(vectors[kind], array.shape, start[kind], kind == "lora_a")))
+        start[kind] += array.size
     return tree_unflatten(factors) if factors else {}
+
+
+def view(vector: mx.array, shape: Sequence[int], start: int, transposed: bool = False) -> mx.array:
+    """The array of this shape, (N,) or (M, N), that begins at `start`, row after row or column after column.
+
+    Nothing is copied, and it is one operation; a slice, a reshape and a transpose would be three.
+    """
+    strides = (1, shape[0]) if transposed else (shape[-1], 1)[-len(shape) :]
+    return mx.as_strided(vector, shape, strides, start)
 
 
 def as_tree(state: dict[str, Any], factors: Any) -> dict[str, Any]:

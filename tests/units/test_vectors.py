@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
+from collections import Counter
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -51,6 +55,16 @@ def test_vectors_cut_into_slices_are_the_factors(name: str) -> None:
     assert same(dict(tree_flatten(as_factors(vectors, factors))), dict(tree_flatten(factors)))
     numbers = np.sort(np.concatenate([np.array(vector) for vector in vectors.values()]))
     np.testing.assert_array_equal(numbers, np.arange(len(numbers)))
+
+
+def test_a_factor_is_one_step_from_its_vector() -> None:
+    """A host takes as long for a step that copies nothing as for a kernel, and a model has many factors."""
+    factors = numbered(DORA).trainable_parameters()
+    vectors, graph = as_vectors(factors), io.StringIO()
+    mx.eval(vectors)
+    mx.export_to_dot(graph, *dict(tree_flatten(as_factors(vectors, factors))).values())
+    steps = Counter(re.findall(r'label ?= ?"(\w+)"', graph.getvalue()))
+    assert sum(steps.values()) == len(tree_flatten(factors))
 
 
 def test_there_is_a_vector_of_each_kind() -> None:
