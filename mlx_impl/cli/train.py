@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
+from ..machine.cuda import launch_kernels_one_by_one
 from .launcher import is_first
 from .settings import flags
 from .settings.flags import require_at_least
@@ -47,6 +48,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    launch_kernels_one_by_one()
     from .screen.console import make_console
     from .training.finetune import finetune
 

@@ -19,11 +19,12 @@ import mlx.core as mx
 from ..config import LoRAConfig, TrainConfig
 from ..data import Batch, Example, Window, evaluation_batches, require_tokens, training_windows
 from ..fast.forward import FAST
-from ..fast.pace import paced
+from ..fast.pace import paced, queued
 from ..fast.rounded import rounded_once
 from ..fast.vectors import VectorOptimizer, make_contiguous
 from ..files.adapters import is_same_adapter
 from ..lora import add_lora, lora_layers, lora_parameters
+from ..machine.cuda import launch_kernels_one_by_one
 from ..model import CausalLM
 from ..optim import LoRAOptimizer
 from ..train import PLAIN, Loss, StepRecord, add_up, evaluate, train
@@ -41,6 +42,8 @@ from .state import (
     save_state,
     state_arrays,
 )
+
+launch_kernels_one_by_one()  # MLX asks once, when it first computes on a GPU
 
 
 class LoRATrainer:
@@ -120,7 +123,7 @@ class LoRATrainer:
             first_step=self.step,
             compiled=self.compiled,
             loss=self.loss,
-            reduce=self.ranks.reduce if self.ranks else add_up,
+            reduce=self.ranks.reduce if self.ranks else add_up if self.plain else queued(add_up),
             check=self.guard.check,
         )
         try:

@@ -16,7 +16,7 @@ from mlx_impl.fast import ops, pace
 from mlx_impl.fast.memory_kept import block_bytes
 from mlx_impl.fast.memory_model import state_bytes, training_bytes
 from mlx_impl.fast.memory_sizes import Shape, sizes_of
-from mlx_impl.fast.pace import paced, step_bytes
+from mlx_impl.fast.pace import paced, queued, step_bytes
 from mlx_impl.lora import add_lora
 from mlx_impl.model import CausalLM
 from tests.lora_ladder.cases import SPEC
@@ -90,6 +90,19 @@ def test_the_host_may_run_ahead_by_four_blocks(monkeypatch: pytest.MonkeyPatch) 
     shape = Shape(rows, width, rows * width, int(batch.mask_BT.sum()))
     more = step_bytes(sizes, batch, False) - training_bytes(sizes, shape, False)
     assert more == pace.BLOCKS_AHEAD * block_bytes(sizes, shape) == 4 * block_bytes(sizes, shape) > 0
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_gpu_begins_with_the_gradients_before_the_update_is_built(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums are the same; a CPU, which would run no more than ten operations ahead, is left alone."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
+    begun: list[Any] = []
+    monkeypatch.setattr(pace, "mx", SimpleNamespace(async_eval=begun.append))
+    sums = ((mx.array(2.0), mx.array(1)), {"lora_a": mx.ones(3)})
+    assert queued(lambda parts: [part() for part in parts][-1])([lambda: sums]) is sums
+    assert begun == [sums] * on_gpu
 
 
 def test_a_model_is_measured_once(limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
