@@ -1,4 +1,4 @@
-"""`generate.generate` in less time: a cache in blocks, long prompts in parts, a device that does not wait.
+"""`generate.generate` in less time: a cache with room, long prompts in parts, a device that does not wait.
 
 The next token is under way while this one is read. Tokens that are drawn are not: a draw that no answer needs
 would change the ones after it. MLX copies a cache into which it writes while an earlier step still uses it,
@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..generate import most_likely
 from ..model import CausalLM, in_evaluation
 from . import ops
-from .key_blocks import BlockCache
+from .kv_cache import KVCache
 from .one_token import OneToken
 from .reading import Gap, read_prompt
 
@@ -34,7 +34,7 @@ def generate(
 ) -> Iterator[int]:
     """The same tokens and errors, but an update may show one token later."""
     require_tokens(prompt)
-    caches = [BlockCache() for _ in model.model.layers]
+    caches = [KVCache() for _ in model.model.layers]
     with in_evaluation(model):
         for (token,) in steps(model, caches, mx.array([list(prompt)]), max_tokens, choose=choose):
             if token in stop_ids:
@@ -49,7 +49,7 @@ def require_tokens(prompt: Sequence[int]) -> None:
 
 def steps(
     model: CausalLM,
-    caches: Sequence[BlockCache],
+    caches: Sequence[KVCache],
     tokens_BT: mx.array,
     max_tokens: int,
     gap: Gap | None = None,
@@ -80,7 +80,7 @@ def steps(
             now = following or queued(after(now[0]))
 
 
-def fits_ahead(caches: Sequence[BlockCache], rows: int) -> bool:
+def fits_ahead(caches: Sequence[KVCache], rows: int) -> bool:
     """Whether a token is queued while the one before is under way."""
     if not ops.on_gpu():
         return rows * caches[0].num_tokens <= MAX_AHEAD
