@@ -31,6 +31,15 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     flags.add_template_flags(model)
     group = command.add_argument_group("generation")
     add_folder(group, "--adapter-path", "answer with this adapter (default: none)")
+    add_prompt_flags(group)
+    add_number(group, "--max-tokens", 100, "longest answer, in tokens")
+    add_number(group, "--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
+    add_number(group, "--top-p", 1.0, "nucleus sampling: the probability that the sampled tokens cover")
+    add_number(group, "--seed", 0, "seed of the sampling")
+    add_json_flag(group)
+
+
+def add_prompt_flags(group: Any) -> None:
     asked = group.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--prompt", metavar="TEXT", help="the user's message; - reads it from standard input (default: none)"
@@ -49,11 +58,6 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="the system prompt (default: the one in the model's chat template, if any)",
     )
-    add_number(group, "--max-tokens", 100, "longest answer, in tokens")
-    add_number(group, "--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
-    add_number(group, "--top-p", 1.0, "nucleus sampling: the probability that the sampled tokens cover")
-    add_number(group, "--seed", 0, "seed of the sampling")
-    add_json_flag(group)
 
 
 def run(args: argparse.Namespace) -> None:

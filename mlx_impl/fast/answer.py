@@ -64,20 +64,25 @@ def steps(
         now = queued(chosen(model.head(read_prompt(model, tokens_BT, caches, gap)), choose))
         one = OneToken(model, len(tokens_BT))
     for left in range(max_tokens - 1, -1, -1):
-        is_small, is_ahead = fits_ahead(caches, len(tokens_BT)), choose is most_likely
-        following = after(now[0]) if left and is_ahead and (is_small or ops.on_gpu()) else None
-        if following and is_small:
-            queued(following)
-        tokens = finite_tokens(*now)
-        if following and not is_small:
-            queued(following)
-        yield tokens
+        is_ahead, is_greedy = fits_ahead(caches, len(tokens_BT)), choose is most_likely
+        following = after(now[0]) if left and is_greedy and (is_ahead or ops.on_gpu()) else None
+        yield read_and_queue(now, following, is_ahead)
         if model.training:  # an update was made since
             model.eval()
         if left and not one.is_current():
             one = OneToken(model, len(tokens_BT))
         if left:
             now = following or queued(after(now[0]))
+
+
+def read_and_queue(now: Chosen, following: Chosen | None, is_ahead: bool) -> list[int]:
+    """The tokens of now, read once the following ones are queued if `is_ahead`, else before."""
+    if following and is_ahead:
+        queued(following)
+    tokens = finite_tokens(*now)
+    if following and not is_ahead:
+        queued(following)
+    return tokens
 
 
 def fits_ahead(caches: Sequence[KVCache], rows: int) -> bool:

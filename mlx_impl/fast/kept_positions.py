@@ -42,9 +42,8 @@ def kept_positions(batch: Batch, is_packed: bool = False) -> KeptPositions | Non
     is_needed_BT = needed_positions(mask_BT)
     num_shared = shared_prefix_length(batch, is_needed_BT)
     is_shared_BT = is_needed_BT & (np.arange(T) < num_shared)
-    shared, repeated = np.split(
-        np.flatnonzero(is_shared_BT), [num_shared]
-    )  # those of the first row; the others
+    # `shared` are those of the first row that has them, `repeated` those of the others.
+    shared, repeated = np.split(np.flatnonzero(is_shared_BT), [num_shared])
     needed = np.append(shared, np.flatnonzero(is_needed_BT & ~is_shared_BT))
     dummies = np.append(repeated, np.flatnonzero(~is_needed_BT))
     size = kept_size(len(needed), is_packed)

@@ -129,6 +129,13 @@ def add_data_flags(group: Any) -> None:
         False,
         "leave out rows that cannot be read, and say how many and which (default: no)",
     )
+    add_marking_flags(group)
+    add_number(group, "--max-seq-length", 2048, "truncate longer examples to N tokens")
+    add_number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples per batch")
+
+
+def add_marking_flags(group: Any) -> None:
+    """Which tokens are targets."""
     group.add_argument(
         "--targets",
         choices=TARGETS,
@@ -149,8 +156,6 @@ def add_data_flags(group: Any) -> None:
         "it), inline (write it into the reply, between <think> and </think>) or template (train only what "
         "the template shows) (default: %(default)s)",
     )
-    add_number(group, "--max-seq-length", 2048, "truncate longer examples to N tokens")
-    add_number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples per batch")
 
 
 def targets_of(args: argparse.Namespace) -> str:
@@ -160,6 +165,11 @@ def targets_of(args: argparse.Namespace) -> str:
     if args.targets is None:
         return "all" if args.mask_prompt is False else "completion"
     return str(args.targets)
+
+
+def encoding_of(args: argparse.Namespace) -> tuple[str, int, str, bool]:
+    """How the flags say that rows become examples: `encode_file`'s arguments from `targets` on."""
+    return targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
 
 
 def reading_of(args: argparse.Namespace) -> Reading:

@@ -85,6 +85,22 @@ def add_optimizer_flags(group: Any) -> None:
 
 
 def add_run_flags(group: Any) -> None:
+    add_folder_flags(group)
+    add_rank_flags(group)
+    add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
+    add_evaluation_flags(group)
+    add_question_flags(group)
+    add_report_flags(group)
+    group.add_argument(
+        "--train",
+        action="store_true",
+        default=True,
+        help="as in commands for mlx_lm.lora: this command always trains (default: yes)",
+    )
+    add_json_flag(group)
+
+
+def add_folder_flags(group: Any) -> None:
     add_folder(
         group,
         "--adapter-path",
@@ -103,6 +119,9 @@ def add_run_flags(group: Any) -> None:
         "resume the stopped run in this folder bit-exactly, with its model, data and settings "
         "(default: start a new run)",
     )
+
+
+def add_rank_flags(group: Any) -> None:
     add_switch(
         group,
         "--distributed",
@@ -117,7 +136,9 @@ def add_run_flags(group: Any) -> None:
         "with --distributed: add up in the order of the micro-batches, so that any number of processes gives "
         "the same bits; --no-ordered-sums sends less and rounds otherwise (default: yes)",
     )
-    add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
+
+
+def add_evaluation_flags(group: Any) -> None:
     add_number(
         group,
         "--steps-per-eval",
@@ -143,7 +164,9 @@ def add_run_flags(group: Any) -> None:
         help="at the end compute the loss over all rows of FILE; without FILE, of the data's test file "
         "(default: none)",
     )
-    add_question_flags(group)
+
+
+def add_report_flags(group: Any) -> None:
     group.add_argument(
         "--report-to",
         metavar="tensorboard|wandb",
@@ -152,13 +175,6 @@ def add_run_flags(group: Any) -> None:
     group.add_argument(
         "--project-name", metavar="NAME", help="the project in Weights & Biases (default: mlx-lora)"
     )
-    group.add_argument(
-        "--train",
-        action="store_true",
-        default=True,
-        help="as in commands for mlx_lm.lora: this command always trains (default: yes)",
-    )
-    add_json_flag(group)
 
 
 def file_path(text: str) -> Path:

@@ -45,11 +45,7 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
             fit_and_save(prepared, records, console, stop_request)
         after = evaluate_model(prepared, console, "after")
         report = make_report(prepared, before, after, records, test_result(prepared, console))
-        prepared.folder.write_json("report.json", report)
-        prepared.folder.write_text("report.html", report_page(report, records))
-        prepared.folder.finish()
-        if job.ranks:
-            job.ranks.largest(0)  # no rank reports success before rank 0 has written the report
+        write_report(prepared, report, records)
     saved = f"report.json and report.html saved in {printable(str(job.folder))}"
     try:
         print_answers(before.answers, after.answers, console)
@@ -60,6 +56,15 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     console.print(saved)
     print_next(next_commands(prepared), console)
     return report
+
+
+def write_report(prepared: PreparedJob, report: dict[str, Any], records: list[StepRecord]) -> None:
+    folder, ranks = prepared.folder, prepared.job.ranks
+    folder.write_json("report.json", report)
+    folder.write_text("report.html", report_page(report, records))
+    folder.finish()
+    if ranks:
+        ranks.largest(0)  # no rank reports success before rank 0 has written the report
 
 
 def start_or_resume(prepared: PreparedJob, console: Console) -> tuple[Evaluation, list[StepRecord]]:

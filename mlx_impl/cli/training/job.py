@@ -18,13 +18,12 @@ from ...run.memory_check import require_training_memory
 from ...run.ranks import Ranks
 from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
-from ...text.conversation import Conversation
 from ...text.rows import Reading
 from ...text.template_choice import TemplateChoice, digest_of
 from ..screen.console import Teller
 from . import manifest
 from .answers import require_memory_for_questions
-from .job_data import Asked, Limits, Questions, encode_data, questions_of, read_data
+from .job_data import Asked, JobData, Limits, Questions, encode_data, questions_of, read_data
 from .on_ranks import ReadOnlyFolder
 from .run_folder import RunFolder, library_versions
 from .samples import evenly_spaced
@@ -81,10 +80,8 @@ class PreparedJob:
     train: Sequence[Example]
     valid: Sequence[Example]  # only those that are evaluated
     num_valid: int  # of all validation examples
-    questions: Questions  # asked before and after; where no row names an answer, the samples
-    samples: list[Conversation]  # a few held-out rows
     test: Sequence[Example]  # of --test
-    max_answer_tokens: int
+    asked: Asked
     remarks: list[str]  # on truncated and skipped examples and on short memory
 
     @property
@@ -109,10 +106,7 @@ def prepare(job: Job, tell: Teller) -> PreparedJob:
     if not job.resume:
         require_separate_inputs(job)
     tell("reading the data")
-    data = read_data(job.data, job.reading, job.test)
-    if job.patience and not data.valid:
-        raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
-    train_config(job, [job.max_seq_length] * len(data.train))  # wrong numbers: before a model is loaded
+    data = read_checked_data(job)
     tell("reading the model")
     template = replace(job.template, adapter=job.init_adapter)
     loaded = load_model(job.model, job.dequantize, job.dtype, template)
@@ -122,28 +116,24 @@ def prepare(job: Job, tell: Teller) -> PreparedJob:
     tell("checking questions and memory")
     limits = Limits(job.num_questions, job.max_answer_tokens, job.max_seq_length)
     asked = questions_of(loaded, data, job.reading, job.reasoning, limits)
-    examples = encoded["training"].examples
-    evaluated = evenly_spaced(encoded["validation"].examples, job.eval_examples)
-    trainer = make_trainer(job, loaded, examples, evaluated, asked.questions)
+    train, valid, test = (encoded[kind].examples for kind in ("training", "validation", "test"))
+    evaluated = evenly_spaced(valid, job.eval_examples)
+    trainer = make_trainer(job, loaded, train, evaluated, asked.questions)
     if job.resume:
-        load_training_state(folder, trainer, examples)
+        load_training_state(folder, trainer, train)
     remarks = data.remarks + asked.remarks
     remarks += [remark for kind, file in encoded.items() for remark in file.remarks(kind)]
-    remarks += require_memory(job, trainer, loaded, asked, (examples, evaluated, encoded["test"].examples))
-    return PreparedJob(
-        job,
-        loaded,
-        folder,
-        trainer,
-        examples,
-        evaluated,
-        len(encoded["validation"].examples),
-        asked.questions,
-        asked.samples,
-        encoded["test"].examples,
-        asked.max_tokens,
-        remarks,
-    )
+    remarks += require_memory(job, trainer, loaded, asked, (train, evaluated, test))
+    return PreparedJob(job, loaded, folder, trainer, train, evaluated, len(valid), test, asked, remarks)
+
+
+def read_checked_data(job: Job) -> JobData:
+    """The rows; ValueError where the settings do not fit them, before a model is loaded."""
+    data = read_data(job.data, job.reading, job.test)
+    if job.patience and not data.valid:
+        raise ValueError(f"--patience needs validation data, and {job.data} has no valid.jsonl")
+    train_config(job, [job.max_seq_length] * len(data.train))
+    return data
 
 
 def require_memory(

@@ -42,8 +42,8 @@ class JobData:
 class Asked:
     """What is asked, and how many tokens an answer may have."""
 
-    questions: Questions
-    samples: list[Conversation]
+    questions: Questions  # asked before and after; where no row names an answer, the samples
+    samples: list[Conversation]  # a few held-out rows
     max_tokens: int
     remarks: list[str]
 
