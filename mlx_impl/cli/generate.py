@@ -34,7 +34,12 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     add_prompt_flags(group)
     add_number(group, "--max-tokens", 100, "longest answer, in tokens")
     add_number(group, "--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
-    add_number(group, "--top-p", 1.0, "nucleus sampling: the probability that the sampled tokens cover")
+    add_number(
+        group,
+        "--top-p",
+        1.0,
+        "nucleus sampling: draw from the likeliest tokens that make up this probability",
+    )
     add_number(group, "--seed", 0, "seed of the sampling")
     add_json_flag(group)
 
@@ -48,10 +53,13 @@ def add_prompt_flags(group: Any) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="answer each line of a text file, or of .jsonl each text, prompt or messages (default: none)",
+        help="answer each line of a text file, or each row of a .jsonl file (a text, a prompt or messages) "
+        "(default: none)",
     )
     asked.add_argument(
-        "--chat", action="store_true", help="a conversation with history; /reset and /quit (default: no)"
+        "--chat",
+        action="store_true",
+        help="chat at the terminal; /reset forgets the history, /quit ends (default: no)",
     )
     group.add_argument(
         "--system",

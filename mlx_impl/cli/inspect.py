@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..text.rows import DataFile, Reading
     from ..text.tokenizer import ChatTokenizer
 
-HELP = "show which tokens are trained on (reads no weights)"
+HELP = "show which tokens are trained on, or which batches fit into memory; reads no weights"
 FILES = ("train", "valid", "test")
 MAX_BINS, MAX_BAR = 10, 40  # of the histogram of lengths: rows, and characters of the longest bar
 

@@ -21,7 +21,7 @@ def add_lora_flags(group: Any) -> None:
         "start from this adapter, which also sets all other flags of this group (default: a new adapter)",
     )
     group.add_argument(
-        "--rank", type=int, metavar="R", help=f"rank of the update (default: {LORA_DEFAULTS.rank})"
+        "--rank", type=int, metavar="R", help=f"rank of the adapter (default: {LORA_DEFAULTS.rank})"
     )
     group.add_argument(
         "--alpha",

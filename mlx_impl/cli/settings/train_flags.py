@@ -28,8 +28,8 @@ def add_training_flags(group: Any) -> None:
         group,
         "--plain",
         False,
-        "train, evaluate and ask questions by the pattern alone, without mlx_impl/fast: slower, the same "
-        "numbers up to rounding, but other dropout masks; try it first when a run looks wrong (default: no)",
+        "train, evaluate and ask questions without the faster code of mlx_impl/fast: the same numbers up to "
+        "rounding, but other dropout masks; try it first when a run looks wrong (default: no)",
     )
 
 
@@ -95,7 +95,7 @@ def add_run_flags(group: Any) -> None:
         "--train",
         action="store_true",
         default=True,
-        help="as in commands for mlx_lm.lora: this command always trains (default: yes)",
+        help="changes nothing; allowed because commands of mlx_lm.lora have it (default: yes)",
     )
     add_json_flag(group)
 
@@ -134,7 +134,7 @@ def add_rank_flags(group: Any) -> None:
         "--ordered-sums",
         True,
         "with --distributed: add up in the order of the micro-batches, so that any number of processes gives "
-        "the same bits; --no-ordered-sums sends less and rounds otherwise (default: yes)",
+        "the same bits; with --no-ordered-sums they send less, and the last bits differ (default: yes)",
     )
 
 
@@ -170,7 +170,7 @@ def add_report_flags(group: Any) -> None:
     group.add_argument(
         "--report-to",
         metavar="tensorboard|wandb",
-        help="send the figures of every step there, or to both with a comma (default: none)",
+        help="send the figures of every step there; to both: tensorboard,wandb (default: none)",
     )
     group.add_argument(
         "--project-name", metavar="NAME", help="the project in Weights & Biases (default: mlx-lora)"
