@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from benchmarks.cases import TINYLLAMA
 from mlx_impl.__main__ import main
 from mlx_impl.cli.settings.memory_size import parse_memory
 from mlx_impl.config import LoRAConfig, ModelConfig
@@ -124,19 +125,6 @@ def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     shape = Shape(2, 64, 128, 128)
     need = training_bytes(one.sizes, shape, False)
     assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
-
-
-TINYLLAMA = replace(
-    SPEC,
-    vocab_size=32000,
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=64,
-    tie_word_embeddings=False,
-)
 
 
 @pytest.mark.parametrize(
