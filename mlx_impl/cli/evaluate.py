@@ -64,12 +64,12 @@ def read(args: argparse.Namespace, console: Console) -> tuple[LoadedModel, Encod
     for flag in ("batch_size", "max_seq_length"):
         require_at_least(1, flag, getattr(args, flag))
     to_dtype(args.dtype)
-    template, how = flags.template_of(args), flags.encoding_of(args)
+    template, encoding = flags.template_of(args), flags.encoding_of(args)
     data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
     with show_status("reading the model", console):
         loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
     progress = progress_of("encoding", console)
-    encoded = encode_file(loaded.tokenizer, data.conversations, *how, progress=progress)
+    encoded = encode_file(loaded.tokenizer, data.conversations, *encoding, progress=progress)
     return loaded, encoded, data.remarks("test") + encoded.remarks("test")
 
 

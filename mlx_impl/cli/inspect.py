@@ -80,7 +80,7 @@ def read_files(folder: Path, reading: Reading) -> dict[str, DataFile]:
 
 
 def encode_files(
-    files: dict[str, DataFile], tokenizer: ChatTokenizer, how: tuple[str, int, str, bool]
+    files: dict[str, DataFile], tokenizer: ChatTokenizer, encoding: tuple[str, int, str, bool]
 ) -> dict[str, Encoded]:
     """The examples of each file that has rows."""
     from ..text.examples import encode_file
@@ -88,7 +88,7 @@ def encode_files(
 
     progress = progress_of("encoding", make_console(stderr=True))
     return {
-        name: encode_file(tokenizer, file.conversations, *how, progress=progress)
+        name: encode_file(tokenizer, file.conversations, *encoding, progress=progress)
         for name, file in files.items()
         if file.conversations
     }

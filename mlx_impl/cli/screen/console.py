@@ -55,7 +55,7 @@ def show_status(text: str, console: Console) -> Status:
     return console.status(text)
 
 
-class Teller:
+class StatusLine:
     """Tells what is being done, beside the spinner of `show_status`."""
 
     def __init__(self, status: Status, console: Console) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ...run.guard import NotFinite
 from ...train import StepRecord
-from ..screen.console import Teller, Watch, printable, show_status, watch_on
+from ..screen.console import StatusLine, Watch, printable, show_status, watch_on
 from ..screen.page import report_page
 from ..screen.report import print_answers, show_training, training_progress, watch_between_steps
 from ..screen.result import print_next, print_result
@@ -36,7 +36,7 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     exception is the command to continue with.
     """
     with show_status("reading the data", console) as status:
-        prepared = prepare(job, Teller(status, console))
+        prepared = prepare(job, StatusLine(status, console))
         require_same_on_all_ranks(prepared)
     print_summary(prepared, console)
     before, records = start_or_resume(prepared, console)

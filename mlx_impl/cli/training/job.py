@@ -20,7 +20,7 @@ from ...run.state import digest_of_examples, require_same
 from ...run.trainer import LoRATrainer
 from ...text.rows import Reading
 from ...text.template_choice import TemplateChoice, digest_of
-from ..screen.console import Teller
+from ..screen.console import StatusLine
 from . import manifest
 from .answers import require_memory_for_questions
 from .job_data import Asked, JobData, Limits, Questions, encode_data, questions_of, read_data
@@ -95,7 +95,7 @@ class PreparedJob:
         return str(self.job.model or self.loaded.name)
 
 
-def prepare(job: Job, tell: Teller) -> PreparedJob:
+def prepare(job: Job, tell: StatusLine) -> PreparedJob:
     """Read and check everything, cheap checks first; ValueError for a wrong input.
 
     `tell` is told what is being done, before each part that can take seconds.
@@ -111,8 +111,8 @@ def prepare(job: Job, tell: Teller) -> PreparedJob:
     template = replace(job.template, adapter=job.init_adapter)
     loaded = load_model(job.model, job.dequantize, job.dtype, template)
     folder.chat_template = loaded.tokenizer.replacement
-    how = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
-    encoded = encode_data(loaded, data, how, tell)
+    encoding = job.targets, job.max_seq_length, job.reasoning, job.reading.skip_bad
+    encoded = encode_data(loaded, data, encoding, tell)
     tell("checking questions and memory")
     limits = Limits(job.num_questions, job.max_answer_tokens, job.max_seq_length)
     asked = questions_of(loaded, data, job.reading, job.reasoning, limits)
