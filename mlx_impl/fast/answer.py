@@ -1,8 +1,9 @@
-"""`generate.generate` in less time: a cache with room, long prompts in parts, a device that does not wait.
+"""`generate.generate` in less time: a cache with room, long prompts in parts, the next token computed ahead.
 
-The next token is under way while this one is read. Tokens that are drawn are not: a draw that no answer needs
-would change the ones after it. MLX copies a cache into which it writes while an earlier step still uses it,
-so with a large one the next token waits for this one; for a GPU its graph is built before.
+The next token is queued while this one is read, except where that costs more than it saves. A token that is
+drawn at random is not: a draw that no answer needs would change the later ones. Nor is one with a large
+cache: MLX copies a cache that it writes into while an earlier step still uses it. For a GPU the graph of the
+next token is then built ahead, and queued later.
 """
 
 from __future__ import annotations
