@@ -20,9 +20,10 @@ from ..screen.summary import print_summary
 from ..signals import StopRequest, defer_signals
 from .answers import Evaluation
 from .evaluation import evaluate_model, show_samples, test_result, watched_batches
-from .job import Job, PreparedJob, prepare, require_same_on_all_ranks
+from .job import Job, PreparedJob
 from .next_commands import next_commands
 from .on_ranks import agree_to_stop
+from .prepare import prepare, require_same_on_all_ranks
 from .resume_hint import resume_hint
 from .run_report import make_report
 from .trackers import Track, open_trackers, values_of
