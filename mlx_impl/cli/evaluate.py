@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .settings import flags
-from .settings.flags import add_folder, add_json_flag, require_at_least, targets_of
+from .settings.flags import add_folder, add_json_flag, require_at_least
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..data import Example
+    from ..files.checkpoint import LoadedModel
     from ..model import CausalLM
+    from ..text.examples import Encoded
 
 HELP = "compute the loss over the test file"
 MAX_NATS = 700.0  # above it exp, the perplexity, overflows
@@ -33,38 +35,42 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..files.adapters import load_with_adapter
-    from ..files.precision import to_dtype
     from ..run.memory_check import require_evaluation_memory
-    from ..text.examples import encode_file
-    from ..text.splits import read_split
-    from .screen.console import make_console, progress_of, show_status
+    from .screen.console import make_console
 
-    for flag in ("batch_size", "max_seq_length"):
-        require_at_least(1, flag, getattr(args, flag))
-    to_dtype(args.dtype)
-    template = flags.template_of(args)
-    data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
     console = make_console(stderr=True)
-    with show_status("reading the model", console):
-        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
-    how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
-    encoded = encode_file(
-        loaded.tokenizer, data.conversations, *how, progress=progress_of("encoding", console)
-    )
-    examples = encoded.examples
-    remarks = data.remarks("test") + encoded.remarks("test")
-    remarks += require_evaluation_memory(loaded.model, examples, args.batch_size)
+    loaded, encoded, remarks = read(args, console)
+    remarks += require_evaluation_memory(loaded.model, encoded.examples, args.batch_size)
     for remark in remarks:
         console.print(remark)
-    result = evaluate_examples(loaded.model, examples, args.batch_size, console)
+    result = evaluate_examples(loaded.model, encoded.examples, args.batch_size, console)
     if args.json:
         print(json.dumps(result))
         return
     print(
         f"{loaded.name}: {result['loss_nats']:.4f} nats per target token, perplexity "
-        f"{result['perplexity']:.3f} ({result['num_targets']} targets in {len(examples)} examples)"
+        f"{result['perplexity']:.3f} ({result['num_targets']} targets in {len(encoded.examples)} examples)"
     )
+
+
+def read(args: argparse.Namespace, console: Console) -> tuple[LoadedModel, Encoded, list[str]]:
+    """The model, the test examples, and remarks on rows that were skipped, cut or left out."""
+    from ..files.adapters import load_with_adapter
+    from ..files.precision import to_dtype
+    from ..text.examples import encode_file
+    from ..text.splits import read_split
+    from .screen.console import progress_of, show_status
+
+    for flag in ("batch_size", "max_seq_length"):
+        require_at_least(1, flag, getattr(args, flag))
+    to_dtype(args.dtype)
+    template, encoding = flags.template_of(args), flags.encoding_of(args)
+    data = read_split(flags.data_folder(args.data), "test", flags.reading_of(args))
+    with show_status("reading the model", console):
+        loaded = load_with_adapter(args.model, args.adapter_path, args.dequantize, args.dtype, template)
+    progress = progress_of("encoding", console)
+    encoded = encode_file(loaded.tokenizer, data.conversations, *encoding, progress=progress)
+    return loaded, encoded, data.remarks("test") + encoded.remarks("test")
 
 
 def evaluate_examples(

@@ -18,13 +18,13 @@ def add_fit_flags(group: Any) -> None:
         group,
         "--fit",
         False,
-        "instead of the data show which rows and batches fit into memory; reads config.json and no weights, "
-        "rows have --max-seq-length tokens (default: no)",
+        "show the longest row that fits into memory, and the largest batch of rows of --max-seq-length "
+        "tokens; needs config.json alone, and no data (default: no)",
     )
     group.add_argument(
         "--memory",
         metavar="SIZE",
-        help="with --fit: how much memory there is, as 64GB (default: this machine's)",
+        help="with --fit: how much memory there is, such as 64GB (default: this machine's)",
     )
 
 

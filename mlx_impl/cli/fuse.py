@@ -92,10 +92,9 @@ def write(loaded: LoadedModel, args: argparse.Namespace, console: Console) -> Su
     def progress(tensors: Iterable[Any], num_tensors: int) -> Iterable[Any]:
         return show_progress(tensors, num_tensors, "writing tensors", console)
 
-    how = args.adapter_path, args.save_path or args.gguf, args.dequantize
     if args.gguf is not None:
-        return fuse_to_gguf(loaded, *how, args.gguf_dtype, progress)
-    return fuse(loaded, *how, progress)
+        return fuse_to_gguf(loaded, args.adapter_path, args.gguf, args.dequantize, args.gguf_dtype, progress)
+    return fuse(loaded, args.adapter_path, args.save_path, args.dequantize, progress)
 
 
 def print_warning(survival: Survival) -> None:

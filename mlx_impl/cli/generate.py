@@ -31,6 +31,20 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     flags.add_template_flags(model)
     group = command.add_argument_group("generation")
     add_folder(group, "--adapter-path", "answer with this adapter (default: none)")
+    add_prompt_flags(group)
+    add_number(group, "--max-tokens", 100, "longest answer, in tokens")
+    add_number(group, "--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
+    add_number(
+        group,
+        "--top-p",
+        1.0,
+        "nucleus sampling: draw from the likeliest tokens that make up this probability",
+    )
+    add_number(group, "--seed", 0, "seed of the sampling")
+    add_json_flag(group)
+
+
+def add_prompt_flags(group: Any) -> None:
     asked = group.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--prompt", metavar="TEXT", help="the user's message; - reads it from standard input (default: none)"
@@ -39,21 +53,19 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="answer each line of a text file, or of .jsonl each text, prompt or messages (default: none)",
+        help="answer each line of a text file, or each row of a .jsonl file (a text, a prompt or messages) "
+        "(default: none)",
     )
     asked.add_argument(
-        "--chat", action="store_true", help="a conversation with history; /reset and /quit (default: no)"
+        "--chat",
+        action="store_true",
+        help="chat at the terminal; /reset forgets the history, /quit ends (default: no)",
     )
     group.add_argument(
         "--system",
         metavar="TEXT",
         help="the system prompt (default: the one in the model's chat template, if any)",
     )
-    add_number(group, "--max-tokens", 100, "longest answer, in tokens")
-    add_number(group, "--temperature", 0.0, "sampling temperature; 0 always takes the most likely token")
-    add_number(group, "--top-p", 1.0, "nucleus sampling: the probability that the sampled tokens cover")
-    add_number(group, "--seed", 0, "seed of the sampling")
-    add_json_flag(group)
 
 
 def run(args: argparse.Namespace) -> None:

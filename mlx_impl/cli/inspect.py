@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from ..data import Example
     from ..text.examples import Encoded
-    from ..text.rows import DataFile
+    from ..text.rows import DataFile, Reading
+    from ..text.tokenizer import ChatTokenizer
 
-HELP = "show which tokens are trained on (reads no weights)"
+HELP = "show which tokens are trained on, or which batches fit into memory; reads no weights"
 FILES = ("train", "valid", "test")
 MAX_BINS, MAX_BAR = 10, 40  # of the histogram of lengths: rows, and characters of the longest bar
 
@@ -51,28 +52,60 @@ def run(args: argparse.Namespace) -> None:
 def inspect_data(args: argparse.Namespace) -> None:
     from ..files.checkpoint import load_tokenizer
     from ..text.data_folder import require_files
-    from ..text.examples import encode_file
-    from ..text.splits import read_optional_split, read_split
-    from .screen.console import make_console, progress_of
-    from .screen.examples import first_dropped, first_examples, spans_of
+    from .screen.console import make_console
 
     for flag, least in (("batch_size", 1), ("max_seq_length", 1), ("num_examples", 0), ("num_tokens", 0)):
         require_at_least(least, flag, getattr(args, flag))
-    folder, reading = flags.data_folder(args.data), flags.reading_of(args)
-    template = flags.template_of(args)
-    files = {"train": read_split(folder, "train", reading)}
-    files |= {name: read_optional_split(folder, name, reading) for name in FILES[1:]}
+    folder, template = flags.data_folder(args.data), flags.template_of(args)
+    files = read_files(folder, flags.reading_of(args))
     tokenizer = load_tokenizer(args.model, template)
-    how = targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
+    encoded = encode_files(files, tokenizer, flags.encoding_of(args))
+    result = inspection(args, tokenizer, files, encoded)
+    if args.json:
+        print(json.dumps(result))
+        return
+    console = make_console(stderr=False)
+    print_inspection(result, require_files(folder, "train")[0], console)
+    for name, file in files.items():
+        more = encoded[name].remarks(name) if name in encoded else []
+        for remark in file.remarks(name) + more:
+            console.print(remark)
+
+
+def read_files(folder: Path, reading: Reading) -> dict[str, DataFile]:
+    from ..text.splits import read_optional_split, read_split
+
+    files = {"train": read_split(folder, "train", reading)}
+    return files | {name: read_optional_split(folder, name, reading) for name in FILES[1:]}
+
+
+def encode_files(
+    files: dict[str, DataFile], tokenizer: ChatTokenizer, encoding: tuple[str, int, str, bool]
+) -> dict[str, Encoded]:
+    """The examples of each file that has rows."""
+    from ..text.examples import encode_file
+    from .screen.console import make_console, progress_of
+
     progress = progress_of("encoding", make_console(stderr=True))
-    encoded = {
-        name: encode_file(tokenizer, file.conversations, *how, progress=progress)
+    return {
+        name: encode_file(tokenizer, file.conversations, *encoding, progress=progress)
         for name, file in files.items()
         if file.conversations
     }
-    train = encoded["train"].examples
-    rows, count, marking = files["train"].conversations, args.num_examples, (how[0], args.reasoning)
-    result = {
+
+
+def inspection(
+    args: argparse.Namespace,
+    tokenizer: ChatTokenizer,
+    files: dict[str, DataFile],
+    encoded: dict[str, Encoded],
+) -> dict[str, Any]:
+    """The object that --json prints."""
+    from .screen.examples import first_dropped, first_examples, spans_of
+
+    train, rows, count = encoded["train"].examples, files["train"].conversations, args.num_examples
+    marking = targets_of(args), args.reasoning
+    return {
         "files": {name: file_statistics(files[name], file) for name, file in encoded.items()},
         "lengths": histogram([len(example.tokens) for example in train]),
         "padding": {batching: padding_fraction(train, batching, args) for batching in BATCHINGS},
@@ -83,15 +116,6 @@ def inspect_data(args: argparse.Namespace) -> None:
             for name, file in encoded.items()
         },
     }
-    if args.json:
-        print(json.dumps(result))
-        return
-    console = make_console(stderr=False)
-    print_inspection(result, require_files(folder, "train")[0], console)
-    for name, file in files.items():
-        more = encoded[name].remarks(name) if name in encoded else []
-        for remark in file.remarks(name) + more:
-            console.print(remark)
 
 
 def file_statistics(data: DataFile, file: Encoded) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Source: signal(7). A program that one of these signals ends exits with 128 + the
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -73,12 +74,34 @@ def defer_signals() -> Iterator[StopRequest]:
 
 def redirect_closed_streams(number: int) -> None:
     """After SIGHUP the terminal may be gone. Send output to /dev/null, or printing would raise OSError."""
-    if number != signal.SIGHUP:
-        return
+    if number == signal.SIGHUP:
+        redirect_if(is_gone)
+
+
+def stop_without_reader() -> None:
+    """A rank whose launcher has ended: its output goes nowhere, and it asks to stop as `kill` does."""
+    redirect_if(has_no_reader)
+    signal.raise_signal(signal.SIGTERM)
+
+
+def redirect_if(is_closed: Callable[[int], bool]) -> None:
+    """Standard output and standard error to /dev/null, each if its file descriptor is closed."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
-        try:
-            os.write(stream.fileno(), b"")
-        except OSError:
+        if is_closed(stream.fileno()):
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def is_gone(terminal: int) -> bool:
+    try:
+        os.write(terminal, b"")
+    except OSError:
+        return True
+    return False
+
+
+def has_no_reader(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -17,7 +17,8 @@ from .settings import flags
 from .settings.flags import require_at_least
 from .settings.lora_flags import add_lora_flags, lora_config
 from .settings.precedence import resolved_settings
-from .settings.train_flags import add_run_flags, add_training_flags
+from .settings.run_flags import add_run_flags
+from .settings.train_flags import add_training_flags
 
 if TYPE_CHECKING:
     from ..run.ranks import Ranks

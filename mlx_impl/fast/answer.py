@@ -1,8 +1,9 @@
-"""`generate.generate` in less time: a cache in blocks, long prompts in parts, a device that does not wait.
+"""`generate.generate` in less time: a cache with room, long prompts in parts, the next token computed ahead.
 
-The next token is under way while this one is read. Tokens that are drawn are not: a draw that no answer needs
-would change the ones after it. MLX copies a cache into which it writes while an earlier step still uses it,
-so with a large one the next token waits for this one; for a GPU its graph is built before.
+The next token is queued while this one is read, except where that costs more than it saves. A token that is
+drawn at random is not: a draw that no answer needs would change the later ones. Nor is one with a large
+cache: MLX copies a cache that it writes into while an earlier step still uses it. For a GPU the graph of the
+next token is then built ahead, and queued later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mlx.core as mx
 from ..generate import most_likely
 from ..model import CausalLM, in_evaluation
 from . import ops
-from .key_blocks import BlockCache
+from .kv_cache import KVCache
 from .one_token import OneToken
 from .reading import Gap, read_prompt
 
@@ -34,7 +35,7 @@ def generate(
 ) -> Iterator[int]:
     """The same tokens and errors, but an update may show one token later."""
     require_tokens(prompt)
-    caches = [BlockCache() for _ in model.model.layers]
+    caches = [KVCache() for _ in model.model.layers]
     with in_evaluation(model):
         for (token,) in steps(model, caches, mx.array([list(prompt)]), max_tokens, choose=choose):
             if token in stop_ids:
@@ -49,7 +50,7 @@ def require_tokens(prompt: Sequence[int]) -> None:
 
 def steps(
     model: CausalLM,
-    caches: Sequence[BlockCache],
+    caches: Sequence[KVCache],
     tokens_BT: mx.array,
     max_tokens: int,
     gap: Gap | None = None,
@@ -64,14 +65,9 @@ def steps(
         now = queued(chosen(model.head(read_prompt(model, tokens_BT, caches, gap)), choose))
         one = OneToken(model, len(tokens_BT))
     for left in range(max_tokens - 1, -1, -1):
-        is_small, is_ahead = fits_ahead(caches, len(tokens_BT)), choose is most_likely
-        following = after(now[0]) if left and is_ahead and (is_small or ops.on_gpu()) else None
-        if following and is_small:
-            queued(following)
-        tokens = finite_tokens(*now)
-        if following and not is_small:
-            queued(following)
-        yield tokens
+        is_ahead, is_greedy = fits_ahead(caches, len(tokens_BT)), choose is most_likely
+        following = after(now[0]) if left and is_greedy and (is_ahead or ops.on_gpu()) else None
+        yield read_and_queue(now, following, is_ahead)
         if model.training:  # an update was made since
             model.eval()
         if left and not one.is_current():
@@ -80,7 +76,17 @@ def steps(
             now = following or queued(after(now[0]))
 
 
-def fits_ahead(caches: Sequence[BlockCache], rows: int) -> bool:
+def read_and_queue(now: Chosen, following: Chosen | None, is_ahead: bool) -> list[int]:
+    """The tokens of now, read once the following ones are queued if `is_ahead`, else before."""
+    if following and is_ahead:
+        queued(following)
+    tokens = finite_tokens(*now)
+    if following and not is_ahead:
+        queued(following)
+    return tokens
+
+
+def fits_ahead(caches: Sequence[KVCache], rows: int) -> bool:
     """Whether a token is queued while the one before is under way."""
     if not ops.on_gpu():
         return rows * caches[0].num_tokens <= MAX_AHEAD

@@ -62,29 +62,29 @@ def head_nats(
 
     d nats / d x = (softmax(logits) - onehot(target)) W, formed in the forward pass, except in an evaluation.
     """
-    is_formed = not isinstance(head, EvaluationHead)
+    forms_gradient = not isinstance(head, EvaluationHead)
 
     def nats_and_gradient(x_ND: mx.array) -> tuple[mx.array, mx.array]:
         chunk = max(1, CHUNK_LOGITS // vocab_size)
         nats, gradients = mx.array(0.0, ops.widened(x_ND).dtype), []  # type: mx.array, list[mx.array]
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
-            before = [nats, *gradients[-1:]] if is_formed else [nats]
+            before = [nats, *gradients[-1:]] if forms_gradient else [nats]
             (x_CD,) = mx.depends([x_ND[part]], before)  # one chunk after the other
             part_nats, gradient_CD = chunk_nats(head, x_CD, targets_N[part], mask_N[part])
             nats = nats + part_nats
             gradients.append(gradient_CD)
         return nats, mx.concatenate(gradients)
 
-    if not is_formed:
+    if not forms_gradient:
         return nats_and_gradient(x_ND)[0], mask_N.sum()
-    formed_ahead = mx.custom_function(nats_and_gradient)
+    with_gradient = mx.custom_function(nats_and_gradient)
 
-    @formed_ahead.vjp
+    @with_gradient.vjp
     def gradient(_: mx.array, cotangents: tuple, outputs: tuple) -> mx.array:
         return ops.scaled(cotangents[0].astype(outputs[1].dtype), outputs[1])
 
-    return formed_ahead(x_ND)[0], mask_N.sum()
+    return with_gradient(x_ND)[0], mask_N.sum()
 
 
 def chunk_nats(

@@ -42,15 +42,14 @@ def kept_positions(batch: Batch, is_packed: bool = False) -> KeptPositions | Non
     is_needed_BT = needed_positions(mask_BT)
     num_shared = shared_prefix_length(batch, is_needed_BT)
     is_shared_BT = is_needed_BT & (np.arange(T) < num_shared)
-    shared, repeated = np.split(
-        np.flatnonzero(is_shared_BT), [num_shared]
-    )  # those of the first row; the others
+    # `shared` are those of the first row that has them, `repeated` those of the others.
+    shared, repeated = np.split(np.flatnonzero(is_shared_BT), [num_shared])
     needed = np.append(shared, np.flatnonzero(is_needed_BT & ~is_shared_BT))
     dummies = np.append(repeated, np.flatnonzero(~is_needed_BT))
     size = kept_size(len(needed), is_packed)
     if size >= mask_BT.size:
         return None
-    kept = each_its_own(needed, dummies, size, mask_BT.shape)
+    kept = without_sharing(needed, dummies, size, mask_BT.shape)
     if not num_shared:
         return kept
     source_BT = np.where(is_shared_BT, np.arange(T, dtype=np.int32), kept.own_BT)
@@ -71,7 +70,7 @@ def kept_in_sub_batches(batch: Batch, sub_batches: Sequence[SubBatch]) -> KeptPo
     is_needed_M = np.concatenate([needed_positions(mask_M.reshape(of)).ravel() for mask_M, of in parts])
     needed, dummies = np.flatnonzero(is_needed_M), np.flatnonzero(~is_needed_M)
     size = min(kept_size(len(needed), is_packed=True), len(is_needed_M))
-    return each_its_own(needed, dummies, size, batch.mask_BT.shape)
+    return without_sharing(needed, dummies, size, batch.mask_BT.shape)
 
 
 def kept_size(num_needed: int, is_packed: bool) -> int:
@@ -86,7 +85,9 @@ def needed_positions(mask_BT: np.ndarray) -> np.ndarray:
     return np.flip(np.logical_or.accumulate(np.flip(mask_BT, axis=1), axis=1), axis=1)
 
 
-def each_its_own(needed: np.ndarray, dummies: np.ndarray, size: int, shape: tuple[int, ...]) -> KeptPositions:
+def without_sharing(
+    needed: np.ndarray, dummies: np.ndarray, size: int, shape: tuple[int, ...]
+) -> KeptPositions:
     """The needed positions, filled up with dummies to this size; nothing is shared."""
     kept_U = np.append(needed, dummies[: size - len(needed)]).astype(np.int32)
     own_BT = np.full(shape, len(needed), np.int32)

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .key_blocks import whole_blocks
+from .kv_cache import room_for
 from .memory_kept import block_bytes, padded_numbers
 from .memory_scores import mask_bytes, scores_at_once_bytes
 from .memory_sizes import FLOAT, Shape, Sizes
@@ -86,7 +86,7 @@ def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:
     c = replace(sizes.config, sliding_window=prompts.keys - 1 if is_windowed else None)
     sizes = replace(sizes, config=c)
     a_token = 2 * c.num_key_value_heads * c.head_dim * c.num_hidden_layers * sizes.itemsize
-    cache = 2 * prompts.rows * whole_blocks(prompts.keys + max_tokens) * a_token
+    cache = 2 * prompts.rows * room_for(prompts.keys + max_tokens) * a_token
     width = min(prompts.width, part_width(prompts.rows))  # a long prompt is read in parts
     part = replace(prompts, width=width, computed=prompts.rows * width, seen=prompts.keys - width)
     return evaluation_bytes(sizes, part) + cache

@@ -17,7 +17,7 @@ from .. import model as plain
 from ..lora import LoRALinear, lora_layers
 from ..model import Block, CausalLM, RMSNorm
 from . import ops
-from .key_blocks import BlockCache, whole_blocks
+from .kv_cache import KVCache, room_for
 from .packed import is_unpacked_for, packed_of
 from .reading import Gap
 
@@ -56,7 +56,7 @@ class OneToken:
         """Whether the model has the factors that it had then."""
         return all(linear["lora_a"] is lora_a for linear, lora_a in self.factors)
 
-    def logits_BV(self, token_B: mx.array, caches: Sequence[BlockCache], gap: Gap | None = None) -> mx.array:
+    def logits_BV(self, token_B: mx.array, caches: Sequence[KVCache], gap: Gap | None = None) -> mx.array:
         """The logits after one more token of each row has been read into the caches."""
         offset, rows = caches[0].num_tokens, self.rows
         position, mask_B1TS = self.position(offset, gap), self.mask_B1TS(offset, gap)
@@ -79,7 +79,7 @@ class OneToken:
         if gap is not None:
             return gap.positions_B(offset)
         if offset >= self.positions_N.size:
-            self.positions_N = mx.arange(whole_blocks(offset + 1))
+            self.positions_N = mx.arange(room_for(offset + 1))
         return self.positions_N[offset : offset + 1]
 
     def mask_B1TS(self, offset: int, gap: Gap | None) -> mx.array | None:

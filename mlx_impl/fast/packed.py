@@ -151,7 +151,7 @@ def call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
     if packed is None:
         return linear(x_BTI)
     if isinstance(linear, DoRALinear):
-        y_BTO = stretched(linear, packed, x_BTI)
+        y_BTO = dora_product(linear, packed, x_BTI)
     else:
         y_BTO = mx.unflatten(product(x_BTI.flatten(0, -2), packed), 0, x_BTI.shape[:-1])
         if isinstance(linear, LoRALinear):
@@ -159,7 +159,7 @@ def call(linear: nn.Module, x_BTI: mx.array) -> mx.array:
     return y_BTO + base.bias if "bias" in base else y_BTO
 
 
-def stretched(linear: DoRALinear, packed: Packed, x_BTI: mx.array) -> mx.array:
+def dora_product(linear: DoRALinear, packed: Packed, x_BTI: mx.array) -> mx.array:
     """`DoRALinear.__call__` without the bias: x V^T m / |V|."""
     delta_OI = mx.stop_gradient(LoRALinear.delta_OI(linear))
     y_NO, length_O = product_and_lengths(x_BTI.flatten(0, -2), packed, delta_OI)

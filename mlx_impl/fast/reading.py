@@ -14,7 +14,7 @@ import mlx.core as mx
 from .. import model as plain
 from ..model import Block, CausalLM
 from . import ops
-from .key_blocks import BlockCache
+from .kv_cache import KVCache
 
 PROMPT_POSITIONS = 512  # read at once on a CPU, where attention holds a score for each of them and each key
 PROMPT_POSITIONS_ON_A_GPU = 16384
@@ -48,7 +48,7 @@ def part_width(rows: int) -> int:
 
 
 def read_prompt(
-    model: CausalLM, tokens_BT: mx.array, caches: Sequence[BlockCache], gap: Gap | None = None
+    model: CausalLM, tokens_BT: mx.array, caches: Sequence[KVCache], gap: Gap | None = None
 ) -> mx.array:
     """The last hidden state of each row, (B, D); long prompts a part after the other, to need less memory."""
     rows, width = tokens_BT.shape
@@ -59,9 +59,7 @@ def read_prompt(
     return read(model, tokens_BT[:, (width - 1) // step * step :], caches, gap)
 
 
-def read(
-    model: CausalLM, tokens_BT: mx.array, caches: Sequence[BlockCache], gap: Gap | None = None
-) -> mx.array:
+def read(model: CausalLM, tokens_BT: mx.array, caches: Sequence[KVCache], gap: Gap | None = None) -> mx.array:
     """The last hidden state of each row, (B, D), after these tokens have been read into the caches."""
     decoder, T, offset = model.model, tokens_BT.shape[1], caches[0].num_tokens
     position: int | mx.array = offset if gap is None else gap.positions_B(offset)
@@ -76,7 +74,7 @@ def read(
 
 
 def block(
-    layer: Block, x_BTD: mx.array, position: int | mx.array, mask_B1TS: mx.array | None, cache: BlockCache
+    layer: Block, x_BTD: mx.array, position: int | mx.array, mask_B1TS: mx.array | None, cache: KVCache
 ) -> mx.array:
     """`Block.__call__`."""
     attention, mlp, K = layer.self_attn, layer.mlp, layer.self_attn.head_dim

@@ -1,10 +1,10 @@
 """The factors in the type of the frozen weights, rounded once an update and not in each product.
 
 Without this, a block of seven linears joins all A of one input, casts every factor and scales each x A and
-B dy: some 20 of its 45 kernels forward, which a host takes as long to launch as large ones. The vectors of
-`vectors.py` are rounded as a whole instead, as they are and times the scale, and as linears of one input
-follow one another in them, all their A are one slice.
-The rounded vectors belong to the optimizer's state, so that a compiled step knows of them.
+B dy: some 20 of the 45 kernels of its forward pass, and a host takes as long to launch a small kernel as a
+large one. Instead the vectors of `vectors.py` are rounded as a whole, as they are and times the scale. In
+them linears of one input follow one another, so that all their A are one slice.
+The rounded vectors belong to the optimizer's state, so that a compiled step captures them.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class VectorOptimizer(LoRAOptimizer):
         self.flags = {"finite": all_finite(self.factors)}
         self.round()
         for optimizer, tree in zip(self.optimizers, state["states"], strict=True):
-            optimizer.state = of_tree(tree, factors)
+            optimizer.state = from_tree(tree, factors)
         self.write_back(model)
 
 
@@ -154,7 +154,7 @@ def as_tree(state: dict[str, Any], factors: Any) -> dict[str, Any]:
     return tree_unflatten(leaves)
 
 
-def of_tree(tree: dict[str, Any], factors: Any) -> dict[str, Any]:
+def from_tree(tree: dict[str, Any], factors: Any) -> dict[str, Any]:
     """The inverse of `as_tree`."""
     arrays = dict(tree_flatten(tree))
     state: dict[str, Any] = {name: array for name, array in arrays.items() if "." not in name}

@@ -41,6 +41,8 @@ DEQUANTIZING_EIGHTHS = 11  # peak memory of dequantizing, in eighths of its resu
 OWN = TemplateChoice()  # the model's own chat template
 MAX_WEIGHTS_PER_WORD = 16  # in a uint32 word, at 2 bits, the fewest that MLX has
 
+Parts = tuple[ModelConfig, dict[str, mx.array], dict[str, Quantization], ChatTokenizer]  # of a model's files
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -63,17 +65,8 @@ def load_model(
     Raises ValueError if there is no such model, or none that can be used.
     """
     kind, path = to_dtype(dtype), locate(model, ALL_FILES)
-    if path.is_file():
-        config, weights, metadata = read_gguf(path, lambda name, array: of_finite(name, array, kind))
-        tokenizer = tokenizer_from_gguf(metadata, path, template)
-        quantizations: dict[str, Quantization] = {}
-    else:
-        config = read_config(path)
-        require_bytes(f"reading {path.name}", loading_bytes(path, kind))
-        weights = read_folder(path, kind)
-        quantized_names = {n.removesuffix(".scales") for n in weights if n.endswith(".scales")}
-        quantizations = read_quantizations(path, quantized_names)
-        tokenizer = tokenizer_from_folder(path, template)
+    read = read_gguf_model if path.is_file() else read_folder_model
+    config, weights, quantizations, tokenizer = read(path, kind, template)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: token ids must be below the model's vocabulary size {config.vocab_size}, "
@@ -81,12 +74,31 @@ def load_model(
         )
     built = build_model(config, weights, quantizations, path)
     if dequantize and quantizations:
-        num_bytes = quantized.num_quantized_weights(built) * kind.size
-        require_bytes(f"dequantizing {path.name}", DEQUANTIZING_EIGHTHS * num_bytes // 8)
-        quantized.dequantize(built)
-        mx.eval(built.parameters())
+        dequantize_all(built, path.name, kind)
     is_from_hub = model is not None and path != Path(model)
     return LoadedModel(str(model) if is_from_hub else path.name, built, tokenizer, path)
+
+
+def read_gguf_model(path: Path, dtype: mx.Dtype, template: TemplateChoice) -> Parts:
+    config, weights, metadata = read_gguf(path, lambda name, array: of_finite(name, array, dtype))
+    return config, weights, {}, tokenizer_from_gguf(metadata, path, template)
+
+
+def read_folder_model(path: Path, dtype: mx.Dtype, template: TemplateChoice) -> Parts:
+    config = read_config(path)
+    require_bytes(f"reading {path.name}", loading_bytes(path, dtype))
+    weights = read_folder(path, dtype)
+    quantized_names = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    quantizations = read_quantizations(path, quantized_names)
+    return config, weights, quantizations, tokenizer_from_folder(path, template)
+
+
+def dequantize_all(model: CausalLM, name: str, dtype: mx.Dtype) -> None:
+    """ValueError, before anything is changed, where a memory limit would be exceeded."""
+    num_bytes = quantized.num_quantized_weights(model) * dtype.size
+    require_bytes(f"dequantizing {name}", DEQUANTIZING_EIGHTHS * num_bytes // 8)
+    quantized.dequantize(model)
+    mx.eval(model.parameters())
 
 
 def of_finite(name: str, array: np.ndarray, dtype: mx.Dtype) -> mx.array:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import require_choice
 from ..disk.files import atomic_write, read_json_object
+from ..model import CausalLM
 from ..text.template_choice import template_of_adapter
 from .adapters import load_adapter
 from .checkpoint import LoadedModel, without_stored_head
@@ -60,14 +61,7 @@ def fuse_to_gguf(
     `fuse` does. `progress` yields the tensors, and may show how many are written.
     """
     require_new_gguf(path)
-    if dtype is not None:
-        require_choice("the dtype of a GGUF file", dtype, tuple(DTYPES))
-    if dtype_of(loaded.model) != "float32":
-        raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(loaded.model)}")
-    if not dequantize and any(isinstance(module, Quantized) for _, module in loaded.model.named_modules()):
-        raise ValueError(
-            "GGUF cannot hold MLX-quantized weights: give --dequantize to write them unquantized"
-        )
+    require_writable(loaded.model, dequantize, dtype)
     config = loaded.model.config
     metadata = metadata_of(loaded, template_of_adapter(adapter), path.stem)
     load_adapter(loaded.model, adapter)
@@ -81,6 +75,18 @@ def fuse_to_gguf(
         fusion.survival.require_finite_sums()
         require_new_gguf(path)  # nothing may have come there in the meantime
     return fusion.survival
+
+
+def require_writable(model: CausalLM, dequantize: bool, dtype: str | None) -> None:
+    """ValueError for a dtype or weights that the file cannot have."""
+    if dtype is not None:
+        require_choice("the dtype of a GGUF file", dtype, tuple(DTYPES))
+    if dtype_of(model) != "float32":
+        raise ValueError(f"a model to be fused must be loaded in float32, got {dtype_of(model)}")
+    if not dequantize and any(isinstance(module, Quantized) for _, module in model.named_modules()):
+        raise ValueError(
+            "GGUF cannot hold MLX-quantized weights: give --dequantize to write them unquantized"
+        )
 
 
 def metadata_of(loaded: LoadedModel, template: str | None, name: str) -> dict[str, Any]:

@@ -107,18 +107,35 @@ class LoRATrainer:
         """
         self.require_adapter()
         self.optimizer.init(self.model.trainable_parameters())  # what the model holds now
+        self.begin_on_ranks()
+        self.guard.begin()
+        checked = with_targets(windows)
+        if not self.plain:
+            checked = paced(checked, self.model, self.training.grad_checkpoint)
+        records = self.step_records(checked)
+        try:
+            # closing: an exception would keep the windows, and the memory limit that they set
+            with closing(checked), rounded_once(self.model, self.optimizer):
+                yield from stopping_together(self.ranks, records) if self.ranks else records
+        except NotFinite:
+            self.drop_undone_validations()
+            raise
+        finally:
+            make_contiguous(self.model)
+
+    def begin_on_ranks(self) -> None:
+        """ValueError where the ranks would begin with different factors or moments."""
         if self.ranks:
             trained = digest_of_arrays(state_arrays(self.model, self.optimizer))
             self.ranks.watchdog.begin_training()
             self.ranks.require_same({"the adapter or the optimizer's state": trained})
-        self.guard.begin()
-        paced_windows = with_targets(windows)
-        if not self.plain:
-            paced_windows = paced(paced_windows, self.model, self.training.grad_checkpoint)
-        records = train(
+
+    def step_records(self, windows: Iterable[Window]) -> Iterator[StepRecord]:
+        """`train.train` with all that this trainer holds."""
+        return train(
             self.model,
             self.optimizer,
-            paced_windows,
+            windows,
             self.training,
             first_step=self.step,
             compiled=self.compiled,
@@ -126,15 +143,6 @@ class LoRATrainer:
             reduce=self.ranks.reduce if self.ranks else add_up if self.plain else queued(add_up),
             check=self.guard.check,
         )
-        try:
-            # closing: an exception would keep the windows, and the memory limit that they set
-            with closing(paced_windows), rounded_once(self.model, self.optimizer):
-                yield from stopping_together(self.ranks, records) if self.ranks else records
-        except NotFinite:
-            self.drop_undone_validations()
-            raise
-        finally:
-            make_contiguous(self.model)
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Nats per target over all the examples, dropout off; the same for every batch size."""

@@ -92,21 +92,28 @@ def encode_file(
                 if not skip_bad:
                     raise whole
                 bad.append(str(whole))
-                continue
-            cut = Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens])
-            if any(cut.is_target[1:]):  # the first token is never predicted
-                examples.append(cut)
+            elif any(whole.is_target[1:max_tokens]):  # the first token is never predicted
+                examples.append(Example(whole.tokens[:max_tokens], whole.is_target[:max_tokens]))
                 num_cut += len(whole.tokens) > max_tokens
             else:
                 left_out.append(conversation.where)
                 num_marked += bool(conversation.untrained)
-    file = conversations[0].where.rpartition(":")[0] if conversations else ""
-    if bad and not examples:
-        raise ValueError(f"{file}: no example is left of {len(conversations)}; the first: {bad[0]}")
-    if left_out and not examples:
-        why = marked_as_none(num_marked)
-        raise ValueError(f"{file}: no example has a target within the maximum of {max_tokens} tokens{why}")
-    return Encoded(examples, max_tokens, num_cut, tuple(left_out), tuple(bad), num_marked)
+    encoded = Encoded(examples, max_tokens, num_cut, tuple(left_out), tuple(bad), num_marked)
+    require_examples(encoded, conversations)
+    return encoded
+
+
+def require_examples(encoded: Encoded, conversations: Sequence[Conversation]) -> None:
+    """ValueError where none of the conversations has become an example."""
+    if encoded.examples or not conversations:
+        return
+    file = conversations[0].where.rpartition(":")[0]
+    if encoded.bad:
+        raise ValueError(f"{file}: no example is left of {len(conversations)}; the first: {encoded.bad[0]}")
+    why = marked_as_none(encoded.num_marked)
+    raise ValueError(
+        f"{file}: no example has a target within the maximum of {encoded.max_tokens} tokens{why}"
+    )
 
 
 def marked_as_none(num_marked: int) -> str:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mlx_impl.fast import answer, key_blocks, ops, reading
+from mlx_impl.fast import answer, kv_cache, ops, reading
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.files.checkpoint import load_model
 from mlx_impl.generate import generate, most_likely
@@ -68,13 +68,13 @@ def test_every_stop_token_ends_the_answer_and_is_not_part_of_it(model: CausalLM)
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 7, 25])
-def test_tokens_depend_neither_on_blocks_nor_on_parts_of_a_prompt(
+def test_tokens_depend_neither_on_the_room_of_a_cache_nor_on_parts_of_a_prompt(
     model: CausalLM, monkeypatch: pytest.MonkeyPatch, size: int, on_gpu: bool
 ) -> None:
-    """BLOCK, PROMPT_POSITIONS, PROMPT_POSITIONS_ON_A_GPU, MAX_AHEAD and MAX_BYTES_AHEAD."""
+    """GROWTH, PROMPT_POSITIONS, PROMPT_POSITIONS_ON_A_GPU, MAX_AHEAD and MAX_BYTES_AHEAD."""
     expected = [list(generate(model, prompt, NUM_TOKENS, NEVER)) for prompt in PROMPTS]
     monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
-    monkeypatch.setattr(key_blocks, "BLOCK", size)
+    monkeypatch.setattr(kv_cache, "GROWTH", size)
     monkeypatch.setattr(answer, "MAX_AHEAD", size)
     monkeypatch.setattr(answer, "MAX_BYTES_AHEAD", 2**29 if size == 1 else 1000 * size)
     monkeypatch.setattr(reading, "PROMPT_POSITIONS", size)
@@ -86,16 +86,16 @@ def test_tokens_depend_neither_on_blocks_nor_on_parts_of_a_prompt(
     assert generate_all(model, shared, NUM_TOKENS, NEVER) == alone
 
 
-def test_a_cache_is_written_in_place_within_a_block() -> None:
+def test_a_cache_with_room_is_written_in_place() -> None:
     """Of 257 tokens, one at a time, two make a new array; a copy a token would make 257."""
-    cache, made = key_blocks.BlockCache(), set()
-    for number in range(key_blocks.BLOCK + 1):
+    cache, made = kv_cache.KVCache(), set()
+    for number in range(kv_cache.GROWTH + 1):
         token_BGTK = mx.full((1, 2, 1, 4), number)
         keys_BGSK, _ = cache.extend(token_BGTK, token_BGTK)
         assert cache.keys_BGCK is not None
         made.add(cache.keys_BGCK.shape[2])
         assert keys_BGSK[0, 1, :, 3].tolist() == list(range(number + 1))
-    assert made == {key_blocks.BLOCK, 2 * key_blocks.BLOCK}
+    assert made == {kv_cache.GROWTH, 2 * kv_cache.GROWTH}
 
 
 @pytest.mark.parametrize(

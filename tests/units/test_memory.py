@@ -27,7 +27,7 @@ import pytest
 from mlx_impl.config import LoRAConfig
 from mlx_impl.fast import forward, ops, projection, reading, recompute
 from mlx_impl.fast.forward import batch_loss
-from mlx_impl.fast.key_blocks import BlockCache
+from mlx_impl.fast.kv_cache import KVCache
 from mlx_impl.fast.projection import project
 from mlx_impl.lora import DoRALinear, LoRALinear, add_lora
 from mlx_impl.model import CausalLM
@@ -211,6 +211,6 @@ def test_a_prompt_in_parts_holds_the_scores_of_few(monkeypatch: pytest.MonkeyPat
     scores = BYTES * NARROW.num_attention_heads * width * parts * width  # of the last part in one block
 
     def read(tokens_BT: mx.array) -> mx.array:
-        return reading.read_prompt(model, tokens_BT, [BlockCache() for _ in model.model.layers])
+        return reading.read_prompt(model, tokens_BT, [KVCache() for _ in model.model.layers])
 
     assert peak_bytes(read, tokens_BT) < 4 * scores

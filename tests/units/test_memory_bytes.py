@@ -15,7 +15,7 @@ from mlx_impl.data import Example, evaluation_batches, make_packed_batch, traini
 from mlx_impl.fast import ops, query_chunks
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.described import described_sizes
-from mlx_impl.fast.key_blocks import BLOCK
+from mlx_impl.fast.kv_cache import GROWTH
 from mlx_impl.fast.memory_model import answer_bytes, evaluation_bytes, training_bytes
 from mlx_impl.fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
 from mlx_impl.fast.segments import SubBatch
@@ -206,7 +206,7 @@ def test_on_a_gpu_dora_also_holds_its_update_and_the_stretched_weight(
 def test_an_answer_needs_its_cache_twice() -> None:
     """In whole blocks; that of a long prompt beside the scores of a part of it."""
     shape, keys = Shape(1, 8, 8, 1), SPEC.num_key_value_heads * SPEC.head_dim
-    more, none = (answer_bytes(SIZES, shape, tokens) for tokens in (BLOCK, 0))
-    assert more - none == 2 * BLOCK * 2 * keys * SPEC.num_hidden_layers * 4
+    more, none = (answer_bytes(SIZES, shape, tokens) for tokens in (GROWTH, 0))
+    assert more - none == 2 * GROWTH * 2 * keys * SPEC.num_hidden_layers * 4
     once, twice = (answer_bytes(SIZES, Shape(1, n, n, 1), 0) for n in (1 << 16, 1 << 17))
     assert twice < 2.1 * once

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_impl.config import LoRAConfig, ModelConfig
 from mlx_impl.fast import ops
-from mlx_impl.fast.key_blocks import BlockCache
+from mlx_impl.fast.kv_cache import KVCache
 from mlx_impl.fast.one_token import OneToken
 from mlx_impl.fast.packed_modules import unpacking_first
 from mlx_impl.fast.reading import Gap, read_prompt
@@ -70,7 +70,7 @@ def model_of(config: ModelConfig) -> CausalLM:
 def logits_after_two_tokens(model: CausalLM, prompts: list[list[int]], gap: Gap | None = None) -> mx.array:
     """All but two tokens are read as a prompt."""
     tokens_BT = mx.array(prompts)
-    caches = [BlockCache() for _ in model.model.layers]
+    caches = [KVCache() for _ in model.model.layers]
     with in_evaluation(model), unpacking_first(model):
         read_prompt(model, tokens_BT[:, :-2], caches, gap)
         one = OneToken(model, len(prompts))
@@ -133,7 +133,7 @@ def test_a_token_repeats_no_cast_and_no_transpose(
         "rope": lambda x, *_, **given: mx.depends([x], [given["offset"]])[0],
         "scaled_dot_product_attention": lambda q, k, v, **_: mx.depends([q], [k, v])[0],
     }
-    caches = [BlockCache() for _ in model.model.layers]
+    caches = [KVCache() for _ in model.model.layers]
     mx.eval(read_prompt(model, mx.array(PROMPTS[:rows]), caches))
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     one, token_B = OneToken(model, rows), mx.array([5] * rows)

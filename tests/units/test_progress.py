@@ -8,7 +8,7 @@ import pytest
 
 from mlx_impl.__main__ import main
 from mlx_impl.cli.screen import console
-from mlx_impl.cli.screen.console import Teller, how_far, make_console
+from mlx_impl.cli.screen.console import StatusLine, how_far, make_console
 from tests.nightly import mostly_at_night
 from tests.tiny_folder import write_data, write_folder
 from tests.units.test_fusing import write_adapter
@@ -45,7 +45,7 @@ def test_a_terminal_sees_the_count_beside_the_spinner(monkeypatch: pytest.Monkey
     status = screen.status("")
     monkeypatch.setattr(status, "update", seen.append)
     screen.is_interactive = True
-    assert list(Teller(status, screen).count("encoding")(range(3))) == [0, 1, 2]
+    assert list(StatusLine(status, screen).count("encoding")(range(3))) == [0, 1, 2]
     assert [text.split(",")[0] for text in seen] == [f"encoding: {done} of 3" for done in range(3)]
 
 

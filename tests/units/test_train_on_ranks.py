@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
@@ -80,6 +81,13 @@ def test_ranks_write_and_print_what_one_process_does(
     assert {path.name for path in tmp_path.iterdir()} == {"run", "hosts.json"}
 
 
+def require_resumable(run: Path, whole: Path) -> None:
+    """One process ends the run, with the bits of the whole one."""
+    command = [sys.executable, "-m", *train("--resume", str(run), "--blas", "off")]
+    subprocess.run(command, cwd=ring.ROOT, check=True, capture_output=True)
+    require_same_run(run, whole)
+
+
 def wait_for_steps(run: Path) -> None:
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + ring.SECONDS
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
@@ -105,9 +113,25 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(
     assert resume.endswith(f"train --resume {run} --blas off --distributed")
     step = int(output.splitlines()[-1].split(":")[0].removeprefix("step "))
     assert (run / "metrics.jsonl").read_text().count("\n") == step
-    command = [sys.executable, "-m", *train("--resume", str(run), "--blas", "off")]
-    subprocess.run(command, cwd=ring.ROOT, check=True, capture_output=True)
-    require_same_run(run, alone[0])
+    require_resumable(run, alone[0])
+
+
+def test_where_nobody_reads_the_first_rank_any_more_all_stop_and_it_saves(
+    inputs: list[str], alone: tuple[Path, str], tmp_path: Path
+) -> None:
+    """A launcher that is killed closes the pipes of its ranks. One process then ends with the same bits."""
+    run = tmp_path / "run"
+    words = train(*inputs, *FLAGS, "--distributed", "--adapter-path", str(run))
+    ranks = ring.start(tmp_path, 2, *words)
+    wait_for_steps(run)
+    for pipe in (ranks[0].stdout, ranks[0].stderr):
+        assert pipe is not None
+        pipe.close()
+    (code, *_), other = ring.outputs(ranks)
+    assert code == 143 and other == (143, "", "rank 1: stopped by SIGTERM\n")
+    _, record = mx.load(str(run / "training_state.safetensors"), return_metadata=True)
+    assert json.loads(record["progress"])["step"] == (run / "metrics.jsonl").read_text().count("\n") < 40
+    require_resumable(run, alone[0])
 
 
 @pytest.mark.parametrize(

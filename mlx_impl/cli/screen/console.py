@@ -16,6 +16,9 @@ from rich.progress import track
 from rich.status import Status
 from rich.text import Text
 
+from ...machine.launcher import launched_rank
+from ..signals import stop_without_reader
+
 LOG_SECONDS = 30.0
 REFRESH_SECONDS = 0.1  # of a text beside a spinner
 Item = TypeVar("Item")
@@ -28,10 +31,15 @@ class Watch(Protocol):
 
 
 class PipedConsole(Console):
-    """Raises BrokenPipeError, which `__main__` handles, where rich would exit with code 1."""
+    """Raises BrokenPipeError, which `__main__` handles, where rich would exit with code 1.
+
+    A rank asks all ranks to stop instead: they could not save without it.
+    """
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
+        if launched_rank() is None:
+            raise BrokenPipeError
+        stop_without_reader()
 
 
 def make_console(stderr: bool, quiet: bool = False) -> Console:
@@ -47,7 +55,7 @@ def show_status(text: str, console: Console) -> Status:
     return console.status(text)
 
 
-class Teller:
+class StatusLine:
     """Tells what is being done, beside the spinner of `show_status`."""
 
     def __init__(self, status: Status, console: Console) -> None:

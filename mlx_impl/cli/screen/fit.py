@@ -16,17 +16,18 @@ from .console import printable
 def print_fit(result: dict[str, Any], console: Console) -> None:
     console.print(f"model:  {printable(result['model'])}, {result['num_weights']:,} weights")
     console.print(f"memory: {format_bytes(result['memory_bytes'])} ({result['limit']})")
-    console.print(f"device: {result['device']}; rank {result['rank']} on all linears; every token a target")
+    adapter = f"adapter of rank {result['rank']} on all linears"
+    console.print(f"device: {result['device']}; {adapter}; every token a target")
     console.print(table_of(result["settings"]))
-    console.print("longest row: the most tokens of a row that is a batch by itself")
-    console.print(f"--batch-size: the most rows of up to {counted(result['tokens'])} (--max-seq-length)")
+    console.print("longest row: in tokens, as a batch of one row")
+    console.print(f"--batch-size: the largest for rows of {counted(result['tokens'])} (--max-seq-length)")
     for note in notes_of(result):
         console.print(note)
-    console.print(f"estimates, {result['margin_percent']}% added because they may be too low by so much")
+    console.print(f"estimates, with {result['margin_percent']}% added for their error")
 
 
 def table_of(settings: list[dict[str, Any]]) -> Table:
-    columns = ("weights", "--dtype", "--grad-checkpoint", "least need", "longest row", "--batch-size")
+    columns = ("weights", "--dtype", "--grad-checkpoint", "needs at least", "longest row", "--batch-size")
     table = Table(*columns, box=None, pad_edge=False)
     for column in table.columns[3:]:
         column.justify = "right"

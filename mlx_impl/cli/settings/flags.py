@@ -70,13 +70,13 @@ def add_template_flags(group: Any) -> None:
     group.add_argument(
         "--chat-template",
         metavar="FILE|NAME",
-        help="a file, or one of the model's templates by its name (default: the one with which the adapter "
-        "was trained, else the model's own)",
+        help="a file, or the name of one of the model's templates (default: the template that the adapter "
+        "was trained with, else the model's own)",
     )
     group.add_argument(
         "--template-args",
         metavar="JSON",
-        help="arguments of the chat template, as '{\"enable_thinking\": false}' (default: none)",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}' (default: none)",
     )
 
 
@@ -114,14 +114,14 @@ def add_data_flags(group: Any) -> None:
     add_folder(
         group,
         "--data",
-        "folder with train.jsonl, valid.jsonl and test.jsonl, or .json, .jsonl.gz, .parquet "
-        "(default: forty capitals to learn, which come with the package)",
+        "folder with train.jsonl, and valid.jsonl and test.jsonl if there are any; or .json, .jsonl.gz, "
+        ".parquet (default: questions about forty capitals, which come with the package)",
     )
     group.add_argument(
         "--columns",
         metavar="NAME=COLUMN,...",
-        help="what the data calls its columns, as prompt=question,completion=answer "
-        "(default: messages, conversations, prompt, completion, instruction, input, output, text, ...)",
+        help="read NAME from a column with another name: prompt=question,completion=answer (default: columns "
+        "are named messages, conversations, prompt, completion, instruction, input, output, text, ...)",
     )
     add_switch(
         group,
@@ -129,6 +129,13 @@ def add_data_flags(group: Any) -> None:
         False,
         "leave out rows that cannot be read, and say how many and which (default: no)",
     )
+    add_marking_flags(group)
+    add_number(group, "--max-seq-length", 2048, "truncate longer examples to N tokens")
+    add_number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples per batch")
+
+
+def add_marking_flags(group: Any) -> None:
+    """Which tokens are targets."""
     group.add_argument(
         "--targets",
         choices=TARGETS,
@@ -139,18 +146,16 @@ def add_data_flags(group: Any) -> None:
         group,
         "--mask-prompt",
         None,
-        "another name for --targets completion; --no-mask-prompt is --targets all (default: yes)",
+        "the same as --targets completion, and --no-mask-prompt as --targets all (default: yes)",
     )
     group.add_argument(
         "--reasoning",
         choices=CHOICES,
         default=CHOICES[0],
-        help="reasoning of a reply that is trained: require (an error where the chat template does not show "
-        "it), inline (write it into the reply, between <think> and </think>) or template (train only what "
-        "the template shows) (default: %(default)s)",
+        help="where the chat template drops the reasoning of a reply to be trained: require (that is an "
+        "error), inline (write it into the reply, between <think> and </think>) or template (train without "
+        "it) (default: %(default)s)",
     )
-    add_number(group, "--max-seq-length", 2048, "truncate longer examples to N tokens")
-    add_number(group, "--batch-size", TRAIN_DEFAULTS.batch_size, "examples per batch")
 
 
 def targets_of(args: argparse.Namespace) -> str:
@@ -160,6 +165,11 @@ def targets_of(args: argparse.Namespace) -> str:
     if args.targets is None:
         return "all" if args.mask_prompt is False else "completion"
     return str(args.targets)
+
+
+def encoding_of(args: argparse.Namespace) -> tuple[str, int, str, bool]:
+    """How the flags say that rows become examples: `encode_file`'s arguments from `targets` on."""
+    return targets_of(args), args.max_seq_length, args.reasoning, args.skip_bad
 
 
 def reading_of(args: argparse.Namespace) -> Reading:

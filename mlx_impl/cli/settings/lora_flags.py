@@ -21,7 +21,7 @@ def add_lora_flags(group: Any) -> None:
         "start from this adapter, which also sets all other flags of this group (default: a new adapter)",
     )
     group.add_argument(
-        "--rank", type=int, metavar="R", help=f"rank of the update (default: {LORA_DEFAULTS.rank})"
+        "--rank", type=int, metavar="R", help=f"rank of the adapter (default: {LORA_DEFAULTS.rank})"
     )
     group.add_argument(
         "--alpha",
@@ -36,12 +36,7 @@ def add_lora_flags(group: Any) -> None:
         help=f"dropout probability on the adapter's input (default: {LORA_DEFAULTS.dropout:g})",
     )
     add_target_flags(group)
-    for what in ("rank", "alpha"):
-        group.add_argument(
-            f"--{what}-pattern",
-            metavar="NAME=N,...",
-            help=f"use {what} N for linear layers whose name ends in NAME (default: --{what} for all)",
-        )
+    add_pattern_flags(group)
     add_switch(group, "--use-rslora", None, "rank-stabilized LoRA: scale by alpha / sqrt(rank) (default: no)")
     add_switch(
         group,
@@ -67,6 +62,15 @@ def add_target_flags(group: Any) -> None:
     group.add_argument(
         "--num-layers", type=int, metavar="N", help="adapt only the last N layers (default: -1, all)"
     )
+
+
+def add_pattern_flags(group: Any) -> None:
+    for what in ("rank", "alpha"):
+        group.add_argument(
+            f"--{what}-pattern",
+            metavar="NAME=N,...",
+            help=f"use {what} N for linear layers whose name ends in NAME (default: --{what} for all)",
+        )
 
 
 def lora_config(args: argparse.Namespace) -> LoRAConfig | None:

@@ -1,4 +1,4 @@
-"""An amount of memory as a flag has it: a number with a unit, as 64GB. No MLX import."""
+"""An amount of memory as a flag has it: a number with a unit, such as 64GB. No MLX import."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def parse_memory(text: str) -> int:
         num_bytes = int(float(number) * (1024 if binary else 1000) ** POWERS[unit.lower()])
     if num_bytes < 1:
         shown = text if len(text) <= 40 else f"{text[:40]}..."
-        raise ValueError(f"--memory must be a positive number with a unit, as 64GB or 16GiB, got {shown!r}")
+        raise ValueError(f"--memory must be a positive number with a unit, such as 64GB, got {shown!r}")
     return num_bytes

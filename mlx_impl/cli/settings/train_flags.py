@@ -1,13 +1,11 @@
-"""The flags of `train` that describe the training and the run. No MLX import."""
+"""The flags of `train` that describe the training. No MLX import."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 from ...config import BATCHINGS
-from .flags import TRAIN_DEFAULTS, add_folder, add_json_flag, add_number, add_switch
+from .flags import TRAIN_DEFAULTS, add_number, add_switch
 
 DEFAULT_EPOCHS = 5
 
@@ -28,8 +26,8 @@ def add_training_flags(group: Any) -> None:
         group,
         "--plain",
         False,
-        "train, evaluate and ask questions by the pattern alone, without mlx_impl/fast: slower, the same "
-        "numbers up to rounding, but other dropout masks; try it first when a run looks wrong (default: no)",
+        "train, evaluate and ask questions without the faster code of mlx_impl/fast: the same numbers up to "
+        "rounding, but other dropout masks; try it first when a run looks wrong (default: no)",
     )
 
 
@@ -82,98 +80,3 @@ def add_optimizer_flags(group: Any) -> None:
     add_number(
         group, "--max-grad-norm", defaults.max_grad_norm, "clip gradients to this norm; 0: no clipping"
     )
-
-
-def add_run_flags(group: Any) -> None:
-    add_folder(
-        group,
-        "--adapter-path",
-        "folder for the run's adapter, metrics and report; new or empty (default: the first free one of "
-        "adapters, adapters-2, adapters-3, ...)",
-    )
-    add_switch(
-        group,
-        "--overwrite",
-        False,
-        "replace the finished run in --adapter-path; removes only files that it wrote (default: no)",
-    )
-    add_folder(
-        group,
-        "--resume",
-        "resume the stopped run in this folder bit-exactly, with its model, data and settings "
-        "(default: start a new run)",
-    )
-    add_switch(
-        group,
-        "--distributed",
-        False,
-        "share out each update's micro-batches over the processes that mlx.launch has started, one on each "
-        "machine or GPU (default: no)",
-    )
-    add_switch(
-        group,
-        "--ordered-sums",
-        True,
-        "with --distributed: add up in the order of the micro-batches, so that any number of processes gives "
-        "the same bits; --no-ordered-sums sends less and rounds otherwise (default: yes)",
-    )
-    add_number(group, "--save-every", 25, "save the adapter and the training state every N updates")
-    add_number(
-        group,
-        "--steps-per-eval",
-        None,
-        "compute the validation loss every N updates",
-        "about ten times a run",
-    )
-    add_number(
-        group, "--patience", 0, "early stopping: stop after N validations without a better loss; 0: never"
-    )
-    add_number(
-        group,
-        "--eval-examples",
-        200,
-        "compute the losses before, after and in validation over at most N examples, evenly spaced; -1: all",
-    )
-    group.add_argument(
-        "--test",
-        nargs="?",
-        const=True,
-        type=file_path,
-        metavar="FILE",
-        help="at the end compute the loss over all rows of FILE; without FILE, of the data's test file "
-        "(default: none)",
-    )
-    add_question_flags(group)
-    group.add_argument(
-        "--report-to",
-        metavar="tensorboard|wandb",
-        help="send the figures of every step there, or to both with a comma (default: none)",
-    )
-    group.add_argument(
-        "--project-name", metavar="NAME", help="the project in Weights & Biases (default: mlx-lora)"
-    )
-    group.add_argument(
-        "--train",
-        action="store_true",
-        default=True,
-        help="as in commands for mlx_lm.lora: this command always trains (default: yes)",
-    )
-    add_json_flag(group)
-
-
-def file_path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must name a file, got an empty text")
-    return Path(text)
-
-
-def add_question_flags(group: Any) -> None:
-    add_number(group, "--num-questions", None, "ask at most N questions of each file before and after", "all")
-    add_number(
-        group,
-        "--max-answer-tokens",
-        None,
-        "longest answer to a question, in tokens; one that is longer counts as cut",
-        "what the longest reply of the data needs",
-    )
-    add_number(group, "--sample-every", 0, "show answers to a few held-out rows every N updates; 0: never")

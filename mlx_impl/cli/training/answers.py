@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -79,31 +79,39 @@ def ask(
     `watch` shows the progress, on the console by default.
     """
     progress = watch or watch_on(console)
-    prompts = prompts_of(tokenizer, conversations)
-    limits = max_tokens, tokenizer.stop_ids
+    prompts, limits = prompts_of(tokenizer, conversations), (max_tokens, tokenizer.stop_ids)
     own = slice(ranks.rank, None, ranks.size) if ranks else slice(None)
     if plain:
         rows = range(len(prompts))[own]
         replies = answer_each(model, prompts, *limits, progress(rows, len(rows), "asking"))
-    elif len(prompts) <= MAX_ROWS:  # all together, so the progress is that of their tokens
-        steps = lambda lengths: progress(lengths, len(lengths), "tokens of the answers")  # noqa: E731
-        replies = generate_all(model, prompts, *limits, lambda groups, _: groups[own], steps)
     else:
-        replies = generate_all(
-            model, prompts, *limits, lambda groups, _: progress(groups[own], len(groups[own]), "asking")
-        )
+        replies = generate_all(model, prompts, *limits, *shown_by(progress, own, len(prompts)))
     if ranks:  # a reply is empty on all ranks but one
         replies = [max(of_each, key=len) for of_each in zip(*ranks.gather_objects(replies), strict=True)]
     return [
-        Answer(
-            c.question,
-            c.answer,
-            tokenizer.decode(reply).strip(),
-            is_cut=len(reply) == max_tokens,
-            reply="" if c.answer is not None else reply_text(c),
-        )
+        answer_of(c, tokenizer.decode(reply).strip(), is_cut=len(reply) == max_tokens)
         for c, reply in zip(conversations, replies, strict=True)
     ]
+
+
+def shown_by(progress: Watch, own: slice, num_prompts: int) -> tuple[Callable[..., Iterable[int]], ...]:
+    """`show_batches` and `show_lengths` of `generate_all`: of one batch the progress is that of its tokens.
+
+    Of the batches only `own` are decoded.
+    """
+    if num_prompts <= MAX_ROWS:
+        return (
+            lambda starts, _: starts[own],
+            lambda lengths: progress(lengths, len(lengths), "tokens of the answers"),
+        )
+    return (lambda starts, _: progress(starts[own], len(starts[own]), "asking"),)
+
+
+def answer_of(conversation: Conversation, text: str, is_cut: bool) -> Answer:
+    """Beside the data's own reply where the row names no right answer."""
+    expected = conversation.answer
+    reply = "" if expected is not None else reply_text(conversation)
+    return Answer(conversation.question, expected, text, is_cut, reply)
 
 
 def reply_text(conversation: Conversation) -> str:

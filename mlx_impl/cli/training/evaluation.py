@@ -23,11 +23,11 @@ SHOWN_CHARACTERS = 200  # of a sample's question and of its answer
 def evaluate_model(prepared: PreparedJob, console: Console, when: str) -> Evaluation:
     """The loss over training examples, and the answers to all questions."""
     loss_nats = training_set_loss(prepared, console, when)
-    questions = [c for group in prepared.questions.values() for c in group]
+    questions = [c for group in prepared.asked.questions.values() for c in group]
     if questions:
         console.print(f"asking {len(questions)} questions")
     answers = iter(answers_to(prepared, questions, console))
-    by_group = {name: [next(answers) for _ in group] for name, group in prepared.questions.items()}
+    by_group = {name: [next(answers) for _ in group] for name, group in prepared.asked.questions.items()}
     return Evaluation(loss_nats, by_group)
 
 
@@ -35,14 +35,14 @@ def answers_to(
     prepared: PreparedJob, questions: list[Conversation], console: Console, watch: Watch | None = None
 ) -> list[Answer]:
     loaded, job = prepared.loaded, prepared.job
-    limits = job.plain, job.ranks, prepared.max_answer_tokens, watch
+    limits = job.plain, job.ranks, prepared.asked.max_tokens, watch
     return ask(loaded.model, loaded.tokenizer, questions, console, *limits)
 
 
 def show_samples(prepared: PreparedJob, console: Console, watch: Watch) -> None:
     """Print the answers to a few held-out rows, in the middle of training."""
     step = prepared.trainer.step
-    for answer in answers_to(prepared, prepared.samples, console, watch):
+    for answer in answers_to(prepared, prepared.asked.samples, console, watch):
         end = " ..." if answer.is_cut else ""
         console.print(f"step {step}: {shortened(answer.question)}\n  -> {shortened(answer.text)}{end}")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ...run.guard import NotFinite
 from ...train import StepRecord
-from ..screen.console import Teller, Watch, printable, show_status, watch_on
+from ..screen.console import StatusLine, Watch, printable, show_status, watch_on
 from ..screen.page import report_page
 from ..screen.report import print_answers, show_training, training_progress, watch_between_steps
 from ..screen.result import print_next, print_result
@@ -20,9 +20,10 @@ from ..screen.summary import print_summary
 from ..signals import StopRequest, defer_signals
 from .answers import Evaluation
 from .evaluation import evaluate_model, show_samples, test_result, watched_batches
-from .job import Job, PreparedJob, prepare, require_same_on_all_ranks
+from .job import Job, PreparedJob
 from .next_commands import next_commands
 from .on_ranks import agree_to_stop
+from .prepare import prepare, require_same_on_all_ranks
 from .resume_hint import resume_hint
 from .run_report import make_report
 from .trackers import Track, open_trackers, values_of
@@ -36,7 +37,7 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     exception is the command to continue with.
     """
     with show_status("reading the data", console) as status:
-        prepared = prepare(job, Teller(status, console))
+        prepared = prepare(job, StatusLine(status, console))
         require_same_on_all_ranks(prepared)
     print_summary(prepared, console)
     before, records = start_or_resume(prepared, console)
@@ -45,11 +46,7 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
             fit_and_save(prepared, records, console, stop_request)
         after = evaluate_model(prepared, console, "after")
         report = make_report(prepared, before, after, records, test_result(prepared, console))
-        prepared.folder.write_json("report.json", report)
-        prepared.folder.write_text("report.html", report_page(report, records))
-        prepared.folder.finish()
-        if job.ranks:
-            job.ranks.largest(0)  # no rank reports success before rank 0 has written the report
+        write_report(prepared, report, records)
     saved = f"report.json and report.html saved in {printable(str(job.folder))}"
     try:
         print_answers(before.answers, after.answers, console)
@@ -60,6 +57,15 @@ def finetune(job: Job, console: Console) -> dict[str, Any]:
     console.print(saved)
     print_next(next_commands(prepared), console)
     return report
+
+
+def write_report(prepared: PreparedJob, report: dict[str, Any], records: list[StepRecord]) -> None:
+    folder, ranks = prepared.folder, prepared.job.ranks
+    folder.write_json("report.json", report)
+    folder.write_text("report.html", report_page(report, records))
+    folder.finish()
+    if ranks:
+        ranks.largest(0)  # no rank reports success before rank 0 has written the report
 
 
 def start_or_resume(prepared: PreparedJob, console: Console) -> tuple[Evaluation, list[StepRecord]]:

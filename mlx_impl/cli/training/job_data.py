@@ -10,7 +10,7 @@ from ...text.conversation import Conversation
 from ...text.examples import Encoded, encode_file
 from ...text.rows import DataFile, Reading, read_data_file
 from ...text.splits import read_optional_split, read_split
-from ..screen.console import Teller
+from ..screen.console import StatusLine
 from .answers import askable
 from .samples import choose_samples, longest_reply, max_answer_tokens
 
@@ -42,8 +42,8 @@ class JobData:
 class Asked:
     """What is asked, and how many tokens an answer may have."""
 
-    questions: Questions
-    samples: list[Conversation]
+    questions: Questions  # asked before and after; where no row names an answer, the samples
+    samples: list[Conversation]  # a few held-out rows
     max_tokens: int
     remarks: list[str]
 
@@ -71,14 +71,14 @@ def read_data(folder: Path, reading: Reading, test: bool | Path | None) -> JobDa
 
 
 def encode_data(
-    loaded: LoadedModel, data: JobData, how: tuple[str, int, str, bool], tell: Teller
+    loaded: LoadedModel, data: JobData, encoding: tuple[str, int, str, bool], tell: StatusLine
 ) -> dict[str, Encoded]:
-    """The examples of each file, by what they are for; `how` as `encode_file` takes it."""
+    """The examples of each file, by what they are for; `encoding` as `encode_file` takes it."""
     encoded = {}
     for kind, rows in (("training", data.train), ("validation", data.valid), ("test", data.test)):
         tell(f"encoding {len(rows):,} {kind} examples")
         progress = tell.count(f"encoding {kind} examples")
-        encoded[kind] = encode_file(loaded.tokenizer, rows, *how, progress=progress)
+        encoded[kind] = encode_file(loaded.tokenizer, rows, *encoding, progress=progress)
     return encoded
 
 

@@ -41,7 +41,7 @@ def better_adapter(prepared: PreparedJob) -> Path:
 
 def question(prepared: PreparedJob) -> str:
     """A short question of the data."""
-    asked = [c.question for c in prepared.samples if c.question.isprintable() and len(c.question) < 80]
+    asked = [c.question for c in prepared.asked.samples if c.question.isprintable() and len(c.question) < 80]
     return asked[0] if asked else "Who are you?"
 
 

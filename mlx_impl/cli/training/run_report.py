@@ -28,8 +28,28 @@ def make_report(
     test: dict[str, Any],
 ) -> dict[str, Any]:
     """All facts of the run as JSON values. What depends on time and place is under `run`."""
-    trained, total = count_parameters(prepared.loaded.model)
     judged = {name: answers for name, answers in before.answers.items() if are_judged(answers)}
+    return {
+        **sizes(prepared),
+        "loss_first": before.loss_nats,
+        "loss_last": after.loss_nats,
+        **validation_results(prepared.trainer.validation),
+        **test,
+        **{f"{name}_before": fraction_right(answers) for name, answers in judged.items()},
+        **{f"{name}_after": fraction_right(after.answers[name]) for name in judged},
+        "max_answer_tokens": prepared.asked.max_tokens,
+        "answers": {name: answer_pairs(before.answers[name], after.answers[name]) for name in before.answers},
+        "remarks": prepared.remarks,
+        "step_seconds_median": statistics.median(record.seconds for record in records),
+        "training_seconds": sum(record.seconds for record in records),
+        "peak_bytes": records[-1].peak_bytes,
+        "run": run_facts(prepared),
+    }
+
+
+def sizes(prepared: PreparedJob) -> dict[str, Any]:
+    """The model, and how many weights, updates and examples."""
+    trained, total = count_parameters(prepared.loaded.model)
     return {
         "model": prepared.loaded.name,
         "num_parameters": total - trained,
@@ -39,19 +59,6 @@ def make_report(
         "train_examples_evaluated": len(evenly_spaced(prepared.train, prepared.job.eval_examples)),
         "valid_examples": prepared.num_valid,
         "valid_examples_evaluated": len(prepared.valid),
-        "loss_first": before.loss_nats,
-        "loss_last": after.loss_nats,
-        **validation_results(prepared.trainer.validation),
-        **test,
-        **{f"{name}_before": fraction_right(answers) for name, answers in judged.items()},
-        **{f"{name}_after": fraction_right(after.answers[name]) for name in judged},
-        "max_answer_tokens": prepared.max_answer_tokens,
-        "answers": {name: answer_pairs(before.answers[name], after.answers[name]) for name in before.answers},
-        "remarks": prepared.remarks,
-        "step_seconds_median": statistics.median(record.seconds for record in records),
-        "training_seconds": sum(record.seconds for record in records),
-        "peak_bytes": records[-1].peak_bytes,
-        "run": run_facts(prepared),
     }
 
 

@@ -80,6 +80,12 @@ def config_from_metadata(
         qk_norm=architecture == "qwen3",
         sliding_window=sliding_window(metadata, architecture),
     )
+    require_consistent(metadata, a, config)
+    return replace(config, rope_scaling=rope_scaling(metadata, a, config, rope_factors_P))
+
+
+def require_consistent(metadata: dict[str, Any], a: str, config: ModelConfig) -> None:
+    """ValueError for a size that the file gives twice, and not the same."""
     for name in ("attention.value_length", "rope.dimension_count"):
         if metadata.get(a + name, config.head_dim) != config.head_dim:
             raise ValueError(
@@ -90,7 +96,6 @@ def config_from_metadata(
             f"{a}vocab_size must be the number of tokens, {config.vocab_size}, "
             f"got {quote(metadata[a + 'vocab_size'])}"
         )
-    return replace(config, rope_scaling=rope_scaling(metadata, a, config, rope_factors_P))
 
 
 def require_supported(metadata: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_impl.fast import cpu_ops, ops
 from mlx_impl.fast.answer import generate
 from mlx_impl.fast.decode import before_stop, generate_all
-from mlx_impl.fast.key_blocks import BlockCache
+from mlx_impl.fast.kv_cache import KVCache
 from mlx_impl.lora import lora_layers
 from mlx_impl.model import attention_mask, rope_frequencies
 from mlx_impl.ops import rms_norm
@@ -53,7 +53,7 @@ def forgetting_the_first(self: Any, k_BGTK: mx.array, v_BGTK: mx.array) -> tuple
     return (k_BGSK[:, :, -16:], v_BGSK[:, :, -16:]) if k_BGTK.shape[2] == 1 else (k_BGSK, v_BGSK)
 
 
-extend, rotated = BlockCache.extend, ops.rotated
+extend, rotated = KVCache.extend, ops.rotated
 
 
 def without_window_in_decoding(T: int, offset: int, window: int | None, segment_BT: Any) -> mx.array | None:
@@ -129,7 +129,7 @@ MUTANTS = [
         "cache-forgets-the-beginning",
         19,
         "The key/value cache silently keeps only the last 16 tokens.",
-        {"mlx_impl.fast.key_blocks.BlockCache.extend": forgetting_the_first},
+        {"mlx_impl.fast.kv_cache.KVCache.extend": forgetting_the_first},
     ),
     Mutant(
         "window-not-in-decoding",

@@ -542,7 +542,7 @@ RUNS = (
         "moments-in-the-order-of-names",
         12,
         "Loaded moments are joined in the order of their names, and the factors in that of the model.",
-        {"mlx_impl.fast.vectors.of_tree": in_the_order_of_names},
+        {"mlx_impl.fast.vectors.from_tree": in_the_order_of_names},
     ),
     Mutant(
         "loaded-adapter-begins-again",

@@ -19,7 +19,7 @@ from mlx_impl.data import Batch, Example, make_packed_batch
 from mlx_impl.fast.decode import before_stop
 from mlx_impl.fast.kept_positions import KeptPositions, kept_positions, shared_prefix_length
 from mlx_impl.fast.layout import masks_of
-from mlx_impl.fast.vectors import of_tree
+from mlx_impl.fast.vectors import from_tree
 from mlx_impl.files.formats.factors import CONFIG, write_files
 from mlx_impl.files.quantized import plain_module
 from mlx_impl.generate import next_tokens
@@ -94,7 +94,7 @@ def good_at_once(self: FiniteGuard, window: list[Batch], record: Any) -> None:
 
 def moments_by_the_layers_name(tree: dict[str, Any], factors: Any) -> dict[str, Any]:
     in_order = sorted(tree_flatten(factors), key=lambda pair: pair[0].split(".")[2])
-    return of_tree(tree, dict(in_order))
+    return from_tree(tree, dict(in_order))
 
 
 def evaluate_cut(self: LoRATrainer, examples: Sequence[Example]) -> float:
@@ -218,7 +218,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "moments-by-the-layers-name",
         12,
         "After a stop the moments are read with layer 10 before layer 2, and go to other layers' factors.",
-        {"mlx_impl.fast.vectors.of_tree": moments_by_the_layers_name},
+        {"mlx_impl.fast.vectors.from_tree": moments_by_the_layers_name},
     ),
     Mutant(
         "evaluation-cut-to-a-packed-row",

@@ -20,7 +20,7 @@ from mlx_impl.fast.kept_positions import shared_prefix_length
 from mlx_impl.fast.low_rank import LowRank, low_rank_of
 from mlx_impl.fast.projection import Group, project, times_scale
 from mlx_impl.fast.recompute import recomputed
-from mlx_impl.fast.vectors import VectorOptimizer, all_finite, as_tree, of_tree
+from mlx_impl.fast.vectors import VectorOptimizer, all_finite, as_tree, from_tree
 from mlx_impl.files.formats.peft import to_record
 from mlx_impl.generate import most_likely
 from mlx_impl.lora import DoRALinear, LoRALinear
@@ -114,7 +114,7 @@ def saved_unturned(state: dict, factors: Any) -> Any:
 
 def loaded_unturned(tree: dict, factors: Any) -> Any:
     turned = tree_map_with_path(lambda name, x: x.reshape(x.shape[::-1]).T if ".lora_a." in name else x, tree)
-    return of_tree(turned, factors)
+    return from_tree(turned, factors)
 
 
 def joined_once(self: VectorOptimizer, parameters: Any) -> None:
@@ -330,7 +330,7 @@ OF_TWO_TRAINERS: tuple[Mutant, ...] = (
         "A's shape: the plain path resumes with moments of other elements.",
         {
             "mlx_impl.fast.vectors.as_tree": saved_unturned,
-            "mlx_impl.fast.vectors.of_tree": loaded_unturned,
+            "mlx_impl.fast.vectors.from_tree": loaded_unturned,
         },
     ),
 )

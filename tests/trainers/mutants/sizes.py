@@ -14,7 +14,7 @@ from mlx_impl.fast import band, head
 from mlx_impl.fast.decode import generate_all
 from mlx_impl.fast.head import head_nats
 from mlx_impl.fast.kept_positions import target_positions
-from mlx_impl.fast.key_blocks import BlockCache
+from mlx_impl.fast.kv_cache import KVCache
 from mlx_impl.generate import generate
 from mlx_impl.model import CausalLM
 from mlx_impl.optim import learning_rate_of
@@ -24,7 +24,7 @@ from tests.trainers.mutants.mutant import PLAIN, Mutant, Patches
 from tests.trainers.mutants.ops import fast_op, op
 from tests.trainers.mutants.step import adamw, scheduled
 
-rope, attention, extend, call = ops.rope, ops.attention, BlockCache.extend, CausalLM.__call__
+rope, attention, extend, call = ops.rope, ops.attention, KVCache.extend, CausalLM.__call__
 attention_mask, state_arrays = model.attention_mask, state.state_arrays
 with_chunks_before = band.with_chunks_before
 TABLE = 1024
@@ -260,7 +260,7 @@ MUTANTS = [
         "cache-overwritten-at-a-block",
         19,
         "The key/value cache grows in blocks of 256, and the first token of a new block overwrites another.",
-        {"mlx_impl.fast.key_blocks.BlockCache.extend": grown_by_blocks},
+        {"mlx_impl.fast.kv_cache.KVCache.extend": grown_by_blocks},
     ),
     Mutant(
         "long-prompt-cut",
