@@ -52,13 +52,8 @@ def added_mask(mask_B1TS: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
     return mx.where(mask_B1TS, mx.array(0, dtype), mx.array(mx.finfo(dtype).min / 2, dtype))
 
 
-def rope_from(x_BHTK: mx.array, frequency_P: tuple[float, ...], position: int | mx.array) -> mx.array:
-    """`rope` of tokens that follow one another from `position` on, a number, or one for each row."""
-    return rotated(x_BHTK, wavelengths(frequency_P), position)
-
-
 def rotated(x_BHTK: mx.array, wavelength_P: mx.array, position: int | mx.array) -> mx.array:
-    """`rope_from`, with what `wavelengths` has made."""
+    """`rope` of tokens that follow one another from `position` on, a number, or one for each row."""
     K = x_BHTK.shape[-1]
     return mx.fast.rope(
         x_BHTK, K, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelength_P

@@ -25,7 +25,7 @@ from ..lora import LoRALinear
 from . import cpu_ops, ops, packed
 from .low_rank import LowRank, low_rank_of
 from .packed import add_gradient, add_product, ready, unpacked
-from .rounded import RoundedFactors, rounded_factors
+from .rounded import rounded_factors
 from .row_lengths import row_lengths
 
 
@@ -59,27 +59,27 @@ def project_gated(gate_BTF: mx.array, up_BTF: mx.array, linear: nn.Module) -> mx
     low_rank = low_rank_of(linear)
     if ops.on_gpu() or low_rank is None or low_rank.dropout is not None:
         return project(ops.gated(gate_BTF, up_BTF), linear)[0]
-    group = Group([low_rank])
+    joint = JointLinears([low_rank], gate_BTF.dtype)
 
     @mx.custom_function
     def forward(gate_NF: mx.array, up_NF: mx.array, *factors: mx.array) -> list[mx.array]:
         product_NF, s_NF = cpu_ops.gate(gate_NF, up_NF)
-        return [*group.forward(product_NF, [], factors), s_NF]
+        return [*joint.forward(product_NF, [], factors), s_NF]
 
     @forward.vjp
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
         gate_NF, up_NF = mx.depends(list(primals[:2]), [cotangents[0]])  # not before its gradient is here
         product_NF = cpu_ops.gate_product(gate_NF, up_NF, outputs[-1])
-        d_NF, *gradients = group.backward(product_NF, [], cotangents, outputs)
+        d_NF, *gradients = joint.backward(product_NF, [], cotangents, outputs)
         return [*cpu_ops.gate_gradient(gate_NF, up_NF, outputs[-1], d_NF), *gradients]
 
-    outputs = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *group.factors)
-    return mx.unflatten(group.finish(outputs)[0], 0, gate_BTF.shape[:-1])
+    outputs = forward(gate_BTF.flatten(0, -2), up_BTF.flatten(0, -2), *joint.factors)
+    return mx.unflatten(joint.finish(outputs)[0], 0, gate_BTF.shape[:-1])
 
 
 def products(x_BTI: mx.array, parts: list[LowRank]) -> list[mx.array]:
     """y_j (N, O) of each part; differentiable by x and by the factors, not by weights and biases."""
-    group = Group(parts)
+    joint = JointLinears(parts, x_BTI.dtype)
     dropped: list[mx.array] = []
     if any(part.dropout is not None for part in parts):
         dropped = [x_BTI if part.dropout is None else part.dropout(x_BTI) for part in parts]
@@ -87,33 +87,38 @@ def products(x_BTI: mx.array, parts: list[LowRank]) -> list[mx.array]:
 
     @mx.custom_function
     def forward(x_NI: mx.array, *others: mx.array) -> list[mx.array]:
-        return group.forward(x_NI, others[:num], others[num:])
+        return joint.forward(x_NI, others[:num], others[num:])
 
     @forward.vjp
     def backward(primals: tuple, cotangents: tuple, outputs: tuple) -> list[mx.array]:
-        return group.backward(primals[0], primals[1 : num + 1], cotangents, outputs)
+        return joint.backward(primals[0], primals[1 : num + 1], cotangents, outputs)
 
-    return group.finish(forward(x_BTI.flatten(0, -2), *(x.flatten(0, -2) for x in dropped), *group.factors))
+    return joint.finish(forward(x_BTI.flatten(0, -2), *(x.flatten(0, -2) for x in dropped), *joint.factors))
 
 
-class Group:
+class JointLinears:
     """Linears of one input: their outputs, and the gradients of the input and of the factors."""
 
-    def __init__(self, parts: list[LowRank]) -> None:
+    def __init__(self, parts: list[LowRank], dtype: mx.Dtype) -> None:
+        """`dtype` is the type of the input."""
         self.parts = parts
-        self.factors = [part.a_IR for part in parts] + [part.b_RO for part in parts]
+        as_IR, bs_RO = [part.a_IR for part in parts], [part.b_RO for part in parts]
+        self.factors = [*as_IR, *bs_RO]
+        self.rounded = rounded_factors([part.rounded for part in parts], as_IR, bs_RO, dtype)
         ends = accumulate((part.a_IR.shape[1] for part in parts), initial=0)
         self.rows = [slice(*of_part) for of_part in pairwise(ends)]
 
     def forward(
         self, x_NI: mx.array, dropped: Sequence[mx.array], factors: Sequence[mx.array]
     ) -> list[mx.array]:
-        """Each x V^T; then what the backward pass needs: h, A^T, each B; then the lengths of DoRA's rows."""
-        rounded = self.rounded_in(x_NI.dtype)
-        a_RI, bs_RO = (rounded.a_RI, rounded.bs_RO) if rounded else cast_factors(factors, x_NI.dtype)
-        first_RI = rounded.scaled_a_RI if rounded else a_RI
+        """Each x V^T; then h, for the backward pass A^T and each B if cast here, the lengths of DoRA's rows."""
+        if self.rounded:
+            first_RI, bs_RO, cast = self.rounded.scaled_a_RI, self.rounded.bs_RO, list[mx.array]()
+        else:
+            first_RI, bs_RO = cast_factors(factors, x_NI.dtype)
+            cast = [first_RI, *bs_RO]
         h_RN = self.of_rows(lambda rows, x_NI: first_RI[rows] @ x_NI.T, x_NI, dropped)
-        h_RN = h_RN if rounded else times_scale(h_RN, self.parts)
+        h_RN = h_RN if self.rounded else times_scale(h_RN, self.parts)
         lows_NO = [h_RN[of_part].T @ b_RO for of_part, b_RO in zip(self.rows, bs_RO, strict=True)]
         ys_NO: list[mx.array] = []
         lengths_O: list[mx.array] = []
@@ -127,17 +132,12 @@ class Group:
                 lengths_O.append(row_lengths(full_OI, a_IR, b_RO, part.scale))
                 (y_NO,) = mx.depends([y_NO], [lengths_O[-1]])
             ys_NO.append(y_NO)
-        return [*ys_NO, h_RN, a_RI, *(rounded.scaled_bs_RO if rounded else bs_RO), *lengths_O]
-
-    def rounded_in(self, dtype: mx.Dtype) -> RoundedFactors | None:
-        num = len(self.parts)
-        places = [part.rounded for part in self.parts]
-        return rounded_factors(places, self.factors[:num], self.factors[num:], dtype)
+        return [*ys_NO, h_RN, *cast, *lengths_O]
 
     def finish(self, outputs: Sequence[mx.array]) -> list[mx.array]:
         """Each y, of the outputs of `forward`."""
         num = len(self.parts)
-        lengths_O = iter(outputs[2 * num + 2 :])
+        lengths_O = iter(outputs[num + 1 if self.rounded else 2 * num + 2 :])
         return [part.finish(y_NO, lengths_O) for part, y_NO in zip(self.parts, outputs[:num], strict=True)]
 
     def backward(
@@ -149,10 +149,13 @@ class Group:
     ) -> list[mx.array]:
         """The gradients of x, of what dropout left of it for each A, if it is on, and of the factors."""
         num = len(self.parts)
-        dys_NO, (h_RN, a_RI), bs_RO = dys[:num], outputs[num : num + 2], outputs[num + 2 : 2 * num + 2]
+        dys_NO, h_RN = dys[:num], outputs[num]
+        if self.rounded:
+            a_RI, bs_RO = self.rounded.a_RI, self.rounded.scaled_bs_RO
+        else:
+            a_RI, *bs_RO = outputs[num + 1 : 2 * num + 2]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
-        if not self.rounded_in(x_NI.dtype):  # whose B are scaled
-            dh_RN = times_scale(dh_RN, self.parts)
+        dh_RN = dh_RN if self.rounded else times_scale(dh_RN, self.parts)
         da_RI = self.of_rows(lambda rows, x_NI: dh_RN[rows] @ x_NI, x_NI, dropped)
         dbs_RO = [h_RN[of_part] @ dy_NO for of_part, dy_NO in zip(self.rows, dys_NO, strict=True)]
         gradients = [*(da_RI[of_part].T for of_part in self.rows), *dbs_RO]

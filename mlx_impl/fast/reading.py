@@ -85,8 +85,8 @@ def block(
     )
     if attention.qk_norm:
         q_BHTK, k_BGTK = attention.q_norm(q_BHTK), attention.k_norm(k_BGTK)
-    frequency_P = attention.frequency_P
-    q_BHTK, k_BGTK = (ops.rope_from(x, frequency_P, position) for x in (q_BHTK, k_BGTK))
+    wavelength_P = ops.wavelengths(attention.frequency_P)
+    q_BHTK, k_BGTK = (ops.rotated(x, wavelength_P, position) for x in (q_BHTK, k_BGTK))
     k_BGSK, v_BGSK = cache.extend(k_BGTK, v_BGTK)
     mix_BHTK = ops.attention_of_any(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
     x_BTD = x_BTD + attention.o_proj(mix_BHTK.swapaxes(1, 2).flatten(2))

@@ -35,8 +35,8 @@ def recomputed(block: nn.Module, forward: Callable[[mx.array], mx.array], x_BTD:
 
     @function.vjp
     def recompute(inputs: tuple, d_BTD: mx.array, _: mx.array) -> list[mx.array]:
-        waiting = mx.depends(list(inputs), [d_BTD])
-        d_state, dx_BTD, *d_arrays = mx.vjp(run, waiting, [d_BTD])[1]
+        waiting = mx.depends(list(inputs[:2]), [d_BTD])  # the input, and the key of the masks
+        d_state, dx_BTD, *d_arrays = mx.vjp(run, [*waiting, *inputs[2:]], [d_BTD])[1]
         return [d_state, *mx.depends([dx_BTD], d_arrays), *d_arrays]
 
     y_BTD = function(random_state(), x_BTD, *flat.values())

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_impl.fast import ops
 from mlx_impl.fast.low_rank import low_rank_of
-from mlx_impl.fast.projection import Group
+from mlx_impl.fast.projection import JointLinears
 from mlx_impl.fast.row_lengths import row_lengths
 from mlx_impl.lora import DoRALinear
 from tests.derived import EXACT, UNIT_ROUNDOFF
@@ -104,8 +104,8 @@ def test_a_linear_in_bfloat16_has_the_lengths_of_factors_in_float32() -> None:
     layer.lora_a, layer.lora_b = mx.array(drawn.a_IR), mx.array(drawn.b_RO)
     part = low_rank_of(layer)
     assert part is not None
-    group, x_NI = Group([part]), mx.ones((3, I), mx.bfloat16)
-    *_, lengths_O = group.forward(x_NI, [], group.factors)
+    joint, x_NI = JointLinears([part], mx.bfloat16), mx.ones((3, I), mx.bfloat16)
+    *_, lengths_O = joint.forward(x_NI, [], joint.factors)
     drawn = drawn._replace(weight_OI=np.array(rounded_OI.astype(mx.float32)))
     np.testing.assert_array_less(np.abs(np.array(lengths_O) / drawn.lengths_O - 1), drawn.bound_O)
 

@@ -197,7 +197,12 @@ def quantized_base_detached(self: Any, x_BTI: mx.array, real: Any = lora.LoRALin
 
 
 def packed_base_detached(
-    self: Any, x_NI: mx.array, dropped: Any, dys: Any, outputs: Any, real: Any = projection.Group.backward
+    self: Any,
+    x_NI: mx.array,
+    dropped: Any,
+    dys: Any,
+    outputs: Any,
+    real: Any = projection.JointLinears.backward,
 ) -> Any:
     none = {
         j: part._replace(weight_OI=mx.zeros((dys[j].shape[1], x_NI.shape[1])))
@@ -205,7 +210,7 @@ def packed_base_detached(
         if isinstance(part.weight_OI, packed.Packed)
     }
     return real(
-        projection.Group([none.get(j, part) for j, part in enumerate(self.parts)]),
+        projection.JointLinears([none.get(j, part) for j, part in enumerate(self.parts)], x_NI.dtype),
         x_NI,
         dropped,
         dys,
@@ -321,7 +326,7 @@ UPDATES = (
         "A quantized base passes no gradient to its input, so lower layers learn through adapters alone.",
         {
             "mlx_impl.lora.LoRALinear.__call__": quantized_base_detached,
-            "mlx_impl.fast.projection.Group.backward": packed_base_detached,
+            "mlx_impl.fast.projection.JointLinears.backward": packed_base_detached,
         },
     ),
     Mutant(

@@ -18,7 +18,7 @@ from mlx_impl.data import Batch, Example
 from mlx_impl.fast.forward import block
 from mlx_impl.fast.kept_positions import shared_prefix_length
 from mlx_impl.fast.low_rank import LowRank, low_rank_of
-from mlx_impl.fast.projection import Group, project, times_scale
+from mlx_impl.fast.projection import JointLinears, project, times_scale
 from mlx_impl.fast.recompute import recomputed
 from mlx_impl.fast.vectors import VectorOptimizer, all_finite, as_tree, from_tree
 from mlx_impl.files.formats.peft import to_record
@@ -36,7 +36,7 @@ from tests.trainers.mutants.mutant import PLAIN, Mutant, with_add_up
 
 init_of_optimizer, init_of_vectors = LoRAOptimizer.__init__, VectorOptimizer.init
 init_of_dora, delta_of_lora = DoRALinear.__init__, LoRALinear.delta_OI
-gradients_of_group = Group.backward
+gradients_of_group = JointLinears.backward
 evaluate_examples, evaluate_batches = LoRATrainer.evaluate, LoRATrainer.evaluate_batches
 
 
@@ -159,7 +159,7 @@ def scaled_by_float32(h_RN: mx.array, parts: list[LowRank]) -> mx.array:
     return widened(scaled_RN) if len({part.scale for part in parts}) > 1 else scaled_RN
 
 
-def gradients_in_the_inputs_type(self: Group, x_NI: mx.array, *others: Any) -> list[mx.array]:
+def gradients_in_the_inputs_type(self: JointLinears, x_NI: mx.array, *others: Any) -> list[mx.array]:
     return [gradient.astype(x_NI.dtype) for gradient in gradients_of_group(self, x_NI, *others)]
 
 
@@ -290,7 +290,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "float32 from there on.",
         {
             "mlx_impl.fast.projection.times_scale": scaled_by_float32,
-            "mlx_impl.fast.projection.Group.backward": gradients_in_the_inputs_type,
+            "mlx_impl.fast.projection.JointLinears.backward": gradients_in_the_inputs_type,
         },
     ),
     Mutant(
