@@ -111,7 +111,7 @@ class JointLinears:
     def forward(
         self, x_NI: mx.array, dropped: Sequence[mx.array], factors: Sequence[mx.array]
     ) -> list[mx.array]:
-        """Each x V^T; then h, for the backward pass A^T and each B if cast here, the lengths of DoRA's rows."""
+        """Each x V^T; then h, for the backward pass A^T and each B if cast here, and DoRA's lengths."""
         if self.rounded:
             first_RI, bs_RO, cast = self.rounded.scaled_a_RI, self.rounded.bs_RO, list[mx.array]()
         else:
