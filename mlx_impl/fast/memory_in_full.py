@@ -21,7 +21,7 @@ from .packed import packed_of
 # later one, in training.
 IN_FULL = {(True, False): (3, 3, 3), (False, True): (3, 3, 3), (True, True): (6, 5, 3)}
 DORA_IN_FULL_ON_A_GPU = {(False, True): (6, 6, 6), (True, True): (9, 7, 7)}  # where V is formed
-HEAD_PARTS = 4  # of a packed head on a CPU
+HEAD_PARTS = 2  # of a packed head on a CPU
 PLAIN_IN_FULL = {(False, True): (7, 6, 7), (True, True): (14, 9, 0)}
 
 
