@@ -19,6 +19,7 @@ from ..data import bucket_size
 from .cpu_ops import PIECE
 from .head import CHUNK_LOGITS, PACKED_ROWS
 from .kept_positions import TARGET_BUCKETS
+from .memory_linears import FLOAT
 from .memory_moments import (
     BEFORE_LAST,
     CHECKPOINTED,
@@ -30,13 +31,13 @@ from .memory_moments import (
     Moment,
 )
 from .memory_scores import attention_rows, band_keys, kept_scores_bytes, mask_numbers, scores_at_once_bytes
-from .memory_sizes import FLOAT, Shape, Sizes
+from .memory_sizes import Shape, Sizes
 
 COUNT = re.compile(r"([a-z]+)(-?[\d.]+)")
 LINEARS = 7  # of a block
 NEXT_CHUNKS = 1.84  # chunks of logits that are there at once, where there are several
-PARTS_AT_ONCE = 3  # of the logits of a packed head, in training
-PARTS_AHEAD = 4  # of a packed head are allocated while the last block is computed
+PARTS_AT_ONCE = 3, 6  # of the logits of a packed head of few parts and of many, in training
+PARTS_AHEAD = 3  # of a packed head are allocated while the last block is computed
 
 
 def backward_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
@@ -69,10 +70,11 @@ def block_bytes(sizes: Sizes, shape: Shape, targets: int | None = None) -> int:
     """What a block keeps for the backward pass; after attention of so many targets, or of all positions."""
     c, after = sizes.config, shape.computed if targets is None else targets
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    numbers = shape.computed * (2 * c.hidden_size + sizes.more - sizes.more_after)
+    numbers = float(shape.computed * (2 * c.hidden_size + sizes.more - sizes.more_after))
     numbers += after * (2 * c.hidden_size + queries + 3 * c.intermediate_size + sizes.more_after)
-    numbers += shape.computed * sizes.ranks
-    numbers += places(sizes, shape) * (queries + 2 * keys * band_keys(sizes, shape))
+    numbers += shape.computed * sizes.ranks + places(sizes, shape) * (
+        queries + 2 * keys * band_keys(sizes, shape)
+    )
     return int(numbers * sizes.itemsize) + kept_scores_bytes(sizes, shape)
 
 
@@ -113,7 +115,8 @@ def logits_in_parts(parts: float, is_copied: bool, is_training: bool) -> float:
     """Parts of the logits of a packed head that are held beside those that they are joined to."""
     if not is_training:
         return parts
-    return parts + min(2, int(parts)) if is_copied else PARTS_AT_ONCE
+    few, many = PARTS_AT_ONCE
+    return parts + min(2, int(parts)) if is_copied else many if parts > PARTS_AHEAD else few
 
 
 def units(sizes: Sizes, shape: Shape) -> dict[str, float]:

@@ -26,7 +26,7 @@ def sizes_on_a_cpu(layers: Mapping[str, LoRALinear], config: ModelConfig, itemsi
         True: 2 * of_norms - drops * (2 * config.hidden_size + queries),
         False: of_norms - drops * (config.hidden_size + queries),
     }
-    more, more_after = numbers.values()
+    more, more_after = (float(number) for number in numbers.values())
     for name, layer in layers.items():
         num_out, num_in = shape_OI(layer.linear)
         of_layer = (2 * num_in * drops + num_out * isinstance(layer, DoRALinear)) / config.num_hidden_layers

@@ -36,8 +36,9 @@ from dataclasses import replace
 from .key_blocks import whole_blocks
 from .memory_cpu import backward_bytes, forward_bytes
 from .memory_kept import block_bytes, padded_numbers
+from .memory_linears import FLOAT
 from .memory_scores import mask_bytes, scores_at_once_bytes
-from .memory_sizes import FLOAT, Shape, Sizes
+from .memory_sizes import Shape, Sizes
 from .memory_work import PLAIN_EVALUATED_LOGITS, head_bytes, packed_head_bytes, work_bytes
 from .reading import part_width
 

@@ -105,5 +105,12 @@ CHECKPOINTED = (  # beside a hidden state of each block
         dropout="d6 q2",
         half="s-1 d10 f7 bq-4.5 bk-5",
     ),
+    Moment(
+        "s2 d6 f6 bq2 bk2 q2 k1 r11",
+        packed="d2 f-4 q1 w3",
+        dora="d3 f5 q1 k2",
+        dropout="d10 f-4 q3 k1.5",
+        half="s5 d5 f-6 m1",
+    ),
 )
 CHECKPOINTED_HEAD = (Moment("v4 nd4 nf4", packed="nd2 nf-4", dropout="nd1", half="v1 nd6 nf-4"),)

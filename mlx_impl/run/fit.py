@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from ..data import WIDTH_BUCKETS, bucket_size
 from ..fast.described import described_sizes
+from ..fast.memory_linears import FLOAT
 from ..fast.memory_model import evaluation_bytes
 from ..fast.memory_scores import turning_rows
-from ..fast.memory_sizes import FLOAT, Shape, Sizes
+from ..fast.memory_sizes import Shape, Sizes
 from ..fast.pace import update_bytes
 from ..files.described import Description
 from ..files.quantized import Quantization
