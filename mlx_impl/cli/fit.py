@@ -61,7 +61,7 @@ def fit_of(model: str | None, memory: str | None, tokens: int) -> dict[str, Any]
         "rank": LoRAConfig().rank,
         "tokens": tokens,
         "max_tokens": found.max_tokens,
-        "margin_percent": fit.margin_percent(settings[0].sizes),
+        "margin_percent": fit.MARGIN_PERCENT,
         "settings": [table_row(one, limit.num_bytes, tokens, most) for one in settings],
     }
 

@@ -36,7 +36,8 @@ from .memory_sizes import Shape, Sizes
 COUNT = re.compile(r"([a-z]+)(-?[\d.]+)")
 LINEARS = 7  # of a block
 NEXT_CHUNKS = 1.84  # chunks of logits that are there at once, where there are several
-PARTS_AT_ONCE = 3, 6  # of the logits of a packed head of few parts and of many, in training
+FEW_PARTS_AT_ONCE = 3  # of the logits of a packed head, in training
+MANY_PARTS_AT_ONCE = 6  # where it has many
 PARTS_AHEAD = 3  # of a packed head are allocated while the last block is computed
 
 
@@ -115,8 +116,8 @@ def logits_in_parts(parts: float, is_copied: bool, is_training: bool) -> float:
     """Parts of the logits of a packed head that are held beside those that they are joined to."""
     if not is_training:
         return parts
-    few, many = PARTS_AT_ONCE
-    return parts + min(2, int(parts)) if is_copied else many if parts > PARTS_AHEAD else few
+    at_once = MANY_PARTS_AT_ONCE if parts > PARTS_AHEAD else FEW_PARTS_AT_ONCE
+    return parts + min(2, int(parts)) if is_copied else at_once
 
 
 def units(sizes: Sizes, shape: Shape) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Arrays as large as a weight that are there at once: weights unpacked or stretched, and a packed head.
 
-MLX's CPU backend allocates about ten operations ahead of what it computes, so that a product holds its own
+For a GPU and for the plain path. MLX allocates ahead of what it computes, so that a product holds its own
 unpacked weight and those of the next two. DoRA also holds the squares of weights; on a GPU its update and the
 stretched weight too. On the plain path a step keeps every unpacked weight of DoRA. The counts are measured
 (benchmarks/NOTES.md).

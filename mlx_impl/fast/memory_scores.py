@@ -41,7 +41,7 @@ def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> i
         if in_query_chunks(sizes, shape, of_rows):
             of_rows = min(of_rows, QUERY_CHUNKS * query_chunks.MAX_SCORES)
         elif in_band_in_turn(sizes, shape, sub_batch):
-            of_rows = band.MAX_SCORES
+            of_rows = min(of_rows, band.MAX_SCORES)
         if is_fused(sizes) and (not backward or queries_of(sizes, shape, sub_batch) % CUDA_TILE == 0):
             of_rows = 0
         scores += of_rows
@@ -101,9 +101,8 @@ def in_band(sizes: Sizes, shape: Shape, sub_batch: SubBatch) -> bool:
 
 
 def in_band_in_turn(sizes: Sizes, shape: Shape, sub_batch: SubBatch) -> bool:
-    """Whether a GPU makes the scores of some chunks of a band after those of others, and keeps none."""
-    is_large = scores_of(sizes, shape, sub_batch) > band.MAX_SCORES
-    return not sizes.keeps_scores and in_band(sizes, shape, sub_batch) and is_large
+    """Whether a GPU makes the scores of a band again, some chunks after others, and keeps none."""
+    return not sizes.keeps_scores and in_band(sizes, shape, sub_batch)
 
 
 def in_query_chunks(sizes: Sizes, shape: Shape, scores: int) -> bool:

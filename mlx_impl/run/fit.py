@@ -1,8 +1,8 @@
 """Which rows and batches fit into so much memory, of a model of which only the configuration is read.
 
 The need is that of memory_model.py for an update and an evaluation in which every position is a target, on
-a GPU with what pace.py lets it queue, and 10% more; on a CPU 5%. The lowest estimates that were measured were
-6% low on a GPU and 4% on a CPU (benchmarks/NOTES.md).
+a GPU with what pace.py lets it queue, and 10% more; the lowest estimate that was measured was 8.8% low
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from ..fast.pace import update_bytes
 from ..files.described import Description
 from ..files.quantized import Quantization
 
-# How far below MLX's peak an estimate may be, on a CPU and on a GPU; measured in benchmarks/NOTES.md.
-CPU_MARGIN_PERCENT, GPU_MARGIN_PERCENT = 5, 10
+MARGIN_PERCENT = 10  # how far below MLX's peak an estimate may be; benchmarks/NOTES.md has what was measured
 END = 2**20  # of tokens in a row, and of rows in a batch, where nothing else ends them
 GROUP_SIZES = (64, 32)  # of 4 bits: mlx-lm's default; what a narrower model needs
 BITS = 4
@@ -44,7 +43,7 @@ class Setting:
         width = bucket_size(tokens, WIDTH_BUCKETS)
         shape = Shape(rows, width, rows * width, rows * width)
         update = update_bytes(self.sizes, shape, self.checkpointed)
-        return max(update, evaluation_bytes(self.sizes, shape)) * (100 + margin_percent(self.sizes)) // 100
+        return max(update, evaluation_bytes(self.sizes, shape)) * (100 + MARGIN_PERCENT) // 100
 
     def most_needed(self, rows: int, tokens: int) -> int:
         """Of any batch of at most so many rows of at most so many tokens.
@@ -58,10 +57,6 @@ class Setting:
             for turn in (turning_rows(self.sizes, width),)
             for number in {1, min(max(turn, 1), rows), min(turn + 1, rows), rows}
         )
-
-
-def margin_percent(sizes: Sizes) -> int:
-    return CPU_MARGIN_PERCENT if sizes.keeps_scores else GPU_MARGIN_PERCENT
 
 
 def settings_of(model: Description) -> list[Setting]:

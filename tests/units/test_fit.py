@@ -123,7 +123,7 @@ def test_the_need_is_above_the_memory_models_by_its_error() -> None:
     one = setting()
     shape = Shape(2, 64, 128, 128)
     need = training_bytes(one.sizes, shape, False)
-    assert one.bytes_needed(2, 64) == pytest.approx(1.05 * need, rel=1e-6)
+    assert one.bytes_needed(2, 64) == pytest.approx(1.1 * need, rel=1e-6)
 
 
 TINYLLAMA = replace(
@@ -191,7 +191,7 @@ def test_a_config_file_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "0.9 GiB" in shown or "954 MiB" in shown
-    for part in ("32 bits", "16 bits", "4 bits", "bfloat16", "--grad-checkpoint", "64 tokens", "CPU", "5%"):
+    for part in ("32 bits", "16 bits", "4 bits", "bfloat16", "--grad-checkpoint", "64 tokens", "CPU", "10%"):
         assert part in shown
 
 
