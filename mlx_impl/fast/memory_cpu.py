@@ -30,7 +30,14 @@ from .memory_moments import (
     STEP_HEAD,
     Moment,
 )
-from .memory_scores import attention_rows, band_keys, kept_scores_bytes, mask_numbers, scores_at_once_bytes
+from .memory_scores import (
+    attention_rows,
+    band_keys,
+    kept_scores_bytes,
+    mask_bytes,
+    mask_numbers,
+    scores_at_once_bytes,
+)
 from .memory_sizes import Shape, Sizes
 
 COUNT = re.compile(r"([a-z]+)(-?[\d.]+)")
@@ -51,6 +58,8 @@ def backward_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
     before = (blocks - 1) * block_bytes(sizes, shape) - hidden + sizes.itemsize * sizes.trained
     kept = before + block_bytes(sizes, shape, targets_of(shape))
     not_kept = scores_at_once_bytes(sizes, shape) - kept_scores_bytes(sizes, shape)
+    if not_kept > 0:  # they are made again, and so is their mask
+        not_kept += mask_bytes(sizes, shape)
     return int(
         max(
             kept + max(0, not_kept) + most(STEP, sizes, unit) + gradients,
