@@ -69,6 +69,12 @@ def main(names: Sequence[str]) -> None:
 
 def errors(work: Work) -> tuple[str, ...]:
     """Peak and error of an evaluation and of a step."""
+    pairs = needs_and_peaks(work)
+    return tuple(text for need, peak in pairs for text in (shown_bytes(peak), f"{need / peak - 1:+.1%}"))
+
+
+def needs_and_peaks(work: Work) -> list[tuple[int, int]]:
+    """The estimate in bytes and the peak, of an evaluation and of a step."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -78,7 +84,8 @@ def errors(work: Work) -> tuple[str, ...]:
     from mlx_impl.run.trainer import LoRATrainer
 
     training = TrainConfig(iters=3, **{"batch_size": len(work.lengths), **work.training})
-    model, examples = CausalLM(replace(MODEL, **work.model)), examples_of(work)
+    config = replace(MODEL, **work.model)
+    model, examples = CausalLM(config), examples_of(work, config.vocab_size)
     model.set_dtype(getattr(mx, work.dtype))
     if work.bits:
         nn.quantize(model, 32, work.bits)
@@ -94,13 +101,12 @@ def errors(work: Work) -> tuple[str, ...]:
     first = peak_of(lambda: trainer.evaluate(examples))  # before there are moments
     step = peak_of(lambda: list(trainer.fit(examples)))
     peaks = max(first, peak_of(lambda: trainer.evaluate(examples))), step
-    pairs = zip(needs, peaks, strict=True)
-    return tuple(text for need, peak in pairs for text in (shown_bytes(peak), f"{need / peak - 1:+.1%}"))
+    return list(zip(needs, peaks, strict=True))
 
 
-def examples_of(work: Work) -> list[Example]:
-    draw, prompt = random.Random(0), random.Random(1).choices(range(MODEL.vocab_size), k=work.shared)
-    tokens = [[*prompt, *draw.choices(range(MODEL.vocab_size), k=n - work.shared)] for n in work.lengths]
+def examples_of(work: Work, vocab_size: int) -> list[Example]:
+    draw, prompt = random.Random(0), random.Random(1).choices(range(vocab_size), k=work.shared)
+    tokens = [[*prompt, *draw.choices(range(vocab_size), k=n - work.shared)] for n in work.lengths]
     return [Example(tuple(row), tuple(i >= work.shared for i in range(len(row)))) for row in tokens]
 
 

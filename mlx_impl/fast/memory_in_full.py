@@ -1,6 +1,6 @@
 """Arrays as large as a weight that are there at once: weights unpacked or stretched, and a packed head.
 
-MLX's CPU backend allocates about ten operations ahead of what it computes, so that a product holds its own
+For a GPU and for the plain path. MLX allocates ahead of what it computes, so that a product holds its own
 unpacked weight and those of the next two. DoRA also holds the squares of weights; on a GPU its update and the
 stretched weight too. On the plain path a step keeps every unpacked weight of DoRA. The counts are measured
 (benchmarks/NOTES.md).
@@ -21,7 +21,7 @@ from .packed import packed_of
 # later one, in training.
 IN_FULL = {(True, False): (3, 3, 3), (False, True): (3, 3, 3), (True, True): (6, 5, 3)}
 DORA_IN_FULL_ON_A_GPU = {(False, True): (6, 6, 6), (True, True): (9, 7, 7)}  # where V is formed
-HEAD_PARTS = 4  # of a packed head on a CPU
+HEAD_PARTS = 2  # of a packed head on a CPU
 PLAIN_IN_FULL = {(False, True): (7, 6, 7), (True, True): (14, 9, 0)}
 
 

@@ -34,9 +34,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .kv_cache import room_for
+from .memory_cpu import backward_bytes, forward_bytes
 from .memory_kept import block_bytes, padded_numbers
+from .memory_linears import FLOAT
 from .memory_scores import mask_bytes, scores_at_once_bytes
-from .memory_sizes import FLOAT, Shape, Sizes
+from .memory_sizes import Shape, Sizes
 from .memory_work import PLAIN_EVALUATED_LOGITS, head_bytes, packed_head_bytes, work_bytes
 from .reading import part_width
 
@@ -46,6 +48,9 @@ UPDATE = 11  # more during an update: the gradient, the new factor and moments, 
 
 def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
     """The most that an update of this batch holds at once; the equation is above."""
+    update = UPDATE * FLOAT * sizes.trained
+    if is_counted(sizes):
+        return sizes.weights + state_bytes(sizes) + max(backward_bytes(sizes, shape, checkpointed), update)
     shape = computed_shape(sizes, shape)
     num_blocks, block = sizes.config.num_hidden_layers, block_bytes(sizes, shape)
     kept, work = num_blocks * block, work_bytes(sizes, shape)
@@ -56,12 +61,14 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
     gradients = 2 * FLOAT * sizes.trained  # of a batch, and their sum
     backward = kept + gradients + sizes.unpacked + work
     of_head = kept + head_bytes(sizes, shape) + packed_head_bytes(sizes)
-    update = UPDATE * FLOAT * sizes.trained
     return sizes.weights + state_bytes(sizes) + max(backward, of_head, update)
 
 
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     """The most that the loss over this batch holds at once: of the blocks one at a time."""
+    if is_counted(sizes):
+        factors = FLOAT * sizes.trained  # copies of their own: `vectors.make_contiguous`
+        return sizes.weights + state_bytes(sizes) + factors + forward_bytes(sizes, shape)
     shape = computed_shape(sizes, shape)
     c, scores = sizes.config, scores_at_once_bytes(sizes, shape, backward=False)
     a_unit = shape.computed * sizes.itemsize
@@ -74,6 +81,11 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     of_head = head_bytes(sizes, shape, logits) + packed_head_bytes(sizes)
     state = state_bytes(sizes)
     return sizes.weights + max(of_block + first, of_block + state + later, of_head + state)
+
+
+def is_counted(sizes: Sizes) -> bool:
+    """Whether `memory_cpu.py` has counted what is held."""
+    return sizes.keeps_scores and not sizes.plain
 
 
 def answer_bytes(sizes: Sizes, prompts: Shape, max_tokens: int) -> int:

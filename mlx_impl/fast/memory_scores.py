@@ -41,7 +41,7 @@ def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> i
         if in_query_chunks(sizes, shape, of_rows):
             of_rows = min(of_rows, QUERY_CHUNKS * query_chunks.MAX_SCORES)
         elif in_band_in_turn(sizes, shape, sub_batch):
-            of_rows = band.MAX_SCORES
+            of_rows = min(of_rows, band.MAX_SCORES)
         if is_fused(sizes) and (not backward or queries_of(sizes, shape, sub_batch) % CUDA_TILE == 0):
             of_rows = 0
         scores += of_rows
@@ -49,19 +49,32 @@ def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> i
 
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
-    """On a CPU booleans, the bias made of them, and its gradient; on CUDA a number for each score."""
-    masks, heads, numbers = shape.masks if sizes.plain else 1, sizes.config.num_attention_heads, 0
+    """On the plain path of a CPU booleans, bias and its gradient; on CUDA a number for each score."""
+    if is_fused(sizes):
+        windowed = [sub for sub in attention_rows(sizes, shape) if is_windowed(sizes, shape, sub)]
+        return CUDA_MASKS * sum(scores_of(sizes, shape, sub) for sub in windowed) * sizes.itemsize
+    masks = shape.masks if sizes.plain else 1
+    return 6 * masks * mask_numbers(sizes, shape) if sizes.keeps_scores else 0
+
+
+def mask_numbers(sizes: Sizes, shape: Shape) -> int:
+    """Of a mask that is an array: one for all rows, in a band one for each row."""
+    heads, numbers = sizes.config.num_attention_heads, 0
     for sub_batch in attention_rows(sizes, shape):
         of_rows = scores_of(sizes, shape, sub_batch)
-        if is_fused(sizes):
-            numbers += of_rows if is_windowed(sizes, shape, sub_batch) else 0
-        elif in_query_chunks(sizes, shape, of_rows):
-            numbers += query_chunks.MAX_SCORES // (heads * sub_batch.rows)
-        else:
-            numbers += of_rows // (heads * sub_batch.rows)
-    if is_fused(sizes):
-        return CUDA_MASKS * numbers * sizes.itemsize
-    return 6 * masks * numbers if sizes.keeps_scores else 0
+        if in_query_chunks(sizes, shape, of_rows):
+            of_rows = query_chunks.MAX_SCORES
+        rows = 1 if in_band(sizes, shape, sub_batch) else sub_batch.rows
+        numbers += of_rows // (heads * rows)
+    return numbers
+
+
+def band_keys(sizes: Sizes, shape: Shape) -> float:
+    """How often a band keeps each key and value: chunks overlap. 1 elsewhere."""
+    window, rows = sizes.config.sliding_window, attention_rows(sizes, shape)
+    if window is None or not all(in_band(sizes, shape, sub_batch) for sub_batch in rows):
+        return 1
+    return band.keys_of(window) / band.chunk_of(window)
 
 
 def is_fused(sizes: Sizes) -> bool:
@@ -88,9 +101,8 @@ def in_band(sizes: Sizes, shape: Shape, sub_batch: SubBatch) -> bool:
 
 
 def in_band_in_turn(sizes: Sizes, shape: Shape, sub_batch: SubBatch) -> bool:
-    """Whether a GPU makes the scores of some chunks of a band after those of others, and keeps none."""
-    is_large = scores_of(sizes, shape, sub_batch) > band.MAX_SCORES
-    return not sizes.keeps_scores and in_band(sizes, shape, sub_batch) and is_large
+    """Whether a GPU makes the scores of a band again, some chunks after others, and keeps none."""
+    return not sizes.keeps_scores and in_band(sizes, shape, sub_batch)
 
 
 def in_query_chunks(sizes: Sizes, shape: Shape, scores: int) -> bool:

@@ -17,9 +17,9 @@ from . import ops
 from .kept_positions import kept_of
 from .low_rank import low_rank_of
 from .memory_in_full import numbers_in_full
+from .memory_linears import FLOAT, sizes_on_a_cpu
 from .segments import SubBatch, examples_apart
 
-FLOAT = 4  # bytes of what is float32 whatever the model's type is
 PLAIN_MORE = 3  # of the plain path: numbers a position and feature that silu keeps
 
 
@@ -38,6 +38,13 @@ class Sizes:
     unfused: bool = False  # a GPU whose attention keeps them too, in training
     plain: bool = False  # the pattern alone, without unpadding and chunked cross-entropy
     evaluated: tuple[int, int] = (0, 0)  # as `unpacked`, in an evaluation: before there are moments, later
+    # What `memory_cpu.py` counts with.
+    more_after: int = 0  # of `more`, those of the linears after attention
+    ranks: int = 0  # of the linears of a block, together
+    largest: int = 0  # numbers of the largest adapted weight
+    is_packed: bool = False
+    is_dora: bool = False
+    drops: bool = False
 
     @property
     def a_position(self) -> int:
@@ -69,7 +76,8 @@ class Shape:
 
 
 def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
-    layers = lora_layers(model).values()
+    named = lora_layers(model)
+    layers = named.values()
     arrays = [array for _, array in tree_flatten(model.parameters())]
     itemsize = model.model.norm.weight.itemsize
     trained = sum(array.size for _, array in tree_flatten(model.trainable_parameters())) if layers else 0
@@ -79,6 +87,7 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     more = more_of(layers) // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
     if keeps_scores and itemsize < FLOAT:
         more += 2 * model.config.hidden_size  # the norms of MLX's CPU backend keep x in float32
+    on_a_cpu = {} if plain or not keeps_scores else sizes_on_a_cpu(named, model.config, itemsize)
     first, later, unpacked, head = (itemsize * number for number in numbers_in_full(model, plain))
     unfused = not keeps_scores and not is_fused_in_training(model.config.head_dim, itemsize)
     return Sizes(
@@ -86,13 +95,14 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
         weights=weights,
         trained=trained,
         itemsize=itemsize,
-        more=more,
+        more=on_a_cpu.pop("more", more),
         unpacked=unpacked,
         head=head,
         keeps_scores=keeps_scores,
         unfused=unfused,
         plain=plain,
         evaluated=(first, later),
+        **on_a_cpu,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .head import CHUNK_LOGITS
 from .memory_kept import block_bytes
+from .memory_linears import FLOAT
 from .memory_scores import kept_scores_bytes, mask_bytes, scores_at_once_bytes
-from .memory_sizes import FLOAT, Shape, Sizes
+from .memory_sizes import Shape, Sizes
 
 LOGITS = 5  # arrays as large as the logits of one chunk
 PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits

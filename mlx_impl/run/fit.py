@@ -1,7 +1,7 @@
 """Which rows and batches fit into so much memory, of a model of which only the configuration is read.
 
 The need is that of memory_model.py for an update and an evaluation in which every position is a target, on
-a GPU with what pace.py lets it queue, and 10% more; the lowest estimate that was measured was 6.0% low
+a GPU with what pace.py lets it queue, and 10% more; the lowest estimate that was measured was 8.8% low
 (benchmarks/NOTES.md).
 """
 
@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from ..data import WIDTH_BUCKETS, bucket_size
 from ..fast.described import described_sizes
+from ..fast.memory_linears import FLOAT
 from ..fast.memory_model import evaluation_bytes
 from ..fast.memory_scores import turning_rows
-from ..fast.memory_sizes import FLOAT, Shape, Sizes
+from ..fast.memory_sizes import Shape, Sizes
 from ..fast.pace import update_bytes
 from ..files.described import Description
 from ..files.quantized import Quantization

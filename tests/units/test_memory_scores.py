@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_impl.data import Example, make_batch, make_packed_batch
-from mlx_impl.fast import band, memory_work, ops
+from mlx_impl.fast import memory_work, ops
 from mlx_impl.fast.described import described_sizes
 from mlx_impl.fast.memory_scores import mask_bytes, scores_at_once_bytes
 from mlx_impl.fast.memory_sizes import Shape, shape_of
@@ -62,14 +62,15 @@ def test_on_cuda_rows_not_of_whole_tiles_have_attention_weights_of_one_block(
     assert broken - whole >= 5 * WIDE.num_attention_heads * 320 * 320 * 2
 
 
-def test_on_a_gpu_a_band_has_the_attention_weights_of_some_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`band.in_turn`: on Metal too none are kept, though its attention in training keeps them."""
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_a_band_on_a_gpu_keeps_no_attention_weights(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`band.in_turn` keeps q, k and v: also on Metal and in float32, whose other attention keeps weights."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    cuda = needs_of_blocks((1, 9), mx.bfloat16, 64, 512)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    at_once = needs_of_blocks((9,), mx.bfloat16, 64, 512)
-    monkeypatch.setattr(band, "MAX_SCORES", 2**15)
-    in_turn = needs_of_blocks((9,), mx.bfloat16, 64, 512)
-    assert at_once[0] - in_turn[0] >= 9 * WIDE.num_attention_heads * 512 * 128 * 2
+    few, many = needs_of_blocks((1, 9), dtype, 64, 512)
+    weights = 8 * WIDE.num_attention_heads * 512 * 128 * dtype.size
+    assert many - few < (cuda[1] - cuda[0]) * dtype.size // 2 + weights // 2
 
 
 def test_twice_as_long_a_row_of_many_windows_needs_twice_as_much() -> None:

@@ -142,7 +142,13 @@ def test_a_checkpointed_layer_needs_one_hidden_state() -> None:
         step_bytes(sizes_of(many), batch, is_checkpointed) - step_bytes(sizes_of(few), batch, is_checkpointed)
         for is_checkpointed in (False, True)
     )
-    per_token = 3 * SPEC.hidden_size + 3 * SPEC.num_attention_heads * SPEC.head_dim
-    per_token += 2 * SPEC.num_key_value_heads * SPEC.head_dim + 3 * SPEC.intermediate_size
-    per_token += 0 if ops.on_gpu() else SPEC.num_attention_heads * batch.inputs_BT.shape[1]  # of weights
-    assert kept - recomputed == 4 * batch.inputs_BT.size * per_token
+    queries = SPEC.num_attention_heads * SPEC.head_dim
+    per_token = 3 * SPEC.hidden_size + 2 * SPEC.num_key_value_heads * SPEC.head_dim
+    per_token += 3 * SPEC.intermediate_size
+    if ops.on_gpu():
+        assert kept - recomputed == 4 * batch.inputs_BT.size * (per_token + 3 * queries)
+        return
+    # Scores, and of each of seven linears x A; the factors as they are multiplied with.
+    per_token += 2 * queries + SPEC.num_attention_heads * batch.inputs_BT.shape[1] + 7 * 2
+    factors = sizes_of(many).trained - sizes_of(few).trained
+    assert kept - recomputed == 4 * (batch.inputs_BT.size * per_token + factors)
