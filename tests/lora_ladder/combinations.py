@@ -44,7 +44,7 @@ FACTORS: dict[str, dict[str, dict[str, Any]]] = {
         "linear with warmup": {"lr_schedule": "linear", "warmup_steps": 1},
         "cosine with warmup": {"lr_schedule": "cosine", "warmup_steps": 2},
     },
-    "clipping": {"unclipped": {}, "clipped": {"max_grad_norm": 2.0**-4}},
+    "clipping": {"unclipped": {}, "clipped": {"max_grad_norm": 2.0**-2}},
     "LoRA+": {"one rate": {}, "LoRA+": {"loraplus_lr_ratio": 8.0}},
     "decay": {"no decay": {}, "decay": {"weight_decay": 2.0**-3}},
     "DoRA": {"LoRA": {}, "DoRA": {"use_dora": True}},

@@ -157,10 +157,6 @@ class Run:
     training: TrainConfig
     num_updates: int
 
-    @property
-    def name(self) -> str:
-        return repr((self.case.spec, self.case.lora, self.training, self.num_updates))
-
     def results(self, trainer: Any) -> Arrays:
         """The losses of the updates, and the factors after them; the logits before one update."""
         batches = windows()[: self.num_updates]

@@ -70,12 +70,21 @@ def in_turn(self: Any, train: Any, windows: Any, training: TrainConfig) -> list[
 
 
 def only(is_trained: Callable[[str], bool]) -> Hypothesis:
-    """The optimizer is given some of the factors."""
+    """The other factors stay as they are; their gradients count in the norm that is clipped."""
 
     def change(trainer: Any, run: Run, training: TrainConfig) -> None:
-        names = {id(p): name for name, p in trainer.model.named_parameters()}
-        for group in run.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if is_trained(names[id(p)])]
+        parameters = trainer.model.named_parameters()
+        others = [p for name, p in parameters if p.requires_grad and not is_trained(name)]
+        right = run.optimizer.step
+
+        @torch.no_grad()
+        def step() -> None:
+            before = [p.clone() for p in others]
+            right()
+            for p, value in zip(others, before, strict=True):
+                p.copy_(value)
+
+        run.optimizer.step = step  # type: ignore[assignment]
 
     return of_runs(change)
 

@@ -34,22 +34,11 @@ from tests.lora_ladder.options import SWEEPS, Sweep, are_equal, run_at
 from tests.lora_ladder.protocol import Arrays
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, Arrays]:
-    """Of the candidate's runs, by name."""
-    return {}
-
-
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)
-def test_an_option_changes_the_results_and_gives_the_references(
-    judge: Judge, sweep: Sweep, results: dict[str, Arrays]
-) -> None:
+def test_an_option_changes_the_results_and_gives_the_references(judge: Judge, sweep: Sweep) -> None:
     """Logits, losses, and the factors after one update, or after three for a field of `TrainConfig`."""
     runs = [run_at(sweep, value) for value in (sweep.one, sweep.other)]
-    for run in runs:
-        if run.name not in results:
-            results[run.name] = judge.run(run.case, run.results)
-    one, other = (results[run.name] for run in runs)
+    one, other = (judge.run(run.case, run.results) for run in runs)
     if are_equal(one, other):
         what = f"{sweep.name}: {sweep.one!r} and {sweep.other!r} give the same results to the bit"
         judge.report(lambda: fail(f"{judge.title}: accepted and dropped\n  {what}"))

@@ -58,18 +58,19 @@ def places_of(batch: Batch) -> np.ndarray:
 
 def with_given_masks(model: CausalLM, masks: Named, loss: Loss) -> Loss:
     """Replaces the model's dropout by these masks; the returned loss tells them its positions."""
+    is_plain = loss.batch_loss is PLAIN.batch_loss  # a copy of PLAIN is plain too
     computed, last = Computed(), f"layers.{len(model.model.layers) - 1}."
     for name, layer in lora_layers(model).items():
         is_at_targets = last in name and name.endswith(AFTER_ATTENTION)
         layer.dropout = GivenDropout(layer.dropout.p, masks[name], computed, is_at_targets)
 
     def to_arrays(batch: Batch) -> Arrays:
-        is_laid_out = loss is not PLAIN and batch.segment_BT is not None
+        is_laid_out = not is_plain and batch.segment_BT is not None
         computed.place_M = mx.array(places_of(batch)) if is_laid_out else None
         return loss.to_arrays(batch)
 
     def batch_loss(model: CausalLM, arrays: Arrays) -> Nats:
-        if loss is not PLAIN:
+        if not is_plain:
             _, computed.positions_N, _, _, _, kept = arrays
             computed.kept_S = kept[0] if kept else None
         return loss.batch_loss(model, arrays)

@@ -1,7 +1,8 @@
 """The bugs that the signatures of the ladder must name: mutants, and small ones for which there is no mutant.
 
 They are planted in `mlx_impl`, while a signature computes its bug with the PyTorch reference: the two are
-written independently. Mutants that `test_signatures.py` sets aside to measure the signatures are not here.
+written independently. Those of gradients and of updates have files of their own. Mutants that
+`test_signatures.py` sets aside to measure the signatures are not here.
 """
 
 from __future__ import annotations

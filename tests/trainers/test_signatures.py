@@ -7,7 +7,6 @@ This is no blind test: the mutants' stories were known when the signatures were 
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,10 @@ from tests.trainers.mlx_impl import MlxTrainer, PlainTrainer
 from tests.trainers.mutants import MUTANTS
 from tests.trainers.mutants.mutant import PLAIN, Mutant
 from tests.trainers.reference import Float32Reference
+from tests.trainers.set_aside import FIRST, SECOND, SET_ASIDE
 from tests.trainers.signature_bugs import OF_MUTANTS, OF_OTHERS
+from tests.trainers.signature_bugs_of_gradients import OF_GRADIENTS
+from tests.trainers.signature_bugs_of_updates import OF_UPDATES
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {signature.name: signature for signature in SIGNATURES}
@@ -53,7 +55,7 @@ def test_a_sound_trainer_has_no_culprit(trainer: Any) -> None:
 
 EACH_TIME = ("scale is 20", "rope interleaved", "pad targets 1", "A cut from B")
 BUGS = [(MUTANTS[mutant], name) for mutant, name in OF_MUTANTS.items()]
-BUGS += [(bug, name) for name, bug in OF_OTHERS.items()]
+BUGS += [(bug, name) for name, bug in (OF_OTHERS | OF_GRADIENTS | OF_UPDATES).items()]
 
 
 @pytest.mark.parametrize(
@@ -120,56 +122,18 @@ def test_every_trap_that_is_linked_exists() -> None:
     assert links and all((ROOT / link).is_file() for link in links)
 
 
-# Of the mutants that were set aside: those whose kind has a signature.
-FIRST = {
-    "a-gets-no-gradient": "A cut from B",
-    "base-trained": "whole base trained",
-    "decay-as-l2": "decay as L2",
-    "dropout-on-the-base": "dropout on the base too",
-    "mask-shared-by-linears": "dropout linear",
-    "moments-forgotten": "moments forgotten",
-    "rope-interleaved": "rope interleaved",
-    "scale-is-alpha": "scale is alpha",
-    "update-lost": "nothing trains",
-}
-SECOND = {
-    "a-in-no-group": "A not trained",
-    "adapter-input-detached": "adapter's input detached",
-    "bias-trained": "biases trained",
-    "dora-adds-the-base-twice": "DoRA adds the base twice",
-    "dora-ignores-alpha": "DoRA ignores alpha",
-    "dora-length-trained": "DoRA's length trained",
-    "dora-scales-the-bias": "DoRA scales the bias",
-    "dora-without-dropout": "DoRA without dropout",
-    "eps-before-the-correction": "eps before the correction",
-    "gate-and-up-swapped": "gate and up swapped",
-    "gradient-of-the-first-row": "gradient of the first row",
-    "gradients-one-update-late": "gradients one update late",
-    "last-window-dropped": "last window dropped",
-    "loraplus-ignored": "LoRA+ ignored",
-    "pad-target-counted": "pad targets 1",
-    "prompt-counted": "prompt counted",
-    "qkv-bias-lost": "qkv bias lost",
-    "rope-scaling-ignored": "rope scaling ignored",
-    "silu-half-derivative": "sigmoid detached",
-}
-SEED, SET_ASIDE = 1127, 40
-
-
-def set_aside() -> list[str]:
-    """Forty of all mutants, and forty more of the rungs 1 to 11 but 3."""
-    first = random.Random(SEED).sample(sorted(MUTANTS), SET_ASIDE)
-    rest = [n for n, m in MUTANTS.items() if m.rung in {*range(1, 12)} - {3} and n not in first]
-    return [*first, *random.Random(SEED).sample(sorted(rest), SET_ASIDE)]
-
-
 @pytest.mark.nightly
 def test_of_bugs_set_aside_the_right_one_is_named_mostly_and_a_wrong_one_hardly_ever() -> None:
     """70% of those whose kind has a signature; less than 5% of all of them."""
     nameable: Mapping[str, str] = FIRST | SECOND
-    found = {name: names(culprit_of(MUTANTS[name], MUTANTS[name].rung)) for name in set_aside()}
+    found = {name: names(culprit_of(MUTANTS[name], MUTANTS[name].rung)) for name in SET_ASIDE}
     right = [name for name, kind in nameable.items() if found[name] == [kind]]
     wrong = {name: kinds for name, kinds in found.items() if set(kinds) - {nameable.get(name)}}
     print(f"named right {len(right)} of {len(nameable)}, wrong {len(wrong)} of {len(found)}: {wrong}")
     assert len(right) >= 0.7 * len(nameable)
     assert len(wrong) < 0.05 * len(found)
+
+
+def test_the_bugs_set_aside_are_mutants_and_no_signature_was_written_for_them() -> None:
+    assert set(SET_ASIDE) <= set(MUTANTS) and len(SET_ASIDE) == len(set(SET_ASIDE))
+    assert not set(SET_ASIDE) & set(OF_MUTANTS)

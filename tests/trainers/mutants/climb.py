@@ -3,7 +3,8 @@
 To be quick, it runs only some claims: those on the default cases and on the cases that the mutant needs, with
 AdamW where there is a choice. Of these it runs only the claims that the mutant's patches can change. To know
 them, the unpatched (sound) trainer runs first, and every name that a mutant replaces records which claims
-call it. A claim that never calls a replaced name passes as it did for the sound trainer.
+call it. A claim that never calls a replaced name passes as it did for the sound trainer. So each claim
+makes all that it judges, and takes nothing of the trainer's from an earlier one (test_climb.py).
 """
 
 from __future__ import annotations
@@ -153,8 +154,12 @@ def first_failure(mutant: Mutant) -> Failure | None:
     """The first claim that fails; the rungs above the mutant's own are tried last.
 
     What only other processes call (train_on_ranks) is called by no claim here, so all claims are tried.
+
+    Raises RuntimeError if the sound trainer fails: its climb ended there, and what the rest calls is unknown.
     """
-    touched = sound(mutant.trainer)[1]
+    result, touched = sound(mutant.trainer)
+    if result.failed:
+        raise RuntimeError(f"the sound {mutant.trainer} fails {result.failed[0].claim}")
     claims = set().union(*(touched[name] for name in mutant.patches)) or None
     with mutant.planted():
         for rungs in ([r for r in RUNGS if r <= mutant.rung], [r for r in RUNGS if r > mutant.rung]):

@@ -80,7 +80,10 @@ def unscaled_a(_: int, part: LowRank) -> LowRank:
 
 
 def trained_if_first(place: int, part: LowRank) -> LowRank:
-    return part._replace(a_IR=stop(part.a_IR), b_RO=stop(part.b_RO)) if place else part
+    if place == 0:
+        return part
+    magnitude_O = None if part.magnitude_O is None else stop(part.magnitude_O)
+    return part._replace(a_IR=stop(part.a_IR), b_RO=stop(part.b_RO), magnitude_O=magnitude_O)
 
 
 def passing_back_the_first(x_BTI: mx.array, *linears: Any) -> list[mx.array]:
