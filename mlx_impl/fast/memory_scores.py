@@ -2,7 +2,7 @@
 
 A CPU keeps the scores for the gradient, but for those of `query_chunks.py`. So does a GPU whose attention is
 not fused in training: all of Metal, and CUDA in float32. Fused attention keeps none. Its backward pass makes
-them again where rows are not of whole tiles, and takes a mask that is an array as a number for each score.
+them again where rows are not of whole tiles. A mask that is an array it takes as numbers.
 Source: `scaled_dot_product_attention` in MLX's fast.cpp, and the CUDA backend's (0.32.2).
 """
 
@@ -14,7 +14,7 @@ from .segments import SubBatch
 
 QUERY_CHUNKS = 2  # of scores at once: a CPU allocates those of the next one too
 CUDA_TILE = 128  # queries, of cuDNN's backward pass
-CUDA_MASKS = 3  # zeros, minus infinities, and the mask made of them; once for all blocks of a compiled step
+CUDA_MASKS = 3  # of the plain path, for each head: zeros, minus infinities, and the mask made of them
 
 
 def attention_rows(sizes: Sizes, shape: Shape) -> tuple[SubBatch, ...]:
@@ -49,10 +49,13 @@ def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> i
 
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
-    """On the plain path of a CPU booleans, bias and its gradient; on CUDA a number for each score."""
+    """On the plain path of a CPU booleans, bias and its gradient; on CUDA booleans and numbers for all heads."""
     if is_fused(sizes):
         windowed = [sub for sub in attention_rows(sizes, shape) if is_windowed(sizes, shape, sub)]
-        return CUDA_MASKS * sum(scores_of(sizes, shape, sub) for sub in windowed) * sizes.itemsize
+        scores = sum(scores_of(sizes, shape, sub) for sub in windowed)
+        if sizes.plain:
+            return CUDA_MASKS * scores * sizes.itemsize
+        return scores // sizes.config.num_attention_heads * (1 + sizes.itemsize)
     masks = shape.masks if sizes.plain else 1
     return 6 * masks * mask_numbers(sizes, shape) if sizes.keeps_scores else 0
 

@@ -44,12 +44,15 @@ def test_cuda_keeps_attention_weights_in_32_bits_and_none_in_16(
     assert many16 - few16 == pytest.approx(none16[1] - none16[0], abs=2)
 
 
-def test_on_cuda_a_window_is_an_array_of_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for all blocks: cuDNN takes no booleans, and MLX makes a number for each score; three at once."""
+def test_on_cuda_the_heads_share_the_mask_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all blocks, booleans and numbers; on the plain path MLX makes three arrays of all heads of it."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     windowed, full = (setting(config=replace(WIDE, sliding_window=w), dtype=mx.bfloat16) for w in (64, None))
     assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
-    assert windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) >= 3 * SCORES * 2
+    of_mask = 256 * 256 * (1 + 2)
+    assert of_mask <= windowed.bytes_needed(1, 256) - full.bytes_needed(1, 256) < 2 * of_mask
+    plain = replace(described_sizes(replace(WIDE, sliding_window=64), mx.bfloat16), plain=True)
+    assert mask_bytes(plain, Shape(1, 256, 256, 256)) == 3 * SCORES * 2
 
 
 def test_on_cuda_rows_not_of_whole_tiles_have_attention_weights_of_one_block(
