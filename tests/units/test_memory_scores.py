@@ -45,7 +45,7 @@ def test_cuda_keeps_attention_weights_in_32_bits_and_none_in_16(
 
 
 def test_on_cuda_the_heads_share_the_mask_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for all blocks, booleans and numbers; on the plain path MLX makes three arrays of all heads of it."""
+    """Once for all blocks, as booleans and numbers; on the plain path MLX makes three arrays of all heads."""
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
     windowed, full = (setting(config=replace(WIDE, sliding_window=w), dtype=mx.bfloat16) for w in (64, None))
     assert windowed.bytes_needed(1, 64) == full.bytes_needed(1, 64)
