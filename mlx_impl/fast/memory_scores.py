@@ -49,7 +49,7 @@ def scores_at_once_bytes(sizes: Sizes, shape: Shape, backward: bool = True) -> i
 
 
 def mask_bytes(sizes: Sizes, shape: Shape) -> int:
-    """On the plain path of a CPU booleans, bias and its gradient; on CUDA booleans, and numbers made of them."""
+    """On the plain path of a CPU booleans, bias and its gradient; on CUDA booleans and their numbers."""
     if is_fused(sizes):
         windowed = [sub for sub in attention_rows(sizes, shape) if is_windowed(sizes, shape, sub)]
         scores = sum(scores_of(sizes, shape, sub) for sub in windowed)
