@@ -5,9 +5,11 @@
     block      = U (4 D + H K + 3 F + ranks + more) + B T (H K + 2 G K) + scores
     evaluation = moment
 
-times the bytes of a number. The first block's input needs no gradient, and is not kept. Checkpointed: L U D
-in place of the blocks. Queries, keys and values are kept in rows, of all places. `memory_moments.py` has the
-moments and the letters, `memory_scores.py` scores and masks.
+times the bytes of a number; the factors in the type of the weights are kept too. L is the number of blocks
+from the first one with an adapter on, whose input needs no gradient and is not kept. Checkpointed: L U D in
+place of the blocks. Queries, keys and values are kept in rows, of all places; where they have norms, also
+before these. Where few positions are targets, a moment before the last block may hold more.
+`memory_moments.py` has the moments and the letters, `memory_scores.py` scores and masks.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ..data import bucket_size
 from .cpu_ops import PIECE
 from .head import CHUNK_LOGITS, PACKED_ROWS
 from .kept_positions import TARGET_BUCKETS
-from .memory_linears import FLOAT
+from .memory_linears import FLOAT, LINEARS
 from .memory_moments import (
     BEFORE_LAST,
     CHECKPOINTED,
@@ -39,10 +41,9 @@ from .memory_scores import (
     scores_at_once_bytes,
 )
 from .memory_sizes import Shape, Sizes
+from .memory_work import NEXT_CHUNKS
 
 COUNT = re.compile(r"([a-z]+)(-?[\d.]+)")
-LINEARS = 7  # of a block
-NEXT_CHUNKS = 1.84  # chunks of logits that are there at once, where there are several
 FEW_PARTS_AT_ONCE = 3  # of the logits of a packed head, in training
 MANY_PARTS_AT_ONCE = 6  # where it has many
 PARTS_AHEAD = 3  # of a packed head are allocated while the last block is computed
@@ -51,11 +52,11 @@ PARTS_AHEAD = 3  # of a packed head are allocated while the last block is comput
 def backward_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
     """The most of forward and backward pass, without weights and state."""
     gradients, hidden = FLOAT * sizes.trained, shape.computed * sizes.config.hidden_size * sizes.itemsize
-    blocks, unit = sizes.config.num_hidden_layers, units(sizes, shape)
+    blocks, unit = sizes.config.num_hidden_layers - sizes.below, units(sizes, shape)
     if checkpointed:
         of_block = most(CHECKPOINTED, sizes, unit) + gradients
         return int(blocks * hidden + max(of_block, most_of_head(CHECKPOINTED_HEAD, sizes, shape, True)))
-    before = (blocks - 1) * block_bytes(sizes, shape) - hidden + sizes.itemsize * sizes.trained
+    before = (blocks - 1) * block_bytes(sizes, shape) - hidden * (blocks > 1) + sizes.itemsize * sizes.trained
     kept = before + block_bytes(sizes, shape, targets_of(shape))
     not_kept = scores_at_once_bytes(sizes, shape) - kept_scores_bytes(sizes, shape)
     if not_kept > 0:  # they are made again, and so is their mask
@@ -82,9 +83,8 @@ def block_bytes(sizes: Sizes, shape: Shape, targets: int | None = None) -> int:
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     numbers = float(shape.computed * (2 * c.hidden_size + sizes.more - sizes.more_after))
     numbers += after * (2 * c.hidden_size + queries + 3 * c.intermediate_size + sizes.more_after)
-    numbers += shape.computed * sizes.ranks + places(sizes, shape) * (
-        queries + 2 * keys * band_keys(sizes, shape)
-    )
+    in_rows = queries + 2 * keys * band_keys(sizes, shape) + (queries + keys) * c.qk_norm
+    numbers += shape.computed * sizes.ranks + places(sizes, shape) * in_rows
     return int(numbers * sizes.itemsize) + kept_scores_bytes(sizes, shape)
 
 
@@ -116,17 +116,17 @@ def most_of_head(moments: Sequence[Moment], sizes: Sizes, shape: Shape, is_train
     if parts > PARTS_AHEAD:  # the feed-forward has been freed by then
         unit["nf"] = 0
     need = most(moments, sizes, unit) + is_copied * V * a_logit + sizes.head
-    return need + (parts > 1) * PACKED_ROWS * a_logit * logits_in_parts(
-        V / PACKED_ROWS, is_copied, is_training
-    )
+    a_part = PACKED_ROWS * FLOAT * min(targets_of(shape), CHUNK_LOGITS / V)  # bytes
+    return need + (parts > 1) * a_part * logits_in_parts(V / PACKED_ROWS, is_copied, is_training)
 
 
 def logits_in_parts(parts: float, is_copied: bool, is_training: bool) -> float:
     """Parts of the logits of a packed head that are held beside those that they are joined to."""
     if not is_training:
         return parts
-    at_once = MANY_PARTS_AT_ONCE if parts > PARTS_AHEAD else FEW_PARTS_AT_ONCE
-    return parts + min(2, int(parts)) if is_copied else at_once
+    if is_copied or parts > PARTS_AHEAD + 1:
+        return parts + min(2, int(parts))
+    return MANY_PARTS_AT_ONCE if parts > PARTS_AHEAD else FEW_PARTS_AT_ONCE
 
 
 def units(sizes: Sizes, shape: Shape) -> dict[str, float]:
@@ -152,8 +152,9 @@ def units(sizes: Sizes, shape: Shape) -> dict[str, float]:
 
 
 def logits_of(sizes: Sizes, shape: Shape) -> float:
-    """Bytes of the logits of a chunk, and of those of the next that are there already."""
-    return FLOAT * min(targets_of(shape) * sizes.config.vocab_size, NEXT_CHUNKS * CHUNK_LOGITS)
+    """Bytes of the logits of a chunk, and of what there is of the next, for which a packed head waits."""
+    chunks = 1 if sizes.head else NEXT_CHUNKS
+    return FLOAT * min(targets_of(shape) * sizes.config.vocab_size, chunks * CHUNK_LOGITS)
 
 
 def places(sizes: Sizes, shape: Shape) -> int:

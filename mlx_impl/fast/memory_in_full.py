@@ -1,8 +1,8 @@
-"""Arrays as large as a weight that are there at once: weights unpacked or stretched, and a packed head.
+"""Arrays as large as a weight that are there at once: weights unpacked, what DoRA makes of them, the head.
 
 For a GPU and for the plain path. MLX allocates ahead of what it computes, so that a product holds its own
-unpacked weight and those of the next two. DoRA also holds the squares of weights; on a GPU its update and the
-stretched weight too. On the plain path a step keeps every unpacked weight of DoRA. The counts are measured
+unpacked weight and those of the next two. DoRA also holds the squares of weights; on a GPU its update and
+their sum too. On the plain path a step keeps every unpacked weight of DoRA. The counts are measured
 (benchmarks/NOTES.md).
 """
 

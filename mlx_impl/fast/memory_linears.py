@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -11,6 +12,8 @@ from ..lora import DoRALinear, LoRALinear
 from ..targets import shape_OI
 
 BEFORE = ("q_proj", "k_proj", "v_proj")  # linears before attention
+BLOCK = re.compile(r"layers\.(\d+)\.")
+LINEARS = 7  # of a block
 FLOAT = 4  # bytes of what is float32 whatever the model's type is
 
 
@@ -41,4 +44,6 @@ def sizes_on_a_cpu(layers: Mapping[str, LoRALinear], config: ModelConfig, itemsi
         "is_packed": any("scales" in layer.linear for layer in layers.values()),
         "is_dora": any(isinstance(layer, DoRALinear) for layer in layers.values()),
         "drops": drops,
+        "is_partial": len(layers) < LINEARS * config.num_hidden_layers,
+        "below": min((int(BLOCK.findall(name)[0]) for name in layers), default=0),
     }

@@ -1,6 +1,8 @@
 """How much memory a step, an evaluation and an answer need, from the shapes of what they read.
 
-Of B rows, T wide, of which U positions are computed outside of attention (`kept_positions.py`), in bytes:
+On a CPU the fast path is counted array by array (`memory_cpu.py`). The equations here are for a GPU and for
+the plain path. Of B rows, T wide, of which U positions are computed outside of attention
+(`kept_positions.py`), in bytes:
 
     training     = weights + state + max(kept + gradients + in full + work, kept + 5 logits + head, update)
     kept         = L blocks;  checkpointed: L hidden states and one block
@@ -65,10 +67,20 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
 
 
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
-    """The most that the loss over this batch holds at once: of the blocks one at a time."""
-    if is_counted(sizes):
-        factors = FLOAT * sizes.trained  # copies of their own: `vectors.make_contiguous`
-        return sizes.weights + state_bytes(sizes) + factors + forward_bytes(sizes, shape)
+    """The most that the loss over this batch holds at once: of the blocks one at a time.
+
+    On a CPU of a model with adapters on some linears only the larger of both counts: it has fewer operations,
+    so that MLX runs further ahead.
+    """
+    if not is_counted(sizes):
+        return estimated_evaluation_bytes(sizes, shape)
+    factors = FLOAT * sizes.trained  # copies of their own: `vectors.make_contiguous`
+    counted = sizes.weights + state_bytes(sizes) + factors + forward_bytes(sizes, shape)
+    return max(counted, estimated_evaluation_bytes(sizes, shape)) if sizes.is_partial else counted
+
+
+def estimated_evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
+    """By the equation above."""
     shape = computed_shape(sizes, shape)
     c, scores = sizes.config, scores_at_once_bytes(sizes, shape, backward=False)
     a_unit = shape.computed * sizes.itemsize

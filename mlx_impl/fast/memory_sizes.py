@@ -45,6 +45,8 @@ class Sizes:
     is_packed: bool = False
     is_dora: bool = False
     drops: bool = False
+    is_partial: bool = False  # some linears have no adapter
+    below: int = 0  # blocks below the first one with an adapter
 
     @property
     def a_position(self) -> int:

@@ -9,6 +9,7 @@ from .memory_scores import kept_scores_bytes, mask_bytes, scores_at_once_bytes
 from .memory_sizes import Shape, Sizes
 
 LOGITS = 5  # arrays as large as the logits of one chunk
+NEXT_CHUNKS = 1.84  # of logits that are there at once on a CPU, where there are several
 PLAIN_LOGITS, PLAIN_EVALUATED_LOGITS = 6.5, 2.5  # arrays as large as all logits
 
 
@@ -24,7 +25,7 @@ def head_bytes(sizes: Sizes, shape: Shape, plain_copies: float | None = None) ->
     logits = shape.targets * sizes.config.vocab_size
     if sizes.plain:
         return int((plain_copies or PLAIN_LOGITS) * FLOAT * logits)
-    chunks = 1.84 if sizes.keeps_scores else 0.8
+    chunks = NEXT_CHUNKS if sizes.keeps_scores else 0.8
     return int(LOGITS * FLOAT * min(logits, chunks * CHUNK_LOGITS))
 
 

@@ -111,7 +111,7 @@ class JointLinears:
     def forward(
         self, x_NI: mx.array, dropped: Sequence[mx.array], factors: Sequence[mx.array]
     ) -> list[mx.array]:
-        """Each x V^T; then h, for the backward pass A^T and each B if cast here, and DoRA's lengths."""
+        """Each x V^T; the lengths of DoRA's rows; h; and where they are not rounded, A^T and each B, cast."""
         if self.rounded:
             first_RI, bs_RO, cast = self.rounded.scaled_a_RI, self.rounded.bs_RO, list[mx.array]()
         else:
@@ -132,12 +132,12 @@ class JointLinears:
                 lengths_O.append(row_lengths(full_OI, a_IR, b_RO, part.scale))
                 (y_NO,) = mx.depends([y_NO], [lengths_O[-1]])
             ys_NO.append(y_NO)
-        return [*ys_NO, h_RN, *cast, *lengths_O]
+        return [*ys_NO, *lengths_O, h_RN, *cast]
 
     def finish(self, outputs: Sequence[mx.array]) -> list[mx.array]:
         """Each y, of the outputs of `forward`."""
         num = len(self.parts)
-        lengths_O = iter(outputs[num + 1 if self.rounded else 2 * num + 2 :])
+        lengths_O = iter(outputs[num:])
         return [part.finish(y_NO, lengths_O) for part, y_NO in zip(self.parts, outputs[:num], strict=True)]
 
     def backward(
@@ -149,11 +149,10 @@ class JointLinears:
     ) -> list[mx.array]:
         """The gradients of x, of what dropout left of it for each A, if it is on, and of the factors."""
         num = len(self.parts)
-        dys_NO, h_RN = dys[:num], outputs[num]
+        h_RN, *cast = outputs[num + sum(part.magnitude_O is not None for part in self.parts) :]
         if self.rounded:
-            a_RI, bs_RO = self.rounded.a_RI, self.rounded.scaled_bs_RO
-        else:
-            a_RI, *bs_RO = outputs[num + 1 : 2 * num + 2]
+            cast = [self.rounded.a_RI, *self.rounded.scaled_bs_RO]
+        dys_NO, (a_RI, *bs_RO) = dys[:num], cast[: num + 1]
         dh_RN = mx.concatenate([b_RO @ dy_NO.T for b_RO, dy_NO in zip(bs_RO, dys_NO, strict=True)])
         dh_RN = dh_RN if self.rounded else times_scale(dh_RN, self.parts)
         da_RI = self.of_rows(lambda rows, x_NI: dh_RN[rows] @ x_NI, x_NI, dropped)

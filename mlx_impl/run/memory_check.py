@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..batching import Row, rows_of, window_rows
 from ..config import TrainConfig
@@ -29,7 +29,9 @@ from ..fast.memory_sizes import Shape, Sizes, shape_of, sizes_of
 from ..fast.pace import update_bytes
 from ..machine.memory_limits import Limit, TooLittleMemory, format_bytes, memory_limits, shortage
 from ..model import CausalLM
-from .trainer import LoRATrainer
+
+if TYPE_CHECKING:
+    from .trainer import LoRATrainer
 
 MAX_ROWS_CHECKED = 10**6  # rows of all batches; going through more would take seconds
 MIN_SEQ_LENGTH = 16  # the smallest --max-seq-length that is suggested

@@ -28,6 +28,7 @@ def environment_after(code: str, **given: str) -> dict[str, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA is on Linux; Metal has one of these variables too")
 def test_a_program_that_trains_sets_what_mlx_reads() -> None:
+    assert IN_TRAINING["MLX_USE_CUDA_GRAPHS"] == "0"
     assert environment_after("from mlx_impl import LoRATrainer") == IN_TRAINING
     command = "from mlx_impl.__main__ import main; main(['train', '--iters', '0'])"
     assert environment_after(command) == IN_TRAINING
@@ -40,6 +41,8 @@ def test_what_the_user_has_set_stays() -> None:
 
 def test_without_training_nothing_is_set() -> None:
     assert environment_after("import mlx_impl; from mlx_impl import load_model, answer") == {}
+    modules = "answerer, evaluate, generate"
+    assert environment_after(f"from mlx_impl.cli import {modules}; import mlx_impl.run.memory_check") == {}
 
 
 def test_a_mac_is_left_alone() -> None:

@@ -70,6 +70,8 @@ def test_all_heads_share_a_mask_of_numbers_that_changes_no_bit(
     monkeypatch.setattr(pattern_ops, "attention", noted)
     found = mx.vjp(lambda q, k, v: ops.attention(q, k, v, mask_B1TS), [q, k, v], [d])
     assert [(mask.shape, mask.dtype) for mask in masks] == [((2, 1, 4, 4), dtype)]
+    least = masks[0].min().item() / mx.finfo(dtype).max
+    assert masks[0].max() == 0 and -1 / 1.45 < least < -1 / 4  # log2(e) times it is finite
     (mix,), (expected_mix,) = found[0], expected[0]
     assert mx.isfinite(mix).all()
     mix[0, :, 1] = expected_mix[0, :, 1]

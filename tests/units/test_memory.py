@@ -149,10 +149,13 @@ MARGIN = BYTES * R * (2 * (D + QUERIES) + 2 * (D + KEYS) + 3 * (D + F)) / UNIT +
 PLAIN, DROPPING = LoRAConfig(rank=R), LoRAConfig(rank=R, dropout=0.1)
 
 
-@eager_and_compiled
-@pytest.mark.parametrize("lora", [PLAIN, DROPPING], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    ("lora", "compiled"),
+    mostly_at_night([(PLAIN, False), (DROPPING, True), (PLAIN, True), (DROPPING, False)], 2),
+    ids=["plain-eager", "dropout-compiled", "plain-compiled", "dropout-eager"],
+)
 def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: bool) -> None:
-    """And not 17."""
+    """And not 17. A compiled step with dropout would draw all masks ahead, if their keys did not wait."""
     assert 1 - MARGIN <= hidden_states_a_layer(lora, True, compiled) <= 1 + MARGIN
 
 

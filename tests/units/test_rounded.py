@@ -23,8 +23,8 @@ from mlx_impl.fast import ops
 from mlx_impl.fast.forward import FAST
 from mlx_impl.fast.memory_model import state_bytes
 from mlx_impl.fast.memory_sizes import sizes_of
-from mlx_impl.fast.rounded import rounded_of, rounded_once
-from mlx_impl.fast.vectors import VectorOptimizer
+from mlx_impl.fast.rounded import Rounded, rounded_factors, rounded_of, rounded_once
+from mlx_impl.fast.vectors import SCALED, VectorOptimizer
 from mlx_impl.lora import LoRALinear, lora_layers
 from mlx_impl.model import CausalLM
 from mlx_impl.run import trainer
@@ -92,6 +92,12 @@ EACH_TIME = [
 AT_NIGHT = product(SAME_BITS, [False, True], [False, True])
 
 
+def test_each_update_begins_with_its_gradients_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    monkeypatch.setattr(mx, "async_eval", begun.append)
+    assert len(trained(make_trainer(compiled=False))[0]) == len(begun) > 0
+
+
 @pytest.mark.parametrize(
     ("adapter", "compiled", "recomputed"), mostly_at_night([*EACH_TIME, *AT_NIGHT], len(EACH_TIME)), ids=str
 )
@@ -111,7 +117,7 @@ def freeze_a(layer: LoRALinear) -> None:
 
 
 def drop(layer: LoRALinear) -> None:
-    """On a GPU the others of its input are then computed together, whose A do not follow one another."""
+    """Then each linear of its input gets an input of its own."""
     layer.dropout.p = 0.5
 
 
@@ -130,6 +136,17 @@ def test_linears_that_cannot_share_slices_train_all_the_same(
     monkeypatch.setattr(trainer, "rounded_once", lambda model, optimizer: nullcontext())
     for name, expected in factors().items():
         assert mx.array_equal(found[name], expected), name
+
+
+@pytest.mark.parametrize(("second", "follows"), [(8, True), (12, False)])
+def test_factors_share_a_slice_only_where_they_follow_one_another(second: int, follows: bool) -> None:
+    """A of (4, 2) from 0 on, and another of (4, 2) right behind it or later."""
+    kinds = ("lora_a", "lora_b", SCALED + "lora_a", SCALED + "lora_b")
+    vectors = {kind: mx.arange(20).astype(mx.bfloat16) for kind in kinds}
+    places = [Rounded(vectors, {"lora_a": start, "lora_b": 0}) for start in (0, second)]
+    found = rounded_factors(places, [mx.zeros((4, 2))] * 2, [mx.zeros((2, 6))] * 2, mx.bfloat16)
+    assert (found is not None) == follows
+    assert found is None or mx.array_equal(found.a_RI, mx.arange(16).reshape(4, 4))
 
 
 def test_a_copy_of_a_model_in_training_has_factors_of_its_own() -> None:

@@ -85,8 +85,10 @@ def test_in_float64_they_are_exact(on_gpu: bool, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(computed_O, drawn.lengths_O, rtol=EXACT)
 
 
-def test_a_bfloat16_weight_is_widened_first() -> None:
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_a_bfloat16_weight_is_widened_first(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The factors, and so the lengths, are float32."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     drawn = numbers()
     rounded_OI = np.array(mx.array(drawn.weight_OI).astype(mx.bfloat16).astype(mx.float32))
     drawn, computed_O = drawn._replace(weight_OI=rounded_OI), drawn.computed(base=mx.bfloat16)
@@ -94,8 +96,12 @@ def test_a_bfloat16_weight_is_widened_first() -> None:
     np.testing.assert_array_less(np.abs(np.array(computed_O) / drawn.lengths_O - 1), drawn.bound_O)
 
 
-def test_a_linear_in_bfloat16_has_the_lengths_of_factors_in_float32() -> None:
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_a_linear_in_bfloat16_has_the_lengths_of_factors_in_float32(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its products take the factors in the type of x; rounded first, V's rows would have other lengths."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     drawn = numbers()
     rounded_OI = mx.array(drawn.weight_OI).astype(mx.bfloat16)
     linear = nn.Linear(I, O, bias=False)
@@ -105,7 +111,7 @@ def test_a_linear_in_bfloat16_has_the_lengths_of_factors_in_float32() -> None:
     part = low_rank_of(layer)
     assert part is not None
     joint, x_NI = JointLinears([part], mx.bfloat16), mx.ones((3, I), mx.bfloat16)
-    *_, lengths_O = joint.forward(x_NI, [], joint.factors)
+    lengths_O = joint.forward(x_NI, [], joint.factors)[1]
     drawn = drawn._replace(weight_OI=np.array(rounded_OI.astype(mx.float32)))
     np.testing.assert_array_less(np.abs(np.array(lengths_O) / drawn.lengths_O - 1), drawn.bound_O)
 
