@@ -45,6 +45,7 @@ from .memory_work import PLAIN_EVALUATED_LOGITS, head_bytes, packed_head_bytes, 
 from .reading import part_width
 
 STATE = 5  # numbers beside each factor: two moments, and the factor and its moments of the update before
+AHEAD = 2  # arrays of scores, of an evaluation
 UPDATE = 11  # more during an update: the gradient, the new factor and moments, intermediate results of Adam
 
 
@@ -69,14 +70,17 @@ def training_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
 def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     """The most that the loss over this batch holds at once: of the blocks one at a time.
 
-    On a CPU of a model with adapters on some linears only the larger of both counts: it has fewer operations,
-    so that MLX runs further ahead.
+    Where only some linears have adapters a CPU has fewer operations a block, so that MLX runs further ahead:
+    in some runs it held up to AHEAD arrays of scores more. For such models it is the larger of both counts.
     """
     if not is_counted(sizes):
         return estimated_evaluation_bytes(sizes, shape)
     factors = FLOAT * sizes.trained  # copies of their own: `vectors.make_contiguous`
     counted = sizes.weights + state_bytes(sizes) + factors + forward_bytes(sizes, shape)
-    return max(counted, estimated_evaluation_bytes(sizes, shape)) if sizes.is_partial else counted
+    if not sizes.is_partial:
+        return counted
+    ahead = AHEAD * scores_at_once_bytes(sizes, shape)
+    return max(counted + ahead, estimated_evaluation_bytes(sizes, shape))
 
 
 def estimated_evaluation_bytes(sizes: Sizes, shape: Shape) -> int:

