@@ -79,7 +79,7 @@ def evaluation_bytes(sizes: Sizes, shape: Shape) -> int:
     counted = sizes.weights + state_bytes(sizes) + factors + forward_bytes(sizes, shape)
     if not sizes.is_partial:
         return counted
-    ahead = AHEAD * scores_at_once_bytes(sizes, shape)
+    ahead = AHEAD * scores_at_once_bytes(sizes, shape) if sizes.trained else 0
     return max(counted + ahead, estimated_evaluation_bytes(sizes, shape))
 
 
