@@ -24,12 +24,16 @@ MIN_SHARED_FRACTION = 1 / 16  # of the needed positions: sharing that saves less
 class KeptPositions(NamedTuple):
     """Index arrays. For rows `a b x y` and `a b z _`, with `a b` shared and the second row's `a` as dummy:
 
-    kept_U = [0 1 2 3 6 4];  source_BT = [[0 1 2 3] [0 1 4 5]];  own_BT = [[0 1 2 3] [5 5 4 5]]
+    kept_U = [0 1 2 3 6 4];  column_U = [0 1 2 3 2 0]
+    source_BT = [[0 1 2 3] [0 1 4 5]];  own_BT = [[0 1 2 3] [5 5 4 5]]
 
     One or more dummy positions, which no target depends on, stand for all that is left out.
     """
 
     kept_U: np.ndarray  # where each kept position is in the flattened (B, T): shared, needed, dummies
+    column_U: (
+        np.ndarray
+    )  # its place in its row; with T as a number a GPU would compile kernels for each width
     source_BT: np.ndarray  # which kept position has the value of each position; a dummy if it is left out
     own_BT: np.ndarray  # index of the kept position taken from this very place; a dummy if none is
     is_needed_U: np.ndarray  # False marks a dummy
@@ -92,7 +96,8 @@ def without_sharing(
     kept_U = np.append(needed, dummies[: size - len(needed)]).astype(np.int32)
     own_BT = np.full(shape, len(needed), np.int32)
     own_BT.flat[kept_U] = np.arange(size)
-    return KeptPositions(kept_U, own_BT, own_BT, np.arange(size) < len(needed), None)
+    is_needed_U = np.arange(size) < len(needed)
+    return KeptPositions(kept_U, kept_U % shape[1], own_BT, own_BT, is_needed_U, None)
 
 
 def shared_prefix_length(batch: Batch, is_needed_BT: np.ndarray) -> int:

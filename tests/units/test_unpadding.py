@@ -25,7 +25,7 @@ from mlx_impl.data import (
     make_packed_batch,
     training_windows,
 )
-from mlx_impl.fast import forward
+from mlx_impl.fast import forward, ops
 from mlx_impl.fast.forward import FAST
 from mlx_impl.fast.kept_positions import (
     KEPT_BUCKETS,
@@ -251,9 +251,13 @@ def dense(kept: KeptPositions, index_BT: np.ndarray) -> np.ndarray:
     return np.eye(len(kept.kept_U))[index_BT.flatten()]
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
-def test_scatter_and_gather_are_matrices_of_0_and_1_and_their_gradients_the_transposed(name: str) -> None:
+def test_scatter_and_gather_are_matrices_of_0_and_1_and_their_gradients_the_transposed(
+    name: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But nothing is added up for a position that no target depends on: its gradient is zero."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     batch = BATCHES[name]
     (rows, T), kept = batch.mask_BT.shape, kept_of(batch)
     unpadding = Unpadding(*(mx.array(array) for array in kept if array is not None))

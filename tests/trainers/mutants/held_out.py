@@ -84,7 +84,7 @@ def sum_with_dummies(self: Any, d_BHTK: Any) -> Any:
     if self.is_shared_U is None:
         return d_1UO
     sum_TO = d_BHTK.sum(axis=0).swapaxes(0, 1).flatten(1)
-    return mx.where(self.is_shared_U[:, None], sum_TO[self.kept_U % sum_TO.shape[0]][None], d_1UO)
+    return mx.where(self.is_shared_U[:, None], sum_TO[self.column_U][None], d_1UO)
 
 
 def assigned_at(self: Any, x_1UD: Any, position_N: Any) -> Any:

@@ -87,7 +87,7 @@ def prefix_of_whole_rows(batch: Any, is_needed_BT: np.ndarray) -> int:
 
 def gather_with_the_sources_gradient(self: Unpadding, x_BHTK: mx.array) -> mx.array:
     forward = mx.custom_function(lambda x_BHTK: self.take(x_BHTK))
-    forward.vjp(lambda _, d_1UO, __: self.put(d_1UO, self.index_of(x_BHTK.shape[1])[1]))
+    forward.vjp(lambda _, d_1UO, __: self.put(d_1UO, self.source_BT, x_BHTK.shape[1]))
     return forward(x_BHTK)
 
 
