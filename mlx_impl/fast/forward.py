@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..data import Batch
 from ..model import Attention, Block, CausalLM, Decoder
 from ..train import Arrays, Loss, Nats
+from . import ops
 from .head import head_nats, head_of
 from .kept_positions import kept_of, target_positions
 from .layout import Layout, masks_of
@@ -83,9 +84,18 @@ def hidden_at_targets(
 
 
 def forward_block(decoder: Decoder, layer: Block, x_BTD: mx.array, layout: Layout) -> mx.array:
-    if decoder.grad_checkpoint and decoder.training:
+    if is_recomputed(decoder, layer):
         return recomputed(layer, lambda x_BTD: block(layer, x_BTD, layout), x_BTD)
     return block(layer, x_BTD, layout)
+
+
+def is_recomputed(decoder: Decoder, layer: Block) -> bool:
+    """On a GPU not the last block: it would be computed again at once, with as much kept then as without.
+
+    A CPU holds most during the head, beside which a block's activations would be kept.
+    """
+    is_kept = ops.on_gpu() and layer is decoder.layers[-1]
+    return decoder.grad_checkpoint and decoder.training and not is_kept
 
 
 def block(layer: Block, x_BTD: mx.array, layout: Layout) -> mx.array:

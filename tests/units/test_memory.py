@@ -15,6 +15,7 @@ quotient may be LATE / MORE arrays from the slope, either way, since both peaks 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -157,6 +158,29 @@ PLAIN, DROPPING = LoRAConfig(rank=R), LoRAConfig(rank=R, dropout=0.1)
 def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: bool) -> None:
     """And not 17. A compiled step with dropout would draw all masks ahead, if their keys did not wait."""
     assert 1 - MARGIN <= hidden_states_a_layer(lora, True, compiled) <= 1 + MARGIN
+
+
+@pytest.mark.parametrize(("on_gpu", "times"), [(False, [4] * 6), (True, [4] * 5 + [2])])
+def test_a_gpu_recomputes_all_blocks_but_the_last(
+    on_gpu: bool, times: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two steps."""
+    calls: Counter[int] = Counter()
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(forward, "block", counting(forward.block, calls))
+    step_bytes(6, DROPPING, checkpointed=True, compiled=False)
+    assert [*calls.values()] == times
+
+
+def counting(block: Any, calls: Counter[int]) -> Any:
+    """The same, and how often each layer was computed."""
+
+    def counted(layer: Any, *rest: Any) -> mx.array:
+        calls[id(layer)] += 1
+        y_BTD: mx.array = block(layer, *rest)
+        return y_BTD
+
+    return counted
 
 
 @pytest.mark.nightly  # as the claim about a compiled step, whose mutant it is
