@@ -75,12 +75,15 @@ class OneToken:
         return self.head(self.norm(x_BD))
 
     def position(self, offset: int, gap: Gap | None) -> mx.array:
-        """Of each row, or of all in an array of one; a GPU reads its own memory faster than a host's."""
+        """Of each row, or one of all; a GPU reads its own memory faster than a host's.
+
+        The one has no axis: of an array of one number MLX's GPU kernels read what follows it for later rows.
+        """
         if gap is not None:
             return gap.positions_B(offset)
         if offset >= self.positions_N.size:
             self.positions_N = mx.arange(room_for(offset + 1))
-        return self.positions_N[offset : offset + 1]
+        return self.positions_N[offset]
 
     def mask_B1TS(self, offset: int, gap: Gap | None) -> mx.array | None:
         if gap is None:

@@ -113,6 +113,23 @@ def test_a_row_with_a_gap_has_the_logits_that_it_has_alone(config: ModelConfig) 
     require_close(logits_BV[1], expected_V)
 
 
+@pytest.mark.parametrize("gap", [None, Gap(0, mx.array([0, 1, 2]))], ids=["no gap", "gaps"])
+def test_rope_gets_one_position_without_an_axis_or_one_for_each_row(
+    gap: Gap | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an array with an axis MLX's GPU kernels read the b-th number for row b, even if it has but one."""
+    shapes: set[tuple[int, ...]] = set()
+    rope = mx.fast.rope
+
+    def noted(x: mx.array, *sizes: int, offset: int | mx.array, **given: Any) -> mx.array:
+        shapes.add(mx.array(offset).shape)
+        return rope(x, *sizes, offset=offset, **given)
+
+    monkeypatch.setattr(mx.fast, "rope", noted)
+    logits_after_two_tokens(model_of(CONFIGS["untied"]), PROMPTS, gap)
+    assert shapes == ({()} if gap is None else {(len(PROMPTS),)})
+
+
 def kinds_of_steps(tmp_path: Path, array: mx.array) -> Counter[str]:
     file = tmp_path / "graph.dot"
     mx.export_to_dot(str(file), array)
