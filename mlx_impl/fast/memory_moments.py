@@ -71,10 +71,9 @@ BEFORE_LAST = (  # beside what all blocks but the last keep: of those targets ma
         "d9 f5 nd1",
         packed="d-3 f1 w2",
         dora="d-2 f2 k6 q3 nd4 nf4",
-        dropout="d3",
         half="d8",
     ),
-    Moment("s1 d8 k5 q5", dropout="d3 k2 q2", dora="nd4 nf4 d-2 k4 q2"),
+    Moment("s1 d8 k5 q5", dora="nd4 nf4 d-2 k4 q2"),
 )
 
 CHECKPOINTED = (  # beside a hidden state of each block

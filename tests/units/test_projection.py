@@ -251,6 +251,17 @@ def test_under_dropout_linears_together_draw_the_masks_of_one_by_one(
     hold(name, ours, ref64, lambda n: within_exact(n, ours[n], ref64[n]))
 
 
+def test_dora_divides_its_magnitude_in_float32_and_rounds_the_quotient_once() -> None:
+    """In bfloat16; a magnitude and a length that were rounded before would be up to two roundings off."""
+    layer = DoRALinear(nn.Linear(I, 64, bias=False), 3, 2.0, 0.0)
+    layer.linear.set_dtype(mx.bfloat16)
+    magnitude_O, length_O = (np.abs(random_array(name, (64,), 1.0)) + 0.5 for name in ("magnitude", "length"))
+    layer.magnitude = mx.array(magnitude_O, mx.float32)
+    low_rank = low_rank_of(layer) or pytest.fail("an adapter has parts")
+    y_1O = low_rank.finish(mx.ones((1, 64), mx.bfloat16), iter([mx.array(length_O, mx.float32)]))
+    assert mx.array_equal(y_1O[0], mx.array(magnitude_O / length_O, mx.float32).astype(mx.bfloat16))
+
+
 @pytest.mark.parametrize("shape", [(3, I), (2, 1, 3, I)])
 def test_any_number_of_axes_stands_before_the_input(shape: tuple[int, ...]) -> None:
     group = Group(GROUPS["biases"])
