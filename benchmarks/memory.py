@@ -2,7 +2,7 @@
 
     peak = base + trained + max(backward, update)
     backward = what L blocks keep + max(the head, the working set of one block's backward pass)
-    backward, checkpointed = L inputs + max(the head, one block recomputed and its backward pass)
+    backward, checkpointed = L inputs + max(the head, one block recomputed and its backward pass), on a CPU
     update   = new factors and moments beside the old ones, gradients, intermediate results
 
 The tables below are the model. They list the tensors that MLX keeps for the backward pass; if a change keeps

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..data import Batch
-from ..model import Attention, Block, CausalLM, Decoder
+from ..model import Attention, Block, CausalLM, Decoder, RMSNorm
 from ..train import Arrays, Loss, Nats
 from . import ops
 from .head import head_nats, head_of
@@ -90,9 +90,9 @@ def forward_block(decoder: Decoder, layer: Block, x_BTD: mx.array, layout: Layou
 
 
 def is_recomputed(decoder: Decoder, layer: Block) -> bool:
-    """On a GPU not the last block: it would be computed again at once, with as much kept then as without.
+    """On a GPU not the last block, whose gradient comes first. What it keeps is there beside the logits too.
 
-    A CPU holds most during the head, beside which a block's activations would be kept.
+    A CPU holds most then, and recomputes all blocks.
     """
     is_kept = ops.on_gpu() and layer is decoder.layers[-1]
     return decoder.grad_checkpoint and decoder.training and not is_kept
@@ -109,11 +109,16 @@ def block(layer: Block, x_BTD: mx.array, layout: Layout) -> mx.array:
 
 def attention(layer: Attention, x_BTD: mx.array, layout: Layout) -> mx.array:
     """`Attention.__call__`."""
+    q_BTO, k_BTO, v_BTO = project(x_BTD, layer.q_proj, layer.k_proj, layer.v_proj)
+    if layer.qk_norm:  # before padding is there again
+        q_BTO, k_BTO = by_heads(layer.q_norm, q_BTO), by_heads(layer.k_norm, k_BTO)
     q_BHTK, k_BGTK, v_BGTK = (
-        layout.split_heads(y_BTO, y_BTO.shape[-1] // layer.head_dim)
-        for y_BTO in project(x_BTD, layer.q_proj, layer.k_proj, layer.v_proj)
+        layout.split_heads(y_BTO, y_BTO.shape[-1] // layer.head_dim) for y_BTO in (q_BTO, k_BTO, v_BTO)
     )
-    if layer.qk_norm:
-        q_BHTK, k_BGTK = layer.q_norm(q_BHTK), layer.k_norm(k_BGTK)
     mix_BTO = layout.merge_heads(layout.attend(q_BHTK, k_BGTK, v_BGTK, layer.frequency_P))
     return project(layout.select_targets(mix_BTO), layer.o_proj)[0]
+
+
+def by_heads(norm: RMSNorm, x_BTO: mx.array) -> mx.array:
+    """The norm of each head."""
+    return norm(mx.unflatten(x_BTO, -1, (-1, norm.weight.size))).flatten(-2)

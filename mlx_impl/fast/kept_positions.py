@@ -31,9 +31,7 @@ class KeptPositions(NamedTuple):
     """
 
     kept_U: np.ndarray  # where each kept position is in the flattened (B, T): shared, needed, dummies
-    column_U: (
-        np.ndarray
-    )  # its place in its row; with T as a number a GPU would compile kernels for each width
+    column_U: np.ndarray  # its place in its row; a GPU would compile kernels for each T
     source_BT: np.ndarray  # which kept position has the value of each position; a dummy if it is left out
     own_BT: np.ndarray  # index of the kept position taken from this very place; a dummy if none is
     is_needed_U: np.ndarray  # False marks a dummy

@@ -7,8 +7,9 @@
 
 times the bytes of a number; the factors in the type of the weights are kept too. L is the number of blocks
 from the first one with an adapter on, whose input needs no gradient and is not kept. Checkpointed: L U D in
-place of the blocks. Queries, keys and values are kept in rows, of all places; where they have norms, also
-before these. Where few positions are targets, a moment before the last block may hold more.
+place of the blocks. Queries, keys and values are kept in rows, of all places; where they have norms, of
+computed positions also before these. Where few positions are targets, a moment before the last block may
+hold more.
 `memory_moments.py` has the moments and the letters, `memory_scores.py` scores and masks.
 """
 
@@ -80,8 +81,8 @@ def block_bytes(sizes: Sizes, shape: Shape, targets: int | None = None) -> int:
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     numbers = float(shape.computed * (2 * c.hidden_size + sizes.more - sizes.more_after))
     numbers += after * (2 * c.hidden_size + queries + 3 * c.intermediate_size + sizes.more_after)
-    in_rows = queries + 2 * keys * band_keys(sizes, shape) + (queries + keys) * c.qk_norm
-    numbers += shape.computed * sizes.ranks + places(sizes, shape) * in_rows
+    in_rows = queries + 2 * keys * band_keys(sizes, shape)
+    numbers += shape.computed * (sizes.ranks + (queries + keys) * c.qk_norm) + places(sizes, shape) * in_rows
     return int(numbers * sizes.itemsize) + kept_scores_bytes(sizes, shape)
 
 

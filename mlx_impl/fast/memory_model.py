@@ -19,7 +19,8 @@ the plain path. Of B rows, T wide, of which U positions are computed outside of 
 
 L is the number of blocks; the other letters are those of the shape names. `logits` are those of one chunk of
 the loss; on the plain path those of every position. `more` is what linears keep beside their inputs: what
-dropout left of them, DoRA's directions; and on a CPU in 16 bits the norms' inputs in float32. Places
+dropout left of them, DoRA's directions; queries and keys before their norms; and on a CPU in 16 bits the
+norms' inputs in float32. Places
 of a row that are not computed have queries, keys, values and mixes too. The state is the moments, and the
 factors and moments of the update before, which `guard.py` keeps: 5 numbers beside each factor. An update
 makes three new ones.

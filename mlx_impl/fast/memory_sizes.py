@@ -87,6 +87,8 @@ def sizes_of(model: CausalLM, plain: bool = False) -> Sizes:
     weights = sum(array.nbytes for array in arrays)
     keeps_scores = not ops.on_gpu()
     more = more_of(layers) // num_blocks + PLAIN_MORE * model.config.intermediate_size * plain
+    if model.config.qk_norm:
+        more += (model.config.num_attention_heads + model.config.num_key_value_heads) * model.config.head_dim
     if keeps_scores and itemsize < FLOAT:
         more += 2 * model.config.hidden_size  # the norms of MLX's CPU backend keep x in float32
     on_a_cpu = {} if plain or not keeps_scores else sizes_on_a_cpu(named, model.config, itemsize)

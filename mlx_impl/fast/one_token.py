@@ -75,10 +75,7 @@ class OneToken:
         return self.head(self.norm(x_BD))
 
     def position(self, offset: int, gap: Gap | None) -> mx.array:
-        """Of each row, or one of all; a GPU reads its own memory faster than a host's.
-
-        The one has no axis: of an array of one number MLX's GPU kernels read what follows it for later rows.
-        """
+        """Of each row, or one of all (`ops.rotated`); a GPU reads its own memory faster than a host's."""
         if gap is not None:
             return gap.positions_B(offset)
         if offset >= self.positions_N.size:

@@ -53,7 +53,11 @@ def added_mask(mask_B1TS: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
 
 
 def rotated(x_BHTK: mx.array, wavelength_P: mx.array, position: int | mx.array) -> mx.array:
-    """`rope` of tokens that follow one another from `position` on, a number, or one for each row."""
+    """`rope` of tokens that follow one another from `position` on.
+
+    It is a number, an array without an axis, or one of a number for each row: of an array of one number MLX's
+    GPU kernels read what is behind it for the other rows (`offset_stride` in rope.cu). A CPU does not.
+    """
     K = x_BHTK.shape[-1]
     return mx.fast.rope(
         x_BHTK, K, traditional=False, base=None, scale=1.0, offset=position, freqs=wavelength_P

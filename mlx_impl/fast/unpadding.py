@@ -4,8 +4,8 @@ Of a batch of B rows and T columns, U of the B * T positions are kept, one after
 norms and gates work on these. Only attention needs the rows again: `scatter` puts each kept position into its
 place, a shared one into every row, and a dummy into all other places, whose values reach no loss and whose
 gradient is zero. Dropout, if there is any, is the same for all rows at a shared position.
-A GPU moves whole rows of all heads: indices of each head are arithmetic, which it would compile for seconds.
-A CPU moves heads, because attention copies them out of whole rows there, which takes half of the time again.
+A GPU moves the heads of a position together: an index for each head is arithmetic, which it would compile for
+seconds. A CPU moves each head to its place, which is faster than a copy of the whole in the order of heads.
 No twin in reference/, which computes every position. Sources: see `kept_positions.py`.
 """
 

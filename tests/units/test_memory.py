@@ -164,7 +164,7 @@ def test_a_recomputed_layer_keeps_one_hidden_state(lora: LoRAConfig, compiled: b
 def test_a_gpu_recomputes_all_blocks_but_the_last(
     on_gpu: bool, times: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In two steps."""
+    """Counted in two steps, each forward and backward."""
     calls: Counter[int] = Counter()
     monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(forward, "block", counting(forward.block, calls))

@@ -162,6 +162,7 @@ ON_Q_AND_V = {"target_modules": ("q_proj", "v_proj")}
 OTHERS = {
     "one block has an adapter": Work(FEW, lora={"num_layers": 1}),
     "queries and keys have norms": Work(FEW, {"qk_norm": True}),
+    "the same, and padding": Work((257, 65, 65, 65), {"qk_norm": True}),
     "a packed head in eight parts": Work(FEW, {"vocab_size": 8192}, bits=4),
     "q and v have adapters": Work(lora=ON_Q_AND_V),
     "q and v, of DoRA": Work(
@@ -224,6 +225,15 @@ def test_checkpointing_and_evaluation_hold_the_attention_weights_of_one_block() 
     a_hidden_state = 2048 * SPEC.hidden_size * 4
     assert training_bytes(three, shape, True) - training_bytes(two, shape, True) == a_hidden_state
     assert evaluation_bytes(three, shape) == evaluation_bytes(two, shape)
+
+
+def test_a_gpu_keeps_queries_and_keys_before_their_norms_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    with_norms, without = (
+        described_sizes(replace(HEAVY, qk_norm=has), mx.float32, 32, 0, LoRAConfig()) for has in (True, False)
+    )
+    heads = HEAVY.num_attention_heads + HEAVY.num_key_value_heads
+    assert with_norms.a_position - without.a_position == heads * HEAVY.head_dim
 
 
 def test_attention_holds_the_padding_of_sub_batches_too() -> None:

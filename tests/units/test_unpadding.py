@@ -281,6 +281,7 @@ def test_scatter_and_gather_are_matrices_of_0_and_1_and_their_gradients_the_tran
     (back_1UO,), (d_BHTK,) = mx.vjp(unpadding.gather, [double(by_head(d_LO))], [double(d_1UO)])
     assert np.array_equal(back_1UO[0], d_LO[kept.kept_U])
     assert np.array_equal(d_BHTK, by_head(own_LU @ d_1UO[0]))
+    assert bool(unpadding.indices) is not on_gpu  # which has none of each head
 
 
 def batches_of(batching: str, batch_size: int = B, prompts: Sequence[int] = (0,)) -> list[Batch]:
