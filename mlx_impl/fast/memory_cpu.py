@@ -37,6 +37,7 @@ from .memory_scores import (
     attention_rows,
     band_keys,
     kept_scores_bytes,
+    mask_bytes,
     mask_numbers,
     scores_at_once_bytes,
 )
@@ -58,10 +59,11 @@ def backward_bytes(sizes: Sizes, shape: Shape, checkpointed: bool) -> int:
         return int(blocks * hidden + max(of_block, most_of_head(CHECKPOINTED_HEAD, sizes, shape, True)))
     before = (blocks - 1) * block_bytes(sizes, shape) - hidden * (blocks > 1) + sizes.itemsize * sizes.trained
     kept = before + block_bytes(sizes, shape, targets_of(shape))
-    made_again = max(0, scores_at_once_bytes(sizes, shape) - kept_scores_bytes(sizes, shape))
+    made_again = scores_at_once_bytes(sizes, shape) - kept_scores_bytes(sizes, shape)
+    made_again += mask_bytes(sizes, shape) if made_again > 0 else 0
     return int(
         max(
-            kept + made_again + most(STEP, sizes, unit) + gradients,
+            kept + max(0, made_again) + most(STEP, sizes, unit) + gradients,
             before + most(BEFORE_LAST, sizes, unit) + gradients,
             kept + most_of_head(STEP_HEAD, sizes, shape, True),
         )

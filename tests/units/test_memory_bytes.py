@@ -195,6 +195,15 @@ def test_the_need_in_blocks_of_queries_is_near_what_mlx_counts(
     assert in_blocks < at_once / 2
 
 
+def test_scores_that_are_made_again_count_with_their_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk of queries: three arrays of scores, each of this chunk and the next, and six of the mask."""
+    few, needs = 6 * 2**16, []
+    for scores in (few, 2 * few):
+        monkeypatch.setattr(query_chunks, "MAX_SCORES", scores)
+        needs.append(training_bytes(SIZES, Shape(1, 1024, 1024, 1024), checkpointed=False))
+    assert needs[1] - needs[0] == 3 * 2 * 4 * few + 6 * few // SPEC.num_attention_heads
+
+
 @pytest.mark.parametrize("window", [None, 64])
 def test_the_need_of_an_answer_is_near_what_mlx_counts(window: int | None) -> None:
     """A prompt is read with scores for every key, also in a window."""
