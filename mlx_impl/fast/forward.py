@@ -90,9 +90,9 @@ def forward_block(decoder: Decoder, layer: Block, x_BTD: mx.array, layout: Layou
 
 
 def is_recomputed(decoder: Decoder, layer: Block) -> bool:
-    """On a GPU not the last block, whose gradient comes first. What it keeps is there beside the logits too.
+    """On a GPU not the last block: its gradient comes first, so it would be computed twice in a row.
 
-    A CPU holds most then, and recomputes all blocks.
+    What it keeps is then in memory beside the logits. There a CPU holds most, so it recomputes all blocks.
     """
     is_kept = ops.on_gpu() and layer is decoder.layers[-1]
     return decoder.grad_checkpoint and decoder.training and not is_kept
